@@ -1,0 +1,1 @@
+"""Generation with vLLM, scored and streamed to the buffer."""

@@ -1,0 +1,109 @@
+"""`python -m actors RUN_DIR --name actor-0`: one actor of a run. May be started and stopped at any time."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from actors.config import ActorConfig
+from actors.prompts import TaskConfig, load_task
+from buffer.client import Connection, host_id
+from buffer.config import load_run_config, read_section
+from verifier.config import VerifierConfig
+
+logger = logging.getLogger("actors")
+
+
+def main() -> int:
+    """Generate for the run in RUN_DIR until told to stop. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m actors", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="the run's folder; its config.yaml says the rest")
+    parser.add_argument("--name", default=f"actor-{os.getpid()}", help="unique among the run's actors")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
+    try:
+        run = load_run_config(arguments.run_dir)
+        config = read_section(ActorConfig, run["actor"], "actor")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from actors.engine import prepare_environment
+
+    prepare_environment(config)
+    try:
+        asyncio.run(_run(arguments.name, arguments.run_dir, run, config))
+    except asyncio.CancelledError:
+        logger.info("stopped")
+    return 0
+
+
+async def _run(name: str, run_dir: Path, run: dict[str, Any], config: ActorConfig) -> None:
+    own_task = asyncio.current_task()
+    assert own_task is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, own_task.cancel)
+    from transformers import AutoTokenizer
+
+    from actors.actor import Actor
+    from actors.engine import Engine
+    from actors.weights import WeightClient
+    from verifier.pool import ScoringPool
+
+    verifier = read_section(VerifierConfig, run["verifier"], "verifier")
+    task = load_task(read_section(TaskConfig, run["task"], "task"))
+    pool = ScoringPool(
+        verifier.rewards,
+        num_workers=verifier.num_workers,
+        deadline_seconds=verifier.deadline_seconds,
+        memory_bytes=verifier.memory_bytes,
+        on_timeout=verifier.on_timeout,
+    )
+    engine = Engine(config)
+    # The connection resends until it is answered; a lease may be long in coming.
+    buffer = Connection(run["buffer"]["address"], name, timeout_seconds=math.inf)
+    learner = Connection(run["weights"]["address"], name)
+    spool = run_dir / "actors" / name
+    try:
+        checksums = await engine.start()
+        pin_process_tree(config.cpu_affinity)
+        weights = WeightClient(
+            learner,
+            host_id=host_id() if config.share_files else "",
+            spool=spool / "weights",
+            chunk_bytes=config.chunk_bytes,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(config.model_path)
+        actor = Actor(name, config, task, tokenizer, engine, pool, buffer, weights, spool)
+        logger.info("%s is ready", name)
+        await actor.run(checksums)
+    finally:
+        buffer.close()
+        learner.close()
+        pool.close()
+        engine.close()
+
+
+def pin_process_tree(cores: list[int]) -> None:
+    """Keep this process and its children on `cores`, after a start-up that used all of them. Empty: no change."""
+    if not cores:
+        return
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        for thread in process.threads():
+            try:
+                os.sched_setaffinity(thread.id, cores)
+            except ProcessLookupError:
+                continue  # A thread that ended meanwhile needs no core.
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,359 @@
+"""One actor: leases prompts, samples and scores groups, delivers them, and keeps its weights fresh.
+
+Four kinds of task run side by side on one event loop: credit (ask the buffer for leases while there is room in flight),
+a rollout per lease, weights (fetch the next version behind the generation, load it in the middle of it) and heartbeats.
+Any error in one of them ends the process; the supervisor decides what follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from actors.config import ActorConfig
+from actors.prompts import Problem, Task
+from actors.rollout import TextTokenizer, build_group, completions_to_score, split_stops, task_prompt_ids
+from buffer.client import Connection, RequestRefused
+from buffer.wire import (
+    EvaluationReport,
+    GroupDelivery,
+    GroupReceipt,
+    Heartbeat,
+    HeartbeatReply,
+    Lease,
+    LeaseReply,
+    LeaseRequest,
+    LeaseReturn,
+    Message,
+    pack_group,
+)
+from verifier.base import Completion
+from verifier.pool import ScoringPool
+
+if TYPE_CHECKING:
+    from actors.engine import Engine
+    from actors.weights import LocalWeights, WeightClient
+
+logger = logging.getLogger(__name__)
+
+
+class Actor:
+    """Generation for one buffer.
+
+    Args:
+        actor_id: unique in the run.
+        config: sampling and evaluation.
+        task: prompts and golds; the buffer speaks of them by number.
+        tokenizer: the model's.
+        engine: started.
+        pool: scores completions.
+        buffer: connection to the buffer.
+        weights: pulls versions from the learner.
+        spool: folder for this actor's files.
+    """
+
+    def __init__(
+        self,
+        actor_id: str,
+        config: ActorConfig,
+        task: Task,
+        tokenizer: TextTokenizer,
+        engine: Engine,
+        pool: ScoringPool,
+        buffer: Connection,
+        weights: WeightClient,
+        spool: Path,
+    ) -> None:
+        self.actor_id, self.config, self.task, self.tokenizer = actor_id, config, task, tokenizer
+        self.engine, self.pool, self.buffer, self.weights, self.spool = engine, pool, buffer, weights, spool
+        self.stop, self.stop_token_ids = split_stops(task.stop, tokenizer)
+        self.policy_version = -1
+        self.publication = ""
+        self.meter = Meter()
+        self._closing = False
+        self._leased = 0
+        self._credit_changed = asyncio.Event()
+        self._loading = asyncio.Lock()
+
+    async def run(self, engine_checksums: dict[str, str]) -> None:
+        """Work until cancelled.
+
+        Waits for: the learner's first weights, at most `weights_timeout_seconds`.
+        """
+        deadline, loaded = time.monotonic() + self.config.weights_timeout_seconds, None
+        while loaded is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no weights from the learner within {self.config.weights_timeout_seconds:.0f} s")
+            loaded = await self._load_next()
+        await self._verify_first_load(loaded, engine_checksums)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._keep_weights_fresh())
+            tasks.create_task(self._keep_beating())
+            tasks.create_task(self._spend_credit(tasks))
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    async def _spend_credit(self, tasks: asyncio.TaskGroup) -> None:
+        """Ask for as many groups as fit in flight.
+
+        Waits for: the buffer's admission. Unblocked by: batches taken by the learner, or newer weights here, of which
+        the buffer hears by heartbeat.
+        """
+        while True:
+            while self._leased >= self.config.max_groups_in_flight and not self._closing:
+                self._credit_changed.clear()
+                await self._credit_changed.wait()
+            reply = await self._ask_for_leases(max(self.config.max_groups_in_flight - self._leased, 0))
+            self._closing = reply.closing
+            for lease in reply.leases:
+                self._leased += 1
+                tasks.create_task(self._roll_out(lease))
+            if reply.evaluate_version >= 0:
+                tasks.create_task(self._evaluate(reply.evaluate_version))
+            elif self._closing and not reply.leases:
+                await asyncio.sleep(0.5)
+
+    async def _ask_for_leases(self, num_groups: int) -> LeaseReply:
+        reply = await self._call(LeaseRequest(self.actor_id, self.policy_version, num_groups, self.task.fingerprint))
+        if not isinstance(reply, LeaseReply):
+            raise RuntimeError(f"the buffer answered {reply} to a lease request")
+        return reply
+
+    async def _roll_out(self, lease: Lease) -> None:
+        """Sample, score and deliver one group; an impossible prompt is given back with the reason."""
+        problem = self.task.train[lease.prompt_id]
+        prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
+        if len(prompt_ids) + self.config.max_new_tokens > self.config.max_tokens:
+            logger.warning(
+                "prompt %d has %d tokens and leaves no room to answer; dropped", lease.prompt_id, len(prompt_ids)
+            )
+            await self._call(LeaseReturn(self.actor_id, (lease.group_id,), "prompt_too_long"))
+        else:
+            await self._deliver(lease, problem, prompt_ids)
+        self._leased -= 1
+        self._credit_changed.set()
+
+    async def _deliver(self, lease: Lease, problem: Problem, prompt_ids: list[int]) -> None:
+        with self.meter.in_flight():
+            sampled = await self.engine.sample(
+                prompt_ids,
+                num_samples=self.config.samples_per_group,
+                temperature=self.config.temperature,
+                max_new_tokens=self.config.max_new_tokens,
+                request_id=lease.group_id,
+                stop=self.stop,
+                stop_token_ids=self.stop_token_ids,
+                seed=self._seed(lease.group_id) if self.config.seeded_sampling else None,
+            )
+        self.meter.sampled(len(sampled), sum(len(choice.token_ids) for choice in sampled))
+        scores = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer))
+        group = build_group(lease.group_id, problem, prompt_ids, sampled, scores, self.actor_id)
+        receipt = await self._call(GroupDelivery(self.actor_id, pack_group(group)))
+        if not isinstance(receipt, GroupReceipt):
+            raise RuntimeError(f"the buffer answered {receipt} to a delivered group")
+        if receipt.outcome != "stored":
+            logger.warning("group %s was %s", receipt.group_id, receipt.outcome)
+
+    def _seed(self, group_id: str) -> int:
+        """Of the prompt's occurrence, not of the attempt: a group sampled again is sampled the same."""
+        occurrence = group_id.split(".", 1)[0]
+        return zlib.crc32(f"{self.config.seed}:{occurrence}".encode())
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    async def _keep_weights_fresh(self) -> None:
+        """Load every version as it is published; one that is overtaken while it is fetched is skipped."""
+        while True:
+            await self._load_next()
+
+    async def _load_next(self) -> LocalWeights | None:
+        """Load the next version; None when there was none in time, or it was overtaken while it was fetched.
+
+        Waits for: the learner's next publication. Gives up after: `weights_timeout_seconds`.
+        """
+        manifest = await self.weights.wait_for_new(self.publication, self.config.weights_timeout_seconds)
+        if manifest is None:
+            return None
+        # An evaluation measures one version, so a newer one waits until it is through; the store may not keep it that
+        # long, so it is fetched afterwards.
+        async with self._loading:
+            fetched_from = time.monotonic()
+            try:
+                local = await self.weights.fetch(manifest)
+            except RequestRefused as overtaken:
+                logger.info("policy %d was not fetched: %s", manifest.policy_version, overtaken)
+                return None
+            paused_from = time.monotonic()
+            await self.engine.load(local)
+            paused = time.monotonic() - paused_from
+        self.policy_version, self.publication = manifest.policy_version, manifest.publication
+        self.meter.loaded(paused_from - fetched_from, paused)
+        logger.info("policy %d loaded, generation paused for %.3f s", self.policy_version, paused)
+        await self._beat("")
+        return local
+
+    async def _verify_first_load(self, local: LocalWeights, engine_checksums: dict[str, str]) -> None:
+        """Compare the weights as loaded by us with the same weights as loaded by vLLM's own loader.
+
+        Version 0 is the folder the engine started from. A later version is written out as a folder and loaded again.
+        """
+        version = local.policy_version
+        if version > 0:
+            from actors.weights import export_folder
+
+            folder = await asyncio.to_thread(export_folder, local, Path(self.config.model_path), self.spool / "verify")
+        ours = await self.engine.checksums()
+        if version > 0:
+            await self.engine.reload_from_folder(str(folder))
+            engine_checksums = await self.engine.checksums()
+        wrong = sorted(name for name in engine_checksums if engine_checksums[name] != ours.get(name))
+        if wrong:
+            raise RuntimeError(
+                f"policy {version}: {len(wrong)} of {len(engine_checksums)} parameters differ after the"
+                f" first load, the first is {wrong[0]}; the model at {self.config.model_path} is not what the learner"
+                " trains"
+            )
+        logger.info("policy %d: %d parameters verified after the first load", version, len(ours))
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    async def _evaluate(self, requested_version: int) -> None:
+        """pass@1 on held-out prompts with the weights of this moment, which stay until it is done."""
+        started = time.monotonic()
+        async with self._loading:
+            version = self.policy_version
+            problems = self.task.held_out[: self.config.evaluation_prompts]
+            results = await asyncio.gather(*(self._evaluate_one(problem, version) for problem in problems))
+        rewards, correct, lengths = np.array(results).T
+        report = EvaluationReport(
+            actor_id=self.actor_id,
+            requested_version=requested_version,
+            policy_version=version,
+            num_prompts=len(results),
+            pass_at_1=float(correct.mean()),
+            reward_mean=float(rewards.mean()),
+            completion_tokens_mean=float(lengths.mean()),
+            seconds=time.monotonic() - started,
+        )
+        await self._call(report)
+        logger.info("policy %d: pass@1 %.3f on %d held-out prompts", version, report.pass_at_1, report.num_prompts)
+
+    async def _evaluate_one(self, problem: Problem, version: int) -> tuple[float, float, float]:
+        prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
+        if len(prompt_ids) >= self.config.max_tokens:
+            # The model cannot answer what it cannot read; leaving it out would flatter the policy.
+            [score] = await self.pool.score_group([Completion(text="", gold=problem.gold, truncated=True)])
+            return score.reward, 0.0, 0.0
+        max_new_tokens = self.config.evaluation_max_new_tokens or self.config.max_new_tokens
+        with self.meter.in_flight():
+            sampled = await self.engine.sample(
+                prompt_ids,
+                num_samples=1,
+                temperature=self.config.evaluation_temperature,
+                max_new_tokens=max_new_tokens,
+                request_id=f"evaluation-{version}-{problem.prompt_id}",
+                stop=self.stop,
+                stop_token_ids=self.stop_token_ids,
+                # The same noise at every version, so that curves differ by the policy alone.
+                seed=self._seed(f"evaluation-{problem.prompt_id}"),
+            )
+        [score] = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer))
+        return score.reward, float(score.verdict.value == "correct"), float(len(sampled[0].token_ids))
+
+    # --- talk with the buffer ----------------------------------------------------------------------------------------
+
+    async def _keep_beating(self) -> None:
+        while True:
+            waiting_for = "" if self.meter.num_in_flight else "prompts from the buffer"
+            await self._beat(waiting_for)
+            await asyncio.sleep(self.config.heartbeat_seconds)
+
+    async def _beat(self, waiting_for: str) -> None:
+        metrics = (
+            self.meter.metrics()
+            | {"groups_leased": float(self._leased)}
+            | {
+                "verifier_timeouts": float(self.pool.num_timeouts),
+                "verifier_errors": float(self.pool.num_errors),
+            }
+        )
+        reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics))
+        if isinstance(reply, HeartbeatReply):
+            self._closing = reply.closing
+            self._credit_changed.set()
+
+    async def _call(self, message: Message) -> Message:
+        """Ask the buffer. The connection resends until it answers; a buffer that is gone for good ends the run."""
+        return await asyncio.wrap_future(self.buffer.request(message))
+
+
+class Meter:
+    """Counts and clocks of one actor. Idle is the time without any request in the engine, after the first one."""
+
+    def __init__(self) -> None:
+        self.num_in_flight = 0
+        self._samples = self._tokens = self._loads = 0
+        self._started = self._busy_since = 0.0
+        self._busy_seconds = self._fetch_seconds = self._pause_seconds = 0.0
+
+    def in_flight(self) -> Any:
+        """Context of one request in the engine."""
+        return _InFlight(self)
+
+    def enter(self) -> None:
+        """A request goes to the engine."""
+        now = time.monotonic()
+        if not self.num_in_flight:
+            self._busy_since = now
+            self._started = self._started or now
+        self.num_in_flight += 1
+
+    def leave(self) -> None:
+        """A request is finished."""
+        self.num_in_flight -= 1
+        if not self.num_in_flight:
+            self._busy_seconds += time.monotonic() - self._busy_since
+
+    def sampled(self, num_samples: int, num_tokens: int) -> None:
+        """Completions came out of the engine."""
+        self._samples += num_samples
+        self._tokens += num_tokens
+
+    def loaded(self, fetch_seconds: float, pause_seconds: float) -> None:
+        """A version went into the engine."""
+        self._loads += 1
+        self._fetch_seconds += fetch_seconds
+        self._pause_seconds += pause_seconds
+
+    def metrics(self) -> dict[str, float]:
+        """Totals since the start, and the share of time without work."""
+        now = time.monotonic()
+        busy = self._busy_seconds + (now - self._busy_since if self.num_in_flight else 0.0)
+        elapsed = now - self._started if self._started else 0.0
+        return {
+            "requests_in_flight": float(self.num_in_flight),
+            "samples": float(self._samples),
+            "tokens": float(self._tokens),
+            "tokens_per_second": self._tokens / elapsed if elapsed else 0.0,
+            "idle_fraction": 1.0 - busy / elapsed if elapsed else 0.0,
+            "weight_loads": float(self._loads),
+            "weight_fetch_seconds": self._fetch_seconds,
+            "weight_pause_seconds": self._pause_seconds,
+        }
+
+
+class _InFlight:
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._meter.enter()
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.leave()

@@ -1,0 +1,63 @@
+"""What an actor can be told, checked before an engine is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+COUNTS = (
+    *("samples_per_group", "max_new_tokens", "max_groups_in_flight", "tensor_parallel_size"),
+    *("evaluation_prompts", "chunk_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class ActorConfig:
+    """One actor's engine, sampling and evaluation."""
+
+    model_path: str
+    """A Hugging Face folder; its weights are replaced by the learner's newest before anything is sampled."""
+    samples_per_group: int
+    max_new_tokens: int
+    """Completion tokens at most."""
+    max_tokens: int
+    """Context length of the engine: prompt and completion together, in tokens."""
+    temperature: float = 1.0
+    max_groups_in_flight: int = 32
+    dtype: str = "float32"
+    tensor_parallel_size: int = 1
+    kv_cache_gib: float = 1.0
+    """CPU engine only: memory of the key-value cache."""
+    gpu_memory_utilization: float = 0.85
+    """CUDA engine only: share of the device that vLLM may take."""
+    seeded_sampling: bool = False
+    """Sample every completion from a seed of its own, so that a run in turn repeats itself; costs some speed."""
+    seed: int = 0
+    evaluation_prompts: int = 200
+    evaluation_temperature: float = 1.0
+    """0 is greedy. pass@1 is estimated with one completion per held-out prompt."""
+    evaluation_max_new_tokens: int = 0
+    """0: as in training."""
+    heartbeat_seconds: float = 1.0
+    weights_timeout_seconds: float = 600.0
+    """How long to wait for the learner's first weights."""
+    chunk_bytes: int = 1 << 20
+    """Size of one pulled piece where the weights cannot be mapped."""
+    share_files: bool = True
+    """Map the weights' file on the learner's host instead of pulling it."""
+    cpu_affinity: list[int] = field(default_factory=list)
+    """Cores of this actor once it has started; empty: all."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens >= self.max_tokens:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the model's context of"
+                f" {self.max_tokens} tokens; lower it or use a model with a longer context"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"actor.{name}={getattr(self, name)} must be at least 1")
+        for name in ("evaluation_temperature", "evaluation_max_new_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"actor.{name}={getattr(self, name)} must not be below 0")

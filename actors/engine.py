@@ -1,0 +1,172 @@
+"""vLLM behind four verbs: start, sample, load weights, stop.
+
+Many prompts are in flight at once; new weights are loaded in the middle of generation and every completion comes back
+with the runs of tokens that each policy version sampled. Log-probabilities are those of the distribution that was
+sampled from, at the sampling temperature.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.config import ActorConfig
+from actors.weights import TRANSFER_BACKEND, WORKER_EXTENSION, LocalWeights
+from buffer.trajectory import FinishReason, VersionSpan
+
+MIN_BATCHED_TOKENS = 2048
+"""Tokens of one engine step on a CPU; more helps neither prefill nor decoding there."""
+NO_VERSION = -1
+"""What the weights are called that the engine starts with; no trajectory may come from them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledCompletion:
+    """What the engine sampled after a prompt."""
+
+    token_ids: NDArray[np.int32]
+    """[T] int32, the end-of-sequence token included."""
+    logprobs: NDArray[np.float32]
+    """[T] float32: log mu."""
+    versions: tuple[VersionSpan, ...]
+    """Runs of (start, version), starts counted within the completion."""
+    finish_reason: FinishReason
+
+
+def prepare_environment(config: ActorConfig) -> None:
+    """Settings vLLM reads when it is imported. Call before anything imports it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
+    # The supervisor decides who runs on which core; vLLM's own binding would fight it.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+class Engine:
+    """One vLLM engine; create it with `await Engine.start(config)` inside a running event loop."""
+
+    def __init__(self, config: ActorConfig) -> None:
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        on_cpu = current_platform.is_cpu()
+        self._llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=config.model_path,
+                dtype=config.dtype,
+                max_model_len=config.max_tokens,
+                max_num_seqs=config.max_groups_in_flight * config.samples_per_group,
+                tensor_parallel_size=config.tensor_parallel_size,
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                # Compilation costs a CPU run more time than it saves it.
+                enforce_eager=on_cpu,
+                # A chunked prompt of a seeded request ends vLLM's CPU worker: its generators cannot be set back.
+                enable_chunked_prefill=not on_cpu,
+                max_num_batched_tokens=max(config.max_tokens, MIN_BATCHED_TOKENS) if on_cpu else None,
+                logprobs_mode="processed_logprobs",
+                seed=config.seed,
+                # A prefix computed with one version must never serve another one.
+                enable_prefix_caching=False,
+                disable_log_stats=True,
+                enable_log_requests=False,
+                weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND),
+                worker_extension_cls=WORKER_EXTENSION,
+            )
+        )
+
+    async def start(self) -> dict[str, str]:
+        """Warm the engine up. Returns the checksums of the weights it has loaded from its folder."""
+        await self._llm.update_weight_version(str(NO_VERSION))
+        await self.sample([1, 2, 3], num_samples=1, temperature=1.0, max_new_tokens=4, request_id="warm-up")
+        return await self.checksums()
+
+    async def sample(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        num_samples: int,
+        temperature: float,
+        max_new_tokens: int,
+        request_id: str,
+        stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        seed: int | None = None,
+    ) -> list[SampledCompletion]:
+        """`num_samples` completions of one prompt; waits until the last one ends."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        parameters = SamplingParams(
+            n=num_samples,
+            temperature=temperature,
+            max_tokens=max_new_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            seed=seed,
+            stop=list(stop),
+            stop_token_ids=list(stop_token_ids),
+            # Text is made once, from the finished tokens; only stop strings need it while sampling.
+            detokenize=bool(stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = None
+        async for finished in self._llm.generate({"prompt_token_ids": list(prompt_ids)}, parameters, request_id):
+            output = finished
+        if output is None or len(output.outputs) != num_samples:
+            raise RuntimeError(f"the engine returned no complete output for request {request_id}")
+        return [_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index)]
+
+    async def load(self, weights: LocalWeights) -> None:
+        """Replace the weights in the middle of generation; sampled tokens keep their version.
+
+        Requests in flight are frozen, not aborted, and go on with the new weights and their old key-value cache.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=weights.update_info()))
+            await self._llm.finish_weight_update(str(weights.policy_version))
+        finally:
+            await self._llm.resume_generation()
+
+    async def reload_from_folder(self, folder: str) -> None:
+        """Load a Hugging Face folder through vLLM's own loader, to compare checksums with."""
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        finally:
+            await self._llm.resume_generation()
+
+    async def checksums(self) -> dict[str, str]:
+        """Digest of every parameter as the engine holds it, over all its workers."""
+        merged: dict[str, str] = {}
+        for worker in await self._llm.compute_weight_checksums():
+            merged.update(worker)
+        return merged
+
+    def close(self) -> None:
+        """End the engine and its processes."""
+        self._llm.shutdown()
+
+
+def _completion(choice: object) -> SampledCompletion:
+    token_ids = np.asarray(choice.token_ids, dtype=np.int32)  # type: ignore[attr-defined]
+    flat = choice.logprobs  # type: ignore[attr-defined]
+    # The sampled token stands first at each position; rounding may lift its log-probability just above 0.
+    logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)
+    spans = choice.weight_versions  # type: ignore[attr-defined]
+    if not spans:
+        raise RuntimeError("the engine did not say which weights sampled its tokens")
+    return SampledCompletion(
+        token_ids=token_ids,
+        logprobs=np.minimum(logprobs, 0.0),
+        versions=tuple(VersionSpan(span.start, int(span.version)) for span in spans if span.end > span.start),
+        finish_reason=FinishReason.LENGTH if choice.finish_reason == "length" else FinishReason.STOP,  # type: ignore[attr-defined]
+    )

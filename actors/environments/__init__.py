@@ -1,0 +1,1 @@
+"""Tasks: prompts, gold answers and, for the embedded ones, teacher traces."""

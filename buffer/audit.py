@@ -1,0 +1,114 @@
+"""Reads a run's ledger from outside, also while it is written, and checks what must always hold.
+
+Used by `python -m buffer inspect`, by the launcher's summary and by tests. Everything is read in one snapshot.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from buffer.ledger_file import FILE_NAME, SCHEMA_VERSION
+
+STATES = ("pending", "leased", "ready", "used", "done")
+
+_BROKEN_RULES = {
+    "used or done groups whose staleness is not used_version - oldest_version": (
+        "SELECT COUNT(*) FROM occurrences WHERE state IN ('used', 'done')"
+        " AND staleness IS NOT used_version - oldest_version"
+    ),
+    "ready or used groups without contents": (
+        "SELECT COUNT(*) FROM occurrences WHERE state IN ('ready', 'used')"
+        " AND occurrence NOT IN (SELECT occurrence FROM payloads)"
+    ),
+    "contents without a ready or used group": (
+        "SELECT COUNT(*) FROM payloads WHERE occurrence NOT IN"
+        " (SELECT occurrence FROM occurrences WHERE state IN ('ready', 'used'))"
+    ),
+    "places in a batch taken twice": (
+        "SELECT COUNT(*) FROM (SELECT 1 FROM occurrences WHERE state IN ('used', 'done')"
+        " GROUP BY used_version, batch_order HAVING COUNT(*) > 1)"
+    ),
+    "occurrences beyond the number issued": (
+        "SELECT COUNT(*) FROM occurrences WHERE occurrence < 0"
+        " OR occurrence >= COALESCE((SELECT value FROM meta WHERE key = 'issued'), 0)"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """One snapshot of a ledger."""
+
+    issued: int
+    counts: dict[str, int]
+    """Occurrences by state."""
+    dropped: dict[str, int]
+    """Dropped occurrences by reason."""
+    counters: dict[str, int]
+    """Late, duplicate and unknown copies, reissued and rolled back groups, and so on."""
+    evaluations: dict[str, int]
+    """Evaluations by state."""
+    policy_version: int
+    staleness_max: int
+    """Over the groups handed out to the learner; 0 before the first."""
+    staleness_mean: float
+    problems: tuple[str, ...]
+    """What does not hold; empty when the ledger is sound."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether issued = pending + leased + ready + used + done + dropped, and the contents agree."""
+        return not self.problems
+
+
+def audit(run_dir: str | Path) -> Audit:
+    """Read and check the ledger in `run_dir`.
+
+    Raises:
+        ValueError: when there is no ledger, or not one of ours.
+    """
+    path = Path(run_dir) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the directory of a run that was started")
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)) as db:
+            db.execute("BEGIN")
+            return _audit(db, path)
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path} cannot be read as a ledger: {error}") from error
+
+
+def _audit(db: sqlite3.Connection, path: Path) -> Audit:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has ledger schema {version}, this program reads {SCHEMA_VERSION}; use the program that wrote it"
+        )
+    meta = dict(db.execute("SELECT key, value FROM meta"))
+    issued = meta.get("issued", 0)
+    counts = dict.fromkeys(STATES, 0)
+    counts |= dict(db.execute("SELECT state, COUNT(*) FROM occurrences WHERE state != 'dropped' GROUP BY state"))
+    dropped = dict(db.execute("SELECT reason, COUNT(*) FROM occurrences WHERE state = 'dropped' GROUP BY reason"))
+    total = sum(counts.values()) + sum(dropped.values())
+    problems = [] if issued == total else [f"{issued} occurrences were issued, the states hold {total}"]
+    for rule, sql in _BROKEN_RULES.items():
+        number = db.execute(sql).fetchone()[0]
+        if number:
+            problems.append(f"{number} {rule}")
+    highest, mean = db.execute(
+        "SELECT MAX(staleness), AVG(staleness) FROM occurrences WHERE state IN ('used', 'done')"
+    ).fetchone()
+    return Audit(
+        issued=issued,
+        counts=counts,
+        dropped=dropped,
+        counters=dict(db.execute("SELECT name, value FROM counters ORDER BY name")),
+        evaluations=dict(db.execute("SELECT state, COUNT(*) FROM evaluations GROUP BY state")),
+        policy_version=meta.get("policy_version", 0),
+        staleness_max=highest or 0,
+        staleness_mean=mean or 0.0,
+        problems=tuple(problems),
+    )

@@ -1,0 +1,152 @@
+"""The buffer's settings, and how any process turns its section of the run's configuration into a frozen dataclass.
+
+Hydra ends here: below `read_section` there are only frozen dataclasses, whose `__post_init__` holds the rules between
+fields. Every error is one sentence that names the section, the key, the value and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+DURABILITIES = ("full", "normal", "memory")
+LOCAL_ADDRESSES = ("tcp://127.", "tcp://[::1]:", "ipc://")
+
+
+@dataclass(frozen=True)
+class BufferConfig:
+    """What the buffer must know. Versions and staleness are counted in optimizer steps.
+
+    Raises:
+        ValueError: when a value is out of range or two fields contradict each other.
+    """
+
+    run_dir: str
+    """The ledger lies in `run_dir`/ledger.sqlite."""
+    address: str
+    """Where the buffer listens; loopback only, because peers are not authenticated."""
+    num_prompts: int
+    data_fingerprint: str
+    """Names the prompts' exact content; actors with other prompts are refused."""
+    groups_per_batch: int
+    max_staleness: int
+    """Optimizer steps that a group's oldest token may be behind when trained on; 0 = strictly in turn."""
+    updates_per_batch: int = 1
+    """Optimizer steps the learner takes with one batch."""
+    num_batches: int = 0
+    """Batches the run needs in all; 0 = endless."""
+    lease_seconds: float = 120.0
+    """Silence after which an actor loses its leases."""
+    durability: str = "normal"
+    """What survives a power cut: full = everything acknowledged, normal = all but the last moments, memory = the
+    operating system decides. A killed process loses nothing under any of them."""
+    shuffle: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "groups_per_batch", "updates_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"buffer.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_batches", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"buffer.{name} is {getattr(self, name)}; it must be at least 0")
+        if self.max_staleness < 0:
+            raise ValueError(f"buffer.max_staleness is {self.max_staleness}; use 0 for strictly in turn, or more")
+        if 0 < self.max_staleness < self.updates_per_batch:
+            raise ValueError(
+                f"buffer.max_staleness {self.max_staleness} is below buffer.updates_per_batch {self.updates_per_batch}"
+                f" and would act like 0; set max_staleness to 0, or to {self.updates_per_batch} or more"
+            )
+        if not self.lease_seconds > 0:
+            raise ValueError(f"buffer.lease_seconds is {self.lease_seconds}; it must be above 0")
+        if self.durability not in DURABILITIES:
+            raise ValueError(f"buffer.durability is {self.durability!r}; choose one of {', '.join(DURABILITIES)}")
+        if not self.address.startswith(LOCAL_ADDRESSES):
+            raise ValueError(
+                f"buffer.address {self.address!r} is not local to this machine, and peers are not authenticated;"
+                " use tcp://127.0.0.1:PORT or ipc://PATH"
+            )
+
+
+def read_section(cls: type[T], mapping: Mapping[str, Any], section: str) -> T:
+    """`mapping` as the frozen dataclass `cls`, nested dataclasses included.
+
+    Args:
+        cls: a dataclass of types that OmegaConf knows (int, float, str, bool, tuples, lists, dicts, optional
+            ones of these, dataclasses).
+        mapping: the section's keys and values; absent keys take the dataclass's default.
+        section: the section's name in error messages.
+
+    Raises:
+        ValueError: one sentence naming `section.key` for an unknown, missing or ill-typed key, or a broken rule.
+    """
+    try:
+        merged = OmegaConf.merge(_writable(cls), OmegaConf.create(dict(mapping)))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ValueError(f"{section}.{missing[0]} is missing; set it")
+        return cast(T, _build(cls, OmegaConf.to_container(merged, resolve=True)))
+    except OmegaConfBaseException as error:
+        raise ValueError(_sentence(cls, section, error)) from error
+
+
+def _writable(cls: type[Any]) -> DictConfig:
+    """The schema of `cls`. OmegaConf makes frozen dataclasses read-only, which would forbid merging values in."""
+    schema: DictConfig = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, None)
+    for name, wanted in get_type_hints(cls).items():
+        if is_dataclass(wanted) and isinstance(wanted, type):
+            nested, absent = _writable(wanted), OmegaConf.is_missing(schema, name)
+            schema[name] = nested if absent else OmegaConf.merge(nested, OmegaConf.to_container(schema[name]))
+    return schema
+
+
+def _build(cls: type[Any], values: Any) -> Any:
+    """An instance of `cls`; unlike OmegaConf's own conversion it keeps tuples as tuples."""
+    wanted = get_type_hints(cls)
+    return cls(**{name: _convert(wanted[name], value) for name, value in values.items()})
+
+
+def _convert(wanted: Any, value: Any) -> Any:
+    if is_dataclass(wanted) and isinstance(wanted, type):
+        return _build(wanted, value)
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin is list and is_dataclass(arguments[0]):
+        return [_convert(arguments[0], item) for item in value]
+    return tuple(value) if origin is tuple else value
+
+
+def _sentence(cls: type[Any], section: str, error: OmegaConfBaseException) -> str:
+    key = f"{section}.{error.full_key}" if error.full_key else section
+    reason = str(error.msg or error).splitlines()[0]
+    if error.parent_node is not None and "not in" in reason:
+        holder = OmegaConf.get_type(error.parent_node) or cls
+        known = ", ".join(sorted(f.name for f in fields(holder))) if hasattr(holder, "__dataclass_fields__") else ""
+        return f"{key} is not a known setting; the settings there are {known}"
+    return f"{key} is not valid: {reason}"
+
+
+def load_run_config(run_dir: str | Path) -> dict[str, Any]:
+    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml.
+
+    Raises:
+        ValueError: when there is none or it is not a mapping.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the directory of a run that was started")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds no mapping; restore the file the launcher wrote")
+    return {str(key): value for key, value in loaded.items()}

@@ -1,0 +1,354 @@
+"""The prompt ledger: for every prompt occurrence its state, for every ready or used group its contents, in one file.
+
+An occurrence is one dealing of a prompt id. It is always in exactly one state, and changes it only inside
+`transaction`, together with the group's contents:
+
+    pending -> leased -> ready -> used(version) -> done        dropped(reason) from leased
+
+    issued = pending + leased + ready + used + done + sum(dropped by reason)
+
+A group is named `occurrence.attempt`; each new lease of an occurrence is a new attempt, so a late copy of an older one
+is told apart and counted. Contents of done and dropped groups are deleted, their rows stay. Called by
+`buffer/service.py` only. `now` is always seconds of a monotonic clock; deadlines are kept in memory, and on reopening
+every holder of a lease gets a full one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from buffer.config import BufferConfig
+from buffer.evaluations import Evaluations
+from buffer.ledger_file import LedgerFile
+from buffer.prompt_order import PromptOrder
+from buffer.sampler import ReadyGroup
+from buffer.wire import PackedGroup, read_group_header
+
+_GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who leases: one connection of one actor process, and which of its requests."""
+
+    name: str
+    """Unique per process, so that a restarted actor is not taken for its predecessor."""
+    actor_id: str
+    request_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """One group of a batch that was handed out."""
+
+    occurrence: int
+    staleness: int
+    num_tokens: int
+
+
+class Ledger:
+    """The single writer of one run's ledger.
+
+    Raises:
+        ValueError: when the file belongs to other prompts or another order of them, or is in use.
+    """
+
+    def __init__(self, config: BufferConfig, now: float) -> None:
+        self._config = config
+        self.file = LedgerFile(Path(config.run_dir), config.durability)
+        self._order = PromptOrder(config.num_prompts, shuffle=config.shuffle, seed=config.seed)
+        self.evaluations = Evaluations(self.file)
+        self.counts: Counter[str] = Counter()
+        """Occurrences by state; dropped ones by reason as `dropped:reason`."""
+        self.leased: Counter[int] = Counter()
+        """Leased groups by the version of the actor that leased them."""
+        self.ready: Counter[int] = Counter()
+        """Ready groups by oldest version."""
+        self._deadlines: dict[str, float] = {}
+        try:
+            self._check_identity()
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+        for name in self._holder_names():
+            self._deadlines[name] = now + config.lease_seconds
+
+    def _check_identity(self) -> None:
+        config = self._config
+        wanted: dict[str, int | str] = {
+            "data_fingerprint": config.data_fingerprint,
+            "num_prompts": config.num_prompts,
+            "shuffle": int(config.shuffle),
+            "seed": config.seed,
+        }
+        with self.transaction():
+            for key, value in wanted.items():
+                stored = self.file.meta(key, None)
+                if stored is None:
+                    self.file.set_meta(key, value)
+                elif stored != value:
+                    raise ValueError(
+                        f"the ledger in {config.run_dir} was made with {key} {stored!r}, the configuration says"
+                        f" {value!r}; restore that setting or start a new run_dir"
+                    )
+
+    def _load(self) -> None:
+        """Rebuild everything kept in memory from the file."""
+        sql = "SELECT state, reason, COUNT(*) FROM occurrences GROUP BY state, reason"
+        counted = {_count_key(state, reason): number for state, reason, number in self.file.rows(sql)}
+        self.counts = Counter(counted)
+        by_version = "SELECT oldest_version, COUNT(*) FROM occurrences WHERE state = '{}' GROUP BY oldest_version"
+        self.leased = Counter(dict(self.file.rows(by_version.format("leased"))))
+        self.ready = Counter(dict(self.file.rows(by_version.format("ready"))))
+
+    def _holder_names(self) -> set[str]:
+        rows = self.file.rows("SELECT DISTINCT holder FROM occurrences WHERE state = 'leased'")
+        return {row[0] for row in rows} | self.evaluations.holders()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes inside become durable together when it ends, or none of them when it raises."""
+        try:
+            with self.file.transaction():
+                yield
+        except BaseException:
+            self._load()
+            raise
+
+    def close(self) -> None:
+        """Close the file; everything committed stays."""
+        self.file.close()
+
+    # --- leases ---
+
+    def issue(self, holder: Holder, policy_version: int, now: float) -> tuple[str, int]:
+        """Lease the next occurrence: the oldest pending one, else a new one. Returns group_id and prompt_id."""
+        pending = self.counts["pending"] and self.file.rows(
+            "SELECT occurrence, prompt_id, attempt FROM occurrences WHERE state = 'pending' ORDER BY occurrence LIMIT 1"
+        )
+        if pending:
+            occurrence, prompt_id, attempt = pending[0]
+            attempt += 1
+            self._move("pending", "leased")
+            self.file.count("reissued")
+        else:
+            occurrence, attempt = self.file.meta("issued", 0), 0
+            prompt_id = self._order.prompt_id(occurrence)
+            self.file.set_meta("issued", occurrence + 1)
+            self.counts["leased"] += 1
+        self.file.write(
+            "INSERT OR REPLACE INTO occurrences"
+            " (occurrence, prompt_id, attempt, state, holder, actor_id, request_number, oldest_version)"
+            " VALUES (?, ?, ?, 'leased', ?, ?, ?, ?)",
+            *(occurrence, prompt_id, attempt, holder.name, holder.actor_id, holder.request_number, policy_version),
+        )
+        self.leased[policy_version] += 1
+        self.watch(holder.name, now)
+        return f"{occurrence}.{attempt}", prompt_id
+
+    def leases_of(self, holder: Holder) -> list[tuple[str, int]]:
+        """The leases this very request was given, as (group_id, prompt_id), as far as they are still out."""
+        rows = self.file.rows(
+            "SELECT occurrence || '.' || attempt, prompt_id FROM occurrences"
+            " WHERE state = 'leased' AND holder = ? AND request_number = ? ORDER BY occurrence",
+            holder.name,
+            holder.request_number,
+        )
+        return [(group_id, prompt_id) for group_id, prompt_id in rows]
+
+    def deliver(self, group: PackedGroup) -> str:
+        """Store a group that was leased.
+
+        Returns:
+            stored; duplicate: this attempt is known already; late: its lease was given up or issued again; unknown:
+            never issued.
+        """
+        row = self._find(group.header.group_id)
+        if row is None or row.prompt_id != group.header.prompt_id:
+            outcome = "unknown"
+        elif row.is_older_attempt or row.state in ("pending", "dropped"):
+            outcome = "late"
+        else:
+            outcome = "stored" if row.state == "leased" else "duplicate"
+        if row is None or outcome != "stored":
+            self.file.count(outcome)
+            return outcome
+        version = group.header.oldest_version
+        if version < row.oldest_version:
+            self.file.count("older_than_leased")
+        self.file.write(
+            "UPDATE occurrences SET state = 'ready', oldest_version = ?, num_tokens = ? WHERE occurrence = ?",
+            *(version, sum(group.header.num_tokens), row.occurrence),
+        )
+        self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
+        self._move("leased", "ready")
+        _take(self.leased, row.oldest_version)
+        self.ready[version] += 1
+        return outcome
+
+    def give_back(self, group_id: str, reason: str) -> bool:
+        """End a lease unsampled: pending again, or dropped under `reason`. False when it is not out."""
+        row = self._find(group_id)
+        if row is None or row.is_older_attempt or row.state != "leased":
+            return False
+        self._end_lease(row.occurrence, row.oldest_version, reason)
+        return True
+
+    def release(self, holder_name: str) -> int:
+        """End all leases and evaluations of one holder; they are pending again. Returns how many."""
+        rows = self.file.rows(
+            "SELECT occurrence, oldest_version FROM occurrences WHERE state = 'leased' AND holder = ?", holder_name
+        )
+        for occurrence, version in rows:
+            self._end_lease(occurrence, version, "")
+        self._deadlines.pop(holder_name, None)
+        if rows:
+            self.file.count("expired", len(rows))
+        return len(rows) + self.evaluations.release(holder_name)
+
+    def keep(self, holder_name: str, now: float) -> None:
+        """The holder is alive: extend what it holds."""
+        if holder_name in self._deadlines:
+            self._deadlines[holder_name] = now + self._config.lease_seconds
+
+    def watch(self, holder_name: str, now: float) -> None:
+        """The holder has been given something: from now on it must be heard of."""
+        self._deadlines[holder_name] = now + self._config.lease_seconds
+
+    def silent(self, now: float) -> list[str]:
+        """Holders whose deadline has passed."""
+        return [name for name, deadline in self._deadlines.items() if deadline <= now]
+
+    def other_holders(self, holder_name: str, actor_id: str) -> list[str]:
+        """Who else holds leases under this actor_id."""
+        rows = self.file.rows(
+            "SELECT DISTINCT holder FROM occurrences WHERE state = 'leased' AND actor_id = ? AND holder != ?",
+            actor_id,
+            holder_name,
+        )
+        return [row[0] for row in rows]
+
+    # --- batches ---
+
+    def candidates(self, limit: int) -> list[ReadyGroup]:
+        """The first `limit` ready groups by (oldest_version, occurrence)."""
+        rows = self.file.rows(
+            "SELECT occurrence, oldest_version FROM occurrences WHERE state = 'ready'"
+            " ORDER BY oldest_version, occurrence LIMIT ?",
+            limit,
+        )
+        return [ReadyGroup(occurrence, version) for occurrence, version in rows]
+
+    def use(self, occurrences: Iterable[int], policy_version: int) -> None:
+        """Hand ready groups out as the batch for `policy_version`, in the given order."""
+        for position, occurrence in enumerate(occurrences):
+            version = self.file.one("SELECT oldest_version FROM occurrences WHERE occurrence = ?", occurrence)
+            changed = self.file.write(
+                "UPDATE occurrences SET state = 'used', used_version = ?, staleness = ?, batch_order = ?"
+                " WHERE occurrence = ? AND state = 'ready'",
+                *(policy_version, policy_version - version, position, occurrence),
+            )
+            if not changed:
+                raise RuntimeError(f"occurrence {occurrence} is not ready")
+            self._move("ready", "used")
+            _take(self.ready, version)
+
+    def batch(self, policy_version: int) -> list[BatchRow]:
+        """The groups handed out for `policy_version` whose effect is not committed, in order; empty when none were."""
+        rows = self.file.rows(
+            "SELECT occurrence, staleness, num_tokens FROM occurrences WHERE state = 'used' AND used_version = ?"
+            " ORDER BY batch_order",
+            policy_version,
+        )
+        return [BatchRow(*row) for row in rows]
+
+    def payload(self, occurrence: int) -> PackedGroup:
+        """The contents of a ready or used group."""
+        header, arrays = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
+        return read_group_header(header, arrays)
+
+    def commit(self, policy_version: int) -> int:
+        """Groups used before `policy_version` are done and their contents deleted. Returns how many."""
+        self.file.write(
+            "DELETE FROM payloads WHERE occurrence IN"
+            " (SELECT occurrence FROM occurrences WHERE state = 'used' AND used_version < ?)",
+            policy_version,
+        )
+        number = self.file.write(
+            "UPDATE occurrences SET state = 'done' WHERE state = 'used' AND used_version < ?", policy_version
+        )
+        self._move("used", "done", number)
+        return number
+
+    def roll_back(self, policy_version: int) -> int:
+        """The learner is back at `policy_version`: what was used from there on is ready again. Returns how many.
+
+        Done groups from there on (the learner went back behind a committed checkpoint) have no contents any more;
+        their prompts are pending, so that none is skipped.
+        """
+        number = self.file.write(
+            "UPDATE occurrences SET state = 'ready', used_version = NULL, staleness = NULL, batch_order = NULL"
+            " WHERE state = 'used' AND used_version >= ?",
+            policy_version,
+        )
+        resampled = self.file.write(
+            "UPDATE occurrences SET state = 'pending', used_version = NULL, staleness = NULL, batch_order = NULL"
+            " WHERE state = 'done' AND used_version >= ?",
+            policy_version,
+        )
+        self.evaluations.roll_back(policy_version)
+        self.file.count("rolled_back", number)
+        self.file.count("resampled", resampled)
+        self._load()
+        return number
+
+    # --- inside ---
+
+    def _find(self, group_id: str) -> _Row | None:
+        match = _GROUP_ID.fullmatch(group_id)
+        if match is None:
+            return None
+        rows = self.file.rows(
+            "SELECT occurrence, prompt_id, attempt, state, oldest_version FROM occurrences WHERE occurrence = ?",
+            int(match[1]),
+        )
+        if not rows or int(match[2]) > rows[0][2]:
+            return None
+        occurrence, prompt_id, attempt, state, oldest_version = rows[0]
+        return _Row(occurrence, prompt_id, int(match[2]) < attempt, state, oldest_version)
+
+    def _end_lease(self, occurrence: int, version: int, reason: str) -> None:
+        state = "dropped" if reason else "pending"
+        self.file.write("UPDATE occurrences SET state = ?, reason = ? WHERE occurrence = ?", state, reason, occurrence)
+        self._move("leased", _count_key(state, reason))
+        _take(self.leased, version)
+
+    def _move(self, origin: str, target: str, number: int = 1) -> None:
+        self.counts[origin] -= number
+        self.counts[target] += number
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    occurrence: int
+    prompt_id: int
+    is_older_attempt: bool
+    state: str
+    oldest_version: int
+
+
+def _count_key(state: str, reason: str) -> str:
+    return f"dropped:{reason}" if state == "dropped" else state
+
+
+def _take(counts: Counter[int], version: int) -> None:
+    """Count one less; versions without groups are removed, so that the counters stay as short as max_staleness."""
+    counts[version] -= 1
+    if not counts[version]:
+        del counts[version]

@@ -1,0 +1,216 @@
+"""What the buffer answers to each message: receipts, shards, evaluations, numbers. No sockets in here.
+
+Owned by `buffer/server.py`, which calls `receive` for each message and `wake` after them, all inside one ledger
+transaction, and sends what they return once that is committed. Lease requests go to `buffer/leasing.py`.
+
+A batch request waits for: enough ready groups, and leased groups that would otherwise become too old. Unblocked by:
+deliveries, ends of leases. It never gives up by itself; the client's timeout does. Every request may arrive again with
+the same number, also after a restart of the buffer, and has its effect once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from buffer import wire
+from buffer.admission import Limits
+from buffer.config import BufferConfig
+from buffer.leasing import Leasing, Outgoing, holder_name
+from buffer.ledger import Ledger
+from buffer.progress import Progress
+from buffer.sampler import balance, fifo
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _ParkedBatch:
+    request_number: int
+    request: wire.BatchRequest
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    heartbeat: wire.Heartbeat
+    heard: float
+
+
+class Service:
+    """The buffer's behavior over its ledger. `now` is seconds of a monotonic clock."""
+
+    def __init__(self, config: BufferConfig, ledger: Ledger) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._limits = Limits(config.max_staleness, config.groups_per_batch, config.updates_per_batch)
+        self._progress = Progress(ledger.file)
+        self._leasing = Leasing(config, ledger, self._progress)
+        self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
+        self._peers: dict[tuple[str, str], _Peer] = {}
+
+    def receive(self, identity: bytes, message: wire.Message, number: int, now: float) -> list[Outgoing]:
+        """Carry `message` out. Returns the answers that are due at once; parked requests are answered by `wake`."""
+        self._leasing.heard(identity, now)
+        match message:
+            case wire.LeaseRequest():
+                return self._leasing.request(identity, message, number, now)
+            case wire.BatchRequest():
+                self._batches[identity, message.rank] = _ParkedBatch(
+                    number, message, self._since(identity, message, now)
+                )
+                self._set_policy_version(message.policy_version)
+                return []
+            case wire.LearnerHello():
+                reply = self._learner_hello(identity, message, number)
+            case wire.Heartbeat():
+                reply = self._heartbeat(identity, message, number, now)
+            case wire.StatusRequest():
+                reply = self.status(now)
+            case _:
+                reply = self._from_actor(message) or self._from_learner(message)
+        return [Outgoing(identity, number, reply)]
+
+    def wake(self, now: float, *, may_expire: bool = True) -> list[Outgoing]:
+        """End the leases of silent actors if it `may_expire` them, and answer every parked request that can be."""
+        if may_expire:
+            self._leasing.expire(now)
+        outgoing: list[Outgoing] = []
+        for key, parked in list(self._batches.items()):
+            reply = self._shard(parked.request, now - parked.since)
+            if reply is not None:
+                del self._batches[key]
+                outgoing.append(Outgoing(key[0], parked.request_number, reply))
+        return outgoing + self._leasing.grant(now)
+
+    def status(self, now: float) -> wire.Status:
+        """The display's numbers: occurrences by state, how many were issued, and the counters."""
+        ledger, progress = self._ledger, self._progress
+        counts = dict.fromkeys(("pending", "leased", "ready", "used", "done"), 0)
+        counts |= ledger.counts
+        counts |= {"issued": ledger.file.meta("issued", 0)} | ledger.file.counters()
+        peers = []
+        for peer in self._peers.values():
+            beat, silent_seconds = peer.heartbeat, now - peer.heard
+            peers.append(
+                wire.Peer(beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
+            )
+        reports = ledger.evaluations.reports()
+        return wire.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports)
+
+    def _from_actor(self, message: wire.Message) -> wire.Message | None:
+        match message:
+            case wire.GroupDelivery():
+                group_id = message.group.header.group_id
+                outcome = self._ledger.deliver(message.group)
+                if outcome != "stored":
+                    log.info("group %s of %s is %s", group_id, message.actor_id, outcome)
+                return wire.GroupReceipt(group_id, outcome)
+            case wire.LeaseReturn():
+                given_back = sum(self._ledger.give_back(group_id, message.reason) for group_id in message.group_ids)
+                log.info("%s gave %d leases back %s", message.actor_id, given_back, message.reason)
+                return wire.Done()
+            case wire.EvaluationReport():
+                if self._ledger.evaluations.report(message):
+                    log.info("policy %d: pass@1 %.3f", message.policy_version, message.pass_at_1)
+                return wire.Done()
+            case _:
+                return None
+
+    def _from_learner(self, message: wire.Message) -> wire.Message:
+        match message:
+            case wire.CheckpointCommitted():
+                done = self._ledger.commit(message.policy_version)
+                log.info("policy %d is committed: %d groups done", message.policy_version, done)
+                return wire.Done()
+            case wire.EvaluationRequest():
+                self._ledger.evaluations.request(message.policy_version)
+                return wire.Done()
+            case wire.EvaluationQuery():
+                return wire.EvaluationReports(self._ledger.evaluations.reports(message.since_version))
+            case wire.Close():
+                if not self._progress.closing:
+                    self._progress.set(closing=True)
+                    log.info("closing: no more leases")
+                return wire.Done()
+            case _:
+                return wire.Refused(f"the buffer does not answer {type(message).__name__}")
+
+    # --- batches ---
+
+    def _since(self, identity: bytes, request: wire.BatchRequest, now: float) -> float:
+        """When the rank asked first; a repeat of the request does not restart the wait."""
+        parked = self._batches.get((identity, request.rank))
+        return parked.since if parked and parked.request == request else now
+
+    def _shard(self, request: wire.BatchRequest, waited_seconds: float) -> wire.Message | None:
+        """The rank's shard; the first rank to ask has the batch cut. None while the learner has to wait."""
+        version, world_size = request.policy_version, request.world_size
+        if not 0 <= request.rank < world_size or self._limits.groups_per_batch % world_size:
+            return wire.Refused(
+                f"rank {request.rank} of {world_size} cannot have an equal share of {self._limits.groups_per_batch}"
+                " groups; make buffer.groups_per_batch a multiple of the number of learner ranks"
+            )
+        rows = self._ledger.batch(version)
+        if not rows:
+            refused = self._refuse_batch(version)
+            if refused is not None or not self._cut(version, waited_seconds):
+                return refused
+            rows = self._ledger.batch(version)
+        mine = [rows[index] for index in balance([row.num_tokens for row in rows], world_size)[request.rank]]
+        groups = tuple(self._ledger.payload(row.occurrence) for row in mine)
+        return wire.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
+
+    def _refuse_batch(self, version: int) -> wire.Refused | None:
+        counts, wanted, next_version = self._ledger.counts, self._config.num_batches, self._progress.next_version
+        if wanted and counts["used"] + counts["done"] >= wanted * self._limits.groups_per_batch:
+            return wire.Refused(f"all {wanted} batches were handed out; raise buffer.num_batches to go on")
+        if version != next_version:
+            return wire.Refused(
+                f"the next batch is for policy {next_version}, not {version}; a learner that starts or goes back says"
+                f" LearnerHello first, and takes {self._limits.updates_per_batch} optimizer steps per batch"
+            )
+        return None
+
+    def _cut(self, version: int, waited_seconds: float) -> bool:
+        ledger = self._ledger
+        candidates = ledger.candidates(self._limits.groups_per_batch)
+        chosen = fifo(candidates, ledger.leased, ledger.ready, version, self._limits)
+        if not chosen:
+            return False
+        ledger.use(chosen, version)
+        self._progress.set(next_version=version + self._limits.updates_per_batch)
+        staleness = [row.staleness for row in ledger.batch(version)]
+        log.info(
+            "batch for policy %d: %d groups, staleness mean %.2f max %d, waited %.1f s",
+            *(version, len(chosen), sum(staleness) / len(staleness), max(staleness), waited_seconds),
+        )
+        return True
+
+    # --- the learner's life ---
+
+    def _learner_hello(self, identity: bytes, hello: wire.LearnerHello, number: int) -> wire.Message:
+        """Roll back once; a repeat that arrives after other ranks have been served must not do it again."""
+        file, call = self._ledger.file, f"{holder_name(identity)} {number}"
+        if file.meta("hello", "") == call:
+            return wire.LearnerWelcome(file.meta("hello_rolled_back", 0))
+        version = hello.policy_version
+        rolled_back = self._ledger.roll_back(version)
+        self._batches.clear()
+        self._progress.set(next_version=version, policy_version=version, closing=False)
+        file.set_meta("hello", call)
+        file.set_meta("hello_rolled_back", rolled_back)
+        log.info("the learner starts at policy %d: %d groups ready again", version, rolled_back)
+        return wire.LearnerWelcome(rolled_back)
+
+    def _heartbeat(self, identity: bytes, heartbeat: wire.Heartbeat, number: int, now: float) -> wire.Message:
+        self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now)
+        if heartbeat.role == "learner":
+            self._set_policy_version(heartbeat.policy_version)
+        else:
+            self._leasing.learn_version(identity, number, heartbeat.policy_version)
+        return wire.HeartbeatReply(self._progress.policy_version, self._progress.closing)
+
+    def _set_policy_version(self, version: int) -> None:
+        if version > self._progress.policy_version:
+            self._progress.set(policy_version=version)

@@ -1,0 +1,158 @@
+"""The only trajectory type: what one sampled completion is, and the group it was sampled in.
+
+Owned by the buffer, made by actors, read by the learner. Both types are frozen and checked when they are made, so a
+broken trajectory raises in the actor that made it and never reaches a loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class FinishReason(StrEnum):
+    """Why sampling ended: the end-of-sequence token or a stop string, or the length limit."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens from index `start` (into `token_ids`) on were sampled by `policy_version`, up to the next span."""
+
+    start: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One prompt with one sampled completion, and everything the learner needs to correct for its age.
+
+    Raises:
+        ValueError: when lengths disagree, a log-probability is not finite or above 0, versions decrease, or the loss
+            mask selects nothing.
+    """
+
+    trajectory_id: str
+    group_id: str
+    prompt_id: int
+    token_ids: NDArray[np.int32]
+    """[T] int32: prompt tokens, then completion (and observation) tokens."""
+    loss_mask: NDArray[np.bool_]
+    """[T] bool: True on tokens the policy sampled, False on prompt and observation tokens."""
+    behavior_logprobs: NDArray[np.float32]
+    """[T] float32: log mu of each sampled token, 0 where `loss_mask` is False."""
+    policy_versions: tuple[VersionSpan, ...]
+    """Runs of (start, version); one trajectory may span several versions."""
+    reward: float
+    reward_breakdown: dict[str, float]
+    verdict: str
+    """The verifier's word: correct, wrong, no_answer, truncated, timeout or error."""
+    finish_reason: FinishReason
+    num_turns: int = 1
+    actor_id: str = ""
+    created_at: float = 0.0
+    """Seconds since the epoch, on the actor's clock; for display only."""
+
+    def __post_init__(self) -> None:
+        where = f"trajectory {self.trajectory_id}"
+        _check_array(self.token_ids, np.int32, where, "token_ids")
+        _check_array(self.loss_mask, np.bool_, where, "loss_mask")
+        _check_array(self.behavior_logprobs, np.float32, where, "behavior_logprobs")
+        lengths = (len(self.token_ids), len(self.loss_mask), len(self.behavior_logprobs))
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                f"{where}: token_ids, loss_mask and behavior_logprobs have lengths {lengths}; make them equal"
+            )
+        if not self.loss_mask.any():
+            raise ValueError(f"{where}: loss_mask selects no token, so there is nothing to learn from")
+        if self.loss_mask[0]:
+            raise ValueError(
+                f"{where}: its first token is in the loss mask, but nothing comes before it to predict it from"
+            )
+        if int(self.token_ids.min()) < 0:
+            raise ValueError(f"{where}: token id {int(self.token_ids.min())} is negative")
+        if not np.isfinite(self.behavior_logprobs).all() or float(self.behavior_logprobs.max()) > 0.0:
+            worst = float(
+                self.behavior_logprobs[np.argmax(np.nan_to_num(self.behavior_logprobs, nan=np.inf, posinf=np.inf))]
+            )
+            raise ValueError(f"{where}: behavior_logprobs must be finite and <= 0, found {worst}")
+        if np.any(self.behavior_logprobs[~self.loss_mask]):
+            raise ValueError(f"{where}: behavior_logprobs must be 0 where loss_mask is False")
+        if not np.isfinite(self.reward):
+            raise ValueError(f"{where}: reward {self.reward} is not finite")
+        self._check_versions(where)
+
+    def _check_versions(self, where: str) -> None:
+        if not self.policy_versions:
+            raise ValueError(f"{where}: policy_versions is empty")
+        for span, following in zip(self.policy_versions, self.policy_versions[1:], strict=False):
+            if following.start <= span.start or following.version < span.version:
+                raise ValueError(f"{where}: policy_versions {self.policy_versions} must not decrease")
+        first, last = self.policy_versions[0], self.policy_versions[-1]
+        if first.version < 0 or first.start < 0 or last.start >= len(self.token_ids):
+            raise ValueError(f"{where}: policy_versions {self.policy_versions} lie outside the trajectory")
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion tokens together."""
+        return len(self.token_ids)
+
+    @property
+    def oldest_version(self) -> int:
+        """The version that staleness is counted from."""
+        return self.policy_versions[0].version
+
+    @property
+    def newest_version(self) -> int:
+        """The version that sampled the last token."""
+        return self.policy_versions[-1].version
+
+
+def _check_array(array: NDArray[Any], dtype: Any, where: str, name: str) -> None:
+    if array.ndim != 1 or array.dtype != dtype:
+        raise ValueError(
+            f"{where}: {name} is {array.dtype} of shape {array.shape}; it must be one-dimensional {np.dtype(dtype)}"
+        )
+    if not len(array):
+        raise ValueError(f"{where}: {name} is empty")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrajectoryGroup:
+    """The completions sampled together for one prompt: the unit that is leased, sent, stored, sampled and acknowledged.
+
+    Raises:
+        ValueError: when it is empty or a trajectory belongs to another group or prompt.
+    """
+
+    group_id: str
+    prompt_id: int
+    trajectories: tuple[Trajectory, ...]
+    oldest_version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not self.trajectories:
+            raise ValueError(f"group {self.group_id} holds no trajectory")
+        for trajectory in self.trajectories:
+            if trajectory.group_id != self.group_id or trajectory.prompt_id != self.prompt_id:
+                raise ValueError(
+                    f"trajectory {trajectory.trajectory_id} belongs to group {trajectory.group_id} and prompt"
+                    f" {trajectory.prompt_id}, not to group {self.group_id} and prompt {self.prompt_id}"
+                )
+        object.__setattr__(self, "oldest_version", min(t.oldest_version for t in self.trajectories))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all trajectories, prompts included."""
+        return sum(t.num_tokens for t in self.trajectories)
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """One reward per trajectory, in order."""
+        return tuple(t.reward for t in self.trajectories)

@@ -1,0 +1,1 @@
+"""The entry points: start, watch and restart a run."""

@@ -1,0 +1,122 @@
+"""The embedded base models: pretrained once on a noisy teacher's text, then taken from the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from actors.prompts import write_traces
+from launch.config import RunPlan
+from launch.settings import EmbeddedConfig
+from launch.supervisor import last_line
+from launch.topology import ROOT
+
+RECIPE = 1
+"""Part of the cache's key: raised when the same settings would make another model."""
+
+Progress = Callable[[int, int, float], None]
+"""Called with steps done, steps in all and the loss."""
+
+
+def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progress) -> Path:
+    """The folder of the base model for this task, made if it is not in the cache.
+
+    Raises:
+        ValueError: when it could not be made; the message says where the log is.
+    """
+    cache = Path(plan.cluster.cache_dir).expanduser()
+    settings, folder = _settings(plan, embedded), cache / f"base-{plan.task.name}-{_key(plan, embedded)}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    # Runs that start at the same time may make the same model; each works on files of its own.
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}-making-") as name:
+        making = Path(name)
+        _write_pairs(plan, making / "pairs.jsonl")
+        request = making / "settings.json"
+        request.write_text(
+            json.dumps({**settings, "pairs": str(making / "pairs.jsonl"), "output": str(making / "model")})
+        )
+        _train(request, plan, progress)
+        if not folder.is_dir():
+            (making / "model").rename(folder)
+    return folder
+
+
+def _key(plan: RunPlan, embedded: EmbeddedConfig) -> str:
+    """12 digits that differ when anything does that the model is made of."""
+    pretraining = {name: value for name, value in asdict(plan.pretraining).items() if name != "num_threads"}
+    made_of = [RECIPE, _settings(plan, embedded), pretraining, asdict(plan.task_config), plan.task.fingerprint]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _settings(plan: RunPlan, embedded: EmbeddedConfig) -> dict[str, Any]:
+    pretraining = plan.pretraining
+    return {
+        "alphabet": plan.task.alphabet if embedded.tokenizer == "characters" else "",
+        "vocabulary": embedded.vocabulary,
+        "hidden_size": embedded.hidden_size,
+        "num_layers": embedded.num_layers,
+        "num_heads": embedded.num_heads,
+        "intermediate_size": embedded.intermediate_size,
+        "max_tokens": plan.sections["model"]["max_tokens"],
+        "steps": pretraining.steps,
+        "batch_size": pretraining.batch_size,
+        "learning_rate": pretraining.learning_rate,
+        "seed": pretraining.seed,
+    }
+
+
+def _write_pairs(plan: RunPlan, path: Path) -> None:
+    pretraining = plan.pretraining
+    if pretraining.num_traces:
+        write_traces(
+            plan.task_config,
+            path,
+            num_traces=pretraining.num_traces,
+            error_rate=pretraining.error_rate,
+            clean_share=pretraining.clean_share,
+            seed=pretraining.seed,
+        )
+        return
+    # Without a teacher the prompts and golds themselves are the text to learn a tokenizer from.
+    rows = ({"prompt": plan.task.prompt(p), "completion": p.gold} for p in plan.task.train)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _train(request: Path, plan: RunPlan, progress: Progress) -> None:
+    log_path = plan.run_dir / "logs" / "pretraining.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    threads = str(min(plan.pretraining.num_threads, len(os.sched_getaffinity(0))))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+    command = [sys.executable, "-m", "learner.sft", str(request)]
+    with (
+        log_path.open("w") as log,
+        # One stream, so that the log keeps the order in which things were said.
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                log.write(line)
+                if line.startswith("{"):
+                    report = json.loads(line)
+                    progress(report["step"], report["steps"], report["loss"])
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise ValueError(
+            f"pretraining the base model ended with status {process.returncode}; its log {log_path} ends with:"
+            f" {last_line(log_path)}"
+        )

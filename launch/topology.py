@@ -1,0 +1,78 @@
+"""Which processes a run consists of: command lines, environment and cores. Starts nothing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.config import RunPlan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class ProcessSpec:
+    """One process of a run."""
+
+    role: str
+    """buffer | actor | learner | tensorboard."""
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+    @property
+    def command_line(self) -> str:
+        """What a person would type to start it alone."""
+        return shlex.join(self.command)
+
+
+def assign_cores(plan: RunPlan) -> None:
+    """On a CPU with at least two cores the actors and the learner get cores of their own.
+
+    A second thread on a busy core makes both processes many times slower, so each gets as many threads as cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    learner_cores = plan.cluster.learner_cores * plan.sections["learner"]["num_ranks"]
+    pin = plan.cluster.pin_cores and not has_cuda() and len(cores) > learner_cores
+    plan.sections["learner"]["cpu_affinity"] = cores[-learner_cores:] if pin else []
+    plan.sections["actor"]["cpu_affinity"] = cores[:-learner_cores] if pin else []
+
+
+def processes(plan: RunPlan) -> list[ProcessSpec]:
+    """The run's processes in starting order."""
+    run_dir, num_actors = str(plan.run_dir), plan.cluster.num_actors
+    specs = [_spec("buffer", "buffer", ("-m", "buffer", "serve", run_dir))]
+    num_ranks = plan.sections["learner"]["num_ranks"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
+    learner = (*(torchrun if num_ranks > 1 else ()), "-m", "learner", run_dir)
+    specs.append(_spec("learner", "learner", learner, num_threads=plan.cluster.learner_cores))
+    # The actors share their cores.
+    threads_per_actor = len(plan.sections["actor"]["cpu_affinity"]) // num_actors
+    for name in (f"actor-{index}" for index in range(num_actors)):
+        specs.append(_spec("actor", name, ("-m", "actors", run_dir, "--name", name), num_threads=threads_per_actor))
+    if plan.cluster.tensorboard:
+        port = str(plan.cluster.tensorboard_port)
+        command = ("-m", "tensorboard.main", "--logdir", f"{run_dir}/tensorboard", "--port", port)
+        specs.append(_spec("tensorboard", "tensorboard", command))
+    return specs
+
+
+def has_cuda() -> bool:
+    """Whether an NVIDIA driver is loaded; asked without importing torch."""
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def _spec(role: str, name: str, arguments: Sequence[str], num_threads: int | None = None) -> ProcessSpec:
+    """A Python process; `num_threads` limits its numerical libraries, None leaves them alone."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(max(1, num_threads))
+    return ProcessSpec(role, name, (sys.executable, *arguments), environment)

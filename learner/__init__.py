@@ -1,0 +1,1 @@
+"""Training with DeepSpeed on batches from the buffer."""

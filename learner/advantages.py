@@ -1,0 +1,153 @@
+"""From rewards to advantages: pure functions, no gradient, no configuration.
+
+Called by the algorithms once per batch. Token tensors are padded [B, T] (or one trajectory, [T]) with a `loss_mask`,
+or packed [N] over scored tokens with `sequence_index` [N] int64 naming each token's trajectory, trajectories contiguous
+and in order. Results are 0 where `loss_mask` is False.
+
+Symbols: r_t reward, V_t value, gamma discount, lam the lambda of GAE, G the size of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over the learner's ranks and returns it; None where there is one rank."""
+
+_STD_EPSILON = 1e-6
+_VARIANCE_FLOOR = 1e-8
+
+
+@torch.no_grad()
+def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2016, equation 16) over the tokens the policy sampled.
+
+    delta_t = r_t + gamma V_next(t) - V_t and A_t = delta_t + gamma lam A_next(t), where next(t) is the next token with
+    `loss_mask` True: observation tokens in between are no step of the policy, and their rewards and values are not
+    read. Past the last such token V and A are 0: an episode ends there, cut off by the length limit or not.
+
+    Args:
+        rewards, values: [T] or [B, T] float.
+        loss_mask: the same shape, bool.
+
+    Returns:
+        (advantages, returns) of the inputs' shape; returns = advantages + values.
+    """
+    advantages = torch.zeros_like(values)
+    next_advantage = torch.zeros_like(values[..., 0]) if values.shape[-1] else values.sum(-1)
+    next_value = torch.zeros_like(next_advantage)
+    for t in range(values.shape[-1] - 1, -1, -1):
+        scored, value = loss_mask[..., t], values[..., t]
+        advantage = rewards[..., t] + gamma * next_value - value + gamma * lam * next_advantage
+        next_advantage = torch.where(scored, advantage, next_advantage)
+        next_value = torch.where(scored, value, next_value)
+        advantages[..., t] = torch.where(scored, advantage, torch.zeros_like(advantage))
+    return advantages, torch.where(loss_mask, advantages + values, torch.zeros_like(values))
+
+
+@torch.no_grad()
+def group_relative(rewards: Tensor, group_index: Tensor, *, normalize_std: bool) -> Tensor:
+    """A_i = r_i - mean(r of its group), divided by the group's standard deviation + 1e-6 if `normalize_std` (GRPO).
+
+    The standard deviation is the sample one (divided by G - 1). A group of one has advantage 0: it has no peers.
+
+    Args:
+        rewards: [num_sequences] float.
+        group_index: [num_sequences] int64, any order; a group must be here whole.
+
+    Returns:
+        [num_sequences] in the dtype of `rewards`. Computed in float64, so that equal rewards give 0 and not rounding
+        noise divided by 1e-6.
+    """
+    exact = rewards.double()
+    sizes, sums = _group_sums(exact, group_index)
+    advantages = exact - (sums / sizes)[group_index]
+    if normalize_std:
+        _, squares = _group_sums(advantages.square(), group_index)
+        std = (squares / (sizes - 1).clamp(min=1)).sqrt()
+        advantages = advantages / (std[group_index] + _STD_EPSILON)
+    return advantages.to(rewards.dtype)
+
+
+@torch.no_grad()
+def leave_one_out(rewards: Tensor, group_index: Tensor) -> Tensor:
+    """A_i = r_i - mean(r of the others in its group) (RLOO); 0 in a group of one.
+
+    Args:
+        rewards: [num_sequences] float.
+        group_index: [num_sequences] int64, any order; a group must be here whole.
+
+    Returns:
+        [num_sequences] in the dtype of `rewards`.
+    """
+    exact = rewards.double()
+    sizes, sums = _group_sums(exact, group_index)
+    others = (sums[group_index] - exact) / (sizes[group_index] - 1).clamp(min=1)
+    return torch.where(sizes[group_index] > 1, exact - others, torch.zeros_like(exact)).to(rewards.dtype)
+
+
+@torch.no_grad()
+def whiten(advantages: Tensor, loss_mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
+    """(A - mean) / sqrt(max(variance, 1e-8)) with mean and population variance over the unmasked tokens of all ranks.
+
+    Args:
+        advantages, loss_mask: one shape, any.
+        reduce: sums a [3] float64 tensor over the ranks. Waits for: every rank's call.
+
+    Returns:
+        The inputs' shape; 0 where `loss_mask` is False.
+    """
+    exact = torch.where(loss_mask, advantages, torch.zeros_like(advantages)).double()
+    totals = torch.stack([loss_mask.sum().double(), exact.sum(), exact.square().sum()])
+    if reduce is not None:
+        totals = reduce(totals)
+    count = totals[0].clamp(min=1)
+    mean = totals[1] / count
+    variance = (totals[2] / count - mean.square()).clamp(min=_VARIANCE_FLOOR)
+    return torch.where(loss_mask, (exact - mean) * variance.rsqrt(), torch.zeros_like(exact)).to(advantages.dtype)
+
+
+@torch.no_grad()
+def terminal_rewards(rewards: Tensor, sequence_index: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """[N] token rewards of `dtype`: each trajectory's reward [num_sequences] at its last scored token, 0 elsewhere."""
+    ends = sequence_lengths(sequence_index, len(rewards)).cumsum(0) - 1
+    token_rewards = torch.zeros(len(sequence_index), dtype=dtype, device=rewards.device)
+    token_rewards[ends] = rewards.to(dtype)
+    return token_rewards
+
+
+def sequence_lengths(sequence_index: Tensor, num_sequences: int) -> Tensor:
+    """[num_sequences] int64: scored tokens of each trajectory.
+
+    Raises:
+        ValueError: when trajectories are not contiguous and in order, or one has no token.
+    """
+    if len(sequence_index) and bool((sequence_index.diff() < 0).any()):
+        raise ValueError("sequence_index decreases: pack trajectories one after another, in order")
+    lengths = torch.bincount(sequence_index, minlength=num_sequences)
+    if len(lengths) != num_sequences or (num_sequences and int(lengths.min()) == 0):
+        raise ValueError(
+            f"sequence_index covers {int((lengths > 0).sum())} trajectories up to number {len(lengths) - 1}, but"
+            f" {num_sequences} rewards are given; every trajectory needs one reward and at least one scored token"
+        )
+    return lengths
+
+
+def pad_mask(sequence_index: Tensor, num_sequences: int) -> Tensor:
+    """[num_sequences, longest] bool that maps packed to padded and back.
+
+    `padded[mask] = packed` and `padded[mask]` keep the packed order, because trajectories are contiguous and in order.
+    """
+    lengths = sequence_lengths(sequence_index, num_sequences)
+    longest = int(lengths.max()) if num_sequences else 0
+    return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _group_sums(values: Tensor, group_index: Tensor) -> tuple[Tensor, Tensor]:
+    """(sizes, sums) per group, both float64 of [num_groups]; an index without members has size 0."""
+    num_groups = int(group_index.max()) + 1 if len(group_index) else 0
+    zeros = torch.zeros(num_groups, dtype=torch.float64, device=values.device)
+    return zeros.index_add(0, group_index, torch.ones_like(values)), zeros.index_add(0, group_index, values)

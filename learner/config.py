@@ -1,0 +1,139 @@
+"""What the learner can be told, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from learner.schedule import Schedule, learning_rate
+
+DTYPES = ("float32", "bfloat16")
+ZERO_STAGES = (0, 1, 2, 3)
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy to start from."""
+
+    path: str
+    """A Hugging Face folder."""
+    dtype: str = "float32"
+    """Parameters on the learner: float32 | bfloat16 (float32 master weights are kept by DeepSpeed)."""
+    gradient_checkpointing: bool = False
+    max_tokens: int = 512
+    """Context length: prompt and completion together, in tokens."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model.dtype={self.dtype} is unknown; use one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never."""
+    schedule: str = "constant"
+    """constant | linear | cosine."""
+    warmup_steps: int = 0
+    floor: float = 0.0
+    """Final learning rate as a fraction of the first, for linear and cosine."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        if self.clip_norm < 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be 0 (never clip) or above")
+
+    def rate(self, step: int, total_steps: int) -> float:
+        """The learning rate of the optimizer step that makes version `step` + 1.
+
+        A run shorter than the warm-up ends in the middle of it.
+
+        Raises:
+            ValueError: as `schedule.learning_rate` does.
+        """
+        return learning_rate(
+            step,
+            base=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            total_steps=max(total_steps, self.warmup_steps),
+            schedule=cast(Schedule, self.schedule),
+            floor=self.floor,
+        )
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """One training run as the learner sees it."""
+
+    total_steps: int
+    """Optimizer steps, that is policy versions."""
+    optimizer: OptimizerConfig
+    critic_optimizer: OptimizerConfig
+    groups_per_batch: int
+    samples_per_group: int
+    updates_per_batch: int = 1
+    """Optimizer steps made with each batch."""
+    num_ranks: int = 1
+    zero_stage: int = 0
+    cpu_offload: bool = False
+    tokens_per_microbatch: int = 8192
+    """Packed tokens of one forward and backward pass; a longer trajectory stands alone."""
+    temperature: float = 1.0
+    """What the actors sample at; logits are divided by it."""
+    critic_warmup_steps: int = 0
+    """First steps in which only the critic learns."""
+    publish_dtype: str = "float32"
+    """What the actors run in."""
+    checkpoint_every: int = 50
+    """Versions between checkpoints; the last version always has one."""
+    keep_checkpoints: int = 2
+    evaluate_every: int = 20
+    """Versions between evaluations on held-out prompts; the first and last are always evaluated. 0: only those."""
+    evaluation_timeout_seconds: float = 300.0
+    """How long the end of the run waits for its last evaluation."""
+    batch_timeout_seconds: float = 1800.0
+    """How long the learner waits for a batch before it ends with an error that names the buffer."""
+    logprob_tolerance: float = 0.02
+    """Largest mean |log pi - log mu| that the first batch may show where both are the same version."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    cpu_affinity: list[int] = field(default_factory=list)
+    """Cores this process may use; empty: all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in ZERO_STAGES:
+            raise ValueError(f"learner.zero_stage={self.zero_stage} is unknown; use 0, 1, 2 or 3")
+        if self.device not in DEVICES:
+            raise ValueError(f"learner.device={self.device} is unknown; use one of {', '.join(DEVICES)}")
+        if self.publish_dtype not in DTYPES:
+            raise ValueError(f"learner.publish_dtype={self.publish_dtype} is unknown; use one of {', '.join(DTYPES)}")
+        for name in ("total_steps", "groups_per_batch", "samples_per_group", "updates_per_batch", "num_ranks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"learner.{name}={getattr(self, name)} must be at least 1")
+        parts = self.num_ranks * self.updates_per_batch
+        if self.groups_per_batch % parts:
+            raise ValueError(
+                f"groups_per_batch={self.groups_per_batch} can't be divided by num_ranks={self.num_ranks} x"
+                f" updates_per_batch={self.updates_per_batch}; use a multiple of {parts}"
+            )
+        if self.total_steps % self.updates_per_batch:
+            raise ValueError(
+                f"total_steps={self.total_steps} is not a multiple of updates_per_batch={self.updates_per_batch};"
+                f" use {self.total_steps // self.updates_per_batch * self.updates_per_batch or self.updates_per_batch}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")
+        for name, optimizer in (("optimizer", self.optimizer), ("critic_optimizer", self.critic_optimizer)):
+            try:
+                optimizer.rate(0, self.total_steps)
+            except ValueError as error:
+                raise ValueError(f"learner.{name}: {error}") from error

@@ -1,0 +1,205 @@
+"""DeepSpeed around one network: packed forward passes, gradient accumulation, optimizer step, gather, save and load.
+
+The only file that knows DeepSpeed. Losses arrive already divided by global counts, so gradients are summed, never
+averaged, over microbatches and ranks: cutting a batch differently changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("SLIPSTREAM_DEVICE") == "cuda" else "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from learner.batch import MicroBatch
+from learner.config import OptimizerConfig
+
+GATHER_ELEMENTS = 1 << 26
+"""Parameters gathered at a time when weights are collected from ZeRO-3 shards."""
+
+
+def init_distributed(device: torch.device, timeout_seconds: float = 600.0) -> None:
+    """Join the ranks that torchrun started; alone, be rank 0 of 1."""
+    import datetime
+
+    if "RANK" not in os.environ:
+        lonely = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(lonely)
+    if device.type == "cpu":
+        # Its C++ build takes half a minute and a compiler; gloo does the same on the few ranks a CPU run has.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device.type == "cpu" else "nccl",
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        verbose=False,
+    )
+
+
+class TrainingEngine:
+    """One network with its optimizer, sharded by DeepSpeed.
+
+    Args:
+        model: the network; its forward takes the fields of a `MicroBatch`.
+        optimizer: AdamW settings.
+        zero_stage: 0 (replicated; in bfloat16 the same as 1) to 3 (parameters sharded).
+        bfloat16: parameters in bfloat16 with float32 master weights.
+        cpu_offload: optimizer state in host memory.
+        device: where the network lives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        *,
+        zero_stage: int,
+        bfloat16: bool,
+        cpu_offload: bool,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        # DeepSpeed's replicated bfloat16 optimizer starts Adam's bias correction at the second step; stage 1 does not.
+        self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage
+        self._engine, *_ = deepspeed.initialize(
+            model=model.to(device),
+            model_parameters=list(model.parameters()),
+            config=_deepspeed_config(optimizer, self._zero_stage, bfloat16, cpu_offload, device),
+        )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share the work."""
+        return dist.get_world_size()
+
+    def forward(self, micro: MicroBatch) -> Any:
+        """The network's outputs on the scored tokens of one microbatch."""
+        return self._engine(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of `loss`, which is this rank's share of a sum over ranks; `last` ends the accumulation."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; the losses are shares of one sum.
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, step, clear. Returns the global gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._replicated_norm() if self._zero_stage == 0 else None
+        self._engine.step()
+        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def _replicated_norm(self) -> Tensor:
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def gather(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter as (name, copy in `dtype` on the host), in buckets of bounded size.
+
+        Every rank must iterate to the end; only rank 0 receives tensors (the others get empty ones). Tied parameters
+        appear once.
+        """
+        for bucket in self._buckets():
+            parameters = [parameter for _, parameter in bucket]
+            with deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
+                for name, parameter in bucket:
+                    if dist.get_rank() == 0:
+                        yield name, parameter.detach().to("cpu", dtype, copy=True)
+                    else:
+                        yield name, torch.empty(0, dtype=dtype)
+
+    def _buckets(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
+        bucket: list[tuple[str, nn.Parameter]] = []
+        size = 0
+        for name, parameter in self._engine.module.named_parameters():
+            elements = int(getattr(parameter, "ds_numel", parameter.numel()))
+            if bucket and size + elements > GATHER_ELEMENTS:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append((name, parameter))
+            size += elements
+        if bucket:
+            yield bucket
+
+    def save(self, folder: Path) -> None:
+        """Parameters and optimizer state of all ranks, into `folder`. Every rank must call it."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote. Every rank must call it.
+
+        Raises:
+            FileNotFoundError: when there is none.
+        """
+        if not (folder / "state").is_dir():
+            raise FileNotFoundError(f"{folder} holds no training state")
+        self._engine.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum of `values` over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def all_reduce_max(values: Tensor) -> Tensor:
+    """The maximum of `values` over all ranks, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def barrier() -> None:
+    """Waits for: every rank. Unblocked by: the slowest one. Gives up after: the process group's timeout."""
+    dist.barrier()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and how many there are."""
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _deepspeed_config(
+    optimizer: OptimizerConfig, zero_stage: int, bfloat16: bool, cpu_offload: bool, device: torch.device
+) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = 1 << 14
+    if cpu_offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip_norm,
+        "bf16": {"enabled": bfloat16},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.learning_rate,
+                "betas": _pair(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                # The fused kernels are compiled on first use, which needs a C++ or CUDA toolchain; torch's does not.
+                "torch_adam": True,
+            },
+        },
+        "steps_per_print": 1 << 30,
+    }
+
+
+def _pair(values: Sequence[float]) -> list[float]:
+    return [float(value) for value in values]
+
+
+def shut_down_distributed() -> None:
+    """Leave the process group, so that no rank is left waiting for this one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,41 @@
+"""The learning rate as a pure function of the step: warm-up, then constant, linear or cosine down to a floor."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def learning_rate(
+    step: int, *, base: float, warmup_steps: int, total_steps: int, schedule: Schedule, floor: float = 0.0
+) -> float:
+    """The rate for the optimizer step that makes version `step` + 1.
+
+    Args:
+        step: optimizer steps done, from 0; past `total_steps` the rate stays where it ended.
+        base: the rate after warm-up.
+        warmup_steps: steps of the linear rise; the first already moves, by base/warmup_steps.
+        total_steps: steps of the whole run, warm-up included.
+        schedule: constant, linear or cosine, after the warm-up.
+        floor: where linear and cosine end, as a fraction of `base`.
+
+    Raises:
+        ValueError: unknown schedule, a floor outside [0, 1], or a warm-up longer than the run.
+    """
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule is {schedule!r}; choose constant, linear or cosine")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor={floor} is a fraction of the learning rate and must lie in [0, 1]")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} must lie between 0 and total_steps={total_steps}; shorten the warm-up"
+        )
+    if step < warmup_steps:
+        return base * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return base
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    remaining = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return base * (floor + (1 - floor) * remaining)

@@ -1,0 +1,148 @@
+"""Passes over a batch: annotation without gradients, and the optimizer steps of the policy and of the critic.
+
+Called by the training loop on every rank. Each pass cuts its part of the batch into microbatches; every rank makes
+equally many, because sharded parameters are gathered by all ranks together: a rank with fewer repeats one with
+weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.algorithm import Algorithm, LossInputs, LossOutputs, ValueLossInputs
+from learner.batch import MicroBatch, TrainingBatch
+from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum
+from learner.losses import batch_counts
+from learner.metrics import MetricSums
+from learner.model import PolicyModel
+
+LossOf = Callable[[MicroBatch], LossOutputs]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Annotations:
+    """Per scored token of the batch, [M] each; None where the algorithm does not ask for it."""
+
+    advantages: Tensor
+    returns: Tensor | None
+    old_values: Tensor | None
+    proximal_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+
+
+@torch.no_grad()
+def score_batch(network: TrainingEngine | PolicyModel, batch: TrainingBatch, tokens_per_microbatch: int) -> Tensor:
+    """[M] float32 outputs of `network` on all scored tokens: log-probabilities of a policy, values of a critic.
+
+    Args:
+        network: a training engine, of which all ranks make equally many passes, or a module of this rank's own.
+        batch: this rank's share.
+        tokens_per_microbatch: packed tokens of one forward pass.
+    """
+    outputs: list[Tensor] = []
+    everything, agree = range(len(batch.trajectories)), isinstance(network, TrainingEngine)
+    for micro, counts, _ in _microbatches(batch, everything, tokens_per_microbatch, agree=agree):
+        if isinstance(network, TrainingEngine):
+            output = network.forward(micro)
+        else:
+            output = network(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets)
+        if counts:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+    return torch.cat(outputs)
+
+
+def policy_step(
+    policy: TrainingEngine,
+    algorithm: Algorithm,
+    batch: TrainingBatch,
+    part: range,
+    annotations: Annotations,
+    tokens_per_microbatch: int,
+) -> MetricSums:
+    """Accumulate the policy's gradient over the trajectories in `part`; the caller makes the optimizer step."""
+    weights = _token_weights(algorithm, batch, part)
+
+    def loss(micro: MicroBatch) -> LossOutputs:
+        logprobs, entropy = policy.forward(micro)
+        return algorithm.loss(
+            LossInputs(
+                logprobs=logprobs,
+                entropy=entropy,
+                behavior_logprobs=batch.behavior_logprobs[micro.scored],
+                advantages=annotations.advantages[micro.scored],
+                token_weights=weights[micro.scored],
+                proximal_logprobs=_slice(annotations.proximal_logprobs, micro),
+                ref_logprobs=_slice(annotations.ref_logprobs, micro),
+            )
+        )
+
+    return _accumulate(policy, batch, part, tokens_per_microbatch, loss)
+
+
+def critic_step(
+    critic: TrainingEngine,
+    algorithm: Algorithm,
+    batch: TrainingBatch,
+    part: range,
+    annotations: Annotations,
+    tokens_per_microbatch: int,
+) -> MetricSums:
+    """Accumulate the critic's gradient over the trajectories in `part`; the caller makes the optimizer step."""
+    weights = _token_weights(algorithm, batch, part)
+    if annotations.old_values is None or annotations.returns is None:
+        raise ValueError("a critic step needs the values and returns of the batch")
+    old_values, returns = annotations.old_values, annotations.returns
+
+    def loss(micro: MicroBatch) -> LossOutputs:
+        return algorithm.value_loss(
+            ValueLossInputs(
+                values=critic.forward(micro),
+                old_values=old_values[micro.scored],
+                returns=returns[micro.scored],
+                token_weights=weights[micro.scored],
+            )
+        )
+
+    return _accumulate(critic, batch, part, tokens_per_microbatch, loss)
+
+
+def _accumulate(
+    engine: TrainingEngine, batch: TrainingBatch, part: range, tokens_per_microbatch: int, loss: LossOf
+) -> MetricSums:
+    metrics = MetricSums()
+    for micro, counts, last in _microbatches(batch, part, tokens_per_microbatch, agree=True):
+        outputs = loss(micro)
+        engine.backward(outputs.loss if counts else outputs.loss * 0.0, last=last)
+        if counts:
+            metrics = metrics + outputs.metrics
+    return metrics
+
+
+def _microbatches(
+    batch: TrainingBatch, part: range, tokens_per_microbatch: int, *, agree: bool
+) -> Iterator[tuple[MicroBatch, bool, bool]]:
+    """(microbatch, whether it counts, whether it is the last)."""
+    own = batch.microbatches(part, tokens_per_microbatch)
+    total = len(own)
+    if agree:
+        total = int(all_reduce_max(torch.tensor([len(own)], device=batch.device))[0])
+    for index in range(total):
+        yield own[min(index, len(own) - 1)], index < len(own), index == total - 1
+
+
+def _token_weights(algorithm: Algorithm, batch: TrainingBatch, part: range) -> Tensor:
+    """[M] what each token counts in this optimizer step, over all ranks; 0 outside `part`."""
+    loss_mask = torch.zeros(batch.num_scored_tokens, dtype=torch.bool, device=batch.device)
+    loss_mask[batch.scored_slice(part)] = True
+    counts = all_reduce_sum(batch_counts(loss_mask, batch.sequence_index)).tolist()
+    return algorithm.token_weights(
+        loss_mask, batch.sequence_index, num_tokens=counts[0], num_sequences=counts[1]
+    ).float()
+
+
+def _slice(tensor: Tensor | None, micro: MicroBatch) -> Tensor | None:
+    return None if tensor is None else tensor[micro.scored]

@@ -1,0 +1,377 @@
+"""The actor against the real buffer and the real scoring pool; only engine and weight store are stand-ins."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.actor import Actor, Meter
+from actors.config import ActorConfig
+from actors.prompts import Task
+from buffer import wire
+from buffer.audit import audit
+from buffer.client import Connection
+from buffer.config import BufferConfig
+from buffer.server import Server
+from tests.actors.stand_ins import PARAMETERS, Characters, FakeEngine, FakeWeights, sums
+from verifier.base import RewardSpec
+from verifier.pool import ScoringPool
+
+SECONDS = 20.0
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ScoringPool]:
+    options = {"num_workers": 1, "deadline_seconds": 5.0, "memory_bytes": 2 << 30}
+    started = ScoringPool([RewardSpec("boxed_exact")], **options)  # type: ignore[arg-type]
+    yield started
+    started.close()
+
+
+@dataclass
+class Loop:
+    """An actor at work, and the learner's connection to its buffer."""
+
+    actor: Actor
+    engine: FakeEngine
+    weights: FakeWeights
+    learner: Connection
+    work: asyncio.Task[None]
+    run_dir: Path
+
+    async def ask(self, message: wire.Message) -> Any:
+        return await asyncio.wait_for(asyncio.wrap_future(self.learner.request(message)), SECONDS)
+
+    async def batch(self, version: int) -> wire.Shard:
+        shard = await self.ask(wire.BatchRequest(version, 0, 1))
+        assert isinstance(shard, wire.Shard)
+        return shard
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(SECONDS):
+            while not condition():
+                if self.work.done():
+                    self.work.result()
+                await asyncio.sleep(0.01)
+
+    def counts(self) -> dict[str, int]:
+        found = audit(self.run_dir)
+        assert found.holds
+        return found.counts | {f"dropped:{reason}": count for reason, count in found.dropped.items()}
+
+
+Looper = Callable[..., AbstractAsyncContextManager[Loop]]
+
+
+@pytest.fixture
+def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
+    @asynccontextmanager
+    async def run(task: Task | None = None, max_staleness: int = 1, **changes: Any) -> AsyncIterator[Loop]:
+        task = task or sums()
+        settings = {"samples_per_group": 2, "max_new_tokens": 16, "max_tokens": 32, "heartbeat_seconds": 0.1}
+        config = ActorConfig("model", **(settings | changes))  # type: ignore[arg-type]
+        limits = {"groups_per_batch": 2, "max_staleness": max_staleness, "durability": "memory", "shuffle": False}
+        server = Server(
+            BufferConfig(str(tmp_path), "tcp://127.0.0.1:*", len(task.train), task.fingerprint, **limits)  # type: ignore[arg-type]
+        )
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        learner, buffer = (Connection(server.address, name, timeout_seconds=SECONDS) for name in ("learner", "actor-0"))
+        engine, weights = FakeEngine(), FakeWeights()
+        try:
+            actor = Actor("actor-0", config, task, Characters(), engine, pool, buffer, weights, tmp_path)  # type: ignore[arg-type]
+            work = asyncio.create_task(actor.run(dict(PARAMETERS)))
+            running = Loop(actor, engine, weights, learner, work, tmp_path)
+            await running.ask(wire.LearnerHello(0))
+            yield running
+            work.cancel()
+            await asyncio.wait([work], timeout=SECONDS)
+        finally:
+            buffer.close()
+            learner.close()
+            server.stop()
+            thread.join()
+
+    return run
+
+
+def test_prompts_come_back_as_scored_groups(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            running.weights.publish(0)
+            shard = await running.batch(0)
+            assert len(shard.groups) == 2
+            for packed in shard.groups:
+                group = wire.unpack_group(packed)
+                right, wrong = group.trajectories
+                assert (right.verdict, wrong.verdict) == ("correct", "wrong")
+                assert right.reward > wrong.reward
+                prompt = "".join(map(chr, right.token_ids[~right.loss_mask]))
+                assert prompt == f"{group.prompt_id}+4="
+                assert right.oldest_version == right.newest_version == 0
+                assert right.actor_id == "actor-0"
+            await running.until(lambda: running.counts()["ready"] == 2)
+            assert running.counts() == {"pending": 0, "leased": 0, "ready": 2, "used": 2, "done": 0}
+
+    asyncio.run(check())
+
+
+def test_nothing_is_sampled_before_the_first_weights(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            await asyncio.sleep(0.2)
+            assert running.engine.requests == []
+            running.weights.publish(0)
+            await running.until(lambda: running.engine.requests)
+            assert running.weights.fetched == [0]
+
+    asyncio.run(check())
+
+
+def test_an_actor_with_old_weights_waits_and_newer_weights_unblock_it(loop: Looper):
+    async def check() -> None:
+        async with loop(max_staleness=1) as running:
+            running.weights.publish(0)
+            assert (await running.batch(0)).staleness == (0, 0)
+            assert (await running.batch(1)).staleness == (1, 1)
+            # Version 0 is too old for the batch of version 2: the request for leases stays unanswered.
+            sampled_so_far = len(running.engine.requests)
+            waiting = asyncio.ensure_future(running.batch(2))
+            await asyncio.sleep(0.5)
+            assert not waiting.done()
+            assert len(running.engine.requests) == sampled_so_far == 4
+            running.weights.publish(2)
+            assert (await waiting).staleness == (0, 0)
+            await running.until(lambda: running.actor.policy_version == 2)
+            assert running.weights.fetched == [0, 2]
+
+    asyncio.run(check())
+
+
+def test_weights_that_arrive_while_sampling_show_in_the_group(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.until(lambda: running.engine.requests)
+            running.weights.publish(1)
+            await running.until(lambda: running.engine.version == 1)
+            running.engine.open.set()
+            group = wire.unpack_group((await running.batch(0)).groups[0])
+            spans = group.trajectories[0].policy_versions
+            assert [(span.start, span.version) for span in spans] == [(4, 0), (6, 1)]
+
+    asyncio.run(check())
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_and_the_others_go_on(loop: Looper):
+    async def check() -> None:
+        async with loop(sums(long_prompt=0)) as running:
+            running.weights.publish(0)
+            assert all(packed.header.prompt_id != 0 for packed in (await running.batch(0)).groups)
+            assert running.counts()["dropped:prompt_too_long"] == 1
+
+    asyncio.run(check())
+
+
+def test_an_evaluation_is_reported_once_with_the_version_it_measured(loop: Looper):
+    async def check() -> None:
+        async with loop(evaluation_prompts=2) as running:
+            running.weights.publish(0)
+            await running.ask(wire.EvaluationRequest(0))
+            reports: tuple[wire.EvaluationReport, ...] = ()
+            while not reports:
+                reports = (await running.ask(wire.EvaluationQuery(0))).reports
+                await asyncio.sleep(0.01)
+            [report] = reports
+            assert (report.requested_version, report.policy_version, report.num_prompts) == (0, 0, 2)
+            # The stand-in's only completion is right, and as long as the text, the braces and the end.
+            assert (report.pass_at_1, report.completion_tokens_mean) == (1.0, len(r"\boxed{12}") + 1)
+            asked = [(name, seed) for name, seed in running.engine.requests if name.startswith("evaluation")]
+            assert [name for name, _ in asked] == ["evaluation-0-8", "evaluation-0-9"]
+            assert len({seed for _, seed in asked}) == 2
+            assert audit(running.run_dir).evaluations == {"reported": 1}
+
+    asyncio.run(check())
+
+
+def test_newer_weights_wait_until_an_evaluation_is_through(loop: Looper):
+    async def check() -> None:
+        async with loop(max_staleness=3) as running:
+            running.weights.publish(0)
+            await running.until(lambda: running.actor.policy_version == 0)
+            running.engine.open.clear()
+            await running.ask(wire.EvaluationRequest(0))
+            await running.until(lambda: any(name.startswith("evaluation") for name, _ in running.engine.requests))
+            running.weights.publish(1)
+            await asyncio.sleep(0.2)
+            assert running.engine.version == 0
+            running.engine.open.set()
+            await running.until(lambda: running.engine.version == 1)
+            await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
+            [report] = (await running.ask(wire.EvaluationQuery(0))).reports
+            assert report.policy_version == 0
+
+    asyncio.run(check())
+
+
+def test_a_held_out_prompt_that_cannot_be_read_counts_as_not_answered(loop: Looper):
+    async def check() -> None:
+        async with loop(sums(long_prompt=9)) as running:
+            running.weights.publish(0)
+            await running.ask(wire.EvaluationRequest(0))
+            await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
+            [report] = (await running.ask(wire.EvaluationQuery(0))).reports
+            assert (report.num_prompts, report.pass_at_1) == (3, pytest.approx(2 / 3))
+
+    asyncio.run(check())
+
+
+def test_a_version_that_is_gone_before_it_was_fetched_is_passed_over(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            running.weights.gone = {0, 2}
+            running.weights.publish(0)
+            await running.until(lambda: running.actor.policy_version == 1)
+            running.weights.publish(2)
+            await running.until(lambda: running.actor.policy_version == 3)
+            assert running.weights.fetched == [1, 3]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Verifying a later version than 0 writes a folder and needs vLLM.
+        patch.setattr(Actor, "_verify_first_load", lambda *_: asyncio.sleep(0))
+        asyncio.run(check())
+
+
+def test_the_buffer_hears_which_weights_an_actor_has_and_what_it_waits_for(loop: Looper):
+    async def check() -> None:
+        async with loop(max_staleness=0) as running:
+            running.weights.publish(0)
+            await running.batch(0)
+            peer = None
+            async with asyncio.timeout(SECONDS):
+                while peer is None or not peer.waiting_for or peer.metrics["samples"] < 4:
+                    status = await running.ask(wire.StatusRequest())
+                    peer = next((peer for peer in status.peers if peer.role == "actor"), None)
+                    await asyncio.sleep(0.02)
+            assert (peer.name, peer.policy_version, peer.waiting_for) == ("actor-0", 0, "prompts from the buffer")
+            assert peer.metrics["samples"] == 4
+            assert peer.metrics["weight_loads"] == 1
+            assert peer.metrics["groups_leased"] == 0
+            assert 0 <= peer.metrics["idle_fraction"] <= 1
+
+    asyncio.run(check())
+
+
+def test_a_closing_run_gets_no_more_groups_but_its_last_evaluation(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            running.weights.publish(0)
+            await running.batch(0)
+            await running.until(lambda: running.counts()["ready"] == 2)
+            await running.ask(wire.Close())
+            await running.ask(wire.EvaluationRequest(0))
+            await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
+            assert running.counts()["leased"] == 0
+
+    asyncio.run(check())
+
+
+def test_seeds_are_those_of_the_prompts_occurrence_and_not_of_the_attempt(loop: Looper):
+    async def check() -> None:
+        async with loop(seeded_sampling=True, seed=3) as running:
+            running.weights.publish(0)
+            await running.batch(0)
+            seeds = dict(running.engine.requests)
+            assert len(set(seeds.values())) == len(seeds)
+            assert all(seed == running.actor._seed(name.replace(".0", ".7")) for name, seed in seeds.items())
+
+    asyncio.run(check())
+
+
+def test_sampling_is_not_seeded_unless_asked_for(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            running.weights.publish(0)
+            await running.batch(0)
+            assert {seed for _, seed in running.engine.requests} == {None}
+
+    asyncio.run(check())
+
+
+def test_weights_that_did_not_load_right_end_the_actor(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            running.engine.wrong = {"head": "3"}
+            running.weights.publish(0)
+            with pytest.raises(RuntimeError, match=r"policy 0: 1 of 2 parameters differ .* the first is head"):
+                await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+
+    asyncio.run(check())
+
+
+def test_an_actor_without_weights_gives_up_in_time(loop: Looper):
+    async def check() -> None:
+        async with loop(weights_timeout_seconds=0.2) as running:
+            with pytest.raises(TimeoutError, match="no weights from the learner"):
+                await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+
+    asyncio.run(check())
+
+
+def test_an_error_of_the_engine_ends_the_actor(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+
+            async def fail(*_: object, **__: object) -> None:
+                raise RuntimeError("the engine died")
+
+            running.engine.sample = fail  # type: ignore[assignment,method-assign]
+            running.weights.publish(0)
+            with pytest.raises(ExceptionGroup) as ended:
+                await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+            assert ended.group_contains(RuntimeError, match="the engine died")
+
+    asyncio.run(check())
+
+
+def test_cancelling_ends_all_tasks_in_the_middle_of_the_work(loop: Looper):
+    async def check() -> None:
+        async with loop() as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.until(lambda: len(running.engine.requests) == 4)
+            running.work.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(running.work, 2.0)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            assert running.actor.meter.num_in_flight == 0
+
+    asyncio.run(check())
+
+
+def test_the_meter_counts_the_time_without_requests(monkeypatch: pytest.MonkeyPatch):
+    clock = [5.0]
+    monkeypatch.setattr("actors.actor.time.monotonic", lambda: clock[0])
+    meter = Meter()
+    assert meter.metrics()["idle_fraction"] == 0.0
+    clock[0] = 10.0
+    with meter.in_flight():
+        clock[0] = 12.0
+        with meter.in_flight():
+            clock[0] = 14.0
+            assert meter.metrics()["requests_in_flight"] == 2
+        clock[0] = 16.0
+    meter.sampled(4, 60)
+    meter.loaded(1.0, 0.25)
+    clock[0] = 20.0
+    found = meter.metrics()
+    assert found["idle_fraction"] == pytest.approx(0.4)
+    assert found["tokens_per_second"] == pytest.approx(6.0)
+    assert (found["samples"], found["tokens"], found["weight_loads"]) == (4, 60, 1)
+    assert (found["weight_fetch_seconds"], found["weight_pause_seconds"]) == (1.0, 0.25)

@@ -1,0 +1,80 @@
+"""From sampled tokens to what is scored and what is sent."""
+
+import numpy as np
+import pytest
+
+from actors.environments.base import Problem
+from actors.rollout import build_group, completions_to_score, split_stops, task_prompt_ids
+from buffer.trajectory import FinishReason, VersionSpan
+from buffer.wire import pack_group, unpack_group
+from tests.actors.stand_ins import Characters, sampled, sums
+from verifier.base import Completion, Score, Verdict
+
+PROBLEM = Problem(7, "3+4=", "7")
+SCORES = [Score(1.0, {"grade": 1.0}, Verdict.CORRECT), Score(-0.5, {"grade": -0.5}, Verdict.WRONG)]
+
+
+def test_the_verifier_sees_text_without_special_tokens_and_whether_it_was_cut_off():
+    choices = [sampled("7", (0, 0)), sampled("8 or", (0, 0), finish_reason=FinishReason.LENGTH)]
+    assert completions_to_score(PROBLEM, choices, Characters()) == [
+        Completion("7", "7", truncated=False),
+        Completion("8 or", "7", truncated=True),
+    ]
+
+
+def test_a_group_masks_its_prompt_and_counts_versions_from_the_start_of_the_trajectory():
+    prompt_ids = [51, 43, 52, 61]
+    choices = [sampled("7", (0, 3)), sampled("88", (0, 3), (1, 5), finish_reason=FinishReason.LENGTH)]
+    group = build_group("12.0", PROBLEM, prompt_ids, choices, SCORES, "actor-1")
+    assert (group.group_id, group.prompt_id, group.oldest_version) == ("12.0", 7, 3)
+    first, second = group.trajectories
+    assert first.token_ids.tolist() == [51, 43, 52, 61, 55, 0]
+    assert first.loss_mask.tolist() == [False] * 4 + [True] * 2
+    assert first.behavior_logprobs.tolist() == [0, 0, 0, 0, -1, -2]
+    assert first.policy_versions == (VersionSpan(4, 3),)
+    assert second.policy_versions == (VersionSpan(4, 3), VersionSpan(5, 5))
+    assert second.behavior_logprobs.tolist() == [0, 0, 0, 0, -1, -2, -3]
+    assert [t.trajectory_id for t in group.trajectories] == ["12.0.0", "12.0.1"]
+    assert [(t.reward, t.verdict, t.reward_breakdown) for t in group.trajectories] == [
+        (1.0, "correct", {"grade": 1.0}),
+        (-0.5, "wrong", {"grade": -0.5}),
+    ]
+    assert [t.finish_reason for t in group.trajectories] == [FinishReason.STOP, FinishReason.LENGTH]
+    assert {t.actor_id for t in group.trajectories} == {"actor-1"}
+
+
+def test_a_group_arrives_as_it_was_built():
+    choices = [sampled("7", (0, 3)), sampled("88", (0, 3), (1, 5))]
+    group = build_group("12.0", PROBLEM, [51, 43], choices, SCORES, "actor-1")
+    arrived = unpack_group(pack_group(group))
+    for sent, received in zip(group.trajectories, arrived.trajectories, strict=True):
+        for name in ("token_ids", "loss_mask", "behavior_logprobs"):
+            np.testing.assert_array_equal(getattr(received, name), getattr(sent, name))
+        assert received.policy_versions == sent.policy_versions
+
+
+def test_after_a_rollback_no_token_seems_newer_than_those_after_it():
+    choice = sampled("7777", (0, 3), (1, 6), (2, 4))
+    group = build_group("12.0", PROBLEM, [51, 43], [choice], SCORES[:1], "actor-1")
+    assert group.trajectories[0].policy_versions == (VersionSpan(2, 3), VersionSpan(3, 4), VersionSpan(4, 4))
+
+
+def test_a_score_too_few_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        build_group("12.0", PROBLEM, [51], [sampled("7", (0, 0))] * 2, SCORES[:1], "actor-1")
+
+
+def test_a_broken_log_probability_dies_in_the_actor():
+    choice = sampled("7", (0, 0))
+    choice.logprobs[0] = np.nan
+    with pytest.raises(ValueError, match="behavior_logprobs must be finite"):
+        build_group("12.0", PROBLEM, [51], [choice], SCORES[:1], "actor-1")
+
+
+def test_a_prompt_becomes_tokens_through_the_tasks_template():
+    task = sums()
+    assert task_prompt_ids(task, task.train[3], Characters()) == [ord(c) for c in "3+4="]
+
+
+def test_special_tokens_end_a_completion_by_their_ids_since_they_never_show_in_the_text():
+    assert split_stops(("<end>", "</answer>"), Characters()) == (("</answer>",), (0,))

@@ -1,0 +1,100 @@
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffer.config import BufferConfig, load_run_config, read_section
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float
+    steps: int = 3
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    name: str | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    weights: dict[str, float] = field(default_factory=dict)
+    given: Inner = field(default_factory=lambda: Inner(1.0, 1))
+
+    def __post_init__(self) -> None:
+        if self.name == "bad":
+            raise ValueError("outer.name is bad; choose another")
+
+
+def test_a_section_becomes_frozen_dataclasses():
+    values = {"inner": {"rate": 1}, "betas": [1, 2], "weights": {"correct": 1}, "given": {"steps": 9}}
+    read = read_section(Outer, values, "outer")
+    assert read == Outer(Inner(1.0), None, (1.0, 2.0), {"correct": 1.0}, Inner(1.0, 9))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"inner": {"rate": 1, "rat": 2}},
+            "outer.inner.rat is not a known setting; the settings there are rate, steps",
+        ),
+        ({"inner": {"rate": 1}, "nam": 2}, "outer.nam is not a known setting; the settings there are betas, given,"),
+        ({"inner": {"steps": 1}}, "outer.inner.rate is missing; set it"),
+        ({}, "outer.inner.rate is missing; set it"),
+        ({"inner": {"rate": "fast"}}, "outer.inner.rate is not valid: Value 'fast'"),
+        ({"inner": {"rate": 1, "steps": 1.5}}, "outer.inner.steps is not valid: Value '1.5'"),
+        ({"inner": {"rate": None}}, "outer.inner.rate is not valid"),
+        ({"inner": 3}, "outer is not valid"),
+        ({"inner": {"rate": 1}, "name": "bad"}, "outer.name is bad; choose another"),
+    ],
+)
+def test_a_wrong_section_gives_one_sentence(values: dict[str, Any], sentence: str):
+    with pytest.raises(ValueError) as caught:
+        read_section(Outer, values, "outer")
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_staleness": -1}, "buffer.max_staleness is -1"),
+        ({"max_staleness": 1, "updates_per_batch": 2}, "would act like 0; set max_staleness to 0, or to 2 or more"),
+        ({"durability": "none"}, "choose one of full, normal, memory"),
+        ({"groups_per_batch": 0}, "buffer.groups_per_batch is 0"),
+        ({"num_prompts": 0}, "buffer.num_prompts is 0"),
+        ({"num_batches": -1}, "buffer.num_batches is -1"),
+        ({"lease_seconds": 0.0}, "buffer.lease_seconds is 0.0"),
+        ({"address": "tcp://0.0.0.0:5555"}, "not local to this machine"),
+    ],
+)
+def test_rules_between_the_settings(make_config: Any, changes: dict[str, Any], sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        make_config(**changes)
+
+
+def test_staleness_of_at_least_one_batch_or_none_is_allowed(make_config: Any):
+    assert make_config(max_staleness=0, updates_per_batch=4).max_staleness == 0
+    assert make_config(max_staleness=4, updates_per_batch=4).max_staleness == 4
+
+
+def test_the_runs_configuration_is_read_resolved(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("seed: 3\nbuffer:\n  seed: ${seed}\n")
+    assert load_run_config(tmp_path) == {"seed": 3, "buffer": {"seed": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [(None, "does not exist"), ("- 1\n", "no mapping"), ("a: ${b}\n", "cannot be read"), ("a: [", "cannot be read")],
+)
+def test_a_missing_or_broken_configuration_gives_one_sentence(tmp_path: Path, text: str | None, complaint: str):
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        load_run_config(tmp_path)
+
+
+def test_the_defaults_are_valid():
+    config = BufferConfig("run", "tcp://127.0.0.1:5555", 10, "abc", 4, 2)
+    assert (config.durability, config.updates_per_batch, config.num_batches) == ("normal", 1, 0)

@@ -1,0 +1,386 @@
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from buffer.audit import audit
+from buffer.config import BufferConfig
+from buffer.ledger import Holder, Ledger
+from buffer.prompt_order import PromptOrder
+from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+from buffer.wire import EvaluationReport, PackedGroup, pack_group
+
+HOLDER = Holder("actor-0-aa", "actor-0", 1)
+
+
+def issue(ledger: Ledger, version: int = 0, holder: Holder = HOLDER, now: float = 0.0) -> tuple[str, int]:
+    with ledger.transaction():
+        return ledger.issue(holder, version, now)
+
+
+def deliver(ledger: Ledger, group: PackedGroup) -> str:
+    with ledger.transaction():
+        return ledger.deliver(group)
+
+
+def report(version: int) -> EvaluationReport:
+    return EvaluationReport("actor-0", version, version, 10, 0.5, 0.25, 12.0, 1.0)
+
+
+@pytest.fixture
+def config(make_config: Any) -> BufferConfig:
+    return make_config()
+
+
+@pytest.fixture
+def ledger(config: BufferConfig):
+    opened = Ledger(config, 0.0)
+    yield opened
+    opened.close()
+    assert audit(config.run_dir).problems == ()
+
+
+def test_prompts_are_dealt_once_per_epoch_in_an_order_that_restarts_keep():
+    order = PromptOrder(50, shuffle=True, seed=3)
+    epochs = [[order.prompt_id(epoch * 50 + i) for i in range(50)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
+    assert PromptOrder(50, shuffle=True, seed=3).prompt_id(77) == epochs[1][27]
+    assert order.prompt_id(0) == epochs[0][0], "an earlier epoch can be asked for again"
+    assert [PromptOrder(3, shuffle=False, seed=3).prompt_id(i) for i in range(5)] == [0, 1, 2, 0, 1]
+    assert PromptOrder(50, shuffle=True, seed=4).prompt_id(0) != epochs[0][0]
+
+
+def test_a_group_goes_through_all_states(ledger: Ledger, config: BufferConfig, make_group: Any):
+    group_id, prompt_id = issue(ledger, version=3)
+    assert group_id == "0.0"
+    assert (ledger.counts["leased"], ledger.leased) == (1, Counter({3: 1}))
+    group = make_group(group_id, prompt_id, version=4)
+    assert deliver(ledger, group) == "stored"
+    assert (ledger.leased, ledger.ready) == (Counter(), Counter({4: 1}))
+    stored = ledger.payload(0)
+    assert (stored.header, stored.arrays_frame) == (group.header, group.arrays_frame)
+    with ledger.transaction():
+        ledger.use([0], 6)
+    assert [(row.occurrence, row.staleness, row.num_tokens) for row in ledger.batch(6)] == [(0, 2, 10)]
+    with ledger.transaction():
+        assert ledger.commit(6) == 0
+        assert ledger.commit(7) == 1
+    assert (ledger.counts["done"], ledger.batch(6)) == (1, [])
+    found = audit(config.run_dir)
+    assert (found.counts["done"], found.staleness_max, found.holds) == (1, 2, True)
+
+
+def test_copies_are_told_apart_and_counted(ledger: Ledger, make_group: Any):
+    group_id, prompt_id = issue(ledger)
+    first = make_group(group_id, prompt_id)
+    with ledger.transaction():
+        assert ledger.give_back(group_id, "")
+        assert not ledger.give_back(group_id, "")
+    assert deliver(ledger, first) == "late", "its lease was given up"
+    again, same_prompt = issue(ledger)
+    assert (again, same_prompt) == ("0.1", prompt_id)
+    assert deliver(ledger, first) == "late", "its prompt was leased again"
+    second = make_group(again, prompt_id)
+    assert [deliver(ledger, second), deliver(ledger, second)] == ["stored", "duplicate"]
+    for stranger in ("9.0", "0.2", "x", "-1.0", "0.1.1", "00.1", "9" * 30 + ".0"):
+        assert deliver(ledger, make_group(stranger, prompt_id)) == "unknown"
+    assert deliver(ledger, make_group(again, prompt_id + 1)) == "unknown"
+    assert ledger.file.counters() == {"duplicate": 1, "late": 2, "reissued": 1, "unknown": 8}
+
+
+def test_pending_occurrences_come_before_new_ones_oldest_first(ledger: Ledger):
+    ids = [issue(ledger)[0] for _ in range(3)]
+    with ledger.transaction():
+        ledger.give_back(ids[2], "")
+        ledger.give_back(ids[1], "")
+    assert [issue(ledger)[0] for _ in range(3)] == ["1.1", "2.1", "3.0"]
+
+
+def test_a_drop_names_its_reason(ledger: Ledger, config: BufferConfig, make_group: Any):
+    group_id, prompt_id = issue(ledger)
+    with ledger.transaction():
+        ledger.give_back(group_id, "prompt_too_long")
+    assert ledger.counts["dropped:prompt_too_long"] == 1
+    assert deliver(ledger, make_group(group_id, prompt_id)) == "late"
+    assert audit(config.run_dir).dropped == {"prompt_too_long": 1}
+    assert issue(ledger)[0] == "1.0"
+
+
+def test_silence_ends_leases_and_signs_of_life_extend_them(ledger: Ledger, config: BufferConfig):
+    other = Holder("actor-1-bb", "actor-1", 1)
+    issue(ledger)
+    issue(ledger, holder=other)
+    ledger.keep(HOLDER.name, 100.0)
+    ledger.keep("nobody", 100.0)
+    assert ledger.silent(config.lease_seconds - 1) == []
+    assert ledger.silent(config.lease_seconds) == [other.name]
+    with ledger.transaction():
+        assert ledger.release(other.name) == 1
+    assert (ledger.counts["pending"], ledger.silent(100 + config.lease_seconds)) == (1, [HOLDER.name])
+    assert ledger.file.counters() == {"expired": 1}
+
+
+def test_a_rollback_makes_used_groups_ready_and_resamples_what_was_committed(
+    ledger: Ledger, config: BufferConfig, make_group: Any
+):
+    for version in (0, 1, 2):
+        group_id, prompt_id = issue(ledger, version)
+        deliver(ledger, make_group(group_id, prompt_id, version))
+        with ledger.transaction():
+            ledger.use([version], version)
+    with ledger.transaction():
+        ledger.commit(1)
+        assert ledger.roll_back(2) == 1
+    assert (ledger.ready, ledger.counts["used"], ledger.counts["done"]) == (Counter({2: 1}), 1, 1)
+    with ledger.transaction():
+        assert ledger.roll_back(0) == 1
+    assert (ledger.counts["pending"], ledger.counts["ready"], ledger.counts["done"]) == (1, 2, 0)
+    assert issue(ledger)[0] == "0.1"
+    assert [c.occurrence for c in ledger.candidates(5)] == [1, 2]
+
+
+def test_only_ready_groups_are_used(ledger: Ledger):
+    issue(ledger)
+    with pytest.raises(RuntimeError, match="not ready"), ledger.transaction():
+        ledger.use([0], 1)
+    assert ledger.counts["leased"] == 1
+
+
+def test_a_failed_transaction_leaves_nothing_behind(ledger: Ledger):
+    with pytest.raises(KeyError), ledger.transaction():
+        ledger.issue(HOLDER, 0, 0.0)
+        raise KeyError
+    assert (+ledger.counts, +ledger.leased) == (Counter(), Counter())
+    assert issue(ledger)[0] == "0.0"
+
+
+def test_writing_outside_a_transaction_is_an_error(ledger: Ledger):
+    with pytest.raises(RuntimeError, match="outside a transaction"):
+        ledger.issue(HOLDER, 0, 0.0)
+
+
+def test_evaluations_are_handed_out_once_and_reported_once(ledger: Ledger):
+    evaluations = ledger.evaluations
+    with ledger.transaction():
+        for version in (4, 0, 4):
+            evaluations.request(version)
+        assert [evaluations.take(3, "a", n) for n in (1, 2)] == [0, -1]
+        assert (evaluations.taken("a", 1), evaluations.taken("a", 2)) == (0, -1)
+        assert evaluations.take(9, "b", 1) == 4
+        assert evaluations.release("b") == 1
+        assert evaluations.take(9, "a", 3) == 4
+        assert [evaluations.report(report(4)), evaluations.report(report(4))] == [True, False]
+        assert evaluations.num_unfinished() == 1
+        assert evaluations.report(report(0))
+    assert evaluations.reports() == (report(0), report(4))
+    assert evaluations.reports(1) == (report(4),)
+    with ledger.transaction():
+        evaluations.roll_back(3)
+    assert evaluations.reports() == (report(0),)
+
+
+def test_reopening_keeps_everything_and_gives_leases_a_full_deadline(config: BufferConfig, make_group: Any):
+    ledger = Ledger(config, 0.0)
+    issue(ledger)
+    group_id, prompt_id = issue(ledger, version=2)
+    deliver(ledger, make_group(group_id, prompt_id, 2))
+    counts, leased, ready = +ledger.counts, ledger.leased, ledger.ready
+    ledger.close()
+    ledger = Ledger(config, 1000.0)
+    assert (+ledger.counts, ledger.leased, ledger.ready) == (counts, leased, ready)
+    assert ledger.silent(1000 + config.lease_seconds - 1) == []
+    assert ledger.silent(1000 + config.lease_seconds) == [HOLDER.name]
+    assert ledger.leases_of(HOLDER) == [("0.0", PromptOrder(10, shuffle=True, seed=0).prompt_id(0))]
+    assert issue(ledger)[0] == "2.0"
+    ledger.close()
+
+
+@pytest.mark.parametrize("change", [{"num_prompts": 11}, {"data_fingerprint": "x"}, {"seed": 1}, {"shuffle": False}])
+def test_a_ledger_of_other_prompts_is_refused(config: BufferConfig, make_config: Any, change: dict[str, Any]):
+    Ledger(config, 0.0).close()
+    with pytest.raises(ValueError, match=f"made with {next(iter(change))} .* restore that setting"):
+        Ledger(make_config(**change), 0.0)
+    Ledger(config, 0.0).close()
+
+
+def test_one_process_writes(ledger: Ledger, config: BufferConfig):
+    with pytest.raises(ValueError, match="in use by another buffer"):
+        Ledger(config, 0.0)
+
+
+@pytest.mark.parametrize(("durability", "synchronous"), [("full", 2), ("normal", 1), ("memory", 0)])
+def test_durability_is_the_databases(make_config: Any, durability: str, synchronous: int):
+    ledger = Ledger(make_config(durability=durability), 0.0)
+    assert ledger.file.one("PRAGMA synchronous") == synchronous
+    assert ledger.file.one("PRAGMA journal_mode") == "wal"
+    ledger.close()
+
+
+def test_a_killed_process_loses_nothing_it_committed(config: BufferConfig, run_dir: Path):
+    """The child commits leases one by one, says so, and is killed in the middle of a transaction."""
+    program = textwrap.dedent(f"""
+        import os, signal
+        from buffer.config import BufferConfig
+        from buffer.ledger import Holder, Ledger
+        ledger = Ledger(BufferConfig({str(run_dir)!r}, {config.address!r}, 10, "abc", 2, 1), 0.0)
+        holder = Holder("actor-0-aa", "actor-0", 1)
+        for _ in range(5):
+            with ledger.transaction():
+                ledger.issue(holder, 0, 0.0)
+        with ledger.transaction():
+            ledger.issue(holder, 0, 0.0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], env={**os.environ}, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert audit(run_dir).counts["leased"] == 5
+    ledger = Ledger(config, 0.0)
+    assert len(ledger.leases_of(HOLDER)) == 5
+    assert issue(ledger)[0] == "5.0"
+    ledger.close()
+    assert audit(run_dir).holds
+
+
+def small_group(group_id: str, prompt_id: int, version: int) -> PackedGroup:
+    trajectory = Trajectory(
+        trajectory_id=group_id,
+        group_id=group_id,
+        prompt_id=prompt_id,
+        token_ids=np.array([1, 2], np.int32),
+        loss_mask=np.array([False, True]),
+        behavior_logprobs=np.array([0, -1], np.float32),
+        policy_versions=(VersionSpan(0, version),),
+        reward=1.0,
+        reward_breakdown={},
+        verdict="correct",
+        finish_reason=FinishReason.STOP,
+    )
+    return pack_group(TrajectoryGroup(group_id, prompt_id, (trajectory,)))
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Any order of events, with restarts between them, against a plain dictionary of states."""
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = tempfile.TemporaryDirectory(prefix="run-")
+        self.config = BufferConfig(self.directory.name, "ipc://x", 7, "abc", 2, 1, durability="memory")
+        self.ledger = Ledger(self.config, 0.0)
+        self.model: dict[int, tuple[str, int, int]] = {}
+        """Occurrence -> state, attempt, version (used_version once used)."""
+        self.prompts: dict[int, int] = {}
+        self.version = 0
+
+    def having(self, *states: str) -> list[int]:
+        return sorted(o for o, (state, _, _) in self.model.items() if state in states)
+
+    @rule(count=st.integers(1, 3))
+    def lease(self, count: int) -> None:
+        for _ in range(count):
+            group_id, prompt_id = issue(self.ledger, self.version)
+            occurrence, attempt = map(int, group_id.split("."))
+            pending = self.having("pending")
+            expected = (pending[0], self.model[pending[0]][1] + 1) if pending else (len(self.model), 0)
+            assert (occurrence, attempt) == expected
+            assert self.prompts.setdefault(occurrence, prompt_id) == prompt_id
+            self.model[occurrence] = ("leased", attempt, self.version)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), back=st.integers(0, 1))
+    def deliver(self, data: st.DataObject, back: int) -> None:
+        occurrence = data.draw(st.sampled_from(sorted(self.model)))
+        state, attempt, _ = self.model[occurrence]
+        copy = max(0, attempt - back)
+        outcome = deliver(self.ledger, small_group(f"{occurrence}.{copy}", self.prompts[occurrence], self.version))
+        if copy < attempt or state in ("pending", "dropped"):
+            assert outcome == "late"
+        elif state == "leased":
+            assert outcome == "stored"
+            self.model[occurrence] = ("ready", attempt, self.version)
+        else:
+            assert outcome == "duplicate"
+
+    @rule(data=st.data(), reason=st.sampled_from(["", "broken"]))
+    def give_back(self, data: st.DataObject, reason: str) -> None:
+        for occurrence in data.draw(st.sets(st.sampled_from(self.having("leased") or [-1]))):
+            if occurrence >= 0:
+                _, attempt, version = self.model[occurrence]
+                with self.ledger.transaction():
+                    self.ledger.give_back(f"{occurrence}.{attempt}", reason)
+                self.model[occurrence] = ("dropped" if reason else "pending", attempt, version)
+
+    @rule()
+    def train(self) -> None:
+        chosen = [candidate.occurrence for candidate in self.ledger.candidates(2)]
+        expected = sorted(self.having("ready"), key=lambda o: (self.model[o][2], o))[:2]
+        assert chosen == expected
+        with self.ledger.transaction():
+            self.ledger.use(chosen, self.version)
+        for occurrence in chosen:
+            self.model[occurrence] = ("used", self.model[occurrence][1], self.version)
+        self.version += 1
+
+    @rule(back=st.integers(0, 3))
+    def commit(self, back: int) -> None:
+        with self.ledger.transaction():
+            self.ledger.commit(self.version - back)
+        for occurrence in self.having("used"):
+            _, attempt, used = self.model[occurrence]
+            if used < self.version - back:
+                self.model[occurrence] = ("done", attempt, used)
+
+    @rule(back=st.integers(0, 3))
+    def roll_back(self, back: int) -> None:
+        self.version = max(0, self.version - back)
+        with self.ledger.transaction():
+            self.ledger.roll_back(self.version)
+        for occurrence in self.having("used", "done"):
+            state, attempt, used = self.model[occurrence]
+            if used >= self.version:
+                oldest = self.ledger.file.one("SELECT oldest_version FROM occurrences WHERE occurrence = ?", occurrence)
+                self.model[occurrence] = ("ready" if state == "used" else "pending", attempt, oldest)
+
+    @rule()
+    def reopen(self) -> None:
+        self.ledger.close()
+        self.ledger = Ledger(self.config, 0.0)
+
+    @invariant()
+    def the_states_agree_and_the_invariant_holds(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        states = Counter(state for state, _, _ in self.model.values())
+        counts = +self.ledger.counts
+        assert sum(v for k, v in counts.items() if k.startswith("dropped")) == states.pop("dropped", 0)
+        assert {k: v for k, v in counts.items() if not k.startswith("dropped")} == states
+        assert sum(self.ledger.leased.values()) == states["leased"]
+        assert self.ledger.ready == Counter(self.model[o][2] for o in self.having("ready"))
+        found = audit(self.config.run_dir)
+        assert found.problems == ()
+        assert found.issued == len(self.model)
+
+    def teardown(self) -> None:
+        if hasattr(self, "ledger"):
+            self.ledger.close()
+            self.directory.cleanup()
+
+
+LedgerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+class TestLedgerMachine(LedgerMachine.TestCase):
+    pass

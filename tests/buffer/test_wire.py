@@ -1,0 +1,207 @@
+import contextlib
+import random
+import typing
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from buffer import wire
+from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+
+TEXT = st.text(max_size=8)
+NUMBER = st.integers(0, 2**63 - 1)
+FLOAT = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> TrajectoryGroup:
+    group_id, prompt_id = draw(TEXT), draw(NUMBER)
+    trajectories = []
+    for _ in range(draw(st.integers(1, 3))):
+        length = draw(st.integers(2, 6))
+        mask = np.array(draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+        mask[0], mask[-1] = False, True
+        logprobs = draw(st.lists(st.floats(-50, 0, width=32), min_size=length, max_size=length))
+        starts = sorted(draw(st.sets(st.integers(0, length - 1), min_size=1)))
+        versions = sorted(draw(st.lists(st.integers(0, 99), min_size=len(starts), max_size=len(starts))))
+        trajectories.append(
+            Trajectory(
+                trajectory_id=draw(TEXT),
+                group_id=group_id,
+                prompt_id=prompt_id,
+                token_ids=np.array(
+                    draw(st.lists(st.integers(0, 2**31 - 1), min_size=length, max_size=length)), np.int32
+                ),
+                loss_mask=mask,
+                behavior_logprobs=np.where(mask, logprobs, 0).astype(np.float32),
+                policy_versions=tuple(VersionSpan(s, v) for s, v in zip(starts, versions, strict=True)),
+                reward=draw(FLOAT),
+                reward_breakdown=draw(st.dictionaries(TEXT, FLOAT, max_size=2)),
+                verdict=draw(TEXT),
+                finish_reason=draw(st.sampled_from(FinishReason)),
+                num_turns=draw(st.integers(1, 5)),
+                actor_id=draw(TEXT),
+                created_at=draw(FLOAT),
+            )
+        )
+    return TrajectoryGroup(group_id, prompt_id, tuple(trajectories))
+
+
+def values(wanted: Any) -> st.SearchStrategy[Any]:
+    """Values of one field annotation."""
+    if wanted is wire.PackedGroup:
+        return groups().map(wire.pack_group)
+    simple = {int: NUMBER, str: TEXT, bool: st.booleans(), float: FLOAT, bytes: st.binary(max_size=8)}
+    if wanted in simple:
+        return simple[wanted]
+    arguments = typing.get_args(wanted)
+    if typing.get_origin(wanted) is dict:
+        return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
+    if typing.get_origin(wanted) is tuple and arguments[-1] is Ellipsis:
+        return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    return messages_of(wanted)
+
+
+def messages_of(cls: Any) -> st.SearchStrategy[Any]:
+    return st.builds(cls, *(values(wanted) for wanted in typing.get_type_hints(cls).values()))
+
+
+MESSAGES = st.one_of([messages_of(cls) for cls in typing.get_args(wire.Message)])
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, wire.PackedGroup):
+        return left.header_frame == right.header_frame and left.arrays_frame == right.arrays_frame
+    return bool(left == right)
+
+
+@settings(max_examples=200, deadline=None)
+@given(MESSAGES, NUMBER)
+def test_every_message_comes_back_as_it_was(message: Any, number: int):
+    decoded, decoded_number = wire.decode(wire.encode(message, number))
+    assert same(decoded, message)
+    assert decoded_number == number
+
+
+@settings(max_examples=60, deadline=None)
+@given(groups())
+def test_a_group_comes_back_with_equal_arrays(group: TrajectoryGroup):
+    packed = wire.pack_group(group)
+    again = wire.unpack_group(wire.read_group_header(packed.header_frame, packed.arrays_frame))
+    assert (again.group_id, again.prompt_id, again.oldest_version) == (
+        group.group_id,
+        group.prompt_id,
+        group.oldest_version,
+    )
+    for left, right in zip(again.trajectories, group.trajectories, strict=True):
+        assert np.array_equal(left.token_ids, right.token_ids)
+        assert np.array_equal(left.loss_mask, right.loss_mask)
+        assert np.array_equal(left.behavior_logprobs, right.behavior_logprobs)
+        arrays = ("token_ids", "loss_mask", "behavior_logprobs")
+        rest = [name for name in Trajectory.__slots__ if name not in arrays]
+        assert all(getattr(left, name) == getattr(right, name) for name in rest)
+
+
+@settings(max_examples=100, deadline=None)
+@given(MESSAGES, st.data())
+def test_a_truncated_message_is_refused(message: Any, data: st.DataObject):
+    frames = wire.encode(message, 1)
+    cut = data.draw(st.integers(0, len(frames) - 1))
+    with pytest.raises(wire.WireError):
+        wire.decode(frames[:cut])
+    with pytest.raises(wire.WireError):
+        wire.decode([*frames, b""])
+    with pytest.raises(wire.WireError):
+        wire.decode([frames[0][:-1], *frames[1:]])
+
+
+def mutate(frames: list[bytes], chance: random.Random) -> list[bytes]:
+    frames = list(frames)
+    at = chance.randrange(len(frames))
+    frame = bytearray(frames[at])
+    match chance.randrange(5):
+        case 0:
+            for _ in range(chance.randint(1, 4)):
+                if frame:
+                    frame[chance.randrange(len(frame))] = chance.randrange(256)
+        case 1:
+            del frame[chance.randrange(len(frame) + 1) :]
+        case 2:
+            place = chance.randrange(len(frame) + 1)
+            frame[place:place] = chance.randbytes(chance.randint(1, 9))
+        case 3:
+            frames.insert(chance.randrange(len(frames) + 1), chance.randbytes(chance.randint(0, 20)))
+        case 4:
+            frame = bytearray(chance.randbytes(len(frame)))
+    frames[at] = bytes(frame)
+    return frames
+
+
+@settings(max_examples=80, deadline=None)
+@given(MESSAGES, st.integers(0, 2**32))
+def test_a_mutated_message_raises_a_wire_error_or_nothing(message: Any, seed: int):
+    chance, frames = random.Random(seed), wire.encode(message, 1)
+    for _ in range(50):
+        with contextlib.suppress(wire.WireError):
+            decoded, _ = wire.decode(mutate(frames, chance))
+            if isinstance(decoded, wire.GroupDelivery):
+                wire.unpack_group(decoded.group)
+
+
+def header(*fields: Any) -> list[bytes]:
+    return [msgpack.packb(list(fields), use_bin_type=True)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "complaint"),
+    [
+        ([], "0 frames"),
+        ([b"\xc1"], "not msgpack"),
+        ([b"\x90" * 2], "not msgpack"),
+        (header(1, "Done"), r"not \[schema"),
+        (header(2, "Done", 0, []), "this process speaks schema"),
+        (header(1, "Exploit", 0, []), "unknown kind"),
+        (header(1, ["Done"], 0, []), "unknown kind"),
+        (header(1, "Done", -1, []), "request number"),
+        (header(1, "Done", 2**64 - 1, []), "request number"),
+        (header(1, "Done", True, []), "request number"),
+        (header(1, "Done", 0, [1]), "has 0 fields"),
+        (header(1, "LearnerHello", 0, ["3"]), "expected int, got str"),
+        (header(1, "LearnerHello", 0, [True]), "expected int, got bool"),
+        (header(1, "LearnerHello", 0, [2**63]), "is above"),
+        (header(1, "Heartbeat", 0, ["a", "b", 0, "", {"x": "y"}]), "expected"),
+        (header(1, "GroupDelivery", 0, ["a", None]), "frames are missing"),
+        (header(1, "Chunk", 0, [1, 2, None]), "frame of bytes is missing"),
+    ],
+)
+def test_what_is_wrong_is_named(frames: list[bytes], complaint: str):
+    with pytest.raises(wire.WireError, match=complaint):
+        wire.decode(frames)
+
+
+def test_sizes_are_checked_before_decoding(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wire, "MAX_HEADER_BYTES", 10)
+    with pytest.raises(wire.WireError, match="at most 10"):
+        wire.decode([b"\x93" + b"x" * 20])
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 5)
+    with pytest.raises(wire.WireError, match="larger than 5"):
+        wire.decode([b"123456"])
+
+
+def test_a_group_must_not_pretend_to_be_younger_than_its_tokens(make_group: Any):
+    packed = make_group("0.0", 3, version=4)
+    fields = msgpack.unpackb(packed.header_frame)
+    fields[2] = 9
+    with pytest.raises(wire.WireError, match="oldest_version 9"):
+        wire.read_group_header(msgpack.packb(fields), packed.arrays_frame)
+
+
+def test_a_mask_that_is_no_mask_is_refused(make_group: Any):
+    packed = make_group("0.0", 3)
+    arrays = packed.arrays_frame[:-1] + b"\x02"
+    with pytest.raises(wire.WireError, match="loss mask holds 2"):
+        wire.unpack_group(wire.read_group_header(packed.header_frame, arrays))

@@ -1,0 +1,112 @@
+"""Command lines, environments and cores of a run's processes."""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from launch import topology
+from launch.topology import ROOT, ProcessSpec, assign_cores, processes
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Pretends to run on these cores, without a GPU."""
+
+    def be(num_cores: int, cuda: bool = False) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
+        monkeypatch.setattr(topology, "has_cuda", lambda: cuda)
+
+    return be
+
+
+def by_name(specs: list[ProcessSpec]) -> dict[str, ProcessSpec]:
+    return {spec.name: spec for spec in specs}
+
+
+def laid_out(plan: Any) -> tuple[list[int], list[int]]:
+    assign_cores(plan)
+    return plan.sections["actor"]["cpu_affinity"], plan.sections["learner"]["cpu_affinity"]
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "overrides", "actor", "learner"),
+    [
+        (1, [], [], []),
+        (2, [], [0], [1]),
+        (8, [], [0, 1, 2, 3, 4, 5, 6], [7]),
+        (2, ["learner.num_ranks=2"], [], []),
+        (8, ["learner.num_ranks=2"], [0, 1, 2, 3, 4, 5], [6, 7]),
+        (8, ["cluster.learner_cores=4"], [0, 1, 2, 3], [4, 5, 6, 7]),
+        (8, ["cluster.pin_cores=false"], [], []),
+    ],
+)
+def test_actors_and_learner_get_cores_of_their_own(
+    machine: Any, make_plan: Any, num_cores: int, overrides: list[str], actor: list[int], learner: list[int]
+):
+    machine(num_cores)
+    assert laid_out(make_plan(*overrides)) == (actor, learner)
+
+
+def test_nothing_is_pinned_beside_a_gpu(machine: Any, make_plan: Any):
+    machine(8, cuda=True)
+    assert laid_out(make_plan()) == ([], [])
+
+
+def test_the_default_run_is_a_buffer_a_learner_and_an_actor(machine: Any, make_plan: Any, run_dir: Any):
+    machine(2)
+    plan = make_plan()
+    assign_cores(plan)
+    specs = processes(plan)
+    assert [(spec.role, spec.name) for spec in specs] == [
+        ("buffer", "buffer"),
+        ("learner", "learner"),
+        ("actor", "actor-0"),
+    ]
+    commands = {name: spec.command for name, spec in by_name(specs).items()}
+    assert commands == {
+        "buffer": (sys.executable, "-m", "buffer", "serve", str(run_dir)),
+        "learner": (sys.executable, "-m", "learner", str(run_dir)),
+        "actor-0": (sys.executable, "-m", "actors", str(run_dir), "--name", "actor-0"),
+    }
+    for spec in specs:
+        assert spec.environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+
+
+def test_every_process_has_one_thread_per_core(machine: Any, make_plan: Any):
+    machine(8)
+    plan = make_plan("cluster.num_actors=3", "cluster.learner_cores=2")
+    assign_cores(plan)
+    threads = {spec.name: spec.environment.get("OMP_NUM_THREADS") for spec in processes(plan)}
+    assert threads == {"buffer": None, "learner": "2", "actor-0": "2", "actor-1": "2", "actor-2": "2"}
+
+
+def test_more_actors_than_cores_have_one_thread_each(machine: Any, make_plan: Any):
+    machine(2)
+    plan = make_plan("cluster.num_actors=2")
+    assign_cores(plan)
+    assert by_name(processes(plan))["actor-1"].environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_several_ranks_are_started_by_torchrun(machine: Any, make_plan: Any, run_dir: Any):
+    machine(2)
+    plan = make_plan("learner.num_ranks=2")
+    assign_cores(plan)
+    learner = by_name(processes(plan))["learner"]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert learner.command == (sys.executable, *torchrun, "-m", "learner", str(run_dir))
+
+
+def test_tensorboard_is_served_if_asked_for(machine: Any, make_plan: Any, run_dir: Any):
+    machine(2)
+    plan = make_plan("cluster.tensorboard=true", "cluster.tensorboard_port=0")
+    assign_cores(plan)
+    assert processes(plan)[-1].command[1:] == (
+        *("-m", "tensorboard.main", "--logdir", f"{run_dir}/tensorboard", "--port", "0"),
+    )
+
+
+def test_a_command_line_can_be_typed_into_a_shell():
+    spec = ProcessSpec("buffer", "buffer", ("python", "-m", "buffer", "serve", "/tmp/my runs/1"), {})
+    assert spec.command_line == "python -m buffer serve '/tmp/my runs/1'"

@@ -1,0 +1,215 @@
+"""A run without vLLM: the real buffer, the real weight store and the real trainer, and an actor that samples at random.
+
+The actor loads every version from the weight store into a plain transformers model and scores its random completions
+with it, so that its behavior log-probabilities are those of the version it names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from buffer.audit import Audit, audit
+from buffer.client import Connection
+from buffer.config import BufferConfig
+from buffer.server import Server
+from buffer.wire import (
+    EvaluationReport,
+    GroupDelivery,
+    Heartbeat,
+    LeaseReply,
+    LeaseRequest,
+    Manifest,
+    ManifestRequest,
+    Message,
+    pack_group,
+)
+from learner.algorithm import Algorithm
+from learner.config import LearnerConfig, ModelConfig, OptimizerConfig
+from learner.publisher import NamedTensors, WeightStore
+from learner.train import Trainer
+from tests.learner.samples import CPU, make_group, plain_model
+
+GROUPS_PER_BATCH = 4
+FINGERPRINT = "prompts"
+
+
+class RecordingStore(WeightStore):
+    """Remembers what was published, and calls `on_publish` with each version first."""
+
+    def __init__(self, directory: Path, address: str, on_publish: Callable[[int], None]) -> None:
+        super().__init__(directory, address)
+        self.on_publish = on_publish
+        self.published: list[Future[Manifest]] = []
+
+    def publish(self, policy_version: int, tensors: NamedTensors) -> Future[Manifest]:
+        """As in the weight store."""
+        self.on_publish(policy_version)
+        self.published.append(super().publish(policy_version, tensors))
+        return self.published[-1]
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """What was published, in order."""
+        return [publication.result(10) for publication in self.published]
+
+
+class ScriptedActor:
+    """Leases, makes random groups, delivers; evaluates when asked. Ends with the run or with `stop`."""
+
+    def __init__(self, folder: Path, buffer: str, weights: str, temperature: float, shift: float) -> None:
+        self._buffer = Connection(buffer, "actor-0", timeout_seconds=60, resend_seconds=0.2)
+        self._weights = Connection(weights, "actor-0", timeout_seconds=1, resend_seconds=0.2)
+        self._model = plain_model(folder)
+        self._temperature, self._shift = temperature, shift
+        self._version, self._publication = -1, ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; leases under way are abandoned, as by a killed actor."""
+        self._stopping.set()
+        self._thread.join()
+        self._buffer.close()
+        self._weights.close()
+
+    def _run(self) -> None:
+        pending: Future[Message] | None = None
+        while not self._stopping.is_set():
+            self._update()
+            if self._version < 0:
+                continue
+            if pending is None:
+                pending = self._buffer.request(LeaseRequest("actor-0", self._version, 2, FINGERPRINT))
+            if pending.done():
+                reply, pending = pending.result(), None
+                assert isinstance(reply, LeaseReply)
+                self._work(reply)
+
+    def _update(self) -> None:
+        reply: Message | None = None
+        with suppress(TimeoutError):
+            reply = self._weights.call(ManifestRequest(self._publication, 0.02))
+        if isinstance(reply, Manifest):
+            data = np.fromfile(reply.path, dtype=np.uint8)
+            state = {
+                entry.name: torch.from_numpy(data[entry.offset : entry.offset + entry.num_bytes].copy())
+                .view(getattr(torch, entry.dtype))
+                .view(entry.shape)
+                for entry in reply.tensors
+            }
+            missing = self._model.load_state_dict(state, strict=False)
+            assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
+            self._version, self._publication = reply.policy_version, reply.publication
+            self._buffer.request(Heartbeat("actor", "actor-0", self._version, "", {"load": 1.0}))
+
+    def _work(self, reply: LeaseReply) -> None:
+        for lease in reply.leases:
+            group = make_group(
+                lease.group_id,
+                lease.prompt_id,
+                model=self._model,
+                temperature=self._temperature,
+                version=self._version,
+                shift=self._shift,
+            )
+            self._buffer.call(GroupDelivery("actor-0", pack_group(group)))
+        if reply.evaluate_version >= 0:
+            asked = reply.evaluate_version
+            self._buffer.call(EvaluationReport("actor-0", asked, self._version, 10, 0.25, 0.1, 5.0, 0.1))
+
+
+class ScriptedRun:
+    """The buffer's server in a thread over `directory`, and learners and an actor on demand. Close it."""
+
+    def __init__(
+        self, directory: Path, sockets: Path, folder: Path, *, max_staleness: int = 2, updates: int = 1
+    ) -> None:
+        self.directory, self._sockets, self._folder = directory, sockets, folder
+        self.stopping = threading.Event()
+        self._updates = updates
+        buffer = BufferConfig(
+            run_dir=str(directory),
+            address=f"ipc://{sockets}/buffer",
+            num_prompts=10,
+            data_fingerprint=FINGERPRINT,
+            groups_per_batch=GROUPS_PER_BATCH,
+            max_staleness=max_staleness,
+            updates_per_batch=updates,
+            durability="memory",
+        )
+        self._server = Server(buffer)
+        self._address = buffer.address
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        self._actor: ScriptedActor | None = None
+
+    def start_actor(self, *, temperature: float = 1.0, shift: float = 0.0) -> None:
+        """One actor that stays until the run is closed."""
+        self._actor = ScriptedActor(self._folder, self._address, self._weights_address, temperature, shift)
+
+    @property
+    def _weights_address(self) -> str:
+        return f"ipc://{self._sockets}/weights"
+
+    def learn(
+        self,
+        algorithm: Algorithm,
+        total_steps: int,
+        *,
+        on_publish: Callable[[int], None] = lambda _: None,
+        **settings: object,
+    ) -> tuple[Trainer, list[Manifest]]:
+        """One learner from its start to its end: (the trainer, every version it published)."""
+        defaults: dict[str, object] = {
+            "optimizer": OptimizerConfig(1e-3),
+            "critic_optimizer": OptimizerConfig(1e-3),
+            "samples_per_group": 4,
+            "tokens_per_microbatch": 100,
+            "evaluate_every": 0,
+            "logprob_tolerance": 1e-4,
+            "batch_timeout_seconds": 60.0,
+            "evaluation_timeout_seconds": 30.0,
+        }
+        config = LearnerConfig(
+            total_steps=total_steps,
+            groups_per_batch=GROUPS_PER_BATCH,
+            updates_per_batch=self._updates,
+            **(defaults | settings),  # type: ignore[arg-type]
+        )
+        store = RecordingStore(self.directory / "weights", self._weights_address, on_publish)
+        buffer = Connection(self._address, "learner-0", resend_seconds=0.2)
+        try:
+            trainer = Trainer(
+                config,
+                ModelConfig(str(self._folder)),
+                algorithm,
+                run_dir=self.directory,
+                buffer=buffer,
+                store=store,
+                device=CPU,
+                stopping=self.stopping,
+            )
+            trainer.run()
+            return trainer, store.manifests
+        finally:
+            buffer.close()
+            store.close()
+
+    def audit(self) -> Audit:
+        """The ledger as it is now."""
+        return audit(self.directory)
+
+    def close(self) -> None:
+        """End the actor and the server."""
+        if self._actor is not None:
+            self._actor.stop()
+        self._server.stop()
+        self._thread.join()

@@ -1,0 +1,261 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from learner.importance import TokenMask
+from learner.losses import Aggregation, KLKind, batch_counts, kl_estimate, policy_loss, token_weights, value_loss
+from tests.references import (
+    Ragged,
+    RaggedBatch,
+    aggregate,
+    clipped_terms,
+    decoupled_weight,
+    gradient,
+    icepop_weight,
+    kl_term,
+    ragged_batches,
+    token_counts,
+    value_terms,
+)
+
+AGGREGATIONS = st.sampled_from(["token_mean", "sequence_mean", "constant"])
+CLIPS = st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.05, 0.5)])
+
+
+def weights_for(batch: RaggedBatch, aggregation: Aggregation) -> Tensor:
+    num_tokens, num_sequences = batch_counts(batch.packed_mask, batch.sequence_index).tolist()
+    return token_weights(
+        batch.packed_mask,
+        batch.sequence_index,
+        aggregation=aggregation,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        constant_length=11,
+    )
+
+
+def check(found: Tensor, leaf: Tensor, expected: tuple[float, list[float]]) -> None:
+    """The value to 1e-12, the gradient to 1e-10."""
+    assert found.item() == pytest.approx(expected[0], abs=1e-12)
+    (slope,) = torch.autograd.grad(found, leaf)
+    assert slope.tolist() == pytest.approx(expected[1], abs=1e-10)
+
+
+@given(ragged_batches(), AGGREGATIONS, CLIPS)
+def test_policy_loss_agrees_in_value_and_gradient(
+    batch: RaggedBatch, aggregation: Aggregation, clips: tuple[float, float]
+) -> None:
+    cap = 1.7
+
+    def reference(logprobs: Ragged) -> Tensor:
+        weights = [
+            [decoupled_weight(p, b, cap) for p, b in zip(*rows, strict=True)]
+            for rows in zip(batch.rows["proximal"], batch.rows["behavior"], strict=True)
+        ]
+        terms = clipped_terms(logprobs, batch.scalars("proximal"), weights, batch.scalars("advantages"), *clips)
+        return aggregate(terms, batch.mask, aggregation, 11)
+
+    logprobs = batch.packed("logprobs").requires_grad_()
+    found = policy_loss(
+        logprobs,
+        batch.packed("proximal"),
+        batch.packed("behavior"),
+        batch.packed("advantages"),
+        batch.packed_mask,
+        clip_low=clips[0],
+        clip_high=clips[1],
+        max_importance_weight=cap,
+        token_weights=weights_for(batch, aggregation),
+    )
+    check(found, logprobs, gradient(reference, batch.rows["logprobs"]))
+
+
+@given(ragged_batches())
+def test_policy_loss_takes_the_weights_of_another_correction(batch: RaggedBatch) -> None:
+    def reference(logprobs: Ragged) -> Tensor:
+        weights = [
+            [icepop_weight(p, b, 0.5, 2.0) for p, b in zip(*rows, strict=True)]
+            for rows in zip(batch.rows["proximal"], batch.rows["behavior"], strict=True)
+        ]
+        terms = clipped_terms(logprobs, batch.scalars("proximal"), weights, batch.scalars("advantages"), 0.2, 0.2)
+        return aggregate(terms, batch.mask, "token_mean")
+
+    logprobs = batch.packed("logprobs").requires_grad_()
+    proximal, behavior, mask = batch.packed("proximal"), batch.packed("behavior"), batch.packed_mask
+    weights = TokenMask(low=0.5, high=2.0).weights(proximal, behavior, mask)
+    found = policy_loss(
+        logprobs,
+        proximal,
+        behavior,
+        batch.packed("advantages"),
+        mask,
+        clip_low=0.2,
+        clip_high=0.2,
+        importance_weights=weights,
+    )
+    check(found, logprobs, gradient(reference, batch.rows["logprobs"]))
+
+
+@given(ragged_batches())
+def test_padded_and_packed_agree_and_padding_may_be_nan(batch: RaggedBatch) -> None:
+    names = ("logprobs", "proximal", "behavior", "advantages")
+    coefficients = {"clip_low": 0.2, "clip_high": 0.3, "max_importance_weight": 2.0}
+    packed, padded = [batch.packed(n) for n in names], [batch.padded(n) for n in names]
+    packed[0].requires_grad_(), padded[0].requires_grad_()
+    flat = policy_loss(*packed, batch.packed_mask, **coefficients)
+    square = policy_loss(*padded, batch.padded_mask, **coefficients)
+    assert flat.item() == pytest.approx(square.item(), abs=1e-12)
+    (slope,) = torch.autograd.grad(square, padded[0])
+    assert torch.isfinite(slope).all()
+    names = ("values", "old_values", "returns")
+    padded = [batch.padded(n) for n in names]
+    padded[0].requires_grad_()
+    square = value_loss(*padded, batch.padded_mask, value_clip=0.2)
+    flat = value_loss(*[batch.packed(n) for n in names], batch.packed_mask, value_clip=0.2)
+    assert flat.item() == pytest.approx(square.item(), abs=1e-12)
+    (slope,) = torch.autograd.grad(square, padded[0])
+    assert torch.isfinite(slope).all()
+
+
+def test_on_policy_gradient_is_the_policy_gradient() -> None:
+    logprobs = torch.tensor([-0.5, -1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    fixed = logprobs.detach()
+    loss = policy_loss(logprobs, fixed, fixed, advantages, torch.ones(3, dtype=torch.bool), clip_low=0.2, clip_high=0.2)
+    (slope,) = torch.autograd.grad(loss, logprobs)
+    assert slope.tolist() == pytest.approx((-advantages / 3).tolist(), abs=1e-12)
+
+
+def test_only_the_trained_logprobs_get_a_gradient() -> None:
+    tensors = [torch.tensor([-1.0, -2.0], requires_grad=True) for _ in range(4)]
+    mask = torch.ones(2, dtype=torch.bool)
+    loss = policy_loss(*tensors, mask, clip_low=0.2, clip_high=0.2, max_importance_weight=2.0)
+    slopes = torch.autograd.grad(loss, tensors, allow_unused=True)
+    assert slopes[0] is not None and slopes[1:] == (None, None, None)
+    values = [torch.tensor([0.5, 1.0], requires_grad=True) for _ in range(3)]
+    slopes = torch.autograd.grad(value_loss(*values, mask, value_clip=0.2), values, allow_unused=True)
+    assert slopes[1:] == (None, None)
+
+
+def test_nothing_unmasked_is_a_zero_that_can_be_differentiated() -> None:
+    logprobs = torch.tensor([-1.0, math.nan], requires_grad=True)
+    fixed, mask = torch.zeros(2), torch.zeros(2, dtype=torch.bool)
+    loss = policy_loss(logprobs, fixed, fixed, fixed, mask, clip_low=0.2, clip_high=0.2, max_importance_weight=2.0)
+    loss.backward()
+    assert loss.item() == 0 and logprobs.grad is not None and logprobs.grad.tolist() == [0, 0]
+
+
+def test_half_precision_inputs_are_lifted_to_float32() -> None:
+    halves = [torch.tensor([-1.0, -2.0], dtype=torch.bfloat16) for _ in range(4)]
+    mask = torch.ones(2, dtype=torch.bool)
+    assert policy_loss(*halves, mask, clip_low=0.2, clip_high=0.2).dtype == torch.float32
+    assert value_loss(*halves[:3], mask, value_clip=None).dtype == torch.float32
+    assert kl_estimate(halves[0], halves[1], "k3").dtype == torch.float32
+
+
+@given(ragged_batches(), AGGREGATIONS, st.sampled_from([0.2, 0.01, 0.0, -1.0, None]))
+def test_value_loss_agrees_in_value_and_gradient(
+    batch: RaggedBatch, aggregation: Aggregation, value_clip: float | None
+) -> None:
+    def reference(values: Ragged) -> Tensor:
+        terms = value_terms(values, batch.scalars("old_values"), batch.scalars("returns"), value_clip)
+        return aggregate(terms, batch.mask, aggregation, 11)
+
+    values = batch.packed("values").requires_grad_()
+    found = value_loss(
+        values,
+        batch.packed("old_values"),
+        batch.packed("returns"),
+        batch.packed_mask,
+        value_clip=value_clip,
+        token_weights=weights_for(batch, aggregation),
+    )
+    check(found, values, gradient(reference, batch.rows["values"]))
+
+
+@given(ragged_batches(), st.sampled_from(["k1", "k2", "k3"]))
+def test_kl_estimates_agree_in_value_and_gradient(batch: RaggedBatch, kind: KLKind) -> None:
+    def reference(logprobs: Ragged) -> Tensor:
+        terms = [
+            [kl_term(x, r, kind) for x, r in zip(*rows, strict=True)]
+            for rows in zip(logprobs, batch.rows["ref"], strict=True)
+        ]
+        return torch.stack([term for row in terms for term in row]).sum()
+
+    logprobs = batch.packed("logprobs").requires_grad_()
+    found = kl_estimate(logprobs, batch.packed("ref"), kind).sum()
+    check(found, logprobs, gradient(reference, batch.rows["logprobs"]))
+
+
+def test_k3_of_far_apart_policies_stays_finite() -> None:
+    assert torch.isfinite(kl_estimate(torch.tensor([-500.0]), torch.tensor([0.0]), "k3")).all()
+
+
+@given(ragged_batches())
+def test_batch_counts(batch: RaggedBatch) -> None:
+    expected = token_counts(batch.mask)
+    assert tuple(batch_counts(batch.packed_mask, batch.sequence_index).tolist()) == expected
+    assert tuple(batch_counts(batch.padded_mask).tolist()) == expected
+
+
+@given(ragged_batches(), AGGREGATIONS, st.integers(0, 5))
+def test_cutting_a_batch_between_sequences_changes_nothing(
+    batch: RaggedBatch, aggregation: Aggregation, first_part: int
+) -> None:
+    mask, index, whole = batch.packed_mask, batch.sequence_index, weights_for(batch, aggregation)
+    counts = batch_counts(mask, index)
+    cut = sum(batch.lengths[:first_part])
+    parts = (slice(0, cut), slice(cut, None))
+    assert torch.equal(sum((batch_counts(mask[p], index[p]) for p in parts), torch.zeros(2)), counts)
+    pieces = [
+        token_weights(
+            mask[p],
+            index[p],
+            aggregation=aggregation,
+            num_tokens=float(counts[0]),
+            num_sequences=float(counts[1]),
+            constant_length=11,
+        )
+        for p in parts
+    ]
+    assert torch.equal(torch.cat(pieces), whole)
+    names = ("logprobs", "proximal", "behavior", "advantages")
+
+    def loss(part: slice) -> float:
+        tensors = [batch.packed(name)[part] for name in names]
+        return float(
+            policy_loss(
+                *tensors,
+                mask[part],
+                clip_low=0.2,
+                clip_high=0.2,
+                max_importance_weight=2.0,
+                token_weights=whole[part],
+            )
+        )
+
+    assert loss(parts[0]) + loss(parts[1]) == pytest.approx(loss(slice(None)), abs=1e-12)
+
+
+@given(ragged_batches())
+def test_token_weights_of_rows_equal_those_of_packed_sequences(batch: RaggedBatch) -> None:
+    num_tokens, num_sequences = token_counts(batch.mask)
+    rows = token_weights(
+        batch.padded_mask, aggregation="sequence_mean", num_tokens=num_tokens, num_sequences=num_sequences
+    )
+    assert torch.equal(rows[batch.padded_mask], weights_for(batch, "sequence_mean")[batch.packed_mask])
+    assert float(rows.sum()) == pytest.approx(1)
+
+
+def test_unknown_words_are_refused() -> None:
+    mask = torch.ones(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="choose token_mean"):
+        token_weights(mask, aggregation="mean", num_tokens=2, num_sequences=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="constant_length is 0"):
+        token_weights(mask, aggregation="constant", num_tokens=2, num_sequences=1)
+    with pytest.raises(ValueError, match="choose k1, k2 or k3"):
+        kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]

@@ -1,0 +1,197 @@
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from learner.algorithm import Algorithm
+from learner.checkpoint import newest_checkpoint
+from learner.grpo import GRPO
+from learner.ppo import PPO
+from learner.train import LogprobMismatchError
+from tests.learner.samples import plain_model
+from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+Runs = Callable[..., ScriptedRun]
+
+
+@pytest.fixture
+def start_run(tmp_path: Path, socket_folder: Path, model_folder: Path) -> Iterator[Runs]:
+    runs: list[ScriptedRun] = []
+
+    def start(name: str = "run", **settings: int) -> ScriptedRun:
+        directory, sockets = tmp_path / name, socket_folder / name
+        directory.mkdir()
+        sockets.mkdir()
+        runs.append(ScriptedRun(directory, sockets, model_folder, **settings))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.close()
+
+
+def scalars(run: ScriptedRun, name: str) -> dict[int, float]:
+    events = EventAccumulator(str(run.directory / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def assert_trained_once(run: ScriptedRun, num_batches: int, max_staleness: int) -> None:
+    """Every batch was trained, each group once and in time, and the last checkpoint made them done."""
+    ledger = run.audit()
+    assert ledger.problems == ()
+    assert (ledger.counts["used"], ledger.counts["done"]) == (0, num_batches * GROUPS_PER_BATCH)
+    assert ledger.staleness_max <= max_staleness
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(), PPO()], ids=["grpo", "ppo"])
+def test_a_run_trains_publishes_evaluates_and_ends_with_a_checkpoint(
+    start_run: Runs, model_folder: Path, algorithm: Algorithm
+):
+    run = start_run(max_staleness=2)
+    run.start_actor()
+    trainer, manifests = run.learn(algorithm, 5, evaluate_every=2)
+    assert trainer.version == 5
+    assert [manifest.policy_version for manifest in manifests] == [0, 1, 2, 3, 4, 5]
+    assert len({manifest.tensors for manifest in manifests}) == 6
+    assert_trained_once(run, 5, max_staleness=2)
+    norms = scalars(run, "policy/gradient_norm")
+    assert sorted(norms) == [1, 2, 3, 4, 5]
+    assert all(0 < norm < math.inf for norm in norms.values())
+    assert scalars(run, "evaluation/pass_at_1").keys() >= {0, 5}
+    assert max(scalars(run, "staleness/max").values()) == run.audit().staleness_max
+    names = {entry.name for entry in manifests[0].tensors}
+    assert names == {name for name, _ in plain_model(model_folder).named_parameters()}
+    trained = AutoModelForCausalLM.from_pretrained(run.directory / "checkpoints" / "00000005" / "policy").state_dict()
+    base = plain_model(model_folder).state_dict()
+    assert any(not torch.equal(trained[name], base[name]) for name in base)
+
+
+def test_several_updates_per_batch_with_a_reference(start_run: Runs):
+    run = start_run(max_staleness=4, updates=2)
+    run.start_actor(temperature=0.7)
+    algorithm = PPO(kl="reward", kl_coef=0.01)
+    trainer, manifests = run.learn(algorithm, 6, temperature=0.7, checkpoint_every=2)
+    assert trainer.version == 6
+    # Published once per batch; both optimizer steps count.
+    assert [manifest.policy_version for manifest in manifests] == [0, 2, 4, 6]
+    assert_trained_once(run, 3, max_staleness=4)
+    assert sorted(scalars(run, "value/gradient_norm")) == [2, 4, 6]
+    assert scalars(run, "policy/reference_kl_k3")[6] > scalars(run, "policy/reference_kl_k3")[2] > 0
+    assert sorted(path.name for path in (run.directory / "checkpoints").iterdir()) == ["00000004", "00000006"]
+
+
+def test_while_the_critic_warms_up_the_policy_stays(start_run: Runs):
+    run = start_run()
+    run.start_actor()
+    _, manifests = run.learn(PPO(), 4, critic_warmup_steps=2)
+    weights = [manifest.tensors for manifest in manifests]
+    assert weights[0] == weights[1] == weights[2] != weights[3] != weights[4]
+    assert sorted(scalars(run, "policy/gradient_norm")) == [3, 4]
+    assert sorted(scalars(run, "value/gradient_norm")) == [1, 2, 3, 4]
+
+
+def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_from_it(start_run: Runs):
+    run = start_run()
+    run.start_actor()
+
+    def interrupt(version: int) -> None:
+        if version == 2:
+            run.stopping.set()
+
+    trainer, before = run.learn(PPO(), 5, on_publish=interrupt)
+    assert trainer.version == 2
+    assert newest_checkpoint(run.directory / "checkpoints") == run.directory / "checkpoints" / "00000002"
+    run.stopping.clear()
+    trainer, manifests = run.learn(PPO(), 5)
+    assert trainer.version == 5
+    assert manifests[0].tensors == before[-1].tensors
+    assert [manifest.policy_version for manifest in manifests] == [2, 3, 4, 5]
+    assert_trained_once(run, 5, max_staleness=2)
+    assert sorted(scalars(run, "policy/gradient_norm")) == [1, 2, 3, 4, 5]
+
+
+def test_what_a_crashed_learner_trained_after_its_checkpoint_is_trained_again(start_run: Runs):
+    run = start_run()
+    run.start_actor()
+
+    def crash(version: int) -> None:
+        if version == 4:
+            raise RuntimeError("the machine died")
+
+    with pytest.raises(RuntimeError, match="the machine died"):
+        run.learn(GRPO(), 6, checkpoint_every=2, on_publish=crash)
+    trainer, manifests = run.learn(GRPO(), 6, checkpoint_every=2)
+    assert trainer.version == 6 and manifests[0].policy_version == 2
+    assert run.audit().counters["rolled_back"] >= 2 * GROUPS_PER_BATCH
+    ledger = run.audit()
+    assert ledger.problems == () and ledger.counts["done"] == 6 * GROUPS_PER_BATCH
+
+
+def test_a_finished_run_that_is_started_again_only_ends(start_run: Runs):
+    run = start_run()
+    run.start_actor()
+    run.learn(GRPO(), 2)
+    trainer, manifests = run.learn(GRPO(), 2)
+    assert trainer.version == 2 and [manifest.policy_version for manifest in manifests] == [2]
+    assert_trained_once(run, 2, max_staleness=2)
+
+
+def test_strictly_in_turn_the_same_seed_gives_the_same_weights(start_run: Runs):
+    finals = []
+    for name in ("one", "two"):
+        run = start_run(name, max_staleness=0)
+        run.start_actor()
+        finals.append(run.learn(PPO(), 3)[1][-1].tensors)
+        assert_trained_once(run, 3, max_staleness=0)
+    assert finals[0] == finals[1]
+
+
+def test_log_probabilities_of_another_distribution_are_refused_with_the_largest_difference(start_run: Runs):
+    run = start_run()
+    run.start_actor(shift=0.25)
+    with pytest.raises(
+        LogprobMismatchError, match=r"policy 0: .* by 0\.2500 on average and by 0\.250\d at most over \d+ tokens"
+    ):
+        run.learn(GRPO(), 2, logprob_tolerance=0.02)
+    assert newest_checkpoint(run.directory / "checkpoints") is None
+
+
+def test_an_actor_that_samples_at_another_temperature_is_refused(start_run: Runs):
+    run = start_run()
+    run.start_actor(temperature=1.0)
+    with pytest.raises(LogprobMismatchError, match=r"learner\.logprob_tolerance=0\.02.*temperature"):
+        run.learn(GRPO(), 2, temperature=0.5, logprob_tolerance=0.02)
+
+
+def test_a_version_that_cannot_be_written_ends_the_run(start_run: Runs):
+    run = start_run()
+    run.start_actor()
+
+    def lose_the_folder(version: int) -> None:
+        if version == 1:
+            shutil.rmtree(run.directory / "weights")
+
+    with pytest.raises(FileNotFoundError):
+        run.learn(GRPO(), 5, on_publish=lose_the_folder)
+
+
+def test_without_actors_it_gives_up_and_says_what_it_waited_for(start_run: Runs):
+    run = start_run()
+    with pytest.raises(TimeoutError, match=r"no answer to BatchRequest from ipc:.* within 1 s"):
+        run.learn(GRPO(), 2, batch_timeout_seconds=1.0)
+
+
+def test_an_interrupt_while_waiting_ends_the_run_at_once(start_run: Runs):
+    run = start_run()
+    run.stopping.set()
+    trainer, manifests = run.learn(GRPO(), 2)
+    assert trainer.version == 0 and [manifest.policy_version for manifest in manifests] == [0]
+    assert newest_checkpoint(run.directory / "checkpoints") == run.directory / "checkpoints" / "00000000"

@@ -1,0 +1,264 @@
+"""The papers' equations a second time: one token after another, in float64, with nothing shared with the learner.
+
+A batch is a list of sequences, a sequence a list of 0-dimensional float64 tensors, so that autograd differentiates
+these loops and the gradients can be compared as well. Speed is no concern; reading against the paper is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+Scalars = list[Tensor]
+Ragged = list[list[Tensor]]
+Mask = list[list[bool]]
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """Random sequences; ratios spread far enough that clips, caps and masks all bind somewhere."""
+
+    lengths: tuple[int, ...]
+    rows: dict[str, list[list[float]]]
+    mask: Mask
+
+    @classmethod
+    def random(cls, lengths: list[int], masked: float, seed: int) -> RaggedBatch:
+        """`masked` is the probability that a token is masked; the very first token never is."""
+        rng = np.random.default_rng(seed)
+
+        def noise(spread: float) -> list[np.ndarray]:
+            return [rng.normal(0, spread, length) for length in lengths]
+
+        logprobs = [-rng.exponential(1.0, length) for length in lengths]
+        proximal = [a + b for a, b in zip(logprobs, noise(0.3), strict=True)]
+        behavior = [a + b for a, b in zip(proximal, noise(1.0), strict=True)]
+        old_values = noise(1.0)
+        arrays = {
+            "logprobs": logprobs,
+            "proximal": proximal,
+            "behavior": behavior,
+            "ref": [a + b for a, b in zip(logprobs, noise(0.5), strict=True)],
+            "entropy": [np.abs(x) for x in noise(1.0)],
+            "advantages": noise(1.0),
+            "rewards": noise(1.0),
+            "returns": noise(1.0),
+            "old_values": old_values,
+            "values": [a + b for a, b in zip(old_values, noise(0.4), strict=True)],
+        }
+        mask = [(rng.random(length) >= masked).tolist() for length in lengths]
+        mask[0][0] = True
+        return cls(tuple(lengths), {name: [x.tolist() for x in value] for name, value in arrays.items()}, mask)
+
+    def scalars(self, name: str) -> Ragged:
+        """The rows as 0-dimensional tensors."""
+        return [[torch.tensor(x, dtype=torch.float64) for x in row] for row in self.rows[name]]
+
+    def packed(self, name: str) -> Tensor:
+        """[N] float64."""
+        return torch.tensor([x for row in self.rows[name] for x in row], dtype=torch.float64)
+
+    @property
+    def packed_mask(self) -> Tensor:
+        """[N] bool."""
+        return torch.tensor([m for row in self.mask for m in row])
+
+    @property
+    def sequence_index(self) -> Tensor:
+        """[N] int64."""
+        return torch.repeat_interleave(torch.tensor(self.lengths))
+
+    def padded(self, name: str, fill: float = math.nan) -> Tensor:
+        """[B, T] float64 with `fill` behind every sequence."""
+        out = torch.full((len(self.lengths), max(self.lengths)), fill, dtype=torch.float64)
+        for i, row in enumerate(self.rows[name]):
+            out[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+        return out
+
+    @property
+    def padded_mask(self) -> Tensor:
+        """[B, T] bool."""
+        out = torch.zeros((len(self.lengths), max(self.lengths)), dtype=torch.bool)
+        for i, row in enumerate(self.mask):
+            out[i, : len(row)] = torch.tensor(row)
+        return out
+
+    def select(self, name: str) -> list[float]:
+        """The unmasked values, flat."""
+        pairs = zip(self.rows[name], self.mask, strict=True)
+        return [x for row, mask in pairs for x, m in zip(row, mask, strict=True) if m]
+
+
+def ragged_batches() -> st.SearchStrategy[RaggedBatch]:
+    """One to five sequences of one to nine tokens, from no token masked to most."""
+    lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+    return st.builds(RaggedBatch.random, lengths, st.sampled_from([0.0, 0.3, 0.8]), st.integers(0, 2**32 - 1))
+
+
+def token_counts(mask: Mask) -> tuple[int, int]:
+    """(unmasked tokens, sequences with at least one)."""
+    per_sequence = [sum(1 for m in row if m) for row in mask]
+    return sum(per_sequence), sum(1 for count in per_sequence if count > 0)
+
+
+def aggregate(terms: Ragged, mask: Mask, aggregation: str, constant_length: int = 1) -> Tensor:
+    """Mean over tokens; mean over tokens then over sequences; or sum over sequences * constant length (Dr. GRPO)."""
+    num_tokens, num_sequences = token_counts(mask)
+    total = torch.zeros((), dtype=torch.float64)
+    for row, row_mask in zip(terms, mask, strict=True):
+        kept = [term for term, m in zip(row, row_mask, strict=True) if m]
+        for term in kept:
+            if aggregation == "token_mean":
+                total = total + term / num_tokens
+            elif aggregation == "sequence_mean":
+                total = total + term / len(kept) / num_sequences
+            else:
+                total = total + term / (num_sequences * constant_length)
+    return total
+
+
+def decoupled_weight(proximal: float, behavior: float, cap: float) -> float:
+    """w = min(pi_prox/mu, C) (AReaL, equation 5, truncated)."""
+    return min(math.exp(proximal - behavior), cap)
+
+
+def icepop_weight(proximal: float, behavior: float, low: float, high: float) -> float:
+    """w = pi_prox/mu inside [low, high], 0 outside (IcePop)."""
+    weight = math.exp(proximal - behavior)
+    return weight if low <= weight <= high else 0.0
+
+
+def clipped_terms(
+    logprobs: Ragged,
+    denominators: Ragged,
+    weights: list[list[float]],
+    advantages: Ragged,
+    clip_low: float,
+    clip_high: float,
+) -> Ragged:
+    """-w_t min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t) (PPO, equation 7, weighted)."""
+    terms: Ragged = []
+    for i, row in enumerate(logprobs):
+        terms.append([])
+        for t, logprob in enumerate(row):
+            u = torch.exp(logprob - float(denominators[i][t]))
+            advantage = float(advantages[i][t])
+            if u < 1 - clip_low:
+                clipped = torch.tensor(1 - clip_low, dtype=torch.float64)
+            elif u > 1 + clip_high:
+                clipped = torch.tensor(1 + clip_high, dtype=torch.float64)
+            else:
+                clipped = u
+            smaller = u * advantage if u * advantage <= clipped * advantage else clipped * advantage
+            terms[-1].append(-weights[i][t] * smaller)
+    return terms
+
+
+def value_terms(values: Ragged, old_values: Ragged, returns: Ragged, value_clip: float | None) -> Ragged:
+    """0.5 max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2) (PPO's reference implementation)."""
+    terms: Ragged = []
+    for i, row in enumerate(values):
+        terms.append([])
+        for t, value in enumerate(row):
+            target, old = float(returns[i][t]), float(old_values[i][t])
+            term = (value - target) ** 2 / 2
+            if value_clip is not None and value_clip > 0:
+                if value > old + value_clip:
+                    clipped = torch.tensor(old + value_clip, dtype=torch.float64)
+                elif value < old - value_clip:
+                    clipped = torch.tensor(old - value_clip, dtype=torch.float64)
+                else:
+                    clipped = value
+                other = (clipped - target) ** 2 / 2
+                term = other if other > term else term
+            terms[-1].append(term)
+    return terms
+
+
+def kl_term(logprob: Tensor, ref_logprob: float, kind: str) -> Tensor:
+    """The k1, k2, k3 estimators of KL(pi||ref) with r = ref/pi (Schulman, Approximating KL Divergence)."""
+    log_r = ref_logprob - logprob
+    if kind == "k1":
+        return -log_r
+    if kind == "k2":
+        return log_r**2 / 2
+    return torch.exp(log_r) - 1 - log_r
+
+
+def gae_advantages(
+    rewards: list[float], values: list[float], mask: list[bool], gamma: float, lam: float
+) -> tuple[list[float], list[float]]:
+    """A_t = sum_l (gamma lam)^l delta_{t+l} over the scored tokens, as the sum itself (GAE, equation 16)."""
+    steps = [t for t, m in enumerate(mask) if m]
+    deltas = []
+    for k, t in enumerate(steps):
+        following = values[steps[k + 1]] if k + 1 < len(steps) else 0.0
+        deltas.append(rewards[t] + gamma * following - values[t])
+    advantages, returns = [0.0] * len(mask), [0.0] * len(mask)
+    for k, t in enumerate(steps):
+        advantages[t] = math.fsum((gamma * lam) ** j * delta for j, delta in enumerate(deltas[k:]))
+        returns[t] = advantages[t] + values[t]
+    return advantages, returns
+
+
+def group_advantages(rewards: list[float], groups: list[int], normalize_std: bool) -> list[float]:
+    """A_i = (r_i - mean) / (std + 1e-6), sample standard deviation, 0 for a group of one (GRPO, 4.1.2)."""
+    advantages = []
+    for reward, group in zip(rewards, groups, strict=True):
+        members = [r for r, g in zip(rewards, groups, strict=True) if g == group]
+        mean = math.fsum(members) / len(members)
+        advantage = reward - mean
+        if normalize_std:
+            squares = math.fsum((r - mean) ** 2 for r in members)
+            advantage /= (math.sqrt(squares / (len(members) - 1)) if len(members) > 1 else 0.0) + 1e-6
+        advantages.append(advantage)
+    return advantages
+
+
+def leave_one_out_advantages(rewards: list[float], groups: list[int]) -> list[float]:
+    """A_i = r_i - mean of the other rewards of its group (RLOO); 0 without others."""
+    advantages = []
+    for i, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
+        others = [r for j, r in enumerate(rewards) if groups[j] == group and j != i]
+        advantages.append(reward - math.fsum(others) / len(others) if others else 0.0)
+    return advantages
+
+
+def whitened(values: list[float]) -> list[float]:
+    """(x - mean) / sqrt(max(population variance, 1e-8))."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((x - mean) ** 2 for x in values) / len(values)
+    return [(x - mean) / math.sqrt(max(variance, 1e-8)) for x in values]
+
+
+def mean(values: list[float]) -> float:
+    """Arithmetic mean."""
+    return math.fsum(values) / len(values)
+
+
+def deviation(values: list[float]) -> float:
+    """Population standard deviation."""
+    center = mean(values)
+    return math.sqrt(math.fsum((x - center) ** 2 for x in values) / len(values))
+
+
+def effective_sample_size(weights: list[float]) -> float:
+    """(sum w)^2 / (N sum w^2): 1 when all weights are equal, 1/N when one holds everything (Kong 1992)."""
+    return math.fsum(weights) ** 2 / (len(weights) * math.fsum(w * w for w in weights))
+
+
+def gradient(loss: Callable[[Ragged], Tensor], inputs: list[list[float]]) -> tuple[float, list[float]]:
+    """(value, gradient for every token in order) of a loss written over scalars."""
+    leaves = [[torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in row] for row in inputs]
+    flat = [leaf for row in leaves for leaf in row]
+    value = loss(leaves)
+    if not value.requires_grad:
+        return value.detach().item(), [0.0] * len(flat)
+    gradients = torch.autograd.grad(value, flat, allow_unused=True)
+    return value.detach().item(), [0.0 if g is None else float(g) for g in gradients]

@@ -1,0 +1,34 @@
+"""Fixtures of the system tests: models that are pretrained for seconds, once per session."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.runs import ROOT, SMALL_RUN, Launch
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base models are made once per session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def launch(cache_dir: Path) -> Launch:
+    """Starts `launch/cluster.py` with small settings and more overrides."""
+
+    def start(run_dir: Path, *overrides: str, small: bool = True) -> subprocess.Popen[str]:
+        command = [sys.executable, "launch/cluster.py", *(SMALL_RUN if small else ()), *overrides]
+        if small:
+            command.append(f"run_dir={run_dir}")
+        environment = os.environ | {"SLIPSTREAM_CACHE": str(cache_dir)}
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    return start

@@ -1,0 +1,118 @@
+"""The real vLLM under new weights: they arrive whole, in mid-generation, and its log-probabilities are ours."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from actors.config import ActorConfig
+from actors.engine import prepare_environment
+from buffer.client import Connection, host_id
+from learner.publisher import WeightStore
+from learner.sft import SftSettings, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from actors.engine import Engine, SampledCompletion
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
+    train(SftSettings(pairs=str(pairs), output=str(folder / "base"), alphabet="0123456789+=;\\boxed{}", steps=0))
+    return folder / "base"
+
+
+def perturb(model: PreTrainedModel, seed: int) -> list[tuple[str, torch.Tensor]]:
+    """Move every parameter and return copies, as the learner publishes them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
+
+
+def logprobs_of(model: PreTrainedModel, completion: SampledCompletion, temperature: float) -> torch.Tensor:
+    ids = torch.tensor([[*PROMPT, *completion.token_ids.tolist()]])
+    with torch.no_grad():
+        logprobs = (model(input_ids=ids).logits[0].float() / temperature).log_softmax(-1)
+    return logprobs[len(PROMPT) - 1 : -1].gather(-1, ids[0, len(PROMPT) :, None])[:, 0]
+
+
+async def sample(engine: Engine, request_id: str, num_samples: int, length: int) -> list[SampledCompletion]:
+    return await engine.sample(
+        PROMPT, num_samples=num_samples, temperature=0.7, max_new_tokens=length, request_id=request_id
+    )
+
+
+def assert_agree(model: PreTrainedModel, completions: Sequence[SampledCompletion]) -> None:
+    for completion in completions:
+        expected = logprobs_of(model, completion, 0.7)
+        torch.testing.assert_close(torch.from_numpy(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_weights_arrive_whole_and_in_flight(base: Path, tmp_path: Path) -> None:
+    config = ActorConfig(
+        model_path=str(base), samples_per_group=4, max_new_tokens=200, max_tokens=256, max_groups_in_flight=16
+    )
+    os.environ["OMP_NUM_THREADS"] = "1"
+    prepare_environment(config)
+    asyncio.run(_check_updates(config, base, tmp_path))
+
+
+async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from actors.engine import Engine
+    from actors.weights import WeightClient
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    address = f"ipc://{tmp_path}/weights.ipc"
+    store, connection, engine = WeightStore(tmp_path / "weights", address), Connection(address, "test"), Engine(config)
+    client = WeightClient(connection, host_id=host_id(), spool=tmp_path / "spool", chunk_bytes=1 << 16)
+    try:
+        loaded_from_folder = await engine.start()
+        # The same weights through our transfer are the same weights, parameter by parameter.
+        published = store.publish(0, [(name, p.detach().clone()) for name, p in model.named_parameters()])
+        manifest = await asyncio.wrap_future(published)
+        await engine.load(await client.fetch(manifest))
+        assert await engine.checksums() == loaded_from_folder
+        # Every later version is what samples: also the output head, which is tied to the embedding.
+        for version in (1, 2):
+            manifest = await asyncio.wrap_future(store.publish(version, perturb(model, seed=version)))
+            await engine.load(await client.fetch(manifest))
+            completions = await sample(engine, f"fresh-{version}", 4, 40)
+            assert_agree(model, completions)
+            assert {span.version for c in completions for span in c.versions} == {version}
+        # In the middle of generation nothing is aborted, and every token knows its version.
+        running = [asyncio.create_task(sample(engine, f"long-{i}", 4, 200)) for i in range(16)]
+        await asyncio.sleep(0.3)
+        manifest = await asyncio.wrap_future(store.publish(3, perturb(model, seed=3)))
+        await engine.load(await client.fetch(manifest))
+        completions = [completion for group in await asyncio.gather(*running) for completion in group]
+        assert len(completions) == 64
+        spanning = [c for c in completions if [span.version for span in c.versions] == [2, 3]]
+        assert spanning
+        for completion in spanning:
+            assert completion.versions[0].start == 0
+            assert 0 < completion.versions[1].start < len(completion.token_ids)
+            assert len(completion.logprobs) == len(completion.token_ids)
+        assert_agree(model, await sample(engine, "after", 4, 40))
+    finally:
+        engine.close()
+        connection.close()
+        store.close()

@@ -1,0 +1,156 @@
+"""The loop as a user starts it, judged by what it leaves: ledger, checkpoints, event files, summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from buffer.audit import audit
+from tests.system.runs import ROOT, Launch, finish
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
+
+
+def used_rows(run_dir: Path) -> list[tuple[int, int, int]]:
+    """(used_version, oldest_version, staleness) of every group that was trained on."""
+    with sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True) as db:
+        rows = db.execute(
+            "SELECT used_version, oldest_version, staleness FROM occurrences WHERE state IN ('used', 'done')"
+        ).fetchall()
+    db.close()
+    return rows
+
+
+def reward_curve(run_dir: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("reward/mean")]
+
+
+def assert_sound(run_dir: Path, *, steps: int, groups_per_batch: int, max_staleness: int) -> None:
+    """Every batch was full, nobody was too old, the invariant holds and everything trained on is committed."""
+    ledger = audit(run_dir)
+    assert ledger.holds, ledger.problems
+    rows = used_rows(run_dir)
+    assert sorted({version for version, _, _ in rows}) == list(range(steps))
+    for version in range(steps):
+        assert sum(used == version for used, _, _ in rows) == groups_per_batch
+    assert all(staleness == used - oldest and 0 <= staleness <= max_staleness for used, oldest, staleness in rows)
+    assert ledger.counts["done"] == steps * groups_per_batch
+    assert ledger.counts["used"] == 0
+    assert not ledger.dropped
+
+
+def assert_checkpoint_loads(run_dir: Path, version: int) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run_dir / "checkpoints" / f"{version:08d}" / "policy"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("12+34=", add_special_tokens=False, return_tensors="pt")
+    completion = model.generate(prompt["input_ids"], max_new_tokens=30, do_sample=False)
+    assert "=" in tokenizer.decode(completion[0, prompt["input_ids"].shape[1] :])
+
+
+def test_ppo_trains_with_stale_data_and_reports(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "ppo"
+    output = finish(launch(run_dir, "total_steps=8", "max_staleness=2", "learner.evaluate_every=4"), run_dir)
+    assert_sound(run_dir, steps=8, groups_per_batch=8, max_staleness=2)
+    assert max(staleness for _, _, staleness in used_rows(run_dir)) > 0
+    assert_checkpoint_loads(run_dir, 8)
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["policy_version"] == 8
+    assert 0 <= summary["pass_at_1_before"] <= 1
+    assert 0 <= summary["pass_at_1_after"] <= 1
+    assert summary["samples_per_second"] > 0
+    assert summary["tokens_per_second"] > 0
+    assert 0 <= summary["actor_idle_fraction"] < 1
+    assert 0 <= summary["learner_idle_fraction"] < 1
+    assert summary["staleness_max"] <= 2
+    assert "pass@1" in output
+    assert "tensorboard --logdir" in output
+    assert [step for step, _ in reward_curve(run_dir)] == list(range(1, 9))
+    assert "log-probabilities agree" in (run_dir / "logs" / "learner.log").read_text()
+    assert "parameters verified after the first load" in (run_dir / "logs" / "actor-0.log").read_text()
+
+
+def test_grpo_with_two_learner_ranks_under_zero_3(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "grpo"
+    overrides = (
+        *("algorithm=grpo", "total_steps=4", "max_staleness=1"),
+        *("learner.num_ranks=2", "learner.zero_stage=3", "cluster.pin_cores=false"),
+    )
+    finish(launch(run_dir, *overrides), run_dir)
+    assert_sound(run_dir, steps=4, groups_per_batch=8, max_staleness=1)
+    assert_checkpoint_loads(run_dir, 4)
+
+
+def test_runs_in_turn_repeat_themselves(launch: Launch, tmp_path: Path) -> None:
+    curves = []
+    for attempt in ("first", "second"):
+        run_dir = tmp_path / attempt
+        finish(launch(run_dir, "mode=sync", "total_steps=4"), run_dir)
+        assert_sound(run_dir, steps=4, groups_per_batch=8, max_staleness=0)
+        curves.append(reward_curve(run_dir))
+    assert curves[0] == curves[1]
+
+
+def test_ctrl_c_ends_everything_and_resume_goes_on(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "interrupted"
+    process = launch(run_dir, "total_steps=400", "learner.checkpoint_every=1000")
+    family = wait_for_versions(process, run_dir, at_least=3)
+    interrupted = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - interrupted < 5.0
+    assert process.returncode == 130, output
+    assert f"resume={run_dir}" in output
+    _, alive = psutil.wait_procs(family, timeout=2)
+    assert not alive
+    assert audit(run_dir).holds
+    checkpoints = sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
+    assert len(checkpoints) == 1
+    assert checkpoints[0] >= 3
+
+    # The rest would take minutes; shorten it as a user may, in the run's own configuration.
+    config = (run_dir / "config.yaml").read_text()
+    last = checkpoints[0] + 3
+    (run_dir / "config.yaml").write_text(config.replace("total_steps: 400", f"total_steps: {last}"))
+    finish(launch(run_dir, f"resume={run_dir}", small=False), run_dir)
+    assert_sound(run_dir, steps=last, groups_per_batch=8, max_staleness=2)
+    steps = [step for step, _ in reward_curve(run_dir)]
+    assert steps == list(range(1, last + 1))
+
+
+def wait_for_versions(process: subprocess.Popen[str], run_dir: Path, at_least: int) -> list[psutil.Process]:
+    """Until that many batches were trained on. Returns the launcher's descendants."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        log = run_dir / "logs" / "learner.log"
+        if log.is_file() and f"policy {at_least} published" in log.read_text():
+            return psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGTERM)
+    pytest.fail(f"no policy {at_least} within 240 s: {process.communicate()[0]}")
+
+
+def test_inspect_reads_a_finished_run(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "inspected"
+    finish(launch(run_dir, "algorithm=grpo", "total_steps=2", "max_staleness=0"), run_dir)
+    command = [sys.executable, "-m", "buffer", "inspect", str(run_dir), "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    report = json.loads(result.stdout)
+    assert report["counts"]["done"] == 16

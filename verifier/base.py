@@ -1,0 +1,79 @@
+"""The verifier's vocabulary: what a reward sees, what it may answer, and how a configuration names it.
+
+Everything here is plain data that crosses to the scoring workers and back. A reward is a function of one `Completion`;
+exactly one reward of a task is its `Grader`, which also decides the verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Verdict(StrEnum):
+    """How a completion was judged; `timeout` and `error` are the scoring pool's, not the grader's."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    TRUNCATED = "truncated"
+    """No answer, and the length limit ended the completion."""
+    TIMEOUT = "timeout"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a reward sees of one sampled completion."""
+
+    text: str
+    """The completion without its prompt."""
+    gold: str
+    """The reference answer; a JSON object {"numbers": [...], "target": n} for countdown."""
+    truncated: bool = False
+    """True when the length limit ended it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The number that is trained on, its parts before weighting, and the verdict."""
+
+    reward: float
+    breakdown: dict[str, float]
+    verdict: Verdict
+
+
+RewardFunction = Callable[[Completion], float | None]
+"""A reward of one completion; None leaves it out of the sum."""
+
+
+def _nothing_to_prepare() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Grader:
+    """The one reward of a task that decides the verdict: a judge, and what each of its verdicts is worth."""
+
+    judge: Callable[[Completion], Verdict]
+    """Returns correct, wrong or no_answer."""
+    rewards: Mapping[Verdict, float]
+    """The reward of correct, wrong and no_answer; other verdicts borrow one of these."""
+    prepare: Callable[[], None] = _nothing_to_prepare
+    """Loads what judging needs; called once per worker, before any deadline runs."""
+
+
+Reward = RewardFunction | Grader
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward of a task as the configuration names it."""
+
+    name: str
+    """A registered name, or `module:factory` for a reward of one's own."""
+    weight: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the reward's factory."""

@@ -1,0 +1,101 @@
+r"""Structure: cuts a normalized answer at its outermost level, without looking into its expressions.
+
+Lists, tuples, sets, intervals, unions, matrices and relations are cut here; brackets are counted, not matched by kind,
+so that `[0,1)` is one item. All functions are linear in the length of the text and never raise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_OPENERS = frozenset(("(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "\\begin"))
+_CLOSERS = frozenset((")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\end"))
+_MATRIX = re.compile(
+    r"\\begin\s*\{((?:p|b|B|v|V|small)?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}$", re.DOTALL
+)
+_COLLECTION_OPENERS = frozenset(("(", "[", "\\{", "\\langle"))
+_COLLECTION_CLOSERS = frozenset((")", "]", "\\}", "\\rangle"))
+_SET_BUILDER = re.compile(r"\s*\\?[a-zA-Z]+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||\\mid(?![a-zA-Z])|:)(.+)$", re.DOTALL)
+
+COMMAS = frozenset((",", ";"))
+UNIONS = frozenset(("\\cup",))
+RELATIONS = frozenset(("=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx", "\\equiv", "\\sim"))
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Items between one pair of outermost brackets."""
+
+    opener: str
+    closer: str
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Rows of entries; `kind` is `matrix` whatever the brackets, `determinant` between bars."""
+
+    kind: str
+    rows: tuple[tuple[str, ...], ...]
+
+
+def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
+    """The stripped parts of `text` between outermost separators, and the separators in order."""
+    parts, found, start = [], [], 0
+    for token, position, depth in _tokens_with_depth(text):
+        if depth == 0 and token in separators:
+            parts.append(text[start:position].strip())
+            found.append(token)
+            start = position + len(token)
+    return [*parts, text[start:].strip()], found
+
+
+def as_collection(text: str) -> Collection | None:
+    """`text` as one bracketed collection, or None when its first bracket does not close at its end."""
+    tokens = list(_tokens_with_depth(text))
+    if len(tokens) < 2 or tokens[0][0] not in _COLLECTION_OPENERS or tokens[-1][0] not in _COLLECTION_CLOSERS:
+        return None
+    if any(depth == 0 for _, _, depth in tokens[1:-1]) or tokens[-1][2] != 0:
+        return None
+    opener, closer = tokens[0][0], tokens[-1][0]
+    inside = text[len(opener) : -len(closer)].strip()
+    items = split(inside, COMMAS)[0] if inside else []
+    return Collection(opener, closer, tuple(items))
+
+
+def as_matrix(text: str) -> Matrix | None:
+    """`text` as one matrix or array, also between plain brackets."""
+    collection = as_collection(text)
+    if collection is not None and len(collection.items) == 1 and collection.opener in ("(", "["):
+        text = collection.items[0]
+    match = _MATRIX.match(text)
+    if match is None or "\\begin" in match[2]:
+        return None
+    rows = [
+        row.split("&") for row in re.split(r"\\\\(?:\s*\[[^\]]*\])?", match[2].replace("\\hline", "")) if row.strip()
+    ]
+    kind = "determinant" if match[1] in ("vmatrix", "Vmatrix") else "matrix"
+    return Matrix(kind, tuple(tuple(entry.strip() for entry in row) for row in rows))
+
+
+def set_condition(collection: Collection) -> str | None:
+    r"""The condition of a set-builder `\{x | condition\}`, or None."""
+    if collection.opener != "\\{" or len(collection.items) != 1:
+        return None
+    match = _SET_BUILDER.match(collection.items[0])
+    return match[1].strip() if match else None
+
+
+def _tokens_with_depth(text: str) -> Iterator[tuple[str, int, int]]:
+    """(token, position, depth) where brackets themselves have the depth outside them."""
+    depth = 0
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if token in _CLOSERS:
+            depth -= 1
+        yield token, match.start(), depth
+        if token in _OPENERS:
+            depth += 1
