@@ -193,15 +193,17 @@ class Service:
         """Roll back once; a repeat that arrives after other ranks have been served must not do it again."""
         file, call = self._ledger.file, f"{holder_name(identity)} {number}"
         if file.meta("hello", "") == call:
-            return wire.LearnerWelcome(file.meta("hello_rolled_back", 0))
+            return wire.LearnerWelcome(file.meta("hello_rolled_back", 0), file.meta("hello_outstanding", 0))
         version = hello.policy_version
         rolled_back = self._ledger.roll_back(version)
         self._batches.clear()
         self._progress.set(next_version=version, policy_version=version, closing=False)
         file.set_meta("hello", call)
         file.set_meta("hello_rolled_back", rolled_back)
+        outstanding = self._ledger.counts["leased"] + self._ledger.counts["ready"]
+        file.set_meta("hello_outstanding", outstanding)
         log.info("the learner starts at policy %d: %d groups ready again", version, rolled_back)
-        return wire.LearnerWelcome(rolled_back)
+        return wire.LearnerWelcome(rolled_back, outstanding)
 
     def _heartbeat(self, identity: bytes, heartbeat: wire.Heartbeat, number: int, now: float) -> wire.Message:
         self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now)

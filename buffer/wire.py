@@ -180,9 +180,10 @@ class LearnerHello:
 
 @dataclass(frozen=True, slots=True)
 class LearnerWelcome:
-    """How many groups were rolled back to ready."""
+    """How many groups were rolled back to ready, and how many are leased or ready in all."""
 
     num_rolled_back: int
+    num_outstanding: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ class TrainingBatch:
     """[M] float32."""
     token_versions: Tensor
     """[M] int64: the version that sampled each token."""
+    of_one_version: Tensor
+    """[M] bool: whether one version sampled the whole trajectory."""
 
     @classmethod
     def from_groups(
@@ -73,6 +75,9 @@ class TrainingBatch:
             rewards=torch.tensor([t.reward for t in trajectories], dtype=torch.float32, device=device),
             behavior_logprobs=torch.from_numpy(behavior).to(device),
             token_versions=torch.from_numpy(versions).to(device),
+            of_one_version=torch.repeat_interleave(
+                torch.tensor([len(t.policy_versions) == 1 for t in trajectories]), torch.tensor(lengths)
+            ).to(device),
         )
 
     @property

@@ -39,7 +39,7 @@ from learner.algorithm import AdvantageInputs, Algorithm
 from learner.batch import TrainingBatch
 from learner.checkpoint import POLICY_PREFIX, load_checkpoint, newest_checkpoint, read_state, save_checkpoint
 from learner.config import LearnerConfig, ModelConfig, OptimizerConfig
-from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, barrier, rank_and_world_size
+from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, rank_and_world_size
 from learner.metrics import MetricSums, summarize
 from learner.model import PolicyModel, ValueModel
 from learner.publisher import WeightStore
@@ -99,6 +99,8 @@ class Trainer:
         self.reporter = Reporter(run_dir / "tensorboard", self.version) if self.rank == 0 else None
         self._publication: Future[Manifest] | None = None
         self._checked_logprobs = False
+        self._num_older_groups = 0
+        """Groups begun before this learner started that may still come."""
         self._evaluated: set[tuple[int, int]] = set()
         self._status: Future[Message] | None = None
         self._shown: dict[str, float] = {}
@@ -194,38 +196,47 @@ class Trainer:
         return named | summarize(sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max))
 
     def _check_logprobs(self, batch: TrainingBatch) -> None:
-        """Refuse to train where the learner and vLLM see different log-probabilities under the same weights."""
-        same = batch.token_versions == self.version
+        """Refuse to train where the learner and vLLM see different log-probabilities under the same weights.
+
+        Only trajectories sampled under this version alone can tell: tokens after a change of weights are sampled on top
+        of the older version's KV cache. Groups begun before this learner started may carry a version's number for other
+        weights, those of before a rollback, so until they are used up a disagreement is only reported.
+        """
+        same = batch.of_one_version & (batch.token_versions == self.version)
         difference = (
             score_batch(self.policy, batch, self.config.tokens_per_microbatch) - batch.behavior_logprobs
         ).abs()
         difference = torch.where(same, difference, 0.0)
         sums = all_reduce_sum(torch.stack([difference.sum().double(), same.sum().double()])).tolist()
         largest = float(all_reduce_max(difference.max().clone()))
-        # Only the first batch can tell: after it a version's number may stand for other weights, of before a rollback.
-        self._checked_logprobs = True
         mean = sums[0] / max(sums[1], 1.0)
         if mean > self.config.logprob_tolerance:
-            raise LogprobMismatchError(
+            message = (
                 f"policy {self.version}: the learner's log-probabilities differ from the actors' by {mean:.4f} on"
                 f" average and by {largest:.4f} at most over {int(sums[1])} tokens, more than"
                 f" learner.logprob_tolerance={self.config.logprob_tolerance}; check that learner and actors use the"
                 " same model, dtype and temperature"
             )
-        if self.rank == 0 and sums[1]:
-            logger.info(
-                "policy %d: log-probabilities agree with the actors' (largest difference %.2g)", self.version, largest
-            )
+            if self._num_older_groups <= 0:
+                raise LogprobMismatchError(message)
+            logger.warning("%s (their groups were begun before this learner started; checked again)", message)
+        elif sums[1]:
+            self._checked_logprobs = True
+            if self.rank == 0:
+                logger.info("policy %d: log-probabilities agree (largest difference %.2g)", self.version, largest)
+        self._num_older_groups -= self.config.groups_per_batch
 
     # --- versions, checkpoints, evaluations --------------------------------------------------------------------------
 
     def _say_hello(self) -> None:
+        older = torch.zeros(1, device=self.device)
         if self.rank == 0:
             welcome = self.buffer.call(LearnerHello(self.version), timeout_seconds=60.0)
             assert isinstance(welcome, LearnerWelcome)
             logger.info("starting at policy %d; %d groups are ready again", self.version, welcome.num_rolled_back)
-        # Another rank's batch request that arrived before the hello would be refused.
-        barrier()
+            older += welcome.num_outstanding
+        # Also a barrier: another rank's batch request that arrived before the hello would be refused.
+        self._num_older_groups = int(all_reduce_max(older)[0])
         self._publish()
         self._await_publication()
         if self.rank == 0 and self.version == 0:

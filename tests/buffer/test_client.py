@@ -47,7 +47,7 @@ class Answering:
 
 def echo(message: wire.Message, number: int) -> list[wire.Frames]:
     assert isinstance(message, wire.CheckpointCommitted)
-    return [wire.encode(wire.LearnerWelcome(message.policy_version), number)]
+    return [wire.encode(wire.LearnerWelcome(message.policy_version, 0), number)]
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_many_threads_get_their_own_answers(serving: Callable[..., Answering], a
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: connection.call(wire.CheckpointCommitted(n)), range(200)))
     server.close()
-    assert answers == [wire.LearnerWelcome(n) for n in range(200)]
+    assert answers == [wire.LearnerWelcome(n, 0) for n in range(200)]
 
 
 def test_a_request_waits_for_a_server_that_starts_later(
@@ -90,7 +90,7 @@ def test_a_request_waits_for_a_server_that_starts_later(
     time.sleep(0.5)
     assert not future.done()
     server = serving(address, echo)
-    assert future.result(5) == wire.LearnerWelcome(1)
+    assert future.result(5) == wire.LearnerWelcome(1, 0)
     time.sleep(0.1)
     server.close()
     assert len(server.heard) <= 2, "repeats do not pile up while the server is away"
@@ -100,7 +100,7 @@ def test_an_unanswered_request_is_repeated_under_its_number(
     serving: Callable[..., Answering], address: str, connection: Connection
 ):
     server = serving(address, lambda m, n: echo(m, n) if server.heard.count(n) >= 3 else [])
-    assert connection.call(wire.CheckpointCommitted(7)) == wire.LearnerWelcome(7)
+    assert connection.call(wire.CheckpointCommitted(7)) == wire.LearnerWelcome(7, 0)
     server.close()
     assert server.heard[:3] == [0, 0, 0]
 
@@ -108,8 +108,8 @@ def test_an_unanswered_request_is_repeated_under_its_number(
 def test_a_second_answer_is_ignored(serving: Callable[..., Answering], address: str, connection: Connection):
     server = serving(address, lambda m, n: echo(m, n) * 2)
     assert [connection.call(wire.CheckpointCommitted(n)) for n in (1, 2)] == [
-        wire.LearnerWelcome(1),
-        wire.LearnerWelcome(2),
+        wire.LearnerWelcome(1, 0),
+        wire.LearnerWelcome(2, 0),
     ]
     server.close()
 
@@ -118,7 +118,7 @@ def test_a_broken_answer_is_dropped_and_the_request_repeated(
     serving: Callable[..., Answering], address: str, connection: Connection
 ):
     server = serving(address, lambda m, n: echo(m, n) if server.heard.count(n) > 1 else [[b"\xc1"]])
-    assert connection.call(wire.CheckpointCommitted(7)) == wire.LearnerWelcome(7)
+    assert connection.call(wire.CheckpointCommitted(7)) == wire.LearnerWelcome(7, 0)
     server.close()
 
 
@@ -129,7 +129,7 @@ def test_a_restarted_server_is_found_again(serving: Callable[..., Answering], ad
     future = connection.request(wire.CheckpointCommitted(2))
     time.sleep(0.3)
     server = serving(address, echo)
-    assert future.result(5) == wire.LearnerWelcome(2)
+    assert future.result(5) == wire.LearnerWelcome(2, 0)
     server.close()
 
 
@@ -142,7 +142,7 @@ def test_the_socket_is_reopened_when_nothing_is_heard(
     monkeypatch.setattr(Connection, "_open", lambda self: opened.append(1) or real(self))
     server = serving(address, lambda m, n: echo(m, n) if len(opened) > 1 else [])
     with Connection(address, "test", timeout_seconds=10, resend_seconds=0.1) as connection:
-        assert connection.call(wire.CheckpointCommitted(7)) == wire.LearnerWelcome(7)
+        assert connection.call(wire.CheckpointCommitted(7)) == wire.LearnerWelcome(7, 0)
     server.close()
     assert len(opened) >= 2
 
@@ -181,7 +181,7 @@ def test_it_works_from_asyncio_and_a_cancelled_request_stops(
             await asyncio.wait_for(asyncio.wrap_future(connection.request(wire.Close())), 0.15)
         return await asyncio.wrap_future(connection.request(wire.CheckpointCommitted(3)))
 
-    assert asyncio.run(talk()) == wire.LearnerWelcome(3)
+    assert asyncio.run(talk()) == wire.LearnerWelcome(3, 0)
     time.sleep(0.15)
     repeats = server.heard.count(0)
     time.sleep(0.3)
@@ -198,7 +198,7 @@ def test_a_reopened_socket_takes_over_its_identity(serving: Callable[..., Answer
             dealer.setsockopt(zmq.LINGER, 0)
             dealer.connect(address)
             dealer.send_multipart(wire.encode(wire.CheckpointCommitted(version), 0))
-            assert wire.decode(dealer.recv_multipart())[0] == wire.LearnerWelcome(version)
+            assert wire.decode(dealer.recv_multipart())[0] == wire.LearnerWelcome(version, 0)
     server.close()
 
 

@@ -50,7 +50,7 @@ def finish(connection: Connection, leases: tuple[wire.Lease, ...], version: int,
 
 def test_leases_deliveries_and_batches_over_tcp(server: Server, make_group: Any):
     with connect(server.address, "actor-0") as actor, connect(server.address, "learner") as learner:
-        assert learner.call(wire.LearnerHello(0)) == wire.LearnerWelcome(0)
+        assert learner.call(wire.LearnerHello(0)) == wire.LearnerWelcome(0, 0)
         for version in range(4):
             granted = actor.call(credit(version))
             assert isinstance(granted, wire.LeaseReply)

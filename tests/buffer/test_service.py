@@ -216,7 +216,7 @@ def test_a_returning_learner_gets_its_groups_again_once(start: Any):
         buffer.ask(LEARNER, wire.BatchRequest(version, 0, 1))
     buffer.ask(LEARNER, wire.CheckpointCommitted(1))
     welcome = buffer.tell(b"learner-dd", wire.LearnerHello(1), 1)[b"learner-dd", 1]
-    assert welcome == wire.LearnerWelcome(4)
+    assert welcome == wire.LearnerWelcome(4, 4)
     first = buffer.ask(b"learner-dd", wire.BatchRequest(1, 0, 1))
     assert [group.header.group_id for group in first.groups] == ["2.0", "3.0"]
     assert buffer.tell(b"learner-dd", wire.LearnerHello(1), 1)[b"learner-dd", 1] == welcome
