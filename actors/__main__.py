@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from typing import Any
 import psutil
 
 from actors.config import ActorConfig
-from actors.prompts import TaskConfig, load_task
+from actors.prompts import Task, TaskConfig, load_task
+from actors.rollout import PromptsTooLongError, check_prompts_fit
 from buffer.client import Connection, host_id
 from buffer.config import load_run_config, read_section
+from buffer.credentials import Credentials, client_credentials
+from buffer.schema import check_name
 from verifier.config import VerifierConfig
 
 logger = logging.getLogger("actors")
@@ -27,12 +31,17 @@ def main() -> int:
     """Generate for the run in RUN_DIR until told to stop. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m actors", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="the run's folder; its config.yaml says the rest")
-    parser.add_argument("--name", default=f"actor-{os.getpid()}", help="unique among the run's actors")
+    # A name in use would take the other's leases away; this one is unique over hosts.
+    name = f"actor-{socket.gethostname()}-{os.getpid()}"
+    parser.add_argument("--name", default=name, help="unique among the run's actors; a name in use is taken over")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
+        check_name(arguments.name, "--name")
         run = load_run_config(arguments.run_dir)
         config = read_section(ActorConfig, run["actor"], "actor")
+        credentials = client_credentials(arguments.run_dir)
+        task = load_task(read_section(TaskConfig, run["task"], "task"))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,13 +49,23 @@ def main() -> int:
 
     prepare_environment(config)
     try:
-        asyncio.run(_run(arguments.name, arguments.run_dir, run, config))
+        asyncio.run(_run(arguments.name, arguments.run_dir, run, config, credentials, task))
     except asyncio.CancelledError:
         logger.info("stopped")
+    except ExceptionGroup as failed:
+        logger.exception("the actor's tasks failed")
+        # The log's last line is what the launcher shows; of a group's traceback it would be an ornament.
+        print(f"error: {failed.exceptions[0]!r}", file=sys.stderr)
+        return 1
+    except PromptsTooLongError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-async def _run(name: str, run_dir: Path, run: dict[str, Any], config: ActorConfig) -> None:
+async def _run(
+    name: str, run_dir: Path, run: dict[str, Any], config: ActorConfig, credentials: Credentials, task: Task
+) -> None:
     own_task = asyncio.current_task()
     assert own_task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,7 +78,8 @@ async def _run(name: str, run_dir: Path, run: dict[str, Any], config: ActorConfi
     from verifier.pool import ScoringPool
 
     verifier = read_section(VerifierConfig, run["verifier"], "verifier")
-    task = load_task(read_section(TaskConfig, run["task"], "task"))
+    tokenizer = AutoTokenizer.from_pretrained(config.model_path)
+    check_prompts_fit(task, tokenizer, max_tokens=config.max_tokens, max_new_tokens=config.max_new_tokens)
     pool = ScoringPool(
         verifier.rewards,
         num_workers=verifier.num_workers,
@@ -69,8 +89,8 @@ async def _run(name: str, run_dir: Path, run: dict[str, Any], config: ActorConfi
     )
     engine = Engine(config)
     # The connection resends until it is answered; a lease may be long in coming.
-    buffer = Connection(run["buffer"]["address"], name, timeout_seconds=math.inf)
-    learner = Connection(run["weights"]["address"], name)
+    buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
+    learner = Connection(run["weights"]["address"], name, credentials)
     spool = run_dir / "actors" / name
     try:
         checksums = await engine.start()
@@ -78,10 +98,10 @@ async def _run(name: str, run_dir: Path, run: dict[str, Any], config: ActorConfi
         weights = WeightClient(
             learner,
             host_id=host_id() if config.share_files else "",
+            published=run_dir / "weights",
             spool=spool / "weights",
             chunk_bytes=config.chunk_bytes,
         )
-        tokenizer = AutoTokenizer.from_pretrained(config.model_path)
         actor = Actor(name, config, task, tokenizer, engine, pool, buffer, weights, spool)
         logger.info("%s is ready", name)
         await actor.run(checksums)

@@ -8,6 +8,7 @@ Any error in one of them ends the process; the supervisor decides what follows.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 import zlib
@@ -37,10 +38,12 @@ from verifier.base import Completion
 from verifier.pool import ScoringPool
 
 if TYPE_CHECKING:
-    from actors.engine import Engine
+    from actors.engine import Engine, SampledCompletion
     from actors.weights import LocalWeights, WeightClient
 
 logger = logging.getLogger(__name__)
+
+DISK_RETRY_SECONDS = 5.0
 
 
 class Actor:
@@ -91,10 +94,11 @@ class Actor:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no weights from the learner within {self.config.weights_timeout_seconds:.0f} s")
             loaded = await self._load_next()
-        await self._verify_first_load(loaded, engine_checksums)
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._keep_weights_fresh())
+            # From the first sign of life on: whoever falls silent after it counts as hung.
             tasks.create_task(self._keep_beating())
+            await self._verify_first_load(loaded, engine_checksums)
+            tasks.create_task(self._keep_weights_fresh())
             tasks.create_task(self._spend_credit(tasks))
 
     # --- leases ------------------------------------------------------------------------------------------------------
@@ -140,17 +144,14 @@ class Actor:
         self._credit_changed.set()
 
     async def _deliver(self, lease: Lease, problem: Problem, prompt_ids: list[int]) -> None:
-        with self.meter.in_flight():
-            sampled = await self.engine.sample(
-                prompt_ids,
-                num_samples=self.config.samples_per_group,
-                temperature=self.config.temperature,
-                max_new_tokens=self.config.max_new_tokens,
-                request_id=lease.group_id,
-                stop=self.stop,
-                stop_token_ids=self.stop_token_ids,
-                seed=self._seed(lease.group_id) if self.config.seeded_sampling else None,
-            )
+        sampled = await self._sample(
+            prompt_ids,
+            lease.group_id,
+            num_samples=self.config.samples_per_group,
+            temperature=self.config.temperature,
+            max_new_tokens=self.config.max_new_tokens,
+            seed=self._seed(lease.group_id) if self.config.seeded_sampling else None,
+        )
         self.meter.sampled(len(sampled), sum(len(choice.token_ids) for choice in sampled))
         scores = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer))
         group = build_group(lease.group_id, problem, prompt_ids, sampled, scores, self.actor_id)
@@ -159,6 +160,25 @@ class Actor:
             raise RuntimeError(f"the buffer answered {receipt} to a delivered group")
         if receipt.outcome != "stored":
             logger.warning("group %s was %s", receipt.group_id, receipt.outcome)
+
+    async def _sample(self, prompt_ids: list[int], request_id: str, **how: Any) -> list[SampledCompletion]:
+        """Completions of one prompt.
+
+        Waits for: the engine. Gives up after: `sample_timeout_seconds`, with a TimeoutError that ends the actor.
+        """
+        seconds = self.config.sample_timeout_seconds
+        with self.meter.in_flight():
+            try:
+                async with asyncio.timeout(seconds):
+                    return await self.engine.sample(
+                        prompt_ids,
+                        request_id=request_id,
+                        stop=self.stop,
+                        stop_token_ids=self.stop_token_ids,
+                        **how,
+                    )
+            except TimeoutError as error:
+                raise TimeoutError(f"the engine did not finish request {request_id} within {seconds:.0f} s") from error
 
     def _seed(self, group_id: str) -> int:
         """Of the prompt's occurrence, not of the attempt: a group sampled again is sampled the same."""
@@ -186,8 +206,16 @@ class Actor:
             fetched_from = time.monotonic()
             try:
                 local = await self.weights.fetch(manifest)
-            except RequestRefused as overtaken:
-                logger.info("policy %d was not fetched: %s", manifest.policy_version, overtaken)
+            # Overtaken by a newer version, or the learner died on the way and will publish anew.
+            except (RequestRefused, TimeoutError) as error:
+                logger.info("policy %d was not fetched: %s", manifest.policy_version, error)
+                return None
+            # Pulled weights need room; there may be some again, and meanwhile the older weights serve.
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                logger.warning("policy %d was not stored: %s; tried again", manifest.policy_version, error)
+                await asyncio.sleep(DISK_RETRY_SECONDS)
                 return None
             paused_from = time.monotonic()
             await self.engine.load(local)
@@ -251,18 +279,15 @@ class Actor:
             [score] = await self.pool.score_group([Completion(text="", gold=problem.gold, truncated=True)])
             return score.reward, 0.0, 0.0
         max_new_tokens = self.config.evaluation_max_new_tokens or self.config.max_new_tokens
-        with self.meter.in_flight():
-            sampled = await self.engine.sample(
-                prompt_ids,
-                num_samples=1,
-                temperature=self.config.evaluation_temperature,
-                max_new_tokens=max_new_tokens,
-                request_id=f"evaluation-{version}-{problem.prompt_id}",
-                stop=self.stop,
-                stop_token_ids=self.stop_token_ids,
-                # The same noise at every version, so that curves differ by the policy alone.
-                seed=self._seed(f"evaluation-{problem.prompt_id}"),
-            )
+        sampled = await self._sample(
+            prompt_ids,
+            f"evaluation-{version}-{problem.prompt_id}",
+            num_samples=1,
+            temperature=self.config.evaluation_temperature,
+            max_new_tokens=max_new_tokens,
+            # The same noise at every version, so that curves differ by the policy alone.
+            seed=self._seed(f"evaluation-{problem.prompt_id}"),
+        )
         [score] = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer))
         return score.reward, float(score.verdict.value == "correct"), float(len(sampled[0].token_ids))
 

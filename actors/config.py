@@ -40,6 +40,8 @@ class ActorConfig:
     heartbeat_seconds: float = 1.0
     weights_timeout_seconds: float = 600.0
     """How long to wait for the learner's first weights."""
+    sample_timeout_seconds: float = 1800.0
+    """How long a group may be in the engine before the engine counts as hung and the actor ends."""
     chunk_bytes: int = 1 << 20
     """Size of one pulled piece where the weights cannot be mapped."""
     share_files: bool = True

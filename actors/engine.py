@@ -7,6 +7,7 @@ sampled from, at the sampling temperature.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.config import ActorConfig
+from actors.lifeline import name_actor
 from actors.weights import TRANSFER_BACKEND, WORKER_EXTENSION, LocalWeights
 from buffer.trajectory import FinishReason, VersionSpan
 
 MIN_BATCHED_TOKENS = 2048
 """Tokens of one engine step on a CPU; more helps neither prefill nor decoding there."""
+SHUTDOWN_SECONDS = 0.5
+"""What an engine has in flight is worthless once its actor ends."""
 NO_VERSION = -1
 """What the weights are called that the engine starts with; no trajectory may come from them."""
 
@@ -44,6 +48,9 @@ def prepare_environment(config: ActorConfig) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
     # The supervisor decides who runs on which core; vLLM's own binding would fight it.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # Its processes rename themselves, and would do it over the environment by which the launcher knows them.
+    os.environ["SPT_NOENV"] = "1"
+    name_actor()
 
 
 class Engine:
@@ -152,8 +159,11 @@ class Engine:
         return merged
 
     def close(self) -> None:
-        """End the engine and its processes."""
-        self._llm.shutdown()
+        """End the engine and its processes. Waits for: them. Gives up after: `SHUTDOWN_SECONDS`, by killing them."""
+        self._llm.shutdown(timeout=SHUTDOWN_SECONDS)
+        # Left to the interpreter's end, its destructor would find half of vLLM gone already and complain.
+        del self._llm
+        gc.collect()
 
 
 def _completion(choice: object) -> SampledCompletion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,10 @@ from verifier.base import Completion, Score
 
 if TYPE_CHECKING:
     from actors.engine import SampledCompletion
+
+
+class PromptsTooLongError(ValueError):
+    """No prompt of the task can be answered within the model's context."""
 
 
 class TextTokenizer(Protocol):
@@ -100,6 +105,25 @@ def _spans(versions: Sequence[VersionSpan], offset: int) -> tuple[VersionSpan, .
         version = min(span.version, oldest_from_here[-1].version) if oldest_from_here else span.version
         oldest_from_here.append(VersionSpan(offset + span.start, version))
     return tuple(reversed(oldest_from_here))
+
+
+def check_prompts_fit(task: Task, tokenizer: TextTokenizer, *, max_tokens: int, max_new_tokens: int) -> None:
+    """Refuse data of which not one prompt leaves room for an answer: every lease would be given back for ever.
+
+    Raises:
+        PromptsTooLongError: with the shortest prompt's length and the way out.
+    """
+    shortest = math.inf
+    for problem in task.train:
+        shortest = min(shortest, len(task_prompt_ids(task, problem, tokenizer)))
+        # In sound data this is the first one.
+        if shortest + max_new_tokens <= max_tokens:
+            return
+    raise PromptsTooLongError(
+        f"none of the {len(task.train)} training prompts leaves room for max_new_tokens={max_new_tokens} in"
+        f" model.max_tokens={max_tokens}: the shortest has {shortest} tokens; raise model.max_tokens or lower"
+        " max_new_tokens"
+    )
 
 
 def task_prompt_ids(task: Task, problem: Problem, tokenizer: TextTokenizer) -> list[int]:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from actors.lifeline import end_with_actor
 from buffer.client import Connection
 from buffer.wire import Chunk, ChunkRequest, Manifest, ManifestRequest, NoNewVersion
 
@@ -74,13 +75,15 @@ class WeightClient:
     Args:
         connection: to the store; not closed here.
         host_id: this host's kernel; equal to the learner's when files can be shared.
+        published: the only folder whose files are mapped, whatever path a manifest names.
         spool: folder for pulled versions.
         chunk_bytes: size of one pulled piece.
     """
 
-    def __init__(self, connection: Connection, *, host_id: str, spool: Path, chunk_bytes: int) -> None:
+    def __init__(self, connection: Connection, *, host_id: str, published: Path, spool: Path, chunk_bytes: int) -> None:
         self._connection = connection
         self._host_id = host_id
+        self._published = published.resolve()
         self._spool = spool
         self._chunk_bytes = chunk_bytes
 
@@ -106,10 +109,12 @@ class WeightClient:
         """Bring a version to this host and compare every tensor's checksum.
 
         Raises:
-            RuntimeError: bytes that are not what the learner published, naming the tensor.
+            RuntimeError: bytes that are not what the learner published, or a manifest that contradicts itself, naming
+                the tensor.
             RequestRefused: the version is gone; ask for the newest manifest.
         """
-        if manifest.host_id == self._host_id:
+        _check_manifest(manifest)
+        if manifest.host_id == self._host_id and Path(manifest.path).resolve().is_relative_to(self._published):
             # Where the folder is not visible here, or the version is gone from it, the store is asked instead.
             with contextlib.suppress(FileNotFoundError):
                 return await self._checked(manifest, Path(manifest.path))
@@ -124,28 +129,51 @@ class WeightClient:
         for old in self._spool.glob("v*.weights"):
             old.unlink()
         path = self._spool / f"v{manifest.policy_version:08d}.weights"
-        waiting: deque[asyncio.Future[Any]] = deque()
+        waiting: deque[tuple[ChunkRequest, asyncio.Future[Any]]] = deque()
         try:
             with path.open("wb") as file:
                 for offset in range(0, manifest.num_bytes, self._chunk_bytes):
                     size = min(self._chunk_bytes, manifest.num_bytes - offset)
                     request = ChunkRequest(manifest.policy_version, offset, size)
-                    waiting.append(asyncio.wrap_future(self._connection.request(request, timeout_seconds=60.0)))
+                    answer = asyncio.wrap_future(self._connection.request(request, timeout_seconds=60.0))
+                    waiting.append((request, answer))
                     if len(waiting) == CHUNKS_IN_FLIGHT:
-                        _write_chunk(file, await waiting.popleft())
+                        await _write_chunk(file, *waiting.popleft())
                 while waiting:
-                    _write_chunk(file, await waiting.popleft())
+                    await _write_chunk(file, *waiting.popleft())
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
         return path
 
 
-def _write_chunk(file: Any, reply: object) -> None:
+async def _write_chunk(file: Any, request: ChunkRequest, answer: asyncio.Future[Any]) -> None:
+    reply = await answer
     if not isinstance(reply, Chunk):
         raise RuntimeError(f"the weight store answered {type(reply).__name__} to a request for a chunk")
+    if (reply.offset, len(reply.data)) != (request.offset, request.num_bytes):
+        raise RuntimeError(
+            f"the weight store answered with {len(reply.data)} bytes at {reply.offset} to a request for"
+            f" {request.num_bytes} at {request.offset}"
+        )
     file.seek(reply.offset)
     file.write(reply.data)
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Every tensor has a type that torch knows, as many bytes as its shape says, and lies inside the file."""
+    for entry in manifest.tensors:
+        dtype = getattr(torch, entry.dtype, None)
+        if not isinstance(dtype, torch.dtype) or math.prod(entry.shape) * dtype.itemsize != entry.num_bytes:
+            raise RuntimeError(
+                f"policy {manifest.policy_version}: tensor {entry.name} of type {entry.dtype} and shape {entry.shape}"
+                f" cannot have {entry.num_bytes} bytes"
+            )
+        if entry.offset + entry.num_bytes > manifest.num_bytes:
+            raise RuntimeError(
+                f"policy {manifest.policy_version}: tensor {entry.name} ends at byte {entry.offset + entry.num_bytes}"
+                f" of a file of {manifest.num_bytes}"
+            )
 
 
 def _check(manifest: Manifest, path: Path) -> None:
@@ -283,6 +311,8 @@ logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter
 class WorkerExtension:
     """Named to vLLM as worker extension, so that its workers import this module and know the engine below."""
 
+
+end_with_actor()
 
 # vLLM's factory has no public way to ask; importing this module twice in one process must not fail.
 if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:

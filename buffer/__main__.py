@@ -12,11 +12,13 @@ import logging
 import sqlite3
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from buffer.audit import Audit, audit
 from buffer.config import BufferConfig, load_run_config, read_section
 from buffer.server import serve
+from buffer.waits import SavedWaits, load_waits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"buffer: {error}", file=sys.stderr)
         return 2
-    except sqlite3.OperationalError as error:
-        print(f"buffer: the ledger in {options.run_dir} cannot be written: {error}", file=sys.stderr)
+    except sqlite3.DatabaseError as error:
+        print(f"buffer: the ledger in {options.run_dir} cannot be used: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -56,11 +58,12 @@ def read_buffer_config(run_dir: str) -> BufferConfig:
 
 
 def _inspect(run_dir: str, as_json: bool) -> int:
-    found = audit(run_dir)
+    found, saved = audit(run_dir), load_waits(Path(run_dir))
     if as_json:
-        print(json.dumps(dataclasses.asdict(found) | {"holds": found.holds}, indent=2))
+        waits = dataclasses.asdict(saved) if saved else {"waits": [], "age_seconds": None}
+        print(json.dumps(dataclasses.asdict(found) | {"holds": found.holds} | waits, indent=2))
     else:
-        print(_describe(found))
+        print(_describe(found), *_describe_waits(saved), sep="\n")
     return 0 if found.holds else 1
 
 
@@ -75,6 +78,13 @@ def _describe(found: Audit) -> str:
     lines += [f"broken: {problem}" for problem in found.problems]
     lines.append("the invariant holds" if found.holds else "the invariant does not hold")
     return "\n".join(lines)
+
+
+def _describe_waits(saved: SavedWaits | None) -> list[str]:
+    if saved is None or not saved.waits:
+        return []
+    lines = [f"{wait.who} waits for {wait.for_what}, since {wait.seconds:.0f} s" for wait in saved.waits]
+    return [*lines, f"waits as of {saved.age_seconds:.0f} s ago"]
 
 
 if __name__ == "__main__":

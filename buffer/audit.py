@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.ledger_file import FILE_NAME, SCHEMA_VERSION
+from buffer.states import STATES
 
-STATES = ("pending", "leased", "ready", "used", "done")
+KEPT_STATES = tuple(state for state in STATES if state != "dropped")
 
 _BROKEN_RULES = {
     "used or done groups whose staleness is not used_version - oldest_version": (
@@ -89,7 +90,7 @@ def _audit(db: sqlite3.Connection, path: Path) -> Audit:
         )
     meta = dict(db.execute("SELECT key, value FROM meta"))
     issued = meta.get("issued", 0)
-    counts = dict.fromkeys(STATES, 0)
+    counts = dict.fromkeys(KEPT_STATES, 0)
     counts |= dict(db.execute("SELECT state, COUNT(*) FROM occurrences WHERE state != 'dropped' GROUP BY state"))
     dropped = dict(db.execute("SELECT reason, COUNT(*) FROM occurrences WHERE state = 'dropped' GROUP BY reason"))
     total = sum(counts.values()) + sum(dropped.values())

@@ -21,13 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
-from buffer.wire import MAX_FRAME_BYTES, Frames, Message, Refused, WireError, decode, encode
+from buffer.credentials import Credentials
+from buffer.schema import WireError, check_name
+from buffer.wire import MAX_FRAME_BYTES, Frames, Message, Refused, decode, encode
 
 log = logging.getLogger(__name__)
 
 SILENT_RESENDS = 15
 """After this many resend intervals without any answer the socket is opened anew."""
+
+
+_TURNED_AWAY = {
+    int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "the server does not know this client's key",
+    int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "only one side has keys, or they are of different runs",
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "the server broke it off, as it does when the keys are not its run's",
+}
 
 
 class RequestRefused(RuntimeError):
@@ -51,12 +61,27 @@ class Connection:
     Args:
         address: a ZeroMQ address; the server need not be there yet.
         name: who this is, in the server's logs; made unique per connection.
+        credentials: the run's id and keys.
         timeout_seconds: how long a request waits for its answer unless it says otherwise; math.inf waits for ever.
         resend_seconds: how long to wait before a request is sent again.
+
+    Raises:
+        ValueError: when the name has characters that no server takes, or `address` needs keys.
     """
 
-    def __init__(self, address: str, name: str, *, timeout_seconds: float = 60.0, resend_seconds: float = 2.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        name: str,
+        credentials: Credentials,
+        *,
+        timeout_seconds: float = 60.0,
+        resend_seconds: float = 2.0,
+    ) -> None:
+        check_name(name, "the name")
+        credentials.check_address(address)
         self.address = address
+        self._credentials = credentials
         self._identity = f"{name}-{secrets.token_hex(4)}".encode()
         self._timeout_seconds = timeout_seconds
         self._resend_seconds = resend_seconds
@@ -65,6 +90,9 @@ class Connection:
         self._requests: dict[int, _Request] = {}
         self._closing = False
         self._closed = False
+        self._turned_away = ""
+        """Why the last handshake failed; empty when it did not."""
+        self._num_sockets = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name=f"connection {name}", daemon=True)
@@ -84,7 +112,7 @@ class Connection:
             if self._closing:
                 raise ConnectionError(f"the connection to {self.address} is closed")
             number, self._next_number = self._next_number, self._next_number + 1
-            frames = encode(message, number)
+            frames = encode(message, number, self._credentials.run_id)
             entry = _Request(number, type(message).__name__, frames, time.monotonic() + seconds, seconds)
             self._requests[number] = entry
             self._wake()
@@ -128,12 +156,12 @@ class Connection:
     # --- the thread ---
 
     def _run(self) -> None:
-        socket = self._open()
+        socket, handshakes = self._open()
         heard = time.monotonic()
         try:
             while not self._closing:
                 blocked = self._send_due(socket)
-                self._poll(socket, blocked)
+                self._poll(socket, handshakes, blocked)
                 now = time.monotonic()
                 if self._receive(socket) or not self._requests:
                     heard = now
@@ -141,16 +169,19 @@ class Connection:
                 if now - heard > SILENT_RESENDS * self._resend_seconds:
                     log.info("nothing heard from %s for %.0f s; connecting anew", self.address, now - heard)
                     socket.close()
-                    socket, heard = self._open(), now
+                    handshakes.close()
+                    (socket, handshakes), heard = self._open(), now
         finally:
             # Also when the thread dies of an error: nobody may wait for an answer that cannot come.
             with self._lock:
                 self._closing = True
             socket.close()
+            handshakes.close()
             for entry in self._snapshot():
                 self._finish(entry, ConnectionError(f"{self.address} was closed before it answered {entry.kind}"))
 
-    def _open(self) -> zmq.Socket[bytes]:
+    def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """A socket on its way to the server, and one that reports its handshakes."""
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._identity)
         socket.setsockopt(zmq.LINGER, 0)
@@ -163,8 +194,28 @@ class Connection:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
         socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+        if self._credentials.encrypted:
+            socket.curve_serverkey = self._credentials.server_public
+            socket.curve_publickey = self._credentials.client_public
+            socket.curve_secretkey = self._credentials.client_secret
+        self._num_sockets += 1
+        monitor = f"inproc://handshakes-{self._num_sockets}"
+        socket.monitor(monitor, sum(_TURNED_AWAY) | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        handshakes = self._context.socket(zmq.PAIR)
+        handshakes.setsockopt(zmq.LINGER, 0)
+        handshakes.connect(monitor)
         socket.connect(self.address)
-        return socket
+        return socket, handshakes
+
+    def _watch(self, handshakes: zmq.Socket[bytes]) -> None:
+        """Remember how the last handshake ended, and say when one failed."""
+        with suppress(zmq.Again):
+            while True:
+                event = parse_monitor_message(handshakes.recv_multipart(zmq.NOBLOCK))
+                turned_away = _TURNED_AWAY.get(int(event["event"]), "")
+                if turned_away and turned_away != self._turned_away:
+                    log.warning("the handshake with %s failed: %s", self.address, turned_away)
+                self._turned_away = turned_away
 
     def _send_due(self, socket: zmq.Socket[bytes]) -> bool:
         """Send what is new or due again. True when the socket took not everything."""
@@ -179,7 +230,7 @@ class Connection:
             entry.next_send = now + self._resend_seconds
         return False
 
-    def _poll(self, socket: zmq.Socket[bytes], blocked: bool) -> None:
+    def _poll(self, socket: zmq.Socket[bytes], handshakes: zmq.Socket[bytes], blocked: bool) -> None:
         """Wait for an answer, a new request, room to send, or the next moment something is due."""
         now = time.monotonic()
         moments = [entry.deadline for entry in self._snapshot()]
@@ -187,10 +238,12 @@ class Connection:
         seconds = min([self._resend_seconds, *(moment - now for moment in moments)])
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN | zmq.POLLOUT if blocked else zmq.POLLIN)
+        poller.register(handshakes, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
         poller.poll(max(0, math.ceil(seconds * 1000)))
         with suppress(BlockingIOError):
             os.read(self._wake_read, 1 << 16)
+        self._watch(handshakes)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> bool:
         """Hand all waiting answers to their futures. True when something was heard."""
@@ -202,7 +255,7 @@ class Connection:
                 return heard
             heard = True
             try:
-                message, number = decode(frames)
+                message, number = decode(frames, self._credentials.run_id)
             except WireError as error:
                 log.warning("answer from %s dropped: %s", self.address, error)
                 continue
@@ -218,6 +271,8 @@ class Connection:
                 self._requests.pop(entry.number, None)
             elif entry.deadline <= now:
                 waited = f"no answer to {entry.kind} from {self.address} within {entry.timeout_seconds:g} s"
+                if self._turned_away:
+                    waited += f"; the last handshake failed: {self._turned_away}"
                 self._finish(entry, TimeoutError(waited))
 
     def _finish(self, entry: _Request, outcome: Any) -> None:

@@ -51,7 +51,7 @@ class Evaluations:
             self._file.write(
                 "UPDATE evaluations SET state = 'reported', report = ?"
                 " WHERE requested_version = ? AND state != 'reported'",
-                encode(report, 0)[0],
+                encode(report, 0, "")[0],
                 report.requested_version,
             )
         )
@@ -63,7 +63,7 @@ class Evaluations:
             " ORDER BY requested_version",
             since_version,
         )
-        messages = (decode([row[0]])[0] for row in rows)
+        messages = (decode([row[0]], "")[0] for row in rows)
         return tuple(message for message in messages if isinstance(message, EvaluationReport))
 
     def num_unfinished(self) -> int:

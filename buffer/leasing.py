@@ -15,7 +15,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from buffer import wire
-from buffer.admission import Limits, room
+from buffer.admission import Limits, room, slot
 from buffer.config import BufferConfig
 from buffer.ledger import Holder, Ledger
 from buffer.progress import Progress
@@ -49,6 +49,7 @@ class _Client:
     """The request that told `policy_version`; a late repeat of an older one tells nothing."""
     policy_version: int = -1
     parked: tuple[int, wire.LeaseRequest] | None = None
+    parked_since: float = 0.0
     replies: OrderedDict[int, wire.LeaseReply] = field(default_factory=OrderedDict)
 
     def learn(self, number: int, policy_version: int) -> None:
@@ -97,6 +98,8 @@ class Leasing:
         if number < newest:
             return [Outgoing(identity, number, NO_LEASES)]
         superseded = client.parked is not None and client.parked[0] < number
+        if client.parked is None:
+            client.parked_since = now
         client.parked = (number, request)
         return [Outgoing(identity, newest, NO_LEASES)] if superseded else []
 
@@ -123,6 +126,24 @@ class Leasing:
                 outgoing.append(self._remember(identity, client, number, reply))
         return outgoing
 
+    def waits(self, now: float) -> list[wire.Wait]:
+        """Which actors wait for leases, and what keeps them from having any."""
+        waiting = [c for c in self._clients.values() if c.parked and now - c.heard <= PRESUMED_DEAD_SECONDS]
+        return [
+            wire.Wait(c.actor_id, self._what_a_lease_lacks(c.policy_version), now - c.parked_since) for c in waiting
+        ]
+
+    def _what_a_lease_lacks(self, policy_version: int) -> str:
+        counts, next_version = self._ledger.counts, self._progress.next_version
+        if self._progress.closing:
+            return "the last evaluation"
+        if slot(policy_version, next_version, self._limits) < 0:
+            return f"newer weights: it has policy {policy_version}, the next batch is for policy {next_version}"
+        if self._config.num_batches and not self._still_wanted():
+            return "the end of the run: all groups it needs were given out"
+        outstanding = f"{counts['leased']} leased and {counts['ready']} ready groups"
+        return f"room: the batches within max_staleness are full, with {outstanding}"
+
     def _try(self, holder: Holder, client: _Client, request: wire.LeaseRequest, now: float) -> wire.LeaseReply | None:
         evaluations, closing = self._ledger.evaluations, self._progress.closing
         evaluate_version = evaluations.take(client.policy_version, holder.name, holder.request_number)
@@ -138,13 +159,15 @@ class Leasing:
 
     def _admissible(self, policy_version: int) -> int:
         """How many groups an actor at `policy_version` may start now."""
-        ledger, counts = self._ledger, self._ledger.counts
-        admissible = room(ledger.leased + ledger.ready, policy_version, self._progress.next_version, self._limits)
-        if self._config.num_batches:
-            begun = counts["leased"] + counts["ready"] + counts["used"] + counts["done"]
-            wanted = self._config.num_batches * self._config.groups_per_batch
-            admissible = min(admissible, max(0, wanted - begun))
-        return admissible
+        outstanding = self._ledger.leased + self._ledger.ready
+        admissible = room(outstanding, policy_version, self._progress.next_version, self._limits)
+        return min(admissible, self._still_wanted()) if self._config.num_batches else admissible
+
+    def _still_wanted(self) -> int:
+        """How many groups more than those begun all batches of the run need."""
+        counts = self._ledger.counts
+        begun = counts["leased"] + counts["ready"] + counts["used"] + counts["done"]
+        return max(0, self._config.num_batches * self._config.groups_per_batch - begun)
 
     def _granted_before(self, identity: bytes, request: wire.LeaseRequest, number: int) -> wire.LeaseReply | None:
         """The answer to a repeat whose first answer was committed before a restart of the buffer."""

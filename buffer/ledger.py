@@ -1,7 +1,7 @@
 """The prompt ledger: for every prompt occurrence its state, for every ready or used group its contents, in one file.
 
 An occurrence is one dealing of a prompt id. It is always in exactly one state, and changes it only inside
-`transaction`, together with the group's contents:
+`transaction`, together with the group's contents; which changes there are stands in `buffer/states.py`:
 
     pending -> leased -> ready -> used(version) -> done        dropped(reason) from leased
 
@@ -27,7 +27,8 @@ from buffer.evaluations import Evaluations
 from buffer.ledger_file import LedgerFile
 from buffer.prompt_order import PromptOrder
 from buffer.sampler import ReadyGroup
-from buffer.wire import PackedGroup, read_group_header
+from buffer.states import FIRST_STATE
+from buffer.wire import GroupHeader, PackedGroup, read_group_header
 
 _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 
@@ -70,6 +71,8 @@ class Ledger:
         self.ready: Counter[int] = Counter()
         """Ready groups by oldest version."""
         self._deadlines: dict[str, float] = {}
+        self._headers: dict[int, GroupHeader] = {}
+        """Of ready groups delivered to this process: what was checked on the way in is not decoded on the way out."""
         try:
             self._check_identity()
             self._load()
@@ -114,11 +117,14 @@ class Ledger:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All changes inside become durable together when it ends, or none of them when it raises."""
+        deadlines = dict(self._deadlines)
         try:
             with self.file.transaction():
                 yield
         except BaseException:
             self._load()
+            # Who was heard of stays so; who lost everything has it again, and its deadline.
+            self._deadlines = deadlines | self._deadlines
             raise
 
     def close(self) -> None:
@@ -132,22 +138,28 @@ class Ledger:
         pending = self.counts["pending"] and self.file.rows(
             "SELECT occurrence, prompt_id, attempt FROM occurrences WHERE state = 'pending' ORDER BY occurrence LIMIT 1"
         )
+        lease = (holder.name, holder.actor_id, holder.request_number, policy_version)
         if pending:
             occurrence, prompt_id, attempt = pending[0]
             attempt += 1
+            self.file.write(
+                "UPDATE occurrences SET state = 'leased', attempt = ?, holder = ?, actor_id = ?, request_number = ?,"
+                " oldest_version = ?, num_tokens = 0 WHERE occurrence = ?",
+                *(attempt, *lease, occurrence),
+            )
             self._move("pending", "leased")
             self.file.count("reissued")
         else:
             occurrence, attempt = self.file.meta("issued", 0), 0
             prompt_id = self._order.prompt_id(occurrence)
             self.file.set_meta("issued", occurrence + 1)
+            self.file.write(
+                "INSERT INTO occurrences"
+                " (occurrence, prompt_id, attempt, state, holder, actor_id, request_number, oldest_version)"
+                f" VALUES (?, ?, ?, '{FIRST_STATE}', ?, ?, ?, ?)",
+                *(occurrence, prompt_id, attempt, *lease),
+            )
             self.counts["leased"] += 1
-        self.file.write(
-            "INSERT OR REPLACE INTO occurrences"
-            " (occurrence, prompt_id, attempt, state, holder, actor_id, request_number, oldest_version)"
-            " VALUES (?, ?, ?, 'leased', ?, ?, ?, ?)",
-            *(occurrence, prompt_id, attempt, holder.name, holder.actor_id, holder.request_number, policy_version),
-        )
         self.leased[policy_version] += 1
         self.watch(holder.name, now)
         return f"{occurrence}.{attempt}", prompt_id
@@ -190,6 +202,7 @@ class Ledger:
         self._move("leased", "ready")
         _take(self.leased, row.oldest_version)
         self.ready[version] += 1
+        self._headers[row.occurrence] = group.header
         return outcome
 
     def give_back(self, group_id: str, reason: str) -> bool:
@@ -234,6 +247,11 @@ class Ledger:
         )
         return [row[0] for row in rows]
 
+    def leased_by_actor(self) -> dict[str, int]:
+        """How many leases each actor holds."""
+        sql = "SELECT actor_id, COUNT(*) FROM occurrences WHERE state = 'leased' GROUP BY actor_id ORDER BY actor_id"
+        return dict(self.file.rows(sql))
+
     # --- batches ---
 
     def candidates(self, limit: int) -> list[ReadyGroup]:
@@ -270,8 +288,9 @@ class Ledger:
 
     def payload(self, occurrence: int) -> PackedGroup:
         """The contents of a ready or used group."""
-        header, arrays = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
-        return read_group_header(header, arrays)
+        frames = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
+        header = self._headers.pop(occurrence, None)
+        return read_group_header(*frames) if header is None else PackedGroup(header, *frames)
 
     def commit(self, policy_version: int) -> int:
         """Groups used before `policy_version` are done and their contents deleted. Returns how many."""

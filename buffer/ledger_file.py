@@ -2,6 +2,11 @@
 
 Owned by `buffer/ledger.py`, read by `buffer/audit.py`. One process writes, enforced by a lock that dies with it; any
 number may read at the same time. Everything is written inside an explicit transaction or not at all.
+
+Large pages, because a group is large: its contents are a few pages instead of dozens. Contents of done groups are
+deleted, their pages are used again, and without `secure_delete` they are not overwritten first. So the file is as
+large as the most groups that were ever outstanding, plus the rows that stay. The write-ahead log is folded into the
+file every `WAL_BYTES`; it grows past that only while a reader holds an older snapshot, and is cut back afterwards.
 """
 
 from __future__ import annotations
@@ -9,24 +14,33 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
-FILE_NAME = "ledger.sqlite"
+from buffer.states import STATES, enforcing_triggers
 
+SCHEMA_VERSION = 2
+FILE_NAME = "ledger.sqlite"
+PAGE_BYTES = 1 << 15
+WAL_BYTES = 1 << 26
+LOCK_SECONDS = 10.0
+"""How long to wait for a predecessor that is about to die."""
+_LOCK_POLL_SECONDS = 0.05
+
+_OUT_OF_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 _SYNCHRONOUS = {"full": "FULL", "normal": "NORMAL", "memory": "OFF"}
 
-_TABLES = """
+_TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE occurrences (
     occurrence INTEGER PRIMARY KEY,
     prompt_id INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('pending', 'leased', 'ready', 'used', 'done', 'dropped')),
+    state TEXT NOT NULL CHECK (state IN {STATES}),
     reason TEXT NOT NULL DEFAULT '',
     holder TEXT NOT NULL,
     actor_id TEXT NOT NULL,
@@ -53,35 +67,84 @@ CREATE TABLE evaluations (
     request_number INTEGER NOT NULL DEFAULT -1,
     report BLOB
 ) STRICT;
-"""
+{enforcing_triggers()}"""
 
 
 class LedgerFile:
     """The only writing connection to one run's ledger.
 
+    Waits for: another process that has it open for writing. Unblocked by: its end. Gives up after: `LOCK_SECONDS`.
+
     Raises:
-        ValueError: when another process has the ledger open for writing, or it was written under another schema.
+        ValueError: when that process does not end, or the file cannot be used or was written under another schema.
     """
 
     def __init__(self, run_dir: Path, durability: str) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / FILE_NAME
-        self._lock = os.open(run_dir / "ledger.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._path = run_dir / FILE_NAME
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(run_dir / "ledger.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            os.close(self._lock)
-            raise ValueError(f"{path} is in use by another buffer; stop that run or give another run_dir") from error
-        # Autocommit mode: transactions begin and end only in `transaction`. The thread that opens the file may hand it
-        # to the one that serves; they never use it at the same time.
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            raise ValueError(f"{self._path} cannot be written: {error.strerror}; choose another run_dir") from error
         try:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}")
-            self._create_or_check(path)
+            self._take_lock()
+            # Autocommit mode: transactions begin and end only in `transaction`. The thread that opens the file may
+            # hand it to the one that serves; they never use it at the same time.
+            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        try:
+            self._set_up(durability)
+            self._inode = self._path.stat().st_ino
         except BaseException:
             self.close()
             raise
+
+    def _take_lock(self) -> None:
+        gives_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= gives_up:
+                    raise ValueError(
+                        f"{self._path} is in use by another buffer; stop that run or give another run_dir"
+                    ) from error
+            time.sleep(_LOCK_POLL_SECONDS)
+
+    def _set_up(self, durability: str) -> None:
+        try:
+            self._db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}")
+            self._db.execute("PRAGMA secure_delete = OFF")
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {WAL_BYTES // PAGE_BYTES}")
+            self._db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+            self._create_or_check(self._path)
+            found = self.one("PRAGMA quick_check(1)")
+        except sqlite3.DatabaseError as error:
+            if is_out_of_space(error):
+                raise
+            found = error
+        if found != "ok":
+            reason = " ".join(str(found).split())
+            raise ValueError(f"{self._path} is damaged or unusable: {reason}; restore it, or start a new run_dir")
+
+    def check_present(self) -> None:
+        """The file is still the one that was opened.
+
+        Raises:
+            ValueError: when it, or its directory, was deleted or replaced.
+        """
+        try:
+            present = self._path.stat().st_ino == self._inode
+        except OSError:
+            present = False
+        if not present:
+            raise ValueError(
+                f"{self._path} was deleted or replaced while in use; what it held is lost, start a new run"
+            )
 
     def _create_or_check(self, path: Path) -> None:
         version = self.one("PRAGMA user_version")
@@ -92,6 +155,11 @@ class LedgerFile:
                 f"{path} was written under ledger schema {version}, this program speaks {SCHEMA_VERSION};"
                 " continue the run with the program that wrote it"
             )
+
+    @property
+    def num_changes(self) -> int:
+        """Rows written since the file was opened; what was rolled back counts too."""
+        return self._db.total_changes
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -142,3 +210,8 @@ class LedgerFile:
         """Close the file and let another process write."""
         self._db.close()
         os.close(self._lock)
+
+
+def is_out_of_space(error: sqlite3.Error) -> bool:
+    """Whether the file system took no more: waiting may help, and nothing of the transaction was kept."""
+    return getattr(error, "sqlite_errorcode", 0) in _OUT_OF_SPACE

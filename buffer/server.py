@@ -1,80 +1,63 @@
 """The buffer's socket: one ROUTER, one thread, many messages per transaction.
 
 Every turn drains the waiting messages, handles them inside one ledger transaction and sends the answers after the
-commit, so an acknowledged group is in the file. Waits for: messages, at most `TICK_SECONDS`. A message that is not one
-of ours is counted, logged and dropped. SIGTERM and SIGINT end the process after the transaction under way.
+commit, so an acknowledged group is in the file. Waits for: messages, at most `TICK_SECONDS`. What does not belong to
+the run stays outside (`buffer/gate.py`) and is counted in the ledger. SIGTERM and SIGINT end the process after the
+transaction under way.
+
+A transaction that finds no space on the disk leaves nothing behind and nobody is answered; everybody asks again until
+there is space. A run directory that was deleted ends the process.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
+import sqlite3
 import time
-
-import zmq
+from collections.abc import Sequence
+from pathlib import Path
 
 from buffer.config import BufferConfig
-from buffer.leasing import Outgoing, holder_name
+from buffer.credentials import Credentials, server_credentials
+from buffer.gate import Gate, Incoming
+from buffer.leasing import Outgoing
 from buffer.ledger import Ledger
+from buffer.ledger_file import is_out_of_space
 from buffer.service import Service
-from buffer.wire import MAX_FRAME_BYTES, WireError, decode, encode
+from buffer.waits import REFRESH_SECONDS, save_waits
+from buffer.wire import StatusRequest
 
 log = logging.getLogger(__name__)
 
 MESSAGES_PER_TURN = 256
 TICK_SECONDS = 0.2
 """How late the end of a lease, or a signal, may be noticed."""
-COMPLAINT_SECONDS = 60.0
-"""Broken messages of one peer are logged once in this time."""
-LARGE_FRAME_BYTES = 1 << 16
-"""Frames from here on are sent without a copy."""
-
-
-def bind_router(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
-    """A ROUTER socket bound to `address`, with the limits every server of the run shares.
-
-    Raises:
-        ValueError: when the address is in use or is none.
-    """
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, 10_000)
-    socket.setsockopt(zmq.RCVHWM, 10_000)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    # A client that reopens its socket keeps its identity; without handover the old, dead connection would win.
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-    try:
-        socket.bind(address)
-    except zmq.ZMQError as error:
-        socket.close()
-        if error.errno == zmq.EADDRINUSE:
-            raise ValueError(
-                f"{address} is in use; end the process that listens there or choose another port"
-            ) from error
-        raise ValueError(f"cannot listen on {address}: {error}") from error
-    return socket
+SPACE_SECONDS = 5.0
+"""The disk has space again when it has taken everything for so long."""
 
 
 class Server:
     """The buffer process: the ledger behind a socket.
 
     Raises:
-        ValueError: when the ledger is in use or belongs to other data, or the address is in use.
+        ValueError: when the ledger is in use or belongs to other data, or the address is in use, or is not local and
+            the credentials have no keys.
     """
 
-    def __init__(self, config: BufferConfig) -> None:
+    def __init__(self, config: BufferConfig, credentials: Credentials) -> None:
+        self._config = config
         self._ledger = Ledger(config, time.monotonic())
         self._service = Service(config, self._ledger)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._stopping = False
-        self._complaints: dict[bytes, float] = {}
+        self._refused_space = -SPACE_SECONDS
+        self._waits_saved = -REFRESH_SECONDS
         try:
-            self._socket = bind_router(self._context, config.address)
+            self._gate = Gate(config.address, credentials)
         except BaseException:
-            self._context.term()
             self._ledger.close()
             raise
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = self._gate.address
         """Where it listens, with the port that was found for a wildcard."""
 
     def stop(self) -> None:
@@ -86,57 +69,61 @@ class Server:
         log.info("buffer listens on %s", self.address)
         try:
             while not self._stopping:
-                self._socket.poll(int(TICK_SECONDS * 1000))
+                self._gate.socket.poll(int(TICK_SECONDS * 1000))
                 self._turn()
         finally:
-            self._socket.close()
-            self._context.term()
+            self._gate.close()
             self._ledger.close()
         log.info("buffer closed")
 
     def _turn(self) -> None:
-        messages = self._drain()
         now = time.monotonic()
-        outgoing: list[Outgoing] = []
-        with self._ledger.transaction():
-            for identity, frames in messages:
-                try:
-                    message, number = decode(frames)
-                except WireError as error:
-                    self._complain(identity, error, now)
-                    continue
-                outgoing += self._service.receive(identity, message, number, now)
-            # With more messages waiting a peer's sign of life may be among them: nobody is silent yet.
-            outgoing += self._service.wake(now, may_expire=len(messages) < MESSAGES_PER_TURN)
+        messages, more_waiting = self._gate.receive(MESSAGES_PER_TURN, now)
+        self._ledger.file.check_present()
+        try:
+            outgoing = self._carry_out(messages, more_waiting, now)
+        except sqlite3.OperationalError as error:
+            if not is_out_of_space(error):
+                raise
+            outgoing = self._out_of_space(messages, now)
         for answer in outgoing:
-            frames = encode(answer.message, answer.request_number)
-            self._socket.send_multipart([answer.identity, *frames], copy=_is_small(frames))
+            self._gate.send(answer.identity, answer.message, answer.request_number)
+        if now - self._waits_saved >= REFRESH_SECONDS:
+            self._waits_saved = now
+            save_waits(Path(self._config.run_dir), self._service.waits(now))
 
-    def _drain(self) -> list[tuple[bytes, list[bytes]]]:
-        messages: list[tuple[bytes, list[bytes]]] = []
-        while len(messages) < MESSAGES_PER_TURN:
-            try:
-                identity, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            messages.append((identity, frames))
-        return messages
+    def _carry_out(self, messages: Sequence[Incoming], more_waiting: bool, now: float) -> list[Outgoing]:
+        """Everything one turn changes, in one transaction; the answers may be sent once it is committed."""
+        outgoing: list[Outgoing] = []
+        num_changes = self._ledger.file.num_changes
+        with self._ledger.transaction():
+            for name, number in self._gate.take_counts().items():
+                self._ledger.file.count(name, number)
+            for incoming in messages:
+                outgoing += self._service.receive(incoming.identity, incoming.message, incoming.number, now)
+            # With more messages waiting a peer's sign of life may be among them: nobody is silent yet.
+            outgoing += self._service.wake(now, may_expire=not more_waiting)
+        since, has_written = self._service.out_of_space_since, self._ledger.file.num_changes > num_changes
+        if since is not None and has_written and now - self._refused_space >= SPACE_SECONDS:
+            log.info("the ledger's disk has space again after %.0f s", now - since)
+            self._service.out_of_space_since = None
+        return outgoing
 
-    def _complain(self, identity: bytes, error: WireError, now: float) -> None:
-        self._ledger.file.count("wire_errors")
-        if now - self._complaints.get(identity, -COMPLAINT_SECONDS) >= COMPLAINT_SECONDS:
-            self._complaints = {i: at for i, at in self._complaints.items() if now - at < COMPLAINT_SECONDS}
-            self._complaints[identity] = now
-            log.warning("message of %s dropped: %s", holder_name(identity), error)
-
-
-def _is_small(frames: list[bytes]) -> bool:
-    return max(len(frame) for frame in frames) < LARGE_FRAME_BYTES
+    def _out_of_space(self, messages: Sequence[Incoming], now: float) -> list[Outgoing]:
+        """Nothing of this turn was kept: begin anew from the file, as after a restart. Only status is answered."""
+        since = self._service.out_of_space_since
+        if since is None:
+            log.error("no space for the ledger in %s; nothing is acknowledged until there is", self._config.run_dir)
+        self._refused_space = now
+        self._service = Service(self._config, self._ledger)
+        self._service.out_of_space_since = now if since is None else since
+        asking = [incoming for incoming in messages if isinstance(incoming.message, StatusRequest)]
+        return [Outgoing(incoming.identity, incoming.number, self._service.status(now)) for incoming in asking]
 
 
 def serve(config: BufferConfig) -> None:
     """Run the buffer in this process until SIGTERM or SIGINT."""
-    server = Server(config)
+    server = Server(config, server_credentials(config.run_dir))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
     server.run()

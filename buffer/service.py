@@ -35,6 +35,10 @@ class _ParkedBatch:
 class _Peer:
     heartbeat: wire.Heartbeat
     heard: float
+    waiting_since: float
+
+    def waiting_seconds(self, now: float) -> float:
+        return now - self.waiting_since if self.heartbeat.waiting_for else 0.0
 
 
 class Service:
@@ -48,6 +52,8 @@ class Service:
         self._leasing = Leasing(config, ledger, self._progress)
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
+        self.out_of_space_since: float | None = None
+        """Since when the file system has taken nothing more; set by the server."""
 
     def receive(self, identity: bytes, message: wire.Message, number: int, now: float) -> list[Outgoing]:
         """Carry `message` out. Returns the answers that are due at once; parked requests are answered by `wake`."""
@@ -92,11 +98,34 @@ class Service:
         peers = []
         for peer in self._peers.values():
             beat, silent_seconds = peer.heartbeat, now - peer.heard
-            peers.append(
-                wire.Peer(beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
-            )
-        reports = ledger.evaluations.reports()
-        return wire.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports)
+            shown = (beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
+            peers.append(wire.Peer(*shown, waiting_seconds=peer.waiting_seconds(now)))
+        reports, waits = ledger.evaluations.reports(), self.waits(now)
+        return wire.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports, waits)
+
+    def waits(self, now: float) -> tuple[wire.Wait, ...]:
+        """Who waits for what, the longest wait first: what the buffer knows itself, else what the peers say."""
+        waits = self._leasing.waits(now)
+        for parked in self._batches.values():
+            who, for_what = f"learner-{parked.request.rank}", self._what_a_batch_lacks(parked.request)
+            waits.append(wire.Wait(who, for_what, now - parked.since))
+        known = {wait.who for wait in waits}
+        for peer in self._peers.values():
+            beat = peer.heartbeat
+            if beat.waiting_for and beat.name not in known:
+                waits.append(wire.Wait(beat.name, beat.waiting_for, peer.waiting_seconds(now)))
+        if self.out_of_space_since is not None:
+            waits.append(wire.Wait("buffer", "space on the ledger's disk", now - self.out_of_space_since))
+        return tuple(sorted(waits, key=lambda wait: -wait.seconds))
+
+    def _what_a_batch_lacks(self, request: wire.BatchRequest) -> str:
+        ledger = self._ledger
+        missing = self._limits.groups_per_batch - ledger.counts["ready"]
+        holders = ", ".join(f"{number} at {actor}" for actor, number in ledger.leased_by_actor().items())
+        where = f"leased: {holders}" if holders else "none is leased"
+        if missing > 0:
+            return f"{missing} more groups for policy {request.policy_version} ({where})"
+        return f"older groups that would become too stale ({where})"
 
     def _from_actor(self, message: wire.Message) -> wire.Message | None:
         match message:
@@ -206,7 +235,10 @@ class Service:
         return wire.LearnerWelcome(rolled_back, outstanding)
 
     def _heartbeat(self, identity: bytes, heartbeat: wire.Heartbeat, number: int, now: float) -> wire.Message:
-        self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now)
+        known = self._peers.get((heartbeat.role, heartbeat.name))
+        unchanged = known is not None and known.heartbeat.waiting_for == heartbeat.waiting_for
+        since = known.waiting_since if known is not None and unchanged else now
+        self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now, since)
         if heartbeat.role == "learner":
             self._set_policy_version(heartbeat.policy_version)
         else:

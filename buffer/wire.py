@@ -1,7 +1,7 @@
 """Everything that crosses a process boundary: the messages, and how they become ZeroMQ frames and back.
 
-A message is one multipart ZeroMQ message: a msgpack header `[SCHEMA, kind, request_number, fields]`, then the raw
-frames its kind carries. A trajectory group travels as two frames, a msgpack header and one frame of arrays
+A message is one multipart ZeroMQ message: a msgpack header `[SCHEMA, run_id, kind, request_number, fields]`, then the
+raw frames its kind carries. A trajectory group travels as two frames, a msgpack header and one frame of arrays
 (`token_ids` int32, then `behavior_logprobs` float32, then `loss_mask` uint8, each concatenated over the group), so the
 buffer can store and forward a group without touching its arrays. Nothing is ever pickled. Sizes, schema, types and
 lengths are checked before anything is built from them; whatever is wrong raises `WireError` and nothing else.
@@ -10,45 +10,65 @@ lengths are checked before anything is built from them; whatever is wrong raises
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import msgpack
 import numpy as np
 
+from buffer.schema import (
+    MAX_INTEGER,
+    Count,
+    Line,
+    Name,
+    Number,
+    PathName,
+    Reader,
+    Seconds,
+    SmallCount,
+    Version,
+    VersionDistance,
+    VersionOrNone,
+    WireError,
+    field_types,
+    record,
+    unpack_header,
+)
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 
-SCHEMA = 1
-MAX_HEADER_BYTES = 1 << 22
+SCHEMA = 2
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
+MAX_MESSAGE_BYTES = 1 << 30
 BYTES_PER_TOKEN = 4 + 4 + 1
-MAX_INTEGER = (1 << 63) - 1
-"""What the ledger's database can hold; msgpack alone would let unsigned numbers above it through."""
+LOWEST_FLOAT32 = float(np.finfo(np.float32).min)
 
 Frames = list[bytes]
 
 
-class WireError(ValueError):
-    """A message that is not one of ours: wrong schema, kind, type, length or size."""
+class ForeignRunError(WireError):
+    """A sound header of another run."""
+
+
+TrajectoryDetails = tuple[Name, dict[Line, Number], Line, Name, Count, Name, Number, tuple[tuple[Count, Version], ...]]
+"""trajectory_id, reward_breakdown, verdict, finish_reason, num_turns, actor_id, created_at, (start, version) runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupHeader:
     """What the ledger needs to know of a group without decoding its arrays."""
 
-    group_id: str
-    prompt_id: int
-    oldest_version: int
-    num_tokens: tuple[int, ...]
+    group_id: Name
+    prompt_id: Count
+    oldest_version: Version
+    num_tokens: tuple[Count, ...]
     """Length of each trajectory in tokens."""
-    rewards: tuple[float, ...]
-    details: tuple[tuple[str, dict[str, float], str, str, int, str, float, tuple[tuple[int, int], ...]], ...]
-    """Per trajectory: trajectory_id, reward_breakdown, verdict, finish_reason, num_turns, actor_id, created_at and the
-    (start, version) runs."""
+    rewards: tuple[Number, ...]
+    details: tuple[TrajectoryDetails, ...]
+    """One per trajectory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +92,9 @@ class PackedGroup:
 class Lease:
     """The right to sample one group for one prompt until the deadline."""
 
-    group_id: str
-    prompt_id: int
-    deadline_seconds: float
+    group_id: Name
+    prompt_id: Count
+    deadline_seconds: Seconds
     """Seconds from now after which a silent actor loses the lease."""
 
 
@@ -82,10 +102,10 @@ class Lease:
 class LeaseRequest:
     """Credit for `num_groups` groups. Waits for: admission. Unblocked by: batches taken, newer weights on the actor."""
 
-    actor_id: str
-    policy_version: int
-    num_groups: int
-    data_fingerprint: str
+    actor_id: Name
+    policy_version: VersionOrNone
+    num_groups: SmallCount
+    data_fingerprint: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +113,7 @@ class LeaseReply:
     """Granted leases; `evaluate_version` >= 0 asks this actor to evaluate those weights (-1: nothing to evaluate)."""
 
     leases: tuple[Lease, ...]
-    evaluate_version: int
+    evaluate_version: VersionOrNone
     closing: bool
     """True when the run wants no more groups."""
 
@@ -102,7 +122,7 @@ class LeaseReply:
 class GroupDelivery:
     """One scored group. Resent until the receipt arrives."""
 
-    actor_id: str
+    actor_id: Name
     group: PackedGroup
 
 
@@ -110,35 +130,35 @@ class GroupDelivery:
 class GroupReceipt:
     """`outcome`: stored, duplicate (known already), late (the lease was issued again) or unknown (never issued)."""
 
-    group_id: str
-    outcome: str
+    group_id: Name
+    outcome: Name
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseReturn:
     """Leases given back unsampled. An empty `reason` makes them pending again; any other drops them under it."""
 
-    actor_id: str
-    group_ids: tuple[str, ...]
-    reason: str
+    actor_id: Name
+    group_ids: tuple[Name, ...]
+    reason: Line
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """`role` `name` is alive. `metrics` feed the display and TensorBoard; `waiting_for` names what it waits for."""
 
-    role: str
-    name: str
-    policy_version: int
-    waiting_for: str
-    metrics: dict[str, float]
+    role: Name
+    name: Name
+    policy_version: VersionOrNone
+    waiting_for: Line
+    metrics: dict[Line, float]
 
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatReply:
     """The learner's newest version as the buffer knows it."""
 
-    policy_version: int
+    policy_version: VersionOrNone
     closing: bool
 
 
@@ -146,14 +166,14 @@ class HeartbeatReply:
 class EvaluationReport:
     """Held-out accuracy of `policy_version`, measured because `requested_version` was asked for."""
 
-    actor_id: str
-    requested_version: int
-    policy_version: int
-    num_prompts: int
-    pass_at_1: float
-    reward_mean: float
-    completion_tokens_mean: float
-    seconds: float
+    actor_id: Name
+    requested_version: Version
+    policy_version: Version
+    num_prompts: Count
+    pass_at_1: Number
+    reward_mean: Number
+    completion_tokens_mean: Number
+    seconds: Seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +185,7 @@ class Done:
 class Refused:
     """The request was understood and will never be granted; `reason` is one sentence for a person."""
 
-    reason: str
+    reason: Line
 
 
 # --- learner -> buffer, and the replies -----------------------------------------------------------------------------
@@ -175,33 +195,33 @@ class Refused:
 class LearnerHello:
     """The learner starts at `policy_version`: groups used after it become ready again."""
 
-    policy_version: int
+    policy_version: Version
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerWelcome:
     """How many groups were rolled back to ready, and how many are leased or ready in all."""
 
-    num_rolled_back: int
-    num_outstanding: int
+    num_rolled_back: Count
+    num_outstanding: Count
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
     """Rank `rank` of `world_size` wants its shard of the batch for `policy_version`. Waits for: ready groups."""
 
-    policy_version: int
-    rank: int
-    world_size: int
+    policy_version: Version
+    rank: SmallCount
+    world_size: SmallCount
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One rank's share of a batch: whole groups in issue order, with each group's staleness in versions."""
 
-    policy_version: int
-    num_groups_in_batch: int
-    staleness: tuple[int, ...]
+    policy_version: Version
+    num_groups_in_batch: SmallCount
+    staleness: tuple[VersionDistance, ...]
     groups: tuple[PackedGroup, ...]
 
 
@@ -209,21 +229,21 @@ class Shard:
 class CheckpointCommitted:
     """The checkpoint of `policy_version` is durable: groups used before it are done."""
 
-    policy_version: int
+    policy_version: Version
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRequest:
     """Evaluate the weights of `policy_version` (or the newest the actor has) on the held-out prompts."""
 
-    policy_version: int
+    policy_version: Version
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationQuery:
     """Reports with `requested_version` >= `since_version`."""
 
-    since_version: int
+    since_version: VersionOrNone
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,23 +270,38 @@ class StatusRequest:
 class Peer:
     """One process as last heard of."""
 
-    role: str
-    name: str
-    policy_version: int
-    waiting_for: str
-    silent_seconds: float
-    metrics: dict[str, float]
+    role: Name
+    name: Name
+    policy_version: VersionOrNone
+    waiting_for: Line
+    silent_seconds: Seconds
+    metrics: dict[Line, float]
+    waiting_seconds: Seconds = 0.0
+    """How long `waiting_for` has been the same; 0 when it is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Who waits for what, since when: one line of the answer to "why does nothing happen?"."""
+
+    who: Line
+    """A connection's name, the buffer, or a peer's."""
+    for_what: Line
+    """Reads on after "waits for"."""
+    seconds: Seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
     """Counts of the ledger by state (`dropped` by reason as `dropped:reason`), and every peer."""
 
-    counts: dict[str, int]
-    policy_version: int
+    counts: dict[Line, Count]
+    policy_version: VersionOrNone
     closing: bool
     peers: tuple[Peer, ...]
     reports: tuple[EvaluationReport, ...]
+    waits: tuple[Wait, ...] = ()
+    """The longest wait first; what the buffer knows itself and what peers say in their heartbeats."""
 
 
 # --- actor -> weight store of the learner ----------------------------------------------------------------------------
@@ -276,20 +311,20 @@ class Status:
 class ManifestRequest:
     """Ask for the newest manifest unless it is `known_publication`. Waits for: the next one, `wait_seconds` at most."""
 
-    known_publication: str
-    wait_seconds: float
+    known_publication: Name
+    wait_seconds: Seconds
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where one tensor lies in a version's file."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-    checksum: int
+    name: Line
+    dtype: Name
+    shape: tuple[Count, ...]
+    offset: Count
+    num_bytes: Count
+    checksum: Count
     """CRC-32 of the tensor's bytes."""
 
 
@@ -297,12 +332,12 @@ class TensorEntry:
 class Manifest:
     """One published version. `path` may be mapped by processes whose `host_id` is equal; others pull chunks."""
 
-    policy_version: int
-    publication: str
+    policy_version: Version
+    publication: Name
     """Unique over restarts of the learner, which may publish the same version number with other weights."""
-    path: str
-    host_id: str
-    num_bytes: int
+    path: PathName
+    host_id: Name
+    num_bytes: Count
     tensors: tuple[TensorEntry, ...]
 
 
@@ -315,17 +350,17 @@ class NoNewVersion:
 class ChunkRequest:
     """`num_bytes` bytes at `offset` of a version's file."""
 
-    policy_version: int
-    offset: int
-    num_bytes: int
+    policy_version: Version
+    offset: Count
+    num_bytes: Count
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """The bytes asked for."""
 
-    policy_version: int
-    offset: int
+    policy_version: Version
+    offset: Count
     data: bytes
 
 
@@ -363,43 +398,45 @@ Message = (
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 
-def encode(message: Message, request_number: int) -> Frames:
+def encode(message: Message, request_number: int, run_id: str) -> Frames:
     """The frames of `message`: a header, then two per packed group and one per bytes field, in field order."""
     frames: Frames = [b""]
-    fields = [_pack(getattr(message, name), frames) for name in _field_types(type(message))]
-    frames[0] = msgpack.packb([SCHEMA, type(message).__name__, request_number, fields], use_bin_type=True)
+    fields = [_pack(getattr(message, name), frames) for name in _field_names(type(message))]
+    frames[0] = msgpack.packb([SCHEMA, run_id, type(message).__name__, request_number, fields], use_bin_type=True)
     return frames
 
 
-def decode(frames: Sequence[bytes]) -> tuple[Message, int]:
-    """The message and its request number.
+def decode(frames: Sequence[bytes], run_id: str) -> tuple[Message, int]:
+    """The message of run `run_id` and its request number.
 
     Raises:
+        ForeignRunError: it belongs to another run.
         WireError: whatever is wrong with the frames.
     """
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise WireError(f"{len(frames)} frames, expected 1 to {MAX_FRAMES}")
     if any(len(frame) > MAX_FRAME_BYTES for frame in frames):
         raise WireError(f"a frame is larger than {MAX_FRAME_BYTES} bytes")
-    header = _unpack_header(frames[0])
-    if not isinstance(header, list) or len(header) != 4:
-        raise WireError("the header is not [schema, kind, request number, fields]")
-    schema, kind, request_number, fields = header
+    header = unpack_header(frames[0])
+    if not isinstance(header, list) or len(header) != 5:
+        raise WireError("the header is not [schema, run id, kind, request number, fields]")
+    schema, sent_run_id, kind, request_number, fields = header
+    if type(schema) is not int or type(sent_run_id) is not str or type(kind) is not str:
+        raise WireError("the schema is no number, or the run id or the kind is no text")
     if schema != SCHEMA:
-        raise WireError(f"schema {schema!r}, this process speaks schema {SCHEMA}: run one version everywhere")
-    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+        raise WireError(f"schema {schema}, this process speaks schema {SCHEMA}: run one version everywhere")
+    if sent_run_id != run_id:
+        raise ForeignRunError(f"it belongs to run {sent_run_id[:64]!r}, not to {run_id}")
+    cls = _KINDS.get(kind)
     if cls is None:
-        raise WireError(f"unknown kind of message {kind!r}"[:200])
+        raise WireError(f"unknown kind of message {kind[:64]!r}")
     if type(request_number) is not int or not 0 <= request_number <= MAX_INTEGER:
         raise WireError("the request number is not a whole number >= 0")
-    types_by_name = _field_types(cls)
-    if not isinstance(fields, list) or len(fields) != len(types_by_name):
-        raise WireError(f"{kind} has {len(types_by_name)} fields")
     rest = list(reversed(frames[1:]))
-    values = [_unpack(value, wanted, rest) for value, wanted in zip(fields, types_by_name.values(), strict=True)]
+    message = _READERS[cls](fields, rest)
     if rest:
         raise WireError(f"{kind} carries {len(rest)} frames too many")
-    return cls(*values), request_number
+    return message, request_number
 
 
 def pack_group(group: TrajectoryGroup) -> PackedGroup:
@@ -425,7 +462,7 @@ def pack_group(group: TrajectoryGroup) -> PackedGroup:
             for t in trajectories
         ),
     )
-    fields = [getattr(header, name) for name in _field_types(GroupHeader)]
+    fields = [getattr(header, name) for name in _field_names(GroupHeader)]
     arrays = b"".join(
         [t.token_ids.tobytes() for t in trajectories]
         + [t.behavior_logprobs.tobytes() for t in trajectories]
@@ -440,14 +477,14 @@ def read_group_header(header_frame: bytes, arrays_frame: bytes) -> PackedGroup:
     Raises:
         WireError: whatever is wrong with the header or the size.
     """
-    header: GroupHeader = _build(GroupHeader, _unpack_header(header_frame), [])
+    header: GroupHeader = _READ_GROUP(unpack_header(header_frame), [])
     counts = (len(header.num_tokens), len(header.rewards), len(header.details))
     if not header.num_tokens or len(set(counts)) != 1:
         raise WireError(f"group {header.group_id}: lengths {counts} of a group's header disagree")
     if min(header.num_tokens) < 1 or sum(header.num_tokens) * BYTES_PER_TOKEN != len(arrays_frame):
         raise WireError(f"group {header.group_id}: {len(arrays_frame)} bytes of arrays for {header.num_tokens} tokens")
-    if header.oldest_version < 0 or not all(math.isfinite(reward) for reward in header.rewards):
-        raise WireError(f"group {header.group_id}: a version below 0 or a reward that is not finite")
+    if any(detail[3] not in _FINISH_REASONS for detail in header.details):
+        raise WireError(f"group {header.group_id}: a finish reason is none of {', '.join(sorted(_FINISH_REASONS))}")
     spans_by_trajectory = [detail[-1] for detail in header.details]
     if not all(spans_by_trajectory) or min(s[0][1] for s in spans_by_trajectory) != header.oldest_version:
         raise WireError(f"group {header.group_id}: oldest_version {header.oldest_version} is not that of its tokens")
@@ -497,6 +534,38 @@ def unpack_group(packed: PackedGroup) -> TrajectoryGroup:
         raise WireError(str(error)) from error
 
 
+def check_group(packed: PackedGroup) -> None:
+    """Whether `unpack_group` will take it, found for all its trajectories at once and several times faster.
+
+    Raises:
+        WireError: when the contents break a rule of `Trajectory`.
+    """
+    header, total = packed.header, sum(packed.header.num_tokens)
+    token_ids = np.frombuffer(packed.arrays_frame, np.int32, total)
+    logprobs = np.frombuffer(packed.arrays_frame, np.float32, total, offset=4 * total)
+    mask = np.frombuffer(packed.arrays_frame, np.uint8, total, offset=8 * total)
+    starts = list(accumulate((0, *header.num_tokens[:-1])))
+    rules = {
+        "the loss mask holds numbers other than 0 and 1": mask.max() > 1,
+        "a loss mask selects nothing": not np.maximum.reduceat(mask, starts).all(),
+        "a first token is in the loss mask": mask[starts].any(),
+        "a token id is negative": token_ids.min() < 0,
+        # A NaN makes both comparisons false.
+        "a log-probability is not finite or above 0": not (logprobs.max() <= 0 and logprobs.min() >= LOWEST_FLOAT32),
+        "a log-probability is not 0 where the loss mask is": np.any(logprobs[mask == 0]),
+        "its versions decrease or lie outside": not all(map(_are_spans, header.details, header.num_tokens)),
+    }
+    for broken, holds in rules.items():
+        if holds:
+            raise WireError(f"group {header.group_id}: {broken}")
+
+
+def _are_spans(details: TrajectoryDetails, num_tokens: int) -> bool:
+    spans = details[-1]
+    in_order = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(spans))
+    return in_order and spans[-1][0] < num_tokens
+
+
 def _pack(value: Any, frames: Frames) -> Any:
     if isinstance(value, PackedGroup):
         frames += [value.header_frame, value.arrays_frame]
@@ -507,66 +576,32 @@ def _pack(value: Any, frames: Frames) -> Any:
     if isinstance(value, tuple):
         return [_pack(item, frames) for item in value]
     if dataclasses.is_dataclass(value):
-        return [_pack(getattr(value, name), frames) for name in _field_types(type(value))]
+        return [_pack(getattr(value, name), frames) for name in _field_names(type(value))]
     return value
 
 
-def _unpack_header(frame: bytes) -> Any:
-    if len(frame) > MAX_HEADER_BYTES:
-        raise WireError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    try:
-        return msgpack.unpackb(frame, raw=False, strict_map_key=True)
-    # msgpack raises ValueError subclasses, UnicodeDecodeError and, on deep nesting, RecursionError or StackError.
-    except (ValueError, RecursionError, msgpack.UnpackException) as error:
-        raise WireError(f"the header is not msgpack: {error}"[:200]) from error
+def _take_group(value: Any, rest: list[bytes]) -> PackedGroup:
+    if value is not None or len(rest) < 2:
+        raise WireError("a group's frames are missing")
+    return read_group_header(rest.pop(), rest.pop())
 
 
-def _unpack(value: Any, wanted: Any, rest: list[bytes]) -> Any:
-    """`value` checked against the annotation `wanted`; packed groups and bytes are taken from the frames in `rest`."""
-    if wanted is PackedGroup:
-        if len(rest) < 2:
-            raise WireError("a group's frames are missing")
-        return read_group_header(rest.pop(), rest.pop())
-    if wanted is bytes:
-        if not rest:
-            raise WireError("a frame of bytes is missing")
-        return bytes(rest.pop())
-    if wanted is float and type(value) in (int, float):
-        return float(value)
-    if wanted in (int, str, bool):
-        if type(value) is not wanted:
-            raise WireError(f"expected {wanted.__name__}, got {type(value).__name__}")
-        if wanted is int and value > MAX_INTEGER:
-            raise WireError(f"the number {value} is above {MAX_INTEGER}")
-        return value
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is tuple and isinstance(value, list):
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) != len(value):
-            raise WireError(f"expected {len(kinds)} values, got {len(value)}")
-        return tuple(_unpack(item, kind, rest) for item, kind in zip(value, kinds, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {_unpack(k, arguments[0], rest): _unpack(v, arguments[1], rest) for k, v in value.items()}
-    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
-        return _build(wanted, value, rest)
-    raise WireError(f"expected {wanted}, got {type(value).__name__}")
+def _take_bytes(value: Any, rest: list[bytes]) -> bytes:
+    if value is not None or not rest:
+        raise WireError("a frame of bytes is missing")
+    return bytes(rest.pop())
 
 
-def _build(cls: type[Any], value: Any, rest: list[bytes]) -> Any:
-    types_by_name = _field_types(cls)
-    if not isinstance(value, list) or len(value) != len(types_by_name):
-        raise WireError(f"{cls.__name__} has {len(types_by_name)} fields")
-    return cls(*(_unpack(item, kind, rest) for item, kind in zip(value, types_by_name.values(), strict=True)))
-
-
-_TYPES: dict[type[Any], dict[str, Any]] = {}
-
-
-def _field_types(cls: type[Any]) -> dict[str, Any]:
-    """Field names and resolved annotations, looked up once per class."""
-    if cls not in _TYPES:
-        _TYPES[cls] = typing.get_type_hints(cls)
-    return _TYPES[cls]
-
-
+_FINISH_REASONS = {reason.value for reason in FinishReason}
+_SPECIAL: dict[Any, Reader] = {PackedGroup: _take_group, bytes: _take_bytes}
 _KINDS: dict[str, Any] = {cls.__name__: cls for cls in typing.get_args(Message)}
+_READERS: dict[type[Any], Reader] = {cls: record(cls, _SPECIAL) for cls in _KINDS.values()}
+_READ_GROUP = record(GroupHeader, _SPECIAL)
+_FIELDS: dict[type[Any], tuple[str, ...]] = {}
+
+
+def _field_names(cls: type[Any]) -> tuple[str, ...]:
+    """Looked up once per class."""
+    if cls not in _FIELDS:
+        _FIELDS[cls] = tuple(field_types(cls))
+    return _FIELDS[cls]

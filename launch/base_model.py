@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,8 @@ from launch.topology import ROOT
 RECIPE = 1
 """Part of the cache's key: raised when the same settings would make another model."""
 
+MAKING = "-making-"
+
 Progress = Callable[[int, int, float], None]
 """Called with steps done, steps in all and the loss."""
 
@@ -37,8 +40,9 @@ def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progre
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(cache)
     # Runs that start at the same time may make the same model; each works on files of its own.
-    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}-making-") as name:
+    with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}{MAKING}{os.getpid()}-") as name:
         making = Path(name)
         _write_pairs(plan, making / "pairs.jsonl")
         request = making / "settings.json"
@@ -49,6 +53,14 @@ def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progre
         if not folder.is_dir():
             (making / "model").rename(folder)
     return folder
+
+
+def _remove_unfinished(cache: Path) -> None:
+    """What launchers that were killed have left."""
+    for folder in cache.glob(f"*{MAKING}*"):
+        pid = folder.name.partition(MAKING)[2].partition("-")[0]
+        if not Path("/proc", pid).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _key(plan: RunPlan, embedded: EmbeddedConfig) -> str:

@@ -17,8 +17,8 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def free_address(port: int, name: str) -> str:
-    """A loopback endpoint; port 0 becomes a free one.
+def free_address(port: int, name: str, host: str = "127.0.0.1") -> str:
+    """An endpoint at this machine's address `host`; port 0 becomes a free one.
 
     Raises:
         ValueError: the port is taken or not ours to take.
@@ -27,13 +27,15 @@ def free_address(port: int, name: str) -> str:
         # As the servers do: a port that only waits for the last packets of an ended process is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             why = (
                 "is in use on this machine" if error.errno == errno.EADDRINUSE else f"cannot be taken: {error.strerror}"
             )
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ValueError(f"cluster.host={host} is no address of this machine; choose one of those") from error
             raise ValueError(f"{name}={port} {why}; choose another, or 0 for any free one") from error
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        return f"tcp://{host}:{probe.getsockname()[1]}"
 
 
 def check_folder(folder: Path, name: str) -> None:

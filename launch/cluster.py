@@ -1,13 +1,14 @@
 """`python launch/cluster.py [key=value ...]`: start a run, watch it, end it.
 
-Exit status: 0 when the run reached its last step, 130 after Ctrl-C, 143 after SIGTERM, 2 for a mistake in what was
-asked for, 1 when a process failed for good.
+Exit status: 0 when the run reached its last step, or was ended by SIGTERM and can be continued; 130 after Ctrl-C; 2 for
+a mistake in what was asked for; 1 when the run failed for good.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import time
@@ -19,17 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from buffer.client import Connection
-from buffer.wire import Status, StatusRequest
+from buffer.wire import Status
 from launch.base_model import prepare_base_model
 from launch.compose import compose_config, without_hydra
-from launch.config import KNOWN, RunPlan, plan_run, write_config
+from launch.config import KNOWN, RunPlan, notices, plan_run, write_config
 from launch.display import Display
-from launch.summary import print_summary, summarize_run, write_summary
-from launch.supervisor import RunFailedError, Supervisor
-from launch.topology import assign_cores, processes
-
-POLL_SECONDS = 0.25
+from launch.guardian import Guardian
+from launch.session import Session
+from launch.summary import newest_checkpoint, print_summary, summarize_run, write_summary
+from launch.supervisor import RunFailedError
+from launch.topology import another_actor, assign_cores
 
 
 class Interrupted(Exception):
@@ -60,12 +60,17 @@ def main(arguments: list[str]) -> int:
     try:
         return _run(plan, console)
     except Interrupted as interruption:
-        console.print(
-            f"stopped by {interruption}; continue with: python launch/cluster.py resume={plan.run_dir}",
-            soft_wrap=True,
-            markup=False,
-        )
-        return 128 + interruption.number
+        console.print(f"stopped by {interruption}; {_how_to_go_on(plan)}", soft_wrap=True, markup=False)
+        # Whoever sends SIGTERM gets what they asked for: the run is at rest and can go on.
+        return 0 if interruption.number == signal.SIGTERM else 128 + interruption.number
+
+
+def _how_to_go_on(plan: RunPlan) -> str:
+    if not (plan.run_dir / "config.yaml").is_file():
+        return "nothing was trained yet, start it again with the same command"
+    checkpoint = newest_checkpoint(plan.run_dir)
+    where = f"at checkpoint {int(checkpoint.name)}" if checkpoint else "before the first checkpoint"
+    return f"{where}, continue with: python launch/cluster.py resume={plan.run_dir}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -77,52 +82,47 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _run(plan: RunPlan, console: Console) -> int:
     started = time.monotonic()
-    total_steps = plan.sections["learner"]["total_steps"]
     console.print(f"run directory: {plan.run_dir}", soft_wrap=True, markup=False)
-    with Display(console, total_steps) as display:
-        try:
-            if plan.embedded is not None:
-                base = prepare_base_model(plan, plan.embedded, display.pretraining)
-                plan.sections["model"]["path"] = plan.sections["actor"]["model_path"] = str(base)
-            assign_cores(plan)
-            write_config(plan)
-            (plan.run_dir / "logs").mkdir(exist_ok=True)
-            handler = logging.FileHandler(plan.run_dir / "logs" / "launcher.log")
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
-            status = _supervise(plan, display)
-        except (RunFailedError, ValueError) as error:
-            Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
-            return 1
-    summary = summarize_run(plan.run_dir, status, time.monotonic() - started)
-    write_summary(summary, plan.run_dir)
-    checkpoints = sorted(path for path in (plan.run_dir / "checkpoints").glob("*") if path.name.isdigit())
-    print_summary(summary, plan.run_dir, checkpoints[-1] if checkpoints else None, console)
+    guardian = Guardian(plan.cluster.grace_seconds, Path(plan.cluster.cache_dir).expanduser() / "compiled")
+    # Everything that is started from here on inherits the run's mark and its temporary folder.
+    os.environ.update(guardian.environment)
+    try:
+        status = _train(plan, console, guardian.run_mark)
+        summary = summarize_run(plan.run_dir, status, time.monotonic() - started)
+        write_summary(summary, plan.run_dir)
+    # A disk that is full or a folder that is gone shows first in whatever is written next.
+    except (RunFailedError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
+        return 1
+    finally:
+        guardian.close()
+    print_summary(summary, plan.run_dir, newest_checkpoint(plan.run_dir), console)
     return 0
 
 
-def _supervise(plan: RunPlan, display: Display) -> Status:
+def _train(plan: RunPlan, console: Console, run_mark: str) -> Status:
     """Until the learner ends well. Returns the buffer's last words."""
-    started = time.monotonic()
-    supervisor = Supervisor(processes(plan), plan.run_dir / "logs", plan.cluster.max_restarts)
-    observer = Connection(plan.sections["buffer"]["address"], "launcher")
-    try:
-        supervisor.start()
-        pending = observer.request(StatusRequest())
-        while not supervisor.poll():
-            if pending.done():
-                status = pending.result()
-                if isinstance(status, Status) and status.peers:
-                    display.status(status)
-                else:
-                    display.starting(time.monotonic() - started)
-                pending = observer.request(StatusRequest())
-            time.sleep(POLL_SECONDS)
-        status = observer.call(StatusRequest(), timeout_seconds=30.0)
-        assert isinstance(status, Status)
-        return status
-    finally:
-        observer.close()
-        supervisor.stop(plan.cluster.grace_seconds)
+    with Display(console, plan.sections["learner"]["total_steps"]) as display:
+        for notice in notices(plan):
+            console.print(notice, style="yellow", soft_wrap=True, markup=False, highlight=False)
+        if plan.embedded is not None:
+            base = prepare_base_model(plan, plan.embedded, display.pretraining)
+            plan.sections["model"]["path"] = plan.sections["actor"]["model_path"] = str(base)
+        assign_cores(plan)
+        write_config(plan)
+        (plan.run_dir / "logs").mkdir(exist_ok=True)
+        handler = logging.FileHandler(plan.run_dir / "logs" / "launcher.log")
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
+        # A log that cannot be written, on a full disk, is no reason to end or to fill the terminal.
+        logging.raiseExceptions = False
+        joining = f"another actor joins with: {another_actor(plan)}"
+        console.print(joining, style="dim", soft_wrap=True, markup=False, highlight=False)
+        logging.getLogger(__name__).info("%s", joining)
+        session = Session(plan, display, run_mark)
+        try:
+            return session.run()
+        finally:
+            session.close()
 
 
 if __name__ == "__main__":

@@ -200,10 +200,22 @@ def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig) -> None:
 
 
 def _choose_addresses(sections: dict[str, Any], cluster: ClusterConfig) -> None:
-    sections["buffer"]["address"] = free_address(cluster.buffer_port, "cluster.buffer_port")
-    sections["weights"] = {"address": free_address(cluster.weights_port, "cluster.weights_port")}
+    host = cluster.host
+    sections["buffer"]["address"] = free_address(cluster.buffer_port, "cluster.buffer_port", host)
+    sections["weights"] = {"address": free_address(cluster.weights_port, "cluster.weights_port", host)}
     if cluster.tensorboard:
         free_address(cluster.tensorboard_port, "cluster.tensorboard_port")
+
+
+def notices(plan: RunPlan) -> list[str]:
+    """What is allowed but may not be meant, one sentence each."""
+    prompts, groups = len(plan.task.train), plan.sections["groups_per_batch"]
+    if prompts >= groups:
+        return []
+    return [
+        f"note: the task has {prompts} training prompts, fewer than groups_per_batch={groups}, so every batch repeats"
+        " prompts"
+    ]
 
 
 def write_config(plan: RunPlan) -> None:

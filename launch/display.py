@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -16,6 +18,20 @@ PLAIN_SECONDS = 10.0
 """Between lines where standard output is not a terminal."""
 SILENT_SECONDS = 5.0
 """Silence after which a process is shown as such."""
+FORGOTTEN_SECONDS = 60.0
+"""Silence after which a process that the launcher did not start is not shown any more."""
+LONG_WAIT_SECONDS = 5.0
+"""Shorter waits are shown without their length: they come and go."""
+WAITS_SHOWN = 5
+WORKING = "working"
+WARNINGS = {
+    "verifier_timeouts": (1, "{:.0f} completions could not be scored in time"),
+    "verifier_errors": (1, "{:.0f} completions could not be scored"),
+    "bad_steps": (1, "{:.0f} steps were skipped, their loss or gradient was not finite"),
+    "failed_checkpoints": (1, "{:.0f} checkpoints could not be written"),
+    "batches_without_signal": (3, "nothing to learn from {:.0f} batches in a row, its log says why"),
+}
+"""Metrics that a person should hear of, and from which value on."""
 
 
 class Display:
@@ -49,28 +65,44 @@ class Display:
             self._next_line = time.monotonic() + PLAIN_SECONDS
             self._console.print(f"pretraining the base model: step {step}/{steps}, loss {loss:.3f}")
 
-    def starting(self, seconds: float) -> None:
+    def starting(self, seconds: float, notes: Sequence[str] = ()) -> None:
         """The processes are not up yet."""
         if self._console.is_terminal:
             text = f"starting vLLM and DeepSpeed, {seconds:.0f} s (about half a minute)"
             self._progress.update(self._bar, description=text, completed=0, total=self._total_steps)
-            self._live.update(self._progress, refresh=True)
+            self._live.update(Group(self._progress, *notes), refresh=True)
+        elif notes:
+            self._print_line(f"starting, {seconds:.0f} s; {'; '.join(notes)}")
 
-    def status(self, status: Status) -> None:
-        """What the buffer knows of everybody."""
+    def status(self, status: Status, notes: Sequence[str] = (), own: Set[str] = frozenset()) -> None:
+        """What the buffer knows of everybody.
+
+        Args:
+            status: its answer.
+            notes: what the launcher knows itself, a sentence each.
+            own: names of the launcher's processes; of those it did not start, the silent ones are soon forgotten.
+        """
+        stays = [p for p in status.peers if p.role != "actor" or p.name in own or p.silent_seconds < FORGOTTEN_SECONDS]
+        status = replace(status, peers=tuple(stays))
+        notes = [*_warnings(status), *notes]
         if self._console.is_terminal:
             self._progress.update(
                 self._bar, description="training", completed=status.policy_version, total=self._total_steps
             )
-            self._live.update(Group(self._progress, _table(status)), refresh=True)
-        elif time.monotonic() >= self._next_line:
+            self._live.update(Group(self._progress, _table(status), *notes), refresh=True)
+        else:
+            self._print_line("; ".join([_line(status, self._total_steps), *notes]))
+
+    def _print_line(self, text: str) -> None:
+        if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + PLAIN_SECONDS
-            self._console.print(_line(status, self._total_steps), soft_wrap=True)
+            self._console.print(text, soft_wrap=True, markup=False)
 
 
 def _line(status: Status, total_steps: int) -> str:
     learner = _learner_metrics(status)
-    waits = ", ".join(f"{peer.name} waits for {peer.waiting_for}" for peer in status.peers if peer.waiting_for)
+    doing = [(peer.name, _doing(peer)) for peer in status.peers]
+    waits = ", ".join(f"{name} {what}" for name, what in doing if what != WORKING)
     parts = [f"step {status.policy_version}/{total_steps}"]
     if "reward" in learner:
         parts.append(f"reward {learner['reward']:.3f}, staleness {learner['staleness']:.2f}")
@@ -101,13 +133,30 @@ def _table(status: Status) -> Table:
     table.add_row("ledger", ledger, *(["dropped", str(sum(dropped.values()))] if dropped else []))
     for peer in status.peers:
         table.add_row(peer.name, _doing(peer), "policy", str(peer.policy_version))
+    for wait in status.waits[:WAITS_SHOWN]:
+        if wait.seconds >= LONG_WAIT_SECONDS and wait.who not in {peer.name for peer in status.peers}:
+            table.add_row(wait.who, f"waits for {wait.for_what}{_since(wait.seconds)}")
     return table
 
 
 def _doing(peer: Peer) -> str:
     if peer.silent_seconds > SILENT_SECONDS:
         return f"silent for {peer.silent_seconds:.0f} s"
-    return f"waits for {peer.waiting_for}" if peer.waiting_for else "working"
+    return f"waits for {peer.waiting_for}{_since(peer.waiting_seconds)}" if peer.waiting_for else WORKING
+
+
+def _since(seconds: float) -> str:
+    return f" since {seconds:.0f} s" if seconds >= LONG_WAIT_SECONDS else ""
+
+
+def _warnings(status: Status) -> list[str]:
+    """What processes count that nobody wishes for."""
+    found = []
+    for peer in status.peers:
+        for name, (least, text) in WARNINGS.items():
+            if peer.metrics.get(name, 0) >= least:
+                found.append(f"{peer.name}: {text.format(peer.metrics[name])}")
+    return found
 
 
 def _learner_metrics(status: Status) -> dict[str, float]:

@@ -7,6 +7,7 @@ that use them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 
 MODES = ("async", "sync")
 
@@ -48,11 +49,20 @@ class ClusterConfig:
     """Who starts what on this machine."""
 
     num_actors: int = 1
+    host: str = "127.0.0.1"
+    """The address of this machine that buffer and weight store listen at; actors elsewhere must reach it."""
+    encryption: str = "curve"
+    """curve | none: authenticated and encrypted sockets, or plain ones, on this machine only."""
     buffer_port: int = 0
     weights_port: int = 0
     pin_cores: bool = True
     learner_cores: int = 1
     max_restarts: int = 3
+    """How often a process may fail without progress of the run in between."""
+    healthy_seconds: float = 60.0
+    """How long a process that was restarted must live, and the run get ahead with it, to count as well again."""
+    hung_seconds: float = 60.0
+    """How long a process may be halted or silent before it is killed and restarted; 0: for ever."""
     grace_seconds: float = 3.5
     tensorboard: bool = False
     tensorboard_port: int = 6006
@@ -72,8 +82,27 @@ class ClusterConfig:
                 f"cluster.buffer_port={self.buffer_port}, weights_port={self.weights_port} and"
                 f" tensorboard_port={self.tensorboard_port} must differ; 0 takes any free one"
             )
+        for name in ("healthy_seconds", "hung_seconds", "grace_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"cluster.{name}={getattr(self, name)} is below 0; use 0 or more")
+        self._check_host()
         if self.max_restarts < 0:
             raise ValueError(f"cluster.max_restarts={self.max_restarts} is below 0; use 0 to never start one again")
+
+    def _check_host(self) -> None:
+        try:
+            host = IPv4Address(self.host)
+        except ValueError as error:
+            raise ValueError(f"cluster.host={self.host} is no IPv4 address; use one of this machine's") from error
+        if host.is_unspecified:
+            raise ValueError(f"cluster.host={host} is nowhere to connect to; use one address of this machine")
+        if self.encryption not in ("curve", "none"):
+            raise ValueError(f"cluster.encryption={self.encryption} is unknown; use curve or none")
+        if self.encryption == "none" and not host.is_loopback:
+            raise ValueError(
+                f"cluster.encryption=none would let anyone who reaches cluster.host={host} in; use curve, or the host"
+                " 127.0.0.1"
+            )
 
 
 @dataclass(frozen=True)

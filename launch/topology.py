@@ -26,8 +26,8 @@ class ProcessSpec:
 
     @property
     def command_line(self) -> str:
-        """What a person would type to start it alone."""
-        return shlex.join(self.command)
+        """What a person would type, in any folder, to start it alone."""
+        return shlex.join(["env", *(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
 
 def assign_cores(plan: RunPlan) -> None:
@@ -47,8 +47,8 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
     run_dir, num_actors = str(plan.run_dir), plan.cluster.num_actors
     specs = [_spec("buffer", "buffer", ("-m", "buffer", "serve", run_dir))]
     num_ranks = plan.sections["learner"]["num_ranks"]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
-    learner = (*(torchrun if num_ranks > 1 else ()), "-m", "learner", run_dir)
+    # torchrun by itself would hide a rank's exit status.
+    learner = ("-m", "learner.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
     specs.append(_spec("learner", "learner", learner, num_threads=plan.cluster.learner_cores))
     # The actors share their cores.
     threads_per_actor = len(plan.sections["actor"]["cpu_affinity"]) // num_actors
@@ -59,6 +59,12 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
         command = ("-m", "tensorboard.main", "--logdir", f"{run_dir}/tensorboard", "--port", port)
         specs.append(_spec("tensorboard", "tensorboard", command))
     return specs
+
+
+def another_actor(plan: RunPlan) -> str:
+    """What a person types to add an actor to the run; it names itself."""
+    spec = _spec("actor", "", ("-m", "actors", str(plan.run_dir)), num_threads=1)
+    return spec.command_line
 
 
 def has_cuda() -> bool:

@@ -1,4 +1,4 @@
-"""`python -m learner RUN_DIR`: one learner rank; several with `torchrun --nproc-per-node R -m learner RUN_DIR`."""
+"""`python -m learner RUN_DIR`: one learner rank; several with `python -m learner.ranks R RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from buffer.client import Connection
 from buffer.config import load_run_config, read_section
+from buffer.credentials import Credentials, server_credentials
 
 
 def main() -> int:
@@ -23,13 +24,14 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         config = load_run_config(arguments.run_dir)
+        credentials = server_credentials(arguments.run_dir)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return _train(arguments.run_dir, config)
+    return _train(arguments.run_dir, config, credentials)
 
 
-def _train(run_dir: Path, run: dict[str, Any]) -> int:
+def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -37,10 +39,12 @@ def _train(run_dir: Path, run: dict[str, Any]) -> int:
     import torch
     from hydra.utils import instantiate
 
+    from learner.checkpoint import CheckpointError
     from learner.config import LearnerConfig, ModelConfig
     from learner.engine import init_distributed, shut_down_distributed
+    from learner.health import RunStoppedError
     from learner.publisher import WeightStore
-    from learner.train import LogprobMismatchError, Trainer
+    from learner.train import Trainer
 
     config = read_section(LearnerConfig, run["learner"], "learner")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -55,8 +59,8 @@ def _train(run_dir: Path, run: dict[str, Any]) -> int:
     torch.manual_seed(config.seed)
     init_distributed(device)
     rank = int(os.environ["RANK"])
-    store = WeightStore(run_dir / "weights", run["weights"]["address"]) if rank == 0 else None
-    buffer = Connection(run["buffer"]["address"], f"learner-{rank}")
+    store = WeightStore(run_dir / "weights", run["weights"]["address"], credentials) if rank == 0 else None
+    buffer = Connection(run["buffer"]["address"], f"learner-{rank}", credentials.for_client())
     try:
         trainer = Trainer(
             config,
@@ -69,15 +73,24 @@ def _train(run_dir: Path, run: dict[str, Any]) -> int:
             stopping=stopping,
         )
         trainer.run()
-    except LogprobMismatchError as error:
-        logging.getLogger("learner").error("%s", error)
-        return 3
+    except RunStoppedError as error:
+        return _ended(error, 3)
+    except CheckpointError as error:
+        return _ended(error, 2)
+    except OSError as error:
+        # A full disk, a lost folder, a buffer that does not answer: the supervisor tries again.
+        return _ended(error, 1)
     finally:
         buffer.close()
         if store is not None:
             store.close()
         shut_down_distributed()
     return 0
+
+
+def _ended(error: Exception, status: int) -> int:
+    logging.getLogger("learner").error("%s: %s", type(error).__name__, error)
+    return status
 
 
 def device_name(wanted: str) -> str:
@@ -89,5 +102,16 @@ def device_name(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def leave(status: int) -> NoReturn:
+    """End this process without tearing the interpreter down.
+
+    Threads of gloo may abort a teardown, and a run that has ended well would count as failed.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

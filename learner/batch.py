@@ -135,6 +135,14 @@ class TrainingBatch:
         )
 
 
+def occurrence_ranges(groups: Sequence[TrajectoryGroup]) -> str:
+    """The prompt occurrences of `groups` (what stands before the dot of a group_id) for a log: `3-5,9`."""
+    numbers = {int(group.group_id.partition(".")[0]) for group in groups}
+    starts = sorted(number for number in numbers if number - 1 not in numbers)
+    ends = sorted(number for number in numbers if number + 1 not in numbers)
+    return ",".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
+
+
 def _versions(trajectory: Trajectory) -> NDArray[np.int64]:
     """[T] the version that sampled each token; meaningless where the loss mask is False."""
     starts = [span.start for span in trajectory.policy_versions]

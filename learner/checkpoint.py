@@ -1,7 +1,9 @@
 """Checkpoints that are complete or absent: written under a temporary name, flushed, then renamed.
 
 `RUN_DIR/checkpoints/00000050/` holds `policy/` (a Hugging Face folder), `policy_state/` and `critic_state/` (what
-DeepSpeed needs to go on) and `learner.json`. A folder without the temporary suffix is whole.
+DeepSpeed needs to go on), `rng/` (random generators, a file per rank), `learner.json` and `manifest.json` (every file's
+size and digest). Only folders whose name is a number count. One whose files are not as they were written is reported
+and the one before it is used.
 """
 
 from __future__ import annotations
@@ -10,23 +12,63 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 
-from learner.engine import TrainingEngine, barrier, rank_and_world_size
+from learner.engine import TrainingEngine, any_rank, barrier, rank_and_world_size
+from learner.manifest import defect, write_manifest
+from learner.rng import load_generators, save_generators
 
 logger = logging.getLogger(__name__)
 
 POLICY_PREFIX = "causal_lm."
+INCOMPLETE, BROKEN = ".incomplete", ".broken"
+
+
+class CheckpointError(ValueError):
+    """There are checkpoints, and none that this learner can go on from."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint was not written, on any rank; those before it are untouched."""
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The complete checkpoint with the highest version, if there is one."""
-    complete = [path for path in directory.glob("*") if path.name.isdigit() and (path / "learner.json").is_file()]
-    return max(complete, key=lambda path: int(path.name), default=None)
+    """The complete checkpoint with the highest version, if there is one. Its files are not looked at."""
+    return next(iter(_complete(directory)), None)
+
+
+def sound_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None before the first.
+
+    Broken newer ones are reported and set aside as VERSION.broken, and unfinished ones are removed. Called by one rank.
+
+    Raises:
+        CheckpointError: when there are checkpoints and none is sound: starting anew would forget the run.
+    """
+    for leftover in directory.glob(f"*{INCOMPLETE}"):
+        shutil.rmtree(leftover)
+    broken: list[tuple[Path, str]] = []
+    for checkpoint in _complete(directory):
+        problem = defect(checkpoint)
+        if problem is None:
+            for path, _ in broken:
+                shutil.rmtree(path.with_suffix(BROKEN), ignore_errors=True)
+                path.rename(path.with_suffix(BROKEN))
+            return checkpoint
+        logger.error("checkpoint %s is broken: %s", checkpoint, problem)
+        broken.append((checkpoint, problem))
+    if broken:
+        raise CheckpointError(
+            f"none of the {len(broken)} checkpoints in {directory} is sound (the newest, {broken[0][0].name}:"
+            f" {broken[0][1]}); restore one from a copy, or remove them all to start again at policy 0"
+        )
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -57,25 +99,40 @@ def save_checkpoint(
         dtype: of the exported weights.
         state: small JSON-able values to resume with.
         keep: how many checkpoints stay; the oldest are removed after the new one is complete.
+
+    Raises:
+        CheckpointWriteError: on every rank, when any of them could not write its part; nothing is left of it.
     """
-    rank, _ = rank_and_world_size()
+    rank, world_size = rank_and_world_size()
     final = directory / f"{policy_version:08d}"
-    temporary = directory / f"{policy_version:08d}.incomplete"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    export_policy(policy, temporary / "policy", base_path=base_path, dtype=dtype)
-    policy.save(temporary / "policy_state")
-    if critic is not None:
-        critic.save(temporary / "critic_state")
-    barrier()
-    if rank == 0:
-        (temporary / "learner.json").write_text(json.dumps({"policy_version": policy_version, **state}, indent=2))
+    temporary = final.with_suffix(INCOMPLETE)
+
+    def finish() -> None:
+        state_of_run = {"policy_version": policy_version, "num_ranks": world_size, **state}
+        (temporary / "learner.json").write_text(json.dumps(state_of_run, indent=2))
+        write_manifest(temporary)
         _flush(temporary)
-        shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush_one(directory)
+        try:
+            _flush_one(directory)
+        except OSError:
+            # Its name may not survive a power cut, so it must not count now either.
+            shutil.rmtree(final, ignore_errors=True)
+            raise
+
+    try:
+        _on_rank_0(lambda: _make_empty(temporary), policy.device)
+        _together(lambda: export_policy(policy, temporary / "policy", base_path=base_path, dtype=dtype), policy.device)
+        _together(lambda: policy.save(temporary / "policy_state"), policy.device)
+        if critic is not None:
+            _together(lambda: critic.save(temporary / "critic_state"), policy.device)
+        _together(lambda: save_generators(_generators(temporary, rank)), policy.device)
+        _on_rank_0(finish, policy.device)
+    except CheckpointWriteError:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if rank == 0:
         _remove_old(directory, keep)
         logger.info("checkpoint of policy %d written to %s", policy_version, final)
     barrier()
@@ -83,7 +140,11 @@ def save_checkpoint(
 
 
 def export_policy(policy: TrainingEngine, folder: Path, *, base_path: Path, dtype: torch.dtype) -> None:
-    """The policy as a Hugging Face folder that transformers and vLLM load; every rank must call it."""
+    """The policy as a Hugging Face folder that transformers and vLLM load; every rank must call it.
+
+    Raises:
+        OSError: when the folder cannot be written; after all ranks have gathered.
+    """
     rank, _ = rank_and_world_size()
     weights = {name.removeprefix(POLICY_PREFIX): tensor for name, tensor in policy.gather(dtype)}
     if rank:
@@ -92,20 +153,70 @@ def export_policy(policy: TrainingEngine, folder: Path, *, base_path: Path, dtyp
     for path in sorted(base_path.iterdir()):
         if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and "index" not in path.name:
             shutil.copy2(path, folder / path.name)
-    save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    try:
+        save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def load_checkpoint(checkpoint: Path, policy: TrainingEngine, critic: TrainingEngine | None) -> None:
-    """Weights, master weights and optimizer state back into the engines; every rank must call it."""
+    """Weights, master weights, optimizer state and random generators as they were; every rank must call it.
+
+    Raises:
+        CheckpointError: when sharded state was written by another number of ranks.
+    """
+    rank, world_size = rank_and_world_size()
+    written_by = int(read_state(checkpoint)["num_ranks"])
+    if written_by != world_size and policy.is_sharded:
+        raise CheckpointError(
+            f"{checkpoint} was written by {written_by} learner ranks and its state is sharded; continue with"
+            f" learner.num_ranks={written_by} instead of {world_size}"
+        )
     policy.load(checkpoint / "policy_state")
     if critic is not None:
         critic.load(checkpoint / "critic_state")
+    if written_by == world_size:
+        load_generators(_generators(checkpoint, rank))
     logger.info("resumed from %s", checkpoint)
 
 
+def _complete(directory: Path) -> list[Path]:
+    """The newest first."""
+    numbered = [path for path in directory.glob("*") if path.name.isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name), reverse=True)
+
+
+def _generators(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / "rng" / f"rank-{rank}.pt"
+
+
+def _together(write: Callable[[], None], device: torch.device) -> None:
+    """`write`, and CheckpointWriteError on every rank when it raised OSError on any. Also a barrier."""
+    problem = ""
+    try:
+        write()
+    except OSError as error:
+        problem = str(error)
+    if any_rank(bool(problem), device):
+        raise CheckpointWriteError(problem or "another rank could not write its part; its log says why")
+
+
+def _on_rank_0(write: Callable[[], None], device: torch.device) -> None:
+    rank, _ = rank_and_world_size()
+    _together(write if rank == 0 else lambda: None, device)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
 def _remove_old(directory: Path, keep: int) -> None:
-    complete = sorted(path for path in directory.glob("*") if path.name.isdigit())
-    for old in complete[: -max(keep, 1)]:
+    complete = _complete(directory)
+    kept = complete[: max(keep, 1)]
+    set_aside = [path for path in directory.glob(f"*{BROKEN}") if int(path.stem) < int(kept[-1].name)]
+    for old in (*complete[len(kept) :], *set_aside):
         shutil.rmtree(old, ignore_errors=True)
 
 

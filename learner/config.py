@@ -10,6 +10,12 @@ from learner.schedule import Schedule, learning_rate
 DTYPES = ("float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
 DEVICES = ("auto", "cpu", "cuda")
+LEAST = {
+    **dict.fromkeys(("total_steps", "groups_per_batch", "samples_per_group", "updates_per_batch", "num_ranks"), 1),
+    **dict.fromkeys(("keep_checkpoints", "max_bad_steps"), 1),
+    "max_batches_without_signal": 0,
+}
+"""Settings of the learner that count something, and the least each may be."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,10 @@ class LearnerConfig:
     checkpoint_every: int = 50
     """Versions between checkpoints; the last version always has one."""
     keep_checkpoints: int = 2
+    max_bad_steps: int = 3
+    """Batches in a row with a loss or gradient that is not finite, whose steps are skipped, that end the run."""
+    max_batches_without_signal: int = 0
+    """Batches in a row that teach nothing that end the run, with a checkpoint; 0: it goes on and says so."""
     evaluate_every: int = 20
     """Versions between evaluations on held-out prompts; the first and last are always evaluated. 0: only those."""
     evaluation_timeout_seconds: float = 300.0
@@ -116,9 +126,9 @@ class LearnerConfig:
             raise ValueError(f"learner.device={self.device} is unknown; use one of {', '.join(DEVICES)}")
         if self.publish_dtype not in DTYPES:
             raise ValueError(f"learner.publish_dtype={self.publish_dtype} is unknown; use one of {', '.join(DTYPES)}")
-        for name in ("total_steps", "groups_per_batch", "samples_per_group", "updates_per_batch", "num_ranks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"learner.{name}={getattr(self, name)} must be at least 1")
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"learner.{name}={getattr(self, name)} must be at least {least}")
         parts = self.num_ranks * self.updates_per_batch
         if self.groups_per_batch % parts:
             raise ValueError(

@@ -1,13 +1,15 @@
 """DeepSpeed around one network: packed forward passes, gradient accumulation, optimizer step, gather, save and load.
 
 The only file that knows DeepSpeed. Losses arrive already divided by global counts, so gradients are summed, never
-averaged, over microbatches and ranks: cutting a batch differently changes nothing.
+averaged, over microbatches and ranks: cutting a batch differently changes nothing. A loss that is not finite makes the
+gradient of every rank not finite, and such a step is skipped by all of them alike.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,19 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.environ.get("SLIPSTREAM_DEV
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from learner.batch import MicroBatch
 from learner.config import OptimizerConfig
+from learner.state_file import read_state_file, write_state
 
 GATHER_ELEMENTS = 1 << 26
 """Parameters gathered at a time when weights are collected from ZeRO-3 shards."""
+STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
+"""What DeepSpeed's state holds beside tensors and plain containers."""
 
 
 def init_distributed(device: torch.device, timeout_seconds: float = 600.0) -> None:
@@ -72,11 +80,18 @@ class TrainingEngine:
             model_parameters=list(model.parameters()),
             config=_deepspeed_config(optimizer, self._zero_stage, bfloat16, cpu_offload, device),
         )
+        self._write_problem = ""
+        self._guard_files()
 
     @property
     def world_size(self) -> int:
         """Ranks that share the work."""
         return dist.get_world_size()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank saves a part of its own, that only the same rank of as many can load."""
+        return self._zero_stage > 0
 
     def forward(self, micro: MicroBatch) -> Any:
         """The network's outputs on the scored tokens of one microbatch."""
@@ -85,20 +100,32 @@ class TrainingEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, which is this rank's share of a sum over ranks; `last` ends the accumulation."""
         self._engine.set_gradient_accumulation_boundary(last)
+        # An infinite loss may have a finite gradient; as NaN it reaches every rank with the reduction.
+        factor = torch.where(torch.isfinite(loss.detach()), float(self.world_size), math.nan)
         # DeepSpeed averages over ranks; the losses are shares of one sum.
-        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, step, clear. Returns the global gradient norm before clipping."""
+        """Clip, step, clear. Returns the global gradient norm before clipping.
+
+        When that is not finite there was no step: parameters and optimizer state are what they were, on every rank.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._replicated_norm() if self._zero_stage == 0 else None
+        if self._zero_stage == 0:
+            return self._replicated_step()
         self._engine.step()
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+        # DeepSpeed's sharded optimizers look at the norm themselves; theirs is -1 or infinite for one they refuse.
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
-    def _replicated_norm(self) -> Tensor:
+    def _replicated_step(self) -> float:
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(gradients)
+        norm = float(nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
 
     def gather(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every parameter as (name, copy in `dtype` on the host), in buckets of bounded size.
@@ -129,8 +156,35 @@ class TrainingEngine:
             yield bucket
 
     def save(self, folder: Path) -> None:
-        """Parameters and optimizer state of all ranks, into `folder`. Every rank must call it."""
+        """Parameters and optimizer state of all ranks, into `folder`. Every rank must call it.
+
+        Raises:
+            OSError: when this rank's part cannot be written; after the ranks have met for the last time.
+        """
+        self._write_problem = ""
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        if self._write_problem:
+            raise OSError(self._write_problem)
+
+    def _guard_files(self) -> None:
+        """DeepSpeed saves between barriers, so an error there waits for `save`; it loads only `STATE_CLASSES`."""
+        files = self._engine.checkpoint_engine
+
+        def remembering(write: Callable[..., None]) -> Callable[..., None]:
+            def attempt(*arguments: Any, **named: Any) -> None:
+                try:
+                    write(*arguments, **named)
+                except OSError as error:
+                    # Not the error itself: its traceback would keep the file open, and its space taken.
+                    self._write_problem = str(error)
+
+            return attempt
+
+        files.makedirs = remembering(os.makedirs)
+        files.save = remembering(lambda state_dict, path: write_state(state_dict, Path(path)))
+        files.load = lambda path, map_location=None: read_state_file(Path(path), STATE_CLASSES)
+        # Scripts that would unpickle anything; the exported policy makes them needless.
+        self._engine._copy_recovery_script = lambda save_path: None
 
     def load(self, folder: Path) -> None:
         """What `save` wrote. Every rank must call it.
@@ -153,6 +207,13 @@ def all_reduce_max(values: Tensor) -> Tensor:
     """The maximum of `values` over all ranks, in place."""
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is True on any rank: the same answer on all of them. With several ranks also a barrier."""
+    if dist.get_world_size() == 1:
+        return flag
+    return bool(all_reduce_max(torch.tensor([int(flag)], device=device))[0])
 
 
 def barrier() -> None:

@@ -21,7 +21,8 @@ import zmq
 from torch import Tensor
 
 from buffer.client import host_id
-from buffer.server import bind_router
+from buffer.credentials import Credentials
+from buffer.gate import Gate
 from buffer.wire import (
     Chunk,
     ChunkRequest,
@@ -31,14 +32,12 @@ from buffer.wire import (
     NoNewVersion,
     Refused,
     TensorEntry,
-    WireError,
-    decode,
-    encode,
 )
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT_BYTES = 64
+MESSAGES_PER_TURN = 16
 TICK_SECONDS = 0.2
 """How late the end of a parked request's time, or of the store, may be noticed."""
 NamedTensors = Sequence[tuple[str, Tensor]]
@@ -50,13 +49,14 @@ class WeightStore:
     Args:
         directory: where versions lie, one file each; emptied of older runs' versions at the start.
         address: ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5556.
+        credentials: the run's id and the server's keys.
         keep_versions: files kept and served; an actor that pulls an older one is told to ask for the newest.
 
     Raises:
-        ValueError: when the address is in use or is none.
+        ValueError: when the address is in use or is none, or is not local and the credentials have no keys.
     """
 
-    def __init__(self, directory: Path, address: str, keep_versions: int = 3) -> None:
+    def __init__(self, directory: Path, address: str, credentials: Credentials, keep_versions: int = 3) -> None:
         self._directory = directory
         self._keep_versions = keep_versions
         self._store_id = uuid.uuid4().hex[:8]
@@ -66,24 +66,16 @@ class WeightStore:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob("v*.weights*"):
             leftover.unlink()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
-            self._socket = bind_router(self._context, address)
-        except ValueError:
-            self._context.term()
-            raise
+        self._gate = Gate(address, credentials)
         self._wake_address = f"inproc://published-{self._store_id}"
-        self._wake_receiver = self._context.socket(zmq.PULL)
+        self._wake_receiver = self._gate.context.socket(zmq.PULL)
         self._wake_receiver.bind(self._wake_address)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="publish", initializer=self._connect_wake)
+        self._wake_sender = self._gate.context.socket(zmq.PUSH)
+        self._wake_sender.connect(self._wake_address)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._closing = threading.Event()
         self._server = threading.Thread(target=self._serve, name="weight-store", daemon=True)
         self._server.start()
-
-    def _connect_wake(self) -> None:
-        self._wake_sender = self._context.socket(zmq.PUSH)
-        self._wake_sender.setsockopt(zmq.LINGER, 0)
-        self._wake_sender.connect(self._wake_address)
 
     def publish(self, policy_version: int, tensors: NamedTensors) -> Future[Manifest]:
         """Write and announce a version in the background.
@@ -98,17 +90,15 @@ class WeightStore:
         started = time.monotonic()
         path = self._directory / f"v{policy_version:08d}-{self._store_id}.weights"
         temporary = path.with_suffix(".weights.tmp")
-        entries, offset = [], 0
-        with temporary.open("wb") as file:
-            for name, tensor in tensors:
-                file.write(bytes(-offset % ALIGNMENT_BYTES))
-                offset += -offset % ALIGNMENT_BYTES
-                data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-                file.write(data)
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, len(data), zlib.crc32(data)))
-                offset += len(data)
-        temporary.rename(path)
+        try:
+            entries, offset = _write_tensors(temporary, tensors)
+            temporary.rename(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                f"policy {policy_version} cannot be published to {self._directory}: {error.strerror or error}; make"
+                " room or restore the folder, a restarted learner goes on from its newest checkpoint"
+            ) from error
         publication = f"{self._store_id}:{policy_version}"
         manifest = Manifest(policy_version, publication, str(path.resolve()), self._host_id, offset, tuple(entries))
         with self._lock:
@@ -125,30 +115,29 @@ class WeightStore:
         """Answers requests until `close`. Waits for: a message, a publication, or a parked request's time."""
         parked: dict[bytes, tuple[int, str, float]] = {}
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._gate.socket, zmq.POLLIN)
         poller.register(self._wake_receiver, zmq.POLLIN)
         while not self._closing.is_set():
             ready = dict(poller.poll(int(TICK_SECONDS * 1000)))
             if self._wake_receiver in ready:
                 self._wake_receiver.recv()
-            if self._socket in ready:
+            if self._gate.socket in ready:
                 self._receive(parked)
             self._answer_parked(parked)
 
     def _receive(self, parked: dict[bytes, tuple[int, str, float]]) -> None:
-        identity, *frames = self._socket.recv_multipart()
-        try:
-            message, number = decode(frames)
-        except WireError as error:
-            logger.warning("weight store: dropped a message of %d frames: %s", len(frames), error)
-            return
-        match message:
-            case ManifestRequest(known_publication=known, wait_seconds=seconds):
-                parked[identity] = (number, known, time.monotonic() + min(max(seconds, 0.0), 60.0))
-            case ChunkRequest():
-                self._reply(identity, number, self._chunk(message))
-            case _:
-                self._reply(identity, number, Refused(f"the weight store does not answer {type(message).__name__}"))
+        now = time.monotonic()
+        messages, _ = self._gate.receive(MESSAGES_PER_TURN, now)
+        for incoming in messages:
+            identity, number = incoming.identity, incoming.number
+            match incoming.message:
+                case ManifestRequest(known_publication=known, wait_seconds=seconds):
+                    parked[identity] = (number, known, now + min(max(seconds, 0.0), 60.0))
+                case ChunkRequest() as request:
+                    self._gate.send(identity, self._chunk(request), number)
+                case other:
+                    refused = Refused(f"the weight store does not answer {type(other).__name__}")
+                    self._gate.send(identity, refused, number)
 
     def _answer_parked(self, parked: dict[bytes, tuple[int, str, float]]) -> None:
         with self._lock:
@@ -156,9 +145,9 @@ class WeightStore:
         now = time.monotonic()
         for identity, (number, known, deadline) in list(parked.items()):
             if newest is not None and newest.publication != known:
-                self._reply(identity, number, newest)
+                self._gate.send(identity, newest, number)
             elif now >= deadline:
-                self._reply(identity, number, NoNewVersion())
+                self._gate.send(identity, NoNewVersion(), number)
             else:
                 continue
             del parked[identity]
@@ -175,12 +164,26 @@ class WeightStore:
                 file.seek(request.offset)
                 return Chunk(request.policy_version, request.offset, file.read(request.num_bytes))
 
-    def _reply(self, identity: bytes, number: int, message: Message) -> None:
-        self._socket.send_multipart([identity, *encode(message, number)])
-
     def close(self) -> None:
         """Finish the publication under way and stop serving."""
         self._writer.shutdown(wait=True)
         self._closing.set()
         self._server.join(timeout=5)
-        self._context.destroy(linger=0)
+        self._wake_receiver.close(linger=0)
+        self._wake_sender.close(linger=0)
+        self._gate.close()
+
+
+def _write_tensors(path: Path, tensors: NamedTensors) -> tuple[list[TensorEntry], int]:
+    """Where each tensor lies in the file, and the file's size in bytes."""
+    entries, offset = [], 0
+    with path.open("wb") as file:
+        for name, tensor in tensors:
+            file.write(bytes(-offset % ALIGNMENT_BYTES))
+            offset += -offset % ALIGNMENT_BYTES
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            file.write(data)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, len(data), zlib.crc32(data)))
+            offset += len(data)
+    return entries, offset

@@ -14,6 +14,8 @@ from buffer.trajectory import Trajectory
 from buffer.wire import EvaluationReport, Status
 from learner.batch import TrainingBatch
 
+LONG_WAIT_SECONDS = 1.0
+"""Shorter waits are part of the work and get no line of text."""
 LAYOUT = {
     "How well does it do?": {
         "pass@1": ["Multiline", ["evaluation/pass_at_1", "reward/fraction_correct"]],
@@ -28,12 +30,18 @@ LAYOUT = {
         "KL(mu || pi)": ["Multiline", ["importance/behavior_kl_k1", "importance/behavior_kl_k3"]],
         "fractions": ["Multiline", ["importance/fraction_capped", "importance/fraction_masked"]],
     },
+    "Is anything wrong?": {
+        "steps and checkpoints": ["Multiline", ["learner/bad_steps", "learner/failed_checkpoints"]],
+        "batches without signal": ["Multiline", ["reward/batches_without_signal"]],
+        "completions not judged": ["Multiline", ["reward/fraction_timeout", "reward/fraction_error"]],
+    },
     "Who waits for whom?": {
         "seconds of a step": [
             "Multiline",
             ["learner/wait_seconds", "learner/train_seconds", "learner/publish_seconds"],
         ],
         "ledger": ["Multiline", ["buffer/pending", "buffer/leased", "buffer/ready", "buffer/used"]],
+        "seconds waited so far, by who waits": ["Multiline", ["waiting/.*"]],
     },
 }
 
@@ -75,6 +83,19 @@ class Reporter:
         if actors:
             metrics["weights/actor_versions_behind"] = float(policy_version - min(a.policy_version for a in actors))
         self.scalars(metrics, policy_version)
+        self._waits(status, policy_version)
+
+    def _waits(self, status: Status, policy_version: int) -> None:
+        """Who waits for what, since when: a curve for each who, and the sentences as a page of text."""
+        longest: dict[str, float] = {}
+        for wait in status.waits:
+            longest[wait.who] = max(wait.seconds, longest.get(wait.who, 0.0))
+        waiting = {peer.name for peer in status.peers} | longest.keys()
+        self.scalars({f"waiting/{who}_seconds": longest.get(who, 0.0) for who in waiting}, policy_version)
+        long = [w for w in status.waits if w.seconds >= LONG_WAIT_SECONDS]
+        if long:
+            lines = [f"- {w.who} waits for {w.for_what}, for {w.seconds:.0f} s" for w in long]
+            self._writer.add_text("waits", "\n".join(lines), policy_version)
 
     def close(self) -> None:
         """Flush and close the event files."""

@@ -2,7 +2,8 @@
 
 Called by the training loop on every rank. Each pass cuts its part of the batch into microbatches; every rank makes
 equally many, because sharded parameters are gathered by all ranks together: a rank with fewer repeats one with
-weight 0.
+weight 0. Between microbatches a pass can be abandoned, by all ranks together; its gradients are left behind, so the
+process must not train on.
 """
 
 from __future__ import annotations
@@ -15,12 +16,23 @@ from torch import Tensor
 
 from learner.algorithm import Algorithm, LossInputs, LossOutputs, ValueLossInputs
 from learner.batch import MicroBatch, TrainingBatch
-from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum
+from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, any_rank
 from learner.losses import batch_counts
 from learner.metrics import MetricSums
 from learner.model import PolicyModel
 
 LossOf = Callable[[MicroBatch], LossOutputs]
+Stopping = Callable[[], bool]
+"""Whether this rank wants to abandon the pass under way."""
+
+
+class PassAbandonedError(Exception):
+    """A rank was asked to end in the middle of a pass."""
+
+
+def never() -> bool:
+    """A pass that is not abandoned."""
+    return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,17 +47,26 @@ class Annotations:
 
 
 @torch.no_grad()
-def score_batch(network: TrainingEngine | PolicyModel, batch: TrainingBatch, tokens_per_microbatch: int) -> Tensor:
+def score_batch(
+    network: TrainingEngine | PolicyModel,
+    batch: TrainingBatch,
+    tokens_per_microbatch: int,
+    stopping: Stopping = never,
+) -> Tensor:
     """[M] float32 outputs of `network` on all scored tokens: log-probabilities of a policy, values of a critic.
 
     Args:
         network: a training engine, of which all ranks make equally many passes, or a module of this rank's own.
         batch: this rank's share.
         tokens_per_microbatch: packed tokens of one forward pass.
+        stopping: asked between microbatches; a module of this rank's own is not abandoned.
+
+    Raises:
+        PassAbandonedError: on all ranks, when any of them is stopping.
     """
     outputs: list[Tensor] = []
     everything, agree = range(len(batch.trajectories)), isinstance(network, TrainingEngine)
-    for micro, counts, _ in _microbatches(batch, everything, tokens_per_microbatch, agree=agree):
+    for micro, counts, _ in _microbatches(batch, everything, tokens_per_microbatch, stopping, agree=agree):
         if isinstance(network, TrainingEngine):
             output = network.forward(micro)
         else:
@@ -62,6 +83,7 @@ def policy_step(
     part: range,
     annotations: Annotations,
     tokens_per_microbatch: int,
+    stopping: Stopping = never,
 ) -> MetricSums:
     """Accumulate the policy's gradient over the trajectories in `part`; the caller makes the optimizer step."""
     weights = _token_weights(algorithm, batch, part)
@@ -80,7 +102,7 @@ def policy_step(
             )
         )
 
-    return _accumulate(policy, batch, part, tokens_per_microbatch, loss)
+    return _accumulate(policy, batch, part, tokens_per_microbatch, loss, stopping)
 
 
 def critic_step(
@@ -90,6 +112,7 @@ def critic_step(
     part: range,
     annotations: Annotations,
     tokens_per_microbatch: int,
+    stopping: Stopping = never,
 ) -> MetricSums:
     """Accumulate the critic's gradient over the trajectories in `part`; the caller makes the optimizer step."""
     weights = _token_weights(algorithm, batch, part)
@@ -107,14 +130,19 @@ def critic_step(
             )
         )
 
-    return _accumulate(critic, batch, part, tokens_per_microbatch, loss)
+    return _accumulate(critic, batch, part, tokens_per_microbatch, loss, stopping)
 
 
 def _accumulate(
-    engine: TrainingEngine, batch: TrainingBatch, part: range, tokens_per_microbatch: int, loss: LossOf
+    engine: TrainingEngine,
+    batch: TrainingBatch,
+    part: range,
+    tokens_per_microbatch: int,
+    loss: LossOf,
+    stopping: Stopping,
 ) -> MetricSums:
     metrics = MetricSums()
-    for micro, counts, last in _microbatches(batch, part, tokens_per_microbatch, agree=True):
+    for micro, counts, last in _microbatches(batch, part, tokens_per_microbatch, stopping, agree=True):
         outputs = loss(micro)
         engine.backward(outputs.loss if counts else outputs.loss * 0.0, last=last)
         if counts:
@@ -123,7 +151,7 @@ def _accumulate(
 
 
 def _microbatches(
-    batch: TrainingBatch, part: range, tokens_per_microbatch: int, *, agree: bool
+    batch: TrainingBatch, part: range, tokens_per_microbatch: int, stopping: Stopping, *, agree: bool
 ) -> Iterator[tuple[MicroBatch, bool, bool]]:
     """(microbatch, whether it counts, whether it is the last)."""
     own = batch.microbatches(part, tokens_per_microbatch)
@@ -131,6 +159,8 @@ def _microbatches(
     if agree:
         total = int(all_reduce_max(torch.tensor([len(own)], device=batch.device))[0])
     for index in range(total):
+        if agree and any_rank(stopping(), batch.device):
+            raise PassAbandonedError
         yield own[min(index, len(own) - 1)], index < len(own), index == total - 1
 
 

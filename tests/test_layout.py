@@ -21,14 +21,33 @@ ONLY_IN = {
     "torch": ("learner/", "actors/engine.py", "actors/weights.py"),
     "vllm": ("actors/engine.py", "actors/weights.py"),
     "deepspeed": ("learner/engine.py",),
-    "zmq": ("buffer/server.py", "buffer/client.py", "learner/publisher.py"),
+    "zmq": (
+        "buffer/credentials.py",
+        "buffer/doorkeeper.py",
+        "buffer/gate.py",
+        "buffer/client.py",
+        "learner/publisher.py",
+    ),
     "pickle": (),
     "marshal": (),
     "shelve": (),
+    "dill": (),
+    "cloudpickle": (),
+    "joblib": (),
+    "jsonpickle": (),
+    "_pickle": (),
     "ray": (),
 }
 
-FORBIDDEN_CALLS = {"eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "pickle.loads", "pickle.load"}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"),
+}
+FORBIDDEN_METHODS = {"recv_pyobj", "send_pyobj", "read_pickle", "to_pickle", "unsafe_load"}
+"""Of any object: they pickle, or run what they read."""
+REQUIRED_ARGUMENTS = {"torch.load": ("weights_only", True)}
+FORBIDDEN_ARGUMENTS = {"shell": True, "allow_pickle": True, "weights_only": False, "trust_remote_code": True}
+"""Of any call: each of them runs what it is given."""
 
 
 def files(package: str) -> list[Path]:
@@ -68,10 +87,24 @@ def complaints(name: str, source: str) -> list[str]:
             found.append(f"{name}:{line} imports {module}; {package} may import {sorted(MAY_IMPORT[package])}")
         if module in ONLY_IN and not name.startswith(ONLY_IN[module] or ("-",)):
             found.append(f"{name}:{line} imports {module}; only {ONLY_IN[module] or 'nobody'} may")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and called(node) in FORBIDDEN_CALLS:
-            found.append(f"{name}:{node.lineno} calls {called(node)}")
-    return found
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return found + [f"{name}:{node.lineno} {unsafe(node)}" for node in calls if unsafe(node)]
+
+
+def unsafe(node: ast.Call) -> str:
+    """What is dangerous about a call; nothing when it is not."""
+    method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    if called(node) in FORBIDDEN_CALLS or method in FORBIDDEN_METHODS:
+        return f"calls {called(node) or method}"
+    given = {keyword.arg: keyword.value for keyword in node.keywords}
+    for argument, value in FORBIDDEN_ARGUMENTS.items():
+        # Whatever is not plainly the opposite might be this.
+        if argument in given and not (isinstance(given[argument], ast.Constant) and given[argument].value is not value):
+            return f"passes {argument}={ast.unparse(given[argument])}"
+    argument, value = REQUIRED_ARGUMENTS.get(called(node), ("", None))
+    if argument and argument not in given:
+        return f"calls {called(node)} without {argument}={value}"
+    return ""
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -103,6 +136,14 @@ def test_no_module_has_a_standard_librarys_name():
         ("buffer/x.py", "import pickle"),
         ("launch/x.py", "eval('1')"),
         ("launch/x.py", "import yaml\nyaml.load(text)"),
+        ("learner/x.py", "import torch\ntorch.load(path)"),
+        ("learner/x.py", "import torch\ntorch.load(path, weights_only=False)"),
+        ("learner/x.py", "import torch\ntorch.load(path, weights_only=flag)"),
+        ("learner/x.py", "numpy.load(path, allow_pickle=True)"),
+        ("launch/x.py", "import subprocess\nsubprocess.run(line, shell=True)"),
+        ("launch/x.py", "os.system(line)"),
+        ("buffer/x.py", "socket.recv_pyobj()"),
+        ("actors/x.py", "import cloudpickle"),
     ],
 )
 def test_the_rules_find_what_breaks_them(name: str, source: str):
@@ -115,6 +156,9 @@ def test_the_rules_find_what_breaks_them(name: str, source: str):
         ("learner/x.py", "import torch\nfrom buffer.wire import decode"),
         ("actors/engine.py", "import torch, vllm"),
         ("launch/x.py", "from learner.config import LearnerConfig\nmodel.eval()"),
+        ("learner/x.py", "import torch\ntorch.load(path, weights_only=True)"),
+        ("launch/x.py", "import subprocess\nsubprocess.run(words)"),
+        ("launch/x.py", "re.compile(text)"),
         ("buffer/client.py", "import zmq"),
     ],
 )

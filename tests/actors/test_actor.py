@@ -1,6 +1,7 @@
 """The actor against the real buffer and the real scoring pool; only engine and weight store are stand-ins."""
 
 import asyncio
+import errno
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -17,8 +18,9 @@ from buffer import wire
 from buffer.audit import audit
 from buffer.client import Connection
 from buffer.config import BufferConfig
+from buffer.credentials import Credentials
 from buffer.server import Server
-from tests.actors.stand_ins import PARAMETERS, Characters, FakeEngine, FakeWeights, sums
+from tests.actors.stand_ins import PARAMETERS, Characters, FakeEngine, FakeWeights, sampled, sums
 from verifier.base import RewardSpec
 from verifier.pool import ScoringPool
 
@@ -71,20 +73,31 @@ Looper = Callable[..., AbstractAsyncContextManager[Loop]]
 @pytest.fixture
 def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
     @asynccontextmanager
-    async def run(task: Task | None = None, max_staleness: int = 1, **changes: Any) -> AsyncIterator[Loop]:
+    async def run(
+        task: Task | None = None,
+        max_staleness: int = 1,
+        lease_seconds: float = 60.0,
+        scoring: ScoringPool = pool,
+        **changes: Any,
+    ) -> AsyncIterator[Loop]:
         task = task or sums()
         settings = {"samples_per_group": 2, "max_new_tokens": 16, "max_tokens": 32, "heartbeat_seconds": 0.1}
         config = ActorConfig("model", **(settings | changes))  # type: ignore[arg-type]
         limits = {"groups_per_batch": 2, "max_staleness": max_staleness, "durability": "memory", "shuffle": False}
+        limits["lease_seconds"] = lease_seconds
         server = Server(
-            BufferConfig(str(tmp_path), "tcp://127.0.0.1:*", len(task.train), task.fingerprint, **limits)  # type: ignore[arg-type]
+            BufferConfig(str(tmp_path), "tcp://127.0.0.1:*", len(task.train), task.fingerprint, **limits),  # type: ignore[arg-type]
+            Credentials.plain("test"),
         )
         thread = threading.Thread(target=server.run)
         thread.start()
-        learner, buffer = (Connection(server.address, name, timeout_seconds=SECONDS) for name in ("learner", "actor-0"))
+        learner, buffer = (
+            Connection(server.address, name, Credentials.plain("test"), timeout_seconds=SECONDS)
+            for name in ("learner", "actor-0")
+        )
         engine, weights = FakeEngine(), FakeWeights()
         try:
-            actor = Actor("actor-0", config, task, Characters(), engine, pool, buffer, weights, tmp_path)  # type: ignore[arg-type]
+            actor = Actor("actor-0", config, task, Characters(), engine, scoring, buffer, weights, tmp_path)  # type: ignore[arg-type]
             work = asyncio.create_task(actor.run(dict(PARAMETERS)))
             running = Loop(actor, engine, weights, learner, work, tmp_path)
             await running.ask(wire.LearnerHello(0))
@@ -309,8 +322,10 @@ def test_weights_that_did_not_load_right_end_the_actor(loop: Looper):
         async with loop() as running:
             running.engine.wrong = {"head": "3"}
             running.weights.publish(0)
-            with pytest.raises(RuntimeError, match=r"policy 0: 1 of 2 parameters differ .* the first is head"):
+            with pytest.raises(ExceptionGroup) as ended:
                 await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+            message = r"policy 0: 1 of 2 parameters differ .* the first is head"
+            assert ended.group_contains(RuntimeError, match=message)
 
     asyncio.run(check())
 
@@ -322,6 +337,85 @@ def test_an_actor_without_weights_gives_up_in_time(loop: Looper):
                 await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
 
     asyncio.run(check())
+
+
+def test_an_engine_that_never_ends_a_request_ends_the_actor(loop: Looper):
+    async def check() -> None:
+        async with loop(sample_timeout_seconds=0.2) as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            with pytest.raises(ExceptionGroup) as ended:
+                await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+            assert ended.group_contains(TimeoutError, match=r"the engine did not finish request \d+\.\d+ within")
+
+    asyncio.run(check())
+
+
+def test_an_actor_that_was_cut_off_goes_on_and_its_late_copies_are_not_trained_on(loop: Looper):
+    async def check() -> None:
+        silent = {"heartbeat_seconds": 1000.0, "max_groups_in_flight": 2}
+        async with loop(max_staleness=0, lease_seconds=0.5, **silent) as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.until(lambda: len(running.engine.requests) == 2)
+            await running.until(lambda: running.counts()["pending"] == 2)
+            running.engine.open.set()
+            shard = await running.batch(0)
+            assert [packed.header.group_id for packed in shard.groups] == ["0.1", "1.1"]
+            assert audit(running.run_dir).counters["late"] == 2
+            assert [name for name, _ in running.engine.requests[:4]] == ["0.0", "1.0", "0.1", "1.1"]
+
+    asyncio.run(check())
+
+
+def test_a_full_disk_is_waited_for(loop: Looper, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actors.actor.DISK_RETRY_SECONDS", 0.01)
+
+    async def check() -> None:
+        async with loop() as running:
+            fetch, failures = running.weights.fetch, iter([errno.ENOSPC, errno.EDQUOT])
+
+            async def fail_twice(manifest: wire.Manifest) -> object:
+                for number in failures:
+                    raise OSError(number, "no space left")
+                return await fetch(manifest)
+
+            running.weights.fetch = fail_twice  # type: ignore[assignment,method-assign]
+            running.weights.publish(0)
+            assert len((await running.batch(0)).groups) == 2
+            assert running.weights.fetched == [0]
+
+    asyncio.run(check())
+
+
+def test_a_verifier_that_always_hangs_is_counted_and_the_run_goes_on(loop: Looper, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "verifier"))
+    options = {"num_workers": 1, "deadline_seconds": 0.2, "memory_bytes": 2 << 30}
+    hanging = ScoringPool([RewardSpec("misbehaving_rewards:obedient")], **options)  # type: ignore[arg-type]
+
+    async def check() -> None:
+        async with loop(scoring=hanging) as running:
+
+            async def hang(*_: object, num_samples: int, **__: object) -> list[Any]:
+                return [sampled("hang", (0, 0)) for _ in range(num_samples)]
+
+            running.engine.sample = hang  # type: ignore[assignment,method-assign]
+            running.weights.publish(0)
+            for packed in (await running.batch(0)).groups:
+                found = wire.unpack_group(packed).trajectories
+                # on_timeout: whose reward they get is configured, wrong by default.
+                assert [(t.verdict, t.reward) for t in found] == [("timeout", -0.5)] * 2
+            async with asyncio.timeout(SECONDS):
+                timeouts = 0.0
+                while timeouts < 4:
+                    status = await running.ask(wire.StatusRequest())
+                    actors = [peer for peer in status.peers if peer.role == "actor"]
+                    timeouts = actors[0].metrics["verifier_timeouts"] if actors else 0.0
+
+    try:
+        asyncio.run(check())
+    finally:
+        hanging.close()
 
 
 def test_an_error_of_the_engine_ends_the_actor(loop: Looper):

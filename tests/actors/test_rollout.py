@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from actors.environments.base import Problem
-from actors.rollout import build_group, completions_to_score, split_stops, task_prompt_ids
+from actors.rollout import (
+    PromptsTooLongError,
+    build_group,
+    check_prompts_fit,
+    completions_to_score,
+    split_stops,
+    task_prompt_ids,
+)
 from buffer.trajectory import FinishReason, VersionSpan
 from buffer.wire import pack_group, unpack_group
 from tests.actors.stand_ins import Characters, sampled, sums
@@ -78,3 +85,18 @@ def test_a_prompt_becomes_tokens_through_the_tasks_template():
 
 def test_special_tokens_end_a_completion_by_their_ids_since_they_never_show_in_the_text():
     assert split_stops(("<end>", "</answer>"), Characters()) == (("</answer>",), (0,))
+
+
+def test_data_of_which_no_prompt_leaves_room_is_refused_with_the_numbers():
+    task = sums(num_train=3)
+    check_prompts_fit(task, Characters(), max_tokens=10, max_new_tokens=6)
+    with pytest.raises(PromptsTooLongError) as refused:
+        check_prompts_fit(task, Characters(), max_tokens=10, max_new_tokens=7)
+    assert str(refused.value) == (
+        "none of the 3 training prompts leaves room for max_new_tokens=7 in model.max_tokens=10: the shortest has 4"
+        " tokens; raise model.max_tokens or lower max_new_tokens"
+    )
+
+
+def test_one_prompt_that_fits_is_enough():
+    check_prompts_fit(sums(num_train=2, long_prompt=0), Characters(), max_tokens=10, max_new_tokens=6)

@@ -1,9 +1,11 @@
 """Weights between the learner's real store and the actor's client: the only tests here that import vLLM."""
 
 import asyncio
+import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from actors.weights import FileTransferEngine, FileUpdateInfo, LocalWeights, WeightClient, export_folder
 from buffer.client import Connection, RequestRefused, host_id
+from buffer.credentials import Credentials
 from buffer.wire import Manifest
 from learner.publisher import WeightStore
 
@@ -41,7 +44,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def store(tmp_path: Path, address: str) -> Iterator[WeightStore]:
-    started = WeightStore(tmp_path / "published", address)
+    started = WeightStore(tmp_path / "published", address, Credentials.plain("test"))
     yield started
     started.close()
 
@@ -51,8 +54,14 @@ def client(store: WeightStore, address: str, tmp_path: Path) -> Iterator[Callabl
     connections: list[Connection] = []
 
     def connect(on_host: str = "", chunk_bytes: int = 1000) -> WeightClient:
-        connections.append(Connection(address, "actor-0", timeout_seconds=SECONDS))
-        return WeightClient(connections[-1], host_id=on_host, spool=tmp_path / "spool", chunk_bytes=chunk_bytes)
+        connections.append(Connection(address, "actor-0", Credentials.plain("test"), timeout_seconds=SECONDS))
+        return WeightClient(
+            connections[-1],
+            host_id=on_host,
+            published=tmp_path / "published",
+            spool=tmp_path / "spool",
+            chunk_bytes=chunk_bytes,
+        )
 
     yield connect
     for connection in connections:
@@ -111,6 +120,37 @@ def test_a_folder_that_is_not_visible_here_is_no_obstacle(store: WeightStore, cl
     assert_same(fetch(client(host_id()), hidden).tensors(), tensors(3))
 
 
+@pytest.mark.parametrize("place", ["../outside.weights", "link.weights"])
+def test_a_file_outside_the_published_folder_is_never_mapped(
+    store: WeightStore, client: Callable[..., WeightClient], tmp_path: Path, place: str
+):
+    manifest = publish(store, 3)
+    outside = Path(shutil.copy(manifest.path, tmp_path / "outside.weights"))
+    (tmp_path / "published" / "link.weights").symlink_to(outside)
+    elsewhere = replace(manifest, path=str(tmp_path / "published" / place))
+    local = fetch(client(host_id()), elsewhere)
+    assert local.path.parent == tmp_path / "spool"
+    assert_same(local.tensors(), tensors(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"dtype": "nn"}, "tensor embed of type nn and shape .* cannot have"),
+        ({"dtype": "float64"}, "tensor embed of type float64 and shape .* cannot have"),
+        ({"shape": (2**40, 2**20)}, "tensor embed of type float32 and shape .* cannot have"),
+        ({"offset": 2**60}, "tensor embed ends at byte .* of a file of"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused_before_anything_is_read(
+    store: WeightStore, client: Callable[..., WeightClient], changes: dict[str, Any], complaint: str
+):
+    manifest = publish(store, 3)
+    entries = tuple(replace(entry, **(changes if entry.name == "embed" else {})) for entry in manifest.tensors)
+    with pytest.raises(RuntimeError, match=complaint):
+        fetch(client(host_id()), replace(manifest, tensors=entries))
+
+
 @pytest.mark.parametrize("on_host", [host_id(), "another host"], ids=["same host", "another host"])
 def test_a_flipped_bit_is_noticed_and_its_tensor_named(
     store: WeightStore, client: Callable[..., WeightClient], on_host: str
@@ -160,7 +200,7 @@ def test_waiting_ends_with_the_next_publication_or_in_time(
         published = await asyncio.to_thread(publish, store, 0)
         assert await first == published
         assert await waiting.wait_for_new(published.publication, 0.3) is None
-        assert await waiting.wait_for_new("of another store", 0.3) == published
+        assert await waiting.wait_for_new("another-store", 0.3) == published
 
     asyncio.run(check(client()))
 

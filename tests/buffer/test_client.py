@@ -13,7 +13,10 @@ import zmq
 
 from buffer import wire
 from buffer.client import Connection, RequestRefused
-from buffer.server import bind_router
+from buffer.credentials import Credentials
+from buffer.gate import Gate
+
+CREDENTIALS = Credentials.plain("test")
 
 Answer = Callable[[wire.Message, int], list[wire.Frames]]
 
@@ -24,21 +27,19 @@ class Answering:
     def __init__(self, address: str, answer: Answer) -> None:
         self.heard: list[int] = []
         self._answer, self._stop = answer, threading.Event()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = bind_router(self._context, address)
+        self._gate = Gate(address, CREDENTIALS)
+        self.address = self._gate.address
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            if self._socket.poll(10):
-                identity, *frames = self._socket.recv_multipart()
-                message, number = wire.decode(frames)
-                self.heard.append(number)
-                for reply in self._answer(message, number):
-                    self._socket.send_multipart([identity, *reply])
-        self._socket.close()
-        self._context.term()
+            self._gate.socket.poll(10)
+            for incoming in self._gate.receive(10, time.monotonic())[0]:
+                self.heard.append(incoming.number)
+                for reply in self._answer(incoming.message, incoming.number):
+                    self._gate.socket.send_multipart([incoming.identity, *reply])
+        self._gate.close()
 
     def close(self) -> None:
         self._stop.set()
@@ -47,7 +48,7 @@ class Answering:
 
 def echo(message: wire.Message, number: int) -> list[wire.Frames]:
     assert isinstance(message, wire.CheckpointCommitted)
-    return [wire.encode(wire.LearnerWelcome(message.policy_version, 0), number)]
+    return [wire.encode(wire.LearnerWelcome(message.policy_version, 0), number, "test")]
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def serving() -> Iterator[Callable[[str, Answer], Answering]]:
 
 @pytest.fixture
 def connection(address: str) -> Iterator[Connection]:
-    with Connection(address, "test", timeout_seconds=10, resend_seconds=0.1) as opened:
+    with Connection(address, "test", CREDENTIALS, timeout_seconds=10, resend_seconds=0.1) as opened:
         yield opened
 
 
@@ -141,14 +142,14 @@ def test_the_socket_is_reopened_when_nothing_is_heard(
     real = Connection._open
     monkeypatch.setattr(Connection, "_open", lambda self: opened.append(1) or real(self))
     server = serving(address, lambda m, n: echo(m, n) if len(opened) > 1 else [])
-    with Connection(address, "test", timeout_seconds=10, resend_seconds=0.1) as connection:
+    with Connection(address, "test", CREDENTIALS, timeout_seconds=10, resend_seconds=0.1) as connection:
         assert connection.call(wire.CheckpointCommitted(7)) == wire.LearnerWelcome(7, 0)
     server.close()
     assert len(opened) >= 2
 
 
 def test_a_refusal_is_raised(serving: Callable[..., Answering], address: str, connection: Connection):
-    server = serving(address, lambda m, n: [wire.encode(wire.Refused("no such thing"), n)])
+    server = serving(address, lambda m, n: [wire.encode(wire.Refused("no such thing"), n, "test")])
     with pytest.raises(RequestRefused, match="no such thing"):
         connection.call(wire.Close())
     server.close()
@@ -197,16 +198,15 @@ def test_a_reopened_socket_takes_over_its_identity(serving: Callable[..., Answer
             dealer.setsockopt(zmq.RCVTIMEO, 5000)
             dealer.setsockopt(zmq.LINGER, 0)
             dealer.connect(address)
-            dealer.send_multipart(wire.encode(wire.CheckpointCommitted(version), 0))
-            assert wire.decode(dealer.recv_multipart())[0] == wire.LearnerWelcome(version, 0)
+            dealer.send_multipart(wire.encode(wire.CheckpointCommitted(version), 0, "test"))
+            assert wire.decode(dealer.recv_multipart(), "test")[0] == wire.LearnerWelcome(version, 0)
     server.close()
 
 
 def test_a_port_in_use_gives_one_sentence(serving: Callable[..., Answering], address: str):
     server = serving("tcp://127.0.0.1:*", echo)
-    taken = server._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-    with zmq.Context() as context, pytest.raises(ValueError, match=f"{taken} is in use; end the process"):
-        bind_router(context, taken)
-    with zmq.Context() as context, pytest.raises(ValueError, match="cannot listen on nonsense"):
-        bind_router(context, "nonsense")
+    with pytest.raises(ValueError, match=f"{server.address} is in use; end the process"):
+        Gate(server.address, CREDENTIALS)
+    with pytest.raises(ValueError, match="cannot listen on ipc:///nowhere"):
+        Gate("ipc:///nowhere/at/all", CREDENTIALS)
     server.close()

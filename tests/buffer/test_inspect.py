@@ -1,5 +1,6 @@
 import json
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import pytest
 
 from buffer.__main__ import main
 from buffer.ledger import Holder, Ledger
+from buffer.waits import load_waits, save_waits
+from buffer.wire import Wait
 
 
 @pytest.fixture
@@ -42,6 +45,37 @@ def test_inspect_prints_json(ledger: Ledger, run_dir: Path, capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     assert found["counts"] == dict.fromkeys(("pending", "leased", "ready", "used", "done"), 1)
     assert (found["dropped"], found["issued"], found["holds"]) == ({"too_long": 1}, 6, True)
+
+
+def test_inspect_says_who_waits_and_how_old_that_is(
+    ledger: Ledger, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    save_waits(run_dir, [Wait("actor-0", "room", 12.4), Wait("learner-0", "2 more groups", 3.0)])
+    begin = time.time()
+    monkeypatch.setattr(time, "time", lambda: begin + 30)
+    assert main(["inspect", str(run_dir)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-3:-1] == ["actor-0 waits for room, since 12 s", "learner-0 waits for 2 more groups, since 3 s"]
+    assert printed[-1] in ("waits as of 30 s ago", "waits as of 31 s ago")
+    assert main(["inspect", str(run_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["waits"][0] == {"who": "actor-0", "for_what": "room", "seconds": 12.4}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"waits": [{}], "saved_at": 1}', '{"waits": 3, "saved_at": 1}'])
+def test_unreadable_waits_are_passed_over(ledger: Ledger, run_dir: Path, text: str):
+    (run_dir / "waits.json").write_text(text)
+    assert load_waits(run_dir) is None
+    assert main(["inspect", str(run_dir)]) == 0
+
+
+def test_waits_of_a_clock_that_was_set_back_are_not_older_than_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    save_waits(run_dir, [])
+    begin = time.time()
+    monkeypatch.setattr(time, "time", lambda: begin - 86_400)
+    saved = load_waits(run_dir)
+    assert saved is not None
+    assert saved.age_seconds == 0.0
+    save_waits(run_dir / "deleted", [])
 
 
 def test_a_closed_ledger_is_read_too(ledger: Ledger, run_dir: Path):

@@ -1,25 +1,22 @@
+import itertools
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from buffer.audit import audit
 from buffer.config import BufferConfig
 from buffer.ledger import Holder, Ledger
 from buffer.prompt_order import PromptOrder
-from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
-from buffer.wire import EvaluationReport, PackedGroup, pack_group
+from buffer.states import STATES, TRANSITIONS
+from buffer.wire import EvaluationReport, PackedGroup
 
 HOLDER = Holder("actor-0-aa", "actor-0", 1)
 
@@ -166,6 +163,36 @@ def test_a_failed_transaction_leaves_nothing_behind(ledger: Ledger):
     assert issue(ledger)[0] == "0.0"
 
 
+def test_only_the_transitions_of_the_table_are_possible(ledger: Ledger):
+    """Every pair of states, against the database itself."""
+    for origin, target in itertools.product(STATES, STATES):
+        with pytest.raises(KeyError), ledger.transaction():
+            occurrence = int(ledger.issue(HOLDER, 0, 0.0)[0].split(".")[0])
+            path = {"leased": "", "used": "ready used", "done": "ready used done"}.get(origin, origin)
+            for step in path.split():
+                ledger.file.write("UPDATE occurrences SET state = ? WHERE occurrence = ?", step, occurrence)
+            move = ("UPDATE occurrences SET state = ? WHERE occurrence = ?", target, occurrence)
+            if (origin, target) in TRANSITIONS:
+                assert ledger.file.write(*move) == 1
+            else:
+                with pytest.raises(sqlite3.IntegrityError, match="no such transition"):
+                    ledger.file.write(*move)
+            raise KeyError
+    with pytest.raises(sqlite3.IntegrityError, match="begins as leased"), ledger.transaction():
+        ledger.file.write(
+            "INSERT INTO occurrences (occurrence, prompt_id, attempt, state, holder, actor_id, request_number,"
+            " oldest_version) VALUES (0, 0, 0, 'done', '', '', 0, 0)"
+        )
+
+
+def test_a_failed_transaction_restores_deadlines(ledger: Ledger, config: BufferConfig):
+    issue(ledger)
+    with pytest.raises(KeyError), ledger.transaction():
+        ledger.release(HOLDER.name)
+        raise KeyError
+    assert ledger.silent(config.lease_seconds) == [HOLDER.name]
+
+
 def test_writing_outside_a_transaction_is_an_error(ledger: Ledger):
     with pytest.raises(RuntimeError, match="outside a transaction"):
         ledger.issue(HOLDER, 0, 0.0)
@@ -215,11 +242,6 @@ def test_a_ledger_of_other_prompts_is_refused(config: BufferConfig, make_config:
     Ledger(config, 0.0).close()
 
 
-def test_one_process_writes(ledger: Ledger, config: BufferConfig):
-    with pytest.raises(ValueError, match="in use by another buffer"):
-        Ledger(config, 0.0)
-
-
 @pytest.mark.parametrize(("durability", "synchronous"), [("full", 2), ("normal", 1), ("memory", 0)])
 def test_durability_is_the_databases(make_config: Any, durability: str, synchronous: int):
     ledger = Ledger(make_config(durability=durability), 0.0)
@@ -253,134 +275,3 @@ def test_a_killed_process_loses_nothing_it_committed(config: BufferConfig, run_d
     assert issue(ledger)[0] == "5.0"
     ledger.close()
     assert audit(run_dir).holds
-
-
-def small_group(group_id: str, prompt_id: int, version: int) -> PackedGroup:
-    trajectory = Trajectory(
-        trajectory_id=group_id,
-        group_id=group_id,
-        prompt_id=prompt_id,
-        token_ids=np.array([1, 2], np.int32),
-        loss_mask=np.array([False, True]),
-        behavior_logprobs=np.array([0, -1], np.float32),
-        policy_versions=(VersionSpan(0, version),),
-        reward=1.0,
-        reward_breakdown={},
-        verdict="correct",
-        finish_reason=FinishReason.STOP,
-    )
-    return pack_group(TrajectoryGroup(group_id, prompt_id, (trajectory,)))
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Any order of events, with restarts between them, against a plain dictionary of states."""
-
-    @initialize()
-    def open(self) -> None:
-        self.directory = tempfile.TemporaryDirectory(prefix="run-")
-        self.config = BufferConfig(self.directory.name, "ipc://x", 7, "abc", 2, 1, durability="memory")
-        self.ledger = Ledger(self.config, 0.0)
-        self.model: dict[int, tuple[str, int, int]] = {}
-        """Occurrence -> state, attempt, version (used_version once used)."""
-        self.prompts: dict[int, int] = {}
-        self.version = 0
-
-    def having(self, *states: str) -> list[int]:
-        return sorted(o for o, (state, _, _) in self.model.items() if state in states)
-
-    @rule(count=st.integers(1, 3))
-    def lease(self, count: int) -> None:
-        for _ in range(count):
-            group_id, prompt_id = issue(self.ledger, self.version)
-            occurrence, attempt = map(int, group_id.split("."))
-            pending = self.having("pending")
-            expected = (pending[0], self.model[pending[0]][1] + 1) if pending else (len(self.model), 0)
-            assert (occurrence, attempt) == expected
-            assert self.prompts.setdefault(occurrence, prompt_id) == prompt_id
-            self.model[occurrence] = ("leased", attempt, self.version)
-
-    @precondition(lambda self: self.model)
-    @rule(data=st.data(), back=st.integers(0, 1))
-    def deliver(self, data: st.DataObject, back: int) -> None:
-        occurrence = data.draw(st.sampled_from(sorted(self.model)))
-        state, attempt, _ = self.model[occurrence]
-        copy = max(0, attempt - back)
-        outcome = deliver(self.ledger, small_group(f"{occurrence}.{copy}", self.prompts[occurrence], self.version))
-        if copy < attempt or state in ("pending", "dropped"):
-            assert outcome == "late"
-        elif state == "leased":
-            assert outcome == "stored"
-            self.model[occurrence] = ("ready", attempt, self.version)
-        else:
-            assert outcome == "duplicate"
-
-    @rule(data=st.data(), reason=st.sampled_from(["", "broken"]))
-    def give_back(self, data: st.DataObject, reason: str) -> None:
-        for occurrence in data.draw(st.sets(st.sampled_from(self.having("leased") or [-1]))):
-            if occurrence >= 0:
-                _, attempt, version = self.model[occurrence]
-                with self.ledger.transaction():
-                    self.ledger.give_back(f"{occurrence}.{attempt}", reason)
-                self.model[occurrence] = ("dropped" if reason else "pending", attempt, version)
-
-    @rule()
-    def train(self) -> None:
-        chosen = [candidate.occurrence for candidate in self.ledger.candidates(2)]
-        expected = sorted(self.having("ready"), key=lambda o: (self.model[o][2], o))[:2]
-        assert chosen == expected
-        with self.ledger.transaction():
-            self.ledger.use(chosen, self.version)
-        for occurrence in chosen:
-            self.model[occurrence] = ("used", self.model[occurrence][1], self.version)
-        self.version += 1
-
-    @rule(back=st.integers(0, 3))
-    def commit(self, back: int) -> None:
-        with self.ledger.transaction():
-            self.ledger.commit(self.version - back)
-        for occurrence in self.having("used"):
-            _, attempt, used = self.model[occurrence]
-            if used < self.version - back:
-                self.model[occurrence] = ("done", attempt, used)
-
-    @rule(back=st.integers(0, 3))
-    def roll_back(self, back: int) -> None:
-        self.version = max(0, self.version - back)
-        with self.ledger.transaction():
-            self.ledger.roll_back(self.version)
-        for occurrence in self.having("used", "done"):
-            state, attempt, used = self.model[occurrence]
-            if used >= self.version:
-                oldest = self.ledger.file.one("SELECT oldest_version FROM occurrences WHERE occurrence = ?", occurrence)
-                self.model[occurrence] = ("ready" if state == "used" else "pending", attempt, oldest)
-
-    @rule()
-    def reopen(self) -> None:
-        self.ledger.close()
-        self.ledger = Ledger(self.config, 0.0)
-
-    @invariant()
-    def the_states_agree_and_the_invariant_holds(self) -> None:
-        if not hasattr(self, "ledger"):
-            return
-        states = Counter(state for state, _, _ in self.model.values())
-        counts = +self.ledger.counts
-        assert sum(v for k, v in counts.items() if k.startswith("dropped")) == states.pop("dropped", 0)
-        assert {k: v for k, v in counts.items() if not k.startswith("dropped")} == states
-        assert sum(self.ledger.leased.values()) == states["leased"]
-        assert self.ledger.ready == Counter(self.model[o][2] for o in self.having("ready"))
-        found = audit(self.config.run_dir)
-        assert found.problems == ()
-        assert found.issued == len(self.model)
-
-    def teardown(self) -> None:
-        if hasattr(self, "ledger"):
-            self.ledger.close()
-            self.directory.cleanup()
-
-
-LedgerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
-
-
-class TestLedgerMachine(LedgerMachine.TestCase):
-    pass

@@ -19,14 +19,16 @@ from omegaconf import OmegaConf
 from buffer import wire
 from buffer.audit import audit
 from buffer.client import Connection
+from buffer.credentials import Credentials, ensure_credentials
 from buffer.server import Server
 
 ROOT = Path(__file__).parents[2]
+CREDENTIALS = Credentials.plain("test")
 
 
 @pytest.fixture
 def server(make_config: Any) -> Iterator[Server]:
-    started = Server(make_config(address="tcp://127.0.0.1:*"))
+    started = Server(make_config(address="tcp://127.0.0.1:*"), CREDENTIALS)
     thread = threading.Thread(target=started.run)
     thread.start()
     yield started
@@ -38,8 +40,8 @@ def credit(version: int = 0, num_groups: int = 4) -> wire.LeaseRequest:
     return wire.LeaseRequest("actor-0", version, num_groups, "abc")
 
 
-def connect(address: str, name: str) -> Connection:
-    return Connection(address, name, timeout_seconds=20, resend_seconds=0.2)
+def connect(address: str, name: str, credentials: Credentials = CREDENTIALS) -> Connection:
+    return Connection(address, name, credentials, timeout_seconds=20, resend_seconds=0.2)
 
 
 def finish(connection: Connection, leases: tuple[wire.Lease, ...], version: int, make_group: Any) -> list[str]:
@@ -89,7 +91,7 @@ def test_an_address_in_use_frees_the_ledger_again(server: Server, make_config: A
     config = make_config(address=server.address, run_dir=str(tmp_path))
     for _ in range(2):
         with pytest.raises(ValueError, match="is in use; end the process that listens there"):
-            Server(config)
+            Server(config, CREDENTIALS)
 
 
 def write_config(run_dir: Path, **changes: object) -> str:
@@ -115,9 +117,9 @@ def start_process(run_dir: Path) -> subprocess.Popen[str]:
 
 
 def test_a_killed_buffer_is_restarted_and_everybody_goes_on(run_dir: Path, make_group: Any):
-    address = write_config(run_dir)
+    address, credentials = write_config(run_dir), ensure_credentials(run_dir).for_client()
     process = start_process(run_dir)
-    with connect(address, "actor-0") as actor, connect(address, "learner") as learner:
+    with connect(address, "actor-0", credentials) as actor, connect(address, "learner", credentials) as learner:
         learner.call(wire.LearnerHello(0))
         granted = actor.call(credit())
         assert isinstance(granted, wire.LeaseReply)
@@ -167,9 +169,9 @@ def test_a_wrong_setting_ends_with_one_sentence(run_dir: Path, changes: dict[str
 
 
 def test_sigint_closes_the_ledger_cleanly(run_dir: Path):
-    address = write_config(run_dir)
+    address, credentials = write_config(run_dir), ensure_credentials(run_dir).for_client()
     process = start_process(run_dir)
-    with connect(address, "learner") as learner:
+    with connect(address, "learner", credentials) as learner:
         learner.call(wire.LearnerHello(0))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)

@@ -284,8 +284,44 @@ def test_status_shows_the_peers(start: Any):
     buffer.now += 4
     assert buffer.ask(LEARNER, wire.Heartbeat("learner", "rank-0", 7, "", {})).policy_version == 7
     status = buffer.ask(LEARNER, wire.StatusRequest())
-    assert status.peers[0] == wire.Peer("actor", "actor-0", 3, "lease", 4.0, {"tokens_per_second": 5.0})
+    assert status.peers[0] == wire.Peer("actor", "actor-0", 3, "lease", 4.0, {"tokens_per_second": 5.0}, 4.0)
     assert status.policy_version == 7
+
+
+def test_a_wait_lasts_until_its_reason_changes(start: Any):
+    buffer = start()
+    for waiting_for, seconds in (("lease", 2.0), ("lease", 5.0), ("weights", 0.0), ("", 0.0)):
+        buffer.ask(ACTOR, wire.Heartbeat("actor", "actor-0", 0, waiting_for, {}))
+        assert [(w.who, w.for_what) for w in buffer.service.waits(buffer.now)] == (
+            [("actor-0", waiting_for)] if waiting_for else []
+        )
+        buffer.now += 2 if waiting_for == "lease" else 0
+        assert buffer.service.status(buffer.now).peers[0].waiting_seconds == (4.0 if seconds == 5.0 else seconds)
+
+
+def test_the_buffer_says_who_waits_for_what_and_since_when(start: Any):
+    buffer = start()
+    granted = buffer.ask(ACTOR, credit(num_groups=3))
+    buffer.deliver(granted.leases[:1])
+    buffer.tell(LEARNER, wire.BatchRequest(0, 0, 1), 1)
+    buffer.wait(7)
+    buffer.tell(LEARNER, wire.BatchRequest(0, 0, 1), 1)
+    others = buffer.ask(OTHER, credit(num_groups=1, actor_id="actor-1"))
+    buffer.tell(OTHER, credit(actor_id="actor-1"), 900)
+    buffer.ask(OTHER, wire.Heartbeat("actor", "actor-1", 0, "prompts", {}))
+    buffer.now += 1
+    assert buffer.service.waits(buffer.now) == (
+        wire.Wait("learner-0", "1 more groups for policy 0 (leased: 2 at actor-0, 1 at actor-1)", 8.0),
+        wire.Wait("actor-1", "room: the batches within max_staleness are full, with 3 leased and 1 ready groups", 1.0),
+    )
+    buffer.deliver(granted.leases[1:])
+    buffer.tell(LEARNER, wire.BatchRequest(1, 0, 1), 2)
+    assert buffer.service.waits(buffer.now)[-1].for_what == "1 more groups for policy 1 (leased: 1 at actor-1)"
+    buffer.deliver(others.leases, actor=OTHER)
+    buffer.tell(OTHER, credit(actor_id="actor-1"), 901)
+    assert [wait.for_what for wait in buffer.service.waits(buffer.now)] == [
+        "newer weights: it has policy 0, the next batch is for policy 2"
+    ]
 
 
 def test_what_is_not_for_the_buffer_is_refused(start: Any):

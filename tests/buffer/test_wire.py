@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer import wire
+from buffer import schema, wire
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 
-TEXT = st.text(max_size=8)
+NAME = st.from_regex(r"([a-zA-Z0-9_][a-zA-Z0-9_.:@-]{0,7})?", fullmatch=True)
+LINE = st.text(max_size=8).filter(str.isprintable)
 NUMBER = st.integers(0, 2**63 - 1)
-FLOAT = st.floats(allow_nan=False, allow_infinity=False)
+FLOAT = st.floats(-1e300, 1e300)
 
 
 @st.composite
 def groups(draw: st.DrawFn) -> TrajectoryGroup:
-    group_id, prompt_id = draw(TEXT), draw(NUMBER)
+    group_id, prompt_id = draw(NAME), draw(NUMBER)
     trajectories = []
     for _ in range(draw(st.integers(1, 3))):
         length = draw(st.integers(2, 6))
@@ -30,7 +31,7 @@ def groups(draw: st.DrawFn) -> TrajectoryGroup:
         versions = sorted(draw(st.lists(st.integers(0, 99), min_size=len(starts), max_size=len(starts))))
         trajectories.append(
             Trajectory(
-                trajectory_id=draw(TEXT),
+                trajectory_id=draw(NAME),
                 group_id=group_id,
                 prompt_id=prompt_id,
                 token_ids=np.array(
@@ -40,11 +41,11 @@ def groups(draw: st.DrawFn) -> TrajectoryGroup:
                 behavior_logprobs=np.where(mask, logprobs, 0).astype(np.float32),
                 policy_versions=tuple(VersionSpan(s, v) for s, v in zip(starts, versions, strict=True)),
                 reward=draw(FLOAT),
-                reward_breakdown=draw(st.dictionaries(TEXT, FLOAT, max_size=2)),
-                verdict=draw(TEXT),
+                reward_breakdown=draw(st.dictionaries(LINE, FLOAT, max_size=2)),
+                verdict=draw(LINE),
                 finish_reason=draw(st.sampled_from(FinishReason)),
                 num_turns=draw(st.integers(1, 5)),
-                actor_id=draw(TEXT),
+                actor_id=draw(NAME),
                 created_at=draw(FLOAT),
             )
         )
@@ -55,10 +56,15 @@ def values(wanted: Any) -> st.SearchStrategy[Any]:
     """Values of one field annotation."""
     if wanted is wire.PackedGroup:
         return groups().map(wire.pack_group)
-    simple = {int: NUMBER, str: TEXT, bool: st.booleans(), float: FLOAT, bytes: st.binary(max_size=8)}
+    arguments = typing.get_args(wanted)
+    if typing.get_origin(wanted) is typing.Annotated:
+        kind, limit = arguments
+        if isinstance(limit, schema.Text):
+            return NAME.filter(bool) if limit.pattern else LINE
+        return st.integers(int(limit.least), int(limit.most)) if kind is int else st.floats(limit.least, limit.most)
+    simple = {bool: st.booleans(), float: FLOAT, bytes: st.binary(max_size=8)}
     if wanted in simple:
         return simple[wanted]
-    arguments = typing.get_args(wanted)
     if typing.get_origin(wanted) is dict:
         return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
     if typing.get_origin(wanted) is tuple and arguments[-1] is Ellipsis:
@@ -67,7 +73,11 @@ def values(wanted: Any) -> st.SearchStrategy[Any]:
 
 
 def messages_of(cls: Any) -> st.SearchStrategy[Any]:
-    return st.builds(cls, *(values(wanted) for wanted in typing.get_type_hints(cls).values()))
+    return st.builds(cls, *(values(wanted) for wanted in schema.field_types(cls).values()))
+
+
+def decode(frames: list[bytes]) -> tuple[wire.Message, int]:
+    return wire.decode(frames, "run")
 
 
 MESSAGES = st.one_of([messages_of(cls) for cls in typing.get_args(wire.Message)])
@@ -82,7 +92,7 @@ def same(left: Any, right: Any) -> bool:
 @settings(max_examples=200, deadline=None)
 @given(MESSAGES, NUMBER)
 def test_every_message_comes_back_as_it_was(message: Any, number: int):
-    decoded, decoded_number = wire.decode(wire.encode(message, number))
+    decoded, decoded_number = decode(wire.encode(message, number, "run"))
     assert same(decoded, message)
     assert decoded_number == number
 
@@ -109,14 +119,14 @@ def test_a_group_comes_back_with_equal_arrays(group: TrajectoryGroup):
 @settings(max_examples=100, deadline=None)
 @given(MESSAGES, st.data())
 def test_a_truncated_message_is_refused(message: Any, data: st.DataObject):
-    frames = wire.encode(message, 1)
+    frames = wire.encode(message, 1, "run")
     cut = data.draw(st.integers(0, len(frames) - 1))
     with pytest.raises(wire.WireError):
-        wire.decode(frames[:cut])
+        decode(frames[:cut])
     with pytest.raises(wire.WireError):
-        wire.decode([*frames, b""])
+        decode([*frames, b""])
     with pytest.raises(wire.WireError):
-        wire.decode([frames[0][:-1], *frames[1:]])
+        decode([frames[0][:-1], *frames[1:]])
 
 
 def mutate(frames: list[bytes], chance: random.Random) -> list[bytes]:
@@ -144,10 +154,10 @@ def mutate(frames: list[bytes], chance: random.Random) -> list[bytes]:
 @settings(max_examples=80, deadline=None)
 @given(MESSAGES, st.integers(0, 2**32))
 def test_a_mutated_message_raises_a_wire_error_or_nothing(message: Any, seed: int):
-    chance, frames = random.Random(seed), wire.encode(message, 1)
+    chance, frames = random.Random(seed), wire.encode(message, 1, "run")
     for _ in range(50):
         with contextlib.suppress(wire.WireError):
-            decoded, _ = wire.decode(mutate(frames, chance))
+            decoded, _ = decode(mutate(frames, chance))
             if isinstance(decoded, wire.GroupDelivery):
                 wire.unpack_group(decoded.group)
 
@@ -162,34 +172,34 @@ def header(*fields: Any) -> list[bytes]:
         ([], "0 frames"),
         ([b"\xc1"], "not msgpack"),
         ([b"\x90" * 2], "not msgpack"),
-        (header(1, "Done"), r"not \[schema"),
-        (header(2, "Done", 0, []), "this process speaks schema"),
-        (header(1, "Exploit", 0, []), "unknown kind"),
-        (header(1, ["Done"], 0, []), "unknown kind"),
-        (header(1, "Done", -1, []), "request number"),
-        (header(1, "Done", 2**64 - 1, []), "request number"),
-        (header(1, "Done", True, []), "request number"),
-        (header(1, "Done", 0, [1]), "has 0 fields"),
-        (header(1, "LearnerHello", 0, ["3"]), "expected int, got str"),
-        (header(1, "LearnerHello", 0, [True]), "expected int, got bool"),
-        (header(1, "LearnerHello", 0, [2**63]), "is above"),
-        (header(1, "Heartbeat", 0, ["a", "b", 0, "", {"x": "y"}]), "expected"),
-        (header(1, "GroupDelivery", 0, ["a", None]), "frames are missing"),
-        (header(1, "Chunk", 0, [1, 2, None]), "frame of bytes is missing"),
+        (header(2, "Done"), r"not \[schema"),
+        (header(1, "run", "Done", 0, []), "this process speaks schema"),
+        (header(2, "run", "Exploit", 0, []), "unknown kind"),
+        (header(2, "run", ["Done"], 0, []), "the kind is no text"),
+        (header(2, "run", "Done", -1, []), "request number"),
+        (header(2, "run", "Done", 2**64 - 1, []), "request number"),
+        (header(2, "run", "Done", True, []), "request number"),
+        (header(2, "run", "Done", 0, [1]), "has 0 fields"),
+        (header(2, "run", "LearnerHello", 0, ["3"]), "expected int, got str"),
+        (header(2, "run", "LearnerHello", 0, [True]), "expected int, got bool"),
+        (header(2, "run", "LearnerHello", 0, [2**63]), "is not between"),
+        (header(2, "run", "Heartbeat", 0, ["a", "b", 0, "", {"x": "y"}]), "expected"),
+        (header(2, "run", "GroupDelivery", 0, ["a", None]), "frames are missing"),
+        (header(2, "run", "Chunk", 0, [1, 2, None]), "frame of bytes is missing"),
     ],
 )
 def test_what_is_wrong_is_named(frames: list[bytes], complaint: str):
     with pytest.raises(wire.WireError, match=complaint):
-        wire.decode(frames)
+        decode(frames)
 
 
 def test_sizes_are_checked_before_decoding(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(wire, "MAX_HEADER_BYTES", 10)
+    monkeypatch.setattr(schema, "MAX_HEADER_BYTES", 10)
     with pytest.raises(wire.WireError, match="at most 10"):
-        wire.decode([b"\x93" + b"x" * 20])
+        decode([b"\x93" + b"x" * 20])
     monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 5)
     with pytest.raises(wire.WireError, match="larger than 5"):
-        wire.decode([b"123456"])
+        decode([b"123456"])
 
 
 def test_a_group_must_not_pretend_to_be_younger_than_its_tokens(make_group: Any):

@@ -1,14 +1,16 @@
 """What the buffer may say of a run, for the display's and the summary's tests."""
 
-from buffer.wire import EvaluationReport, Peer, Status
+from buffer.wire import EvaluationReport, Peer, Status, Wait
 
 
 def report(version: int, pass_at_1: float, requested: int | None = None) -> EvaluationReport:
     return EvaluationReport("actor-0", version if requested is None else requested, version, 200, pass_at_1, 0.1, 21, 3)
 
 
-def peer(role: str, name: str, waiting_for: str = "", silent_seconds: float = 0.5, **metrics: float) -> Peer:
-    return Peer(role, name, 12, waiting_for, silent_seconds, metrics)
+def peer(
+    role: str, name: str, waiting_for: str = "", silent_seconds: float = 0.5, since: float = 0.0, **metrics: float
+) -> Peer:
+    return Peer(role, name, 12, waiting_for, silent_seconds, metrics, waiting_seconds=since)
 
 
 LEARNER = peer(
@@ -24,5 +26,10 @@ LEARNER = peer(
 COUNTS = {"pending": 0, "leased": 3, "ready": 5, "used": 16, "done": 192, "dropped:prompt_too_long": 2, "issued": 218}
 
 
-def status(*peers: Peer, reports: tuple[EvaluationReport, ...] = (), policy_version: int = 12) -> Status:
-    return Status(COUNTS, policy_version, False, peers, reports)
+def status(
+    *peers: Peer,
+    reports: tuple[EvaluationReport, ...] = (),
+    policy_version: int = 12,
+    waits: tuple[Wait, ...] = (),
+) -> Status:
+    return Status(COUNTS, policy_version, False, peers, reports, waits)

@@ -1,6 +1,7 @@
 """The cache of embedded base models, filled by the real pretraining of a few steps."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_another_model_is_wanted_when_anything_it_is_made_of_changes(
     monkeypatch.setattr("launch.base_model._train", make_folder)
     folders = {prepare(make_plan(*SMALL, *overrides))[0] for overrides in ([], [change], [])}
     assert len(folders) == len(made) == 2
+
+
+def test_what_a_killed_launcher_left_in_the_cache_is_removed(
+    make_plan: Any, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cache_dir.mkdir()
+    nobody = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    for pid in (os.getpid(), nobody):
+        (cache_dir / f"base-arithmetic-0123456789ab-making-{pid}-x").mkdir()
+    monkeypatch.setattr("launch.base_model._train", lambda request, *_: (request.parent / "model").mkdir())
+    folder, _ = prepare(make_plan(*SMALL))
+    left = {path.name for path in cache_dir.iterdir()}
+    assert left == {folder.name, f"base-arithmetic-0123456789ab-making-{os.getpid()}-x"}
 
 
 def test_a_failure_names_the_log_and_its_last_line(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import sys
 import launch.cluster as cluster
+import launch.session as session
 from launch.topology import processes
 
 learner = ("-c", sys.argv[1])
@@ -27,7 +30,7 @@ def with_a_stand_in(plan):
     command = (sys.executable, *learner, str(plan.run_dir))
     return [specs["buffer"], type(spec)(spec.role, spec.name, command, spec.environment)]
 
-cluster.processes = with_a_stand_in
+session.processes = with_a_stand_in
 if __name__ == "__main__":
     sys.exit(cluster.main(sys.argv[2:]))
 """
@@ -36,8 +39,10 @@ HEAD = """
 import sys, time
 from buffer.client import Connection
 from buffer.config import load_run_config
+from buffer.credentials import client_credentials
 from buffer.wire import Heartbeat, LearnerHello
-buffer = Connection(load_run_config(sys.argv[1])["buffer"]["address"], "learner-0")
+address = load_run_config(sys.argv[1])["buffer"]["address"]
+buffer = Connection(address, "learner-0", client_credentials(sys.argv[1]))
 buffer.call(LearnerHello(0))
 buffer.call(Heartbeat("learner", "learner-0", 3, "", {"samples_per_second": 8.0, "idle_fraction": 0.5}))
 print("trained", flush=True)
@@ -52,7 +57,7 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 @pytest.fixture
 def launch(run_dir: Path, model_folder: Path) -> Launch:
     def start(learner: str, *overrides: str) -> subprocess.Popen[str]:
-        given = overrides or (f"model.path={model_folder}", "total_steps=40", f"run_dir={run_dir}")
+        given = overrides or (f"model.path={model_folder}", "total_steps=3", f"run_dir={run_dir}")
         command = [sys.executable, "-c", LAUNCHER, learner, *given]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
@@ -72,6 +77,13 @@ def wait_for_training(process: subprocess.Popen[str], run_dir: Path, times: int)
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def temporary_folder(family: list[psutil.Process]) -> Path:
+    """Where the run's processes put sockets and the like."""
+    [folder] = {child.environ()["TMPDIR"] for child in family if "SLIPSTREAM_PROCESS" in child.environ()}
+    assert Path(folder).is_dir()
+    return Path(folder)
+
+
 def test_a_run_whose_learner_ends_well_leaves_a_summary(launch: Launch, run_dir: Path):
     output, errors = (process := launch(ENDS_WELL)).communicate(timeout=90)
     assert process.returncode == 0, errors
@@ -79,9 +91,22 @@ def test_a_run_whose_learner_ends_well_leaves_a_summary(launch: Launch, run_dir:
     assert (summary["policy_version"], summary["samples_per_second"]) == (3, 8.0)
     assert summary["pass_at_1_before"] is None
     assert f"run directory: {run_dir}" in output
-    assert "step 3/40" in output
+    assert "step 3/3" in output
     assert f"tensorboard --logdir {run_dir}/tensorboard" in output
-    assert f"starting buffer: {sys.executable} -m buffer serve {run_dir}" in (run_dir / "logs/launcher.log").read_text()
+    log = (run_dir / "logs/launcher.log").read_text()
+    assert re.search(rf"starting buffer: env .*{sys.executable} -m buffer serve {run_dir}", log)
+    assert re.search(rf"another actor joins with: env .*{sys.executable} -m actors {run_dir}\n", output)
+
+
+def test_a_learner_that_somebody_else_asked_to_stop_is_started_again(launch: Launch, run_dir: Path, model_folder: Path):
+    process = launch(ENDS_WELL, f"model.path={model_folder}", "total_steps=4", f"run_dir={run_dir}")
+    family = wait_for_training(process, run_dir, times=1)
+    _ = wait_for_training(process, run_dir, times=2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "learner ended with status 0" in (run_dir / "logs/launcher.log").read_text()
+    assert not any(child.is_running() for child in family)
 
 
 def test_a_run_that_fails_for_good_says_who_and_where(launch: Launch, run_dir: Path):
@@ -91,16 +116,80 @@ def test_a_run_that_fails_for_good_says_who_and_where(launch: Launch, run_dir: P
 
 
 def test_a_signal_ends_everything_and_leaves_a_run_to_resume(launch: Launch, run_dir: Path):
-    for attempt, (number, status) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 143)]):
+    for attempt, (number, status) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 0)]):
         process = launch(GOES_ON, *([f"resume={run_dir}"] if attempt else []))
         family = wait_for_training(process, run_dir, times=attempt + 1)
-        assert len(family) == 2
-        began = time.monotonic()
+        assert len(family) == 3  # buffer, learner and the guardian
+        began, folder = time.monotonic(), temporary_folder(family)
         process.send_signal(number)
         # Impatience must not leave anybody behind.
         process.send_signal(number)
         output, errors = process.communicate(timeout=30)
         assert time.monotonic() - began < 5.0
         assert (process.returncode, errors) == (status, "")
-        assert f"continue with: python launch/cluster.py resume={run_dir}" in output
+        assert f"before the first checkpoint, continue with: python launch/cluster.py resume={run_dir}" in output
         assert not any(child.is_running() for child in family)
+        assert not folder.exists()
+
+
+def test_a_killed_launcher_leaves_nothing_behind_and_the_run_can_be_continued(launch: Launch, run_dir: Path):
+    process = launch(GOES_ON)
+    family = wait_for_training(process, run_dir, times=1)
+    learner = next(child for child in family if "-c" in child.cmdline())
+    learner.suspend()
+    folder = temporary_folder(family)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
+    assert not folder.exists()
+    again = launch(GOES_ON, f"resume={run_dir}")
+    wait_for_training(again, run_dir, times=2)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=30)
+    assert again.returncode == 130
+
+
+def test_a_run_directory_that_is_removed_ends_the_run_with_one_sentence(launch: Launch, run_dir: Path):
+    process = launch(GOES_ON)
+    family = wait_for_training(process, run_dir, times=1)
+    shutil.rmtree(run_dir)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.startswith(f"error: run_dir={run_dir} was removed or emptied while the run went on")
+    assert len(errors.splitlines()) == 1
+    assert not any(child.is_running() for child in family)
+
+
+def test_a_buffer_that_is_halted_for_long_is_replaced(launch: Launch, run_dir: Path, model_folder: Path):
+    overrides = (f"model.path={model_folder}", "total_steps=3", f"run_dir={run_dir}", "cluster.hung_seconds=1")
+    process = launch(GOES_ON, *overrides)
+    family = wait_for_training(process, run_dir, times=1)
+    buffer = next(child for child in family if "serve" in child.cmdline())
+    buffer.suspend()
+    log, deadline = run_dir / "logs" / "buffer.log", time.monotonic() + 60
+    while log.read_text().count("buffer listens") < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+    assert re.search(
+        r"WARNING buffer (was halted|did not answer) for 1 s: killed", (run_dir / "logs/launcher.log").read_text()
+    )
+
+
+def test_a_run_that_is_ended_before_it_has_begun_is_not_offered_for_resuming(launch: Launch, run_dir: Path):
+    process = launch(GOES_ON, f"run_dir={run_dir}", "pretraining.steps=100000")
+    log, deadline = run_dir / "logs" / "pretraining.log", time.monotonic() + 60
+    while not log.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "nothing was trained yet, start it again with the same command" in output
+    assert not any(child.is_running() for child in family)

@@ -112,6 +112,11 @@ def test_a_setting_or_option_that_does_not_exist_is_named(override: str, expecte
         (["cluster.max_restarts=-1"], ["cluster.max_restarts=-1"]),
         (["cluster.buffer_port=99999"], ["cluster.buffer_port=99999", "65535"]),
         (["cluster.buffer_port=7777", "cluster.weights_port=7777"], ["7777", "must differ"]),
+        (["cluster.host=nowhere"], ["cluster.host=nowhere", "is no IPv4 address"]),
+        (["cluster.host=0.0.0.0"], ["cluster.host=0.0.0.0", "one address of this machine"]),
+        (["cluster.host=203.0.113.9"], ["cluster.host=203.0.113.9", "is no address of this machine"]),
+        (["cluster.encryption=tls"], ["cluster.encryption=tls", "curve or none"]),
+        (["cluster.encryption=none", "cluster.host=10.0.0.1"], ["cluster.encryption=none", "10.0.0.1", "use curve"]),
         (["actor.evaluation_prompts=0"], ["actor.evaluation_prompts=0"]),
         (["actor.evaluation_temperature=-1"], ["actor.evaluation_temperature=-1"]),
         (["cluster.min_free_bytes=1000000000000000"], ["MB free", "cluster.min_free_bytes", "choose another"]),
@@ -186,6 +191,11 @@ def test_a_free_port_is_taken_as_asked(make_plan: Any):
     plan = make_plan(f"cluster.buffer_port={port}")
     assert plan.sections["buffer"]["address"] == f"tcp://127.0.0.1:{port}"
     assert plan.sections["weights"]["address"] != plan.sections["buffer"]["address"]
+
+
+def test_both_servers_listen_where_the_host_says(make_plan: Any):
+    sections = make_plan("cluster.host=127.0.0.2").sections
+    assert [sections[name]["address"].rpartition(":")[0] for name in ("buffer", "weights")] == ["tcp://127.0.0.2"] * 2
 
 
 def test_a_run_directory_that_cannot_be_written_is_refused():

@@ -6,6 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
+from buffer.wire import Wait
 from launch import display
 from launch.display import Display
 from tests.launch.statuses import LEARNER, peer, report, status
@@ -95,6 +96,44 @@ def test_before_the_first_step_there_are_no_numbers_to_show():
     with Display(console, 40) as shown:
         shown.status(status(peer("learner", "learner-0", "a batch"), policy_version=0))
     assert stream.getvalue() == "step 0/40; learner-0 waits for a batch\n"
+
+
+def test_a_wait_that_lasts_is_shown_with_its_length():
+    actor = peer("actor", "actor-0", "prompts from the buffer", since=12.4)
+    console, stream = plain_console()
+    with Display(console, 40) as shown:
+        shown.status(status(actor))
+    assert stream.getvalue() == "step 12/40; actor-0 waits for prompts from the buffer since 12 s\n"
+    waits = (Wait("the buffer", "space on the disk", 30.2), Wait("actor-0", "prompts", 12.4), Wait("x", "y", 0.1))
+    console, stream = terminal()
+    with Display(console, 40) as shown:
+        shown.status(status(actor, waits=waits))
+    assert re.search(r"actor-0 +waits for prompts from the buffer since 12 s", text_of(stream))
+    assert re.search(r"the buffer +waits for space on the disk since 30 s", text_of(stream))
+    # Who is listed as a process already, or waits but for a moment, is not listed again.
+    assert not re.search(r"waits for prompts since", text_of(stream))
+    assert "waits for y" not in text_of(stream)
+
+
+def test_what_the_launcher_knows_and_what_processes_count_is_said():
+    console, stream = plain_console()
+    with Display(console, 40) as shown:
+        shown.status(
+            status(peer("actor", "actor-0", verifier_timeouts=3.0, verifier_errors=0.0)), ["actor-1 is halted"]
+        )
+    assert stream.getvalue() == ("step 12/40; actor-0: 3 completions could not be scored in time; actor-1 is halted\n")
+    console, stream = terminal()
+    with Display(console, 40) as shown:
+        shown.starting(3.0, ["actor-1 was restarted once, last after status 1"])
+    assert "actor-1 was restarted once" in text_of(stream)
+
+
+def test_an_actor_of_somebody_else_is_forgotten_when_it_is_gone():
+    gone = [peer("actor", name, silent_seconds=100.0) for name in ("actor-0", "actor-host-7")]
+    console, stream = plain_console()
+    with Display(console, 40) as shown:
+        shown.status(status(*gone, peer("learner", "learner-0", silent_seconds=90.0)), own={"actor-0", "learner"})
+    assert stream.getvalue() == "step 12/40; actor-0 silent for 100 s, learner-0 silent for 90 s\n"
 
 
 def test_of_several_ranks_the_first_reports():

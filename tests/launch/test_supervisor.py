@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -23,12 +24,24 @@ def spec(role: str, code: str, name: str = "") -> ProcessSpec:
     return ProcessSpec(role, name or role, (sys.executable, "-S", "-c", code), {})
 
 
+def make(
+    specs: Sequence[ProcessSpec], tmp_path: Path, max_restarts: int = 0, healthy_seconds: float = 0.0
+) -> Supervisor:
+    return Supervisor(
+        specs,
+        tmp_path / "logs",
+        max_restarts=max_restarts,
+        healthy_seconds=healthy_seconds,
+        run_mark=f"test-{uuid.uuid4().hex}",
+    )
+
+
 @pytest.fixture
 def supervise(tmp_path: Path) -> Iterator[Callable[..., Supervisor]]:
     started: list[Supervisor] = []
 
-    def start(*specs: ProcessSpec, max_restarts: int = 3) -> Supervisor:
-        supervisor = Supervisor(specs, tmp_path / "logs", max_restarts)
+    def start(*specs: ProcessSpec, max_restarts: int = 3, healthy_seconds: float = 60.0) -> Supervisor:
+        supervisor = make(specs, tmp_path, max_restarts=max_restarts, healthy_seconds=healthy_seconds)
         started.append(supervisor)
         supervisor.start()
         return supervisor
@@ -116,6 +129,65 @@ def test_what_would_end_the_same_is_not_tried_again(supervise: Callable[..., Sup
     assert log(tmp_path, "learner") == "once\n"
 
 
+DIES_ONCE_MORE = """
+import pathlib, sys, time
+number = len(pathlib.Path(sys.argv[1]).read_text())
+pathlib.Path(sys.argv[1]).write_text("." * (number + 1))
+print("start", number, flush=True)
+time.sleep(60 if number else 0)
+sys.exit(1)
+"""
+
+
+def test_restarts_are_forgotten_once_the_run_got_ahead_with_the_process(
+    supervise: Callable[..., Supervisor], tmp_path: Path
+):
+    starts = tmp_path / "starts"
+    starts.touch()
+    command = (sys.executable, "-S", "-c", DIES_ONCE_MORE, str(starts))
+    supervisor = supervise(ProcessSpec("actor", "actor-0", command, {}), max_restarts=1, healthy_seconds=0.2)
+    supervisor.progress(7)
+    wait_for(lambda: supervisor.poll() or "start 1" in log(tmp_path, "actor-0"))
+    assert supervisor.notes == {"actor-0": "actor-0 was restarted once, last after status 1"}
+    wait_for(lambda: supervisor.running_seconds()["actor-0"] > 0.2)
+    # It lives, but for all that is known the run stands where it stood.
+    supervisor.progress(7)
+    assert supervisor.notes
+    supervisor.progress(8)
+    assert not supervisor.notes
+    supervisor.kill("actor-0", "was tired")
+    # Without the progress this one would be a failure too many.
+    wait_for(lambda: supervisor.poll() or "start 2" in log(tmp_path, "actor-0"))
+    supervisor.kill("actor-0", "was tired again")
+    with pytest.raises(RunFailedError, match="actor-0 ended with status -9"):
+        poll_until_ended(supervisor)
+
+
+def test_the_run_goes_on_with_the_actors_that_are_left(supervise: Callable[..., Supervisor], tmp_path: Path):
+    supervisor = supervise(
+        spec("actor", "import sys; sys.exit(2)", "actor-0"), spec("actor", SLEEPS, "actor-1"), max_restarts=0
+    )
+    wait_for(lambda: supervisor.poll() or supervisor.notes)
+    assert supervisor.notes == {"actor-0": f"actor-0 is given up; its log is {tmp_path}/logs/actor-0.log"}
+    assert set(supervisor.running_seconds()) == {"actor-1"}
+    supervisor.kill("actor-1", "was next")
+    with pytest.raises(RunFailedError, match="actor-1 ended with status -9"):
+        poll_until_ended(supervisor)
+
+
+def test_a_halted_process_is_found_also_among_descendants_and_can_be_killed(
+    supervise: Callable[..., Supervisor], tmp_path: Path
+):
+    supervisor = supervise(spec("learner", f"{FAMILY}\ntime.sleep(60)"), spec("buffer", SLEEPS))
+    family = family_of(tmp_path, "learner")
+    assert supervisor.stopped() == set()
+    os.kill(family[1], signal.SIGSTOP)
+    wait_for(lambda: supervisor.stopped() == {"learner"})
+    supervisor.kill("learner", "was halted")
+    wait_for(lambda: not any(lives(pid) for pid in family), seconds=5.0)
+    assert supervisor.stopped() == set()
+
+
 FAMILY = f"""
 import subprocess, sys, time
 for session in (False, True):
@@ -185,7 +257,7 @@ time.sleep(60)
 
 def test_a_start_that_fails_half_way_can_be_stopped(tmp_path: Path):
     absent = ProcessSpec("actor", "actor", (str(tmp_path / "absent"),), {})
-    supervisor = Supervisor([spec("buffer", SLEEPS), absent], tmp_path / "logs", 0)
+    supervisor = make([spec("buffer", SLEEPS), absent], tmp_path)
     with pytest.raises(FileNotFoundError):
         supervisor.start()
     buffer = supervisor.pids["buffer"]
@@ -201,7 +273,7 @@ from pathlib import Path
 from launch.supervisor import Supervisor
 from launch.topology import ProcessSpec
 specs = [ProcessSpec(role, role, (sys.executable, "-S", "-c", {SLEEPS!r}), {{}}) for role in ("buffer", "learner")]
-supervisor = Supervisor(specs, Path({str(tmp_path / "logs")!r}), 0)
+supervisor = Supervisor(specs, Path({str(tmp_path / "logs")!r}), max_restarts=0, healthy_seconds=0, run_mark="test")
 supervisor.start()
 print(*supervisor.pids.values(), flush=True)
 time.sleep(60)

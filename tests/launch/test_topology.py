@@ -1,13 +1,14 @@
 """Command lines, environments and cores of a run's processes."""
 
 import os
+import shlex
 import sys
 from typing import Any
 
 import pytest
 
 from launch import topology
-from launch.topology import ROOT, ProcessSpec, assign_cores, processes
+from launch.topology import ROOT, ProcessSpec, another_actor, assign_cores, processes
 
 
 @pytest.fixture
@@ -89,13 +90,12 @@ def test_more_actors_than_cores_have_one_thread_each(machine: Any, make_plan: An
     assert by_name(processes(plan))["actor-1"].environment["OMP_NUM_THREADS"] == "1"
 
 
-def test_several_ranks_are_started_by_torchrun(machine: Any, make_plan: Any, run_dir: Any):
+def test_several_ranks_are_started_together(machine: Any, make_plan: Any, run_dir: Any):
     machine(2)
     plan = make_plan("learner.num_ranks=2")
     assign_cores(plan)
     learner = by_name(processes(plan))["learner"]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    assert learner.command == (sys.executable, *torchrun, "-m", "learner", str(run_dir))
+    assert learner.command == (sys.executable, "-m", "learner.ranks", "2", str(run_dir))
 
 
 def test_tensorboard_is_served_if_asked_for(machine: Any, make_plan: Any, run_dir: Any):
@@ -108,5 +108,12 @@ def test_tensorboard_is_served_if_asked_for(machine: Any, make_plan: Any, run_di
 
 
 def test_a_command_line_can_be_typed_into_a_shell():
-    spec = ProcessSpec("buffer", "buffer", ("python", "-m", "buffer", "serve", "/tmp/my runs/1"), {})
-    assert spec.command_line == "python -m buffer serve '/tmp/my runs/1'"
+    spec = ProcessSpec("buffer", "buffer", ("python", "-m", "buffer", "serve", "/tmp/my runs/1"), {"THREADS": "2"})
+    assert spec.command_line == "env THREADS=2 python -m buffer serve '/tmp/my runs/1'"
+
+
+def test_another_actor_needs_no_name_and_finds_our_packages_from_any_folder(make_plan: Any, run_dir: Any):
+    words = shlex.split(another_actor(make_plan()))
+    assert words[0] == "env"
+    assert f"PYTHONPATH={ROOT}" in words[1].split(os.pathsep)[0]
+    assert words[-4:] == [sys.executable, "-m", "actors", str(run_dir)]

@@ -1,11 +1,13 @@
 """A few optimizer steps of policy and critic on fixed groups: in this process, or on several ranks as a script.
 
 `torchrun --nproc-per-node 2 tests/learner/ranks.py MODEL OUTPUT` trains under every ZeRO stage in turn; rank 0 leaves
-{stage: Outcome as a dict} in OUTPUT.
+{"outcomes": {stage: Outcome as a dict}, "skipped": {stage: whether one rank's infinite loss made all skip the step}}
+in OUTPUT.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectory import TrajectoryGroup
+from learner.__main__ import leave
 from learner.algorithm import AdvantageInputs, Algorithm
 from learner.batch import TrainingBatch
 from learner.config import OptimizerConfig
@@ -21,6 +24,7 @@ from learner.engine import (
     TrainingEngine,
     all_reduce_max,
     all_reduce_sum,
+    any_rank,
     init_distributed,
     rank_and_world_size,
     shut_down_distributed,
@@ -115,6 +119,18 @@ def train(
     return Outcome(dict(policy.gather(torch.float32)), dict(critic.gather(torch.float32)), norms, metrics)
 
 
+def skips_together(folder: Path, groups: list[TrajectoryGroup], stage: int, rank: int) -> bool:
+    """Whether an infinite loss on rank 1 alone leaves every rank's weights as they were."""
+    policy, batch = policy_engine(folder, OPTIMIZER, stage, torch.float32), make_batch(groups)
+    before = dict(policy.gather(torch.float32))
+    micro = batch.microbatches(range(len(batch.trajectories)), 10_000)[0]
+    logprobs, _ = policy.forward(micro)
+    policy.backward(logprobs.sum() + (math.inf if rank == 1 else 0.0), last=True)
+    finite = math.isfinite(policy.step(LEARNING_RATE))
+    same = all(torch.equal(tensor, before[name]) for name, tensor in policy.gather(torch.float32))
+    return not any_rank(finite or not same, CPU)
+
+
 def main(folder: Path, output: Path) -> None:
     """Rank 0 holds three groups and rank 1 one, so that rank 1 has fewer microbatches."""
     torch.set_num_threads(1)
@@ -122,10 +138,12 @@ def main(folder: Path, output: Path) -> None:
     rank, _ = rank_and_world_size()
     share = fixed_groups()[3:] if rank else fixed_groups()[:3]
     outcomes = {stage: asdict(train(folder, share, stage=stage, budget=40)) for stage in STAGES}
+    skipped = {stage: skips_together(folder, share, stage, rank) for stage in STAGES}
     if rank == 0:
-        torch.save(outcomes, output)
+        torch.save({"outcomes": outcomes, "skipped": skipped}, output)
     shut_down_distributed()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)

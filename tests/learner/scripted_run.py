@@ -18,6 +18,7 @@ import torch
 from buffer.audit import Audit, audit
 from buffer.client import Connection
 from buffer.config import BufferConfig
+from buffer.credentials import Credentials
 from buffer.server import Server
 from buffer.wire import (
     EvaluationReport,
@@ -40,11 +41,14 @@ GROUPS_PER_BATCH = 4
 FINGERPRINT = "prompts"
 
 
+CREDENTIALS = Credentials.plain("scripted")
+
+
 class RecordingStore(WeightStore):
     """Remembers what was published, and calls `on_publish` with each version first."""
 
     def __init__(self, directory: Path, address: str, on_publish: Callable[[int], None]) -> None:
-        super().__init__(directory, address)
+        super().__init__(directory, address, CREDENTIALS)
         self.on_publish = on_publish
         self.published: list[Future[Manifest]] = []
 
@@ -64,11 +68,13 @@ class ScriptedActor:
     """Leases, makes random groups, delivers; evaluates when asked. Ends with the run or with `stop`."""
 
     def __init__(self, folder: Path, buffer: str, weights: str, temperature: float, shift: float) -> None:
-        self._buffer = Connection(buffer, "actor-0", timeout_seconds=60, resend_seconds=0.2)
-        self._weights = Connection(weights, "actor-0", timeout_seconds=1, resend_seconds=0.2)
+        self._buffer = Connection(buffer, "actor-0", CREDENTIALS, timeout_seconds=60, resend_seconds=0.2)
+        self._weights = Connection(weights, "actor-0", CREDENTIALS, timeout_seconds=1, resend_seconds=0.2)
         self._model = plain_model(folder)
         self._temperature, self._shift = temperature, shift
         self._version, self._publication = -1, ""
+        self.loaded: list[int] = []
+        """Versions in the order they were loaded."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -98,7 +104,11 @@ class ScriptedActor:
         with suppress(TimeoutError):
             reply = self._weights.call(ManifestRequest(self._publication, 0.02))
         if isinstance(reply, Manifest):
-            data = np.fromfile(reply.path, dtype=np.uint8)
+            try:
+                data = np.fromfile(reply.path, dtype=np.uint8)
+            except FileNotFoundError:
+                # A learner that was started again has removed the versions of the one before.
+                return
             state = {
                 entry.name: torch.from_numpy(data[entry.offset : entry.offset + entry.num_bytes].copy())
                 .view(getattr(torch, entry.dtype))
@@ -108,6 +118,7 @@ class ScriptedActor:
             missing = self._model.load_state_dict(state, strict=False)
             assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
             self._version, self._publication = reply.policy_version, reply.publication
+            self.loaded.append(self._version)
             self._buffer.request(Heartbeat("actor", "actor-0", self._version, "", {"load": 1.0}))
 
     def _work(self, reply: LeaseReply) -> None:
@@ -124,6 +135,53 @@ class ScriptedActor:
         if reply.evaluate_version >= 0:
             asked = reply.evaluate_version
             self._buffer.call(EvaluationReport("actor-0", asked, self._version, 10, 0.25, 0.1, 5.0, 0.1))
+
+
+def learn(
+    directory: Path,
+    sockets: Path,
+    folder: Path,
+    algorithm: Algorithm,
+    total_steps: int,
+    *,
+    stopping: threading.Event,
+    on_publish: Callable[[int], None] = lambda _: None,
+    **settings: object,
+) -> tuple[Trainer, list[Manifest]]:
+    """One learner of a run whose buffer listens in `sockets`: (the trainer, every version it published)."""
+    defaults: dict[str, object] = {
+        "optimizer": OptimizerConfig(1e-3),
+        "critic_optimizer": OptimizerConfig(1e-3),
+        "samples_per_group": 4,
+        "tokens_per_microbatch": 100,
+        "evaluate_every": 0,
+        "logprob_tolerance": 1e-4,
+        "batch_timeout_seconds": 60.0,
+        "evaluation_timeout_seconds": 30.0,
+    }
+    config = LearnerConfig(
+        total_steps=total_steps,
+        groups_per_batch=GROUPS_PER_BATCH,
+        **(defaults | settings),  # type: ignore[arg-type]
+    )
+    store = RecordingStore(directory / "weights", f"ipc://{sockets}/weights", on_publish)
+    buffer = Connection(f"ipc://{sockets}/buffer", "learner-0", CREDENTIALS, resend_seconds=0.2)
+    try:
+        trainer = Trainer(
+            config,
+            ModelConfig(str(folder)),
+            algorithm,
+            run_dir=directory,
+            buffer=buffer,
+            store=store,
+            device=CPU,
+            stopping=stopping,
+        )
+        trainer.run()
+        return trainer, store.manifests
+    finally:
+        buffer.close()
+        store.close()
 
 
 class ScriptedRun:
@@ -145,19 +203,17 @@ class ScriptedRun:
             updates_per_batch=updates,
             durability="memory",
         )
-        self._server = Server(buffer)
+        self._server = Server(buffer, CREDENTIALS)
         self._address = buffer.address
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         self._actor: ScriptedActor | None = None
 
-    def start_actor(self, *, temperature: float = 1.0, shift: float = 0.0) -> None:
+    def start_actor(self, *, temperature: float = 1.0, shift: float = 0.0) -> ScriptedActor:
         """One actor that stays until the run is closed."""
-        self._actor = ScriptedActor(self._folder, self._address, self._weights_address, temperature, shift)
-
-    @property
-    def _weights_address(self) -> str:
-        return f"ipc://{self._sockets}/weights"
+        weights = f"ipc://{self._sockets}/weights"
+        self._actor = ScriptedActor(self._folder, self._address, weights, temperature, shift)
+        return self._actor
 
     def learn(
         self,
@@ -168,40 +224,17 @@ class ScriptedRun:
         **settings: object,
     ) -> tuple[Trainer, list[Manifest]]:
         """One learner from its start to its end: (the trainer, every version it published)."""
-        defaults: dict[str, object] = {
-            "optimizer": OptimizerConfig(1e-3),
-            "critic_optimizer": OptimizerConfig(1e-3),
-            "samples_per_group": 4,
-            "tokens_per_microbatch": 100,
-            "evaluate_every": 0,
-            "logprob_tolerance": 1e-4,
-            "batch_timeout_seconds": 60.0,
-            "evaluation_timeout_seconds": 30.0,
-        }
-        config = LearnerConfig(
-            total_steps=total_steps,
-            groups_per_batch=GROUPS_PER_BATCH,
+        return learn(
+            self.directory,
+            self._sockets,
+            self._folder,
+            algorithm,
+            total_steps,
+            stopping=self.stopping,
+            on_publish=on_publish,
             updates_per_batch=self._updates,
-            **(defaults | settings),  # type: ignore[arg-type]
+            **settings,
         )
-        store = RecordingStore(self.directory / "weights", self._weights_address, on_publish)
-        buffer = Connection(self._address, "learner-0", resend_seconds=0.2)
-        try:
-            trainer = Trainer(
-                config,
-                ModelConfig(str(self._folder)),
-                algorithm,
-                run_dir=self.directory,
-                buffer=buffer,
-                store=store,
-                device=CPU,
-                stopping=self.stopping,
-            )
-            trainer.run()
-            return trainer, store.manifests
-        finally:
-            buffer.close()
-            store.close()
 
     def audit(self) -> Audit:
         """The ledger as it is now."""

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buffer.trajectory import TrajectoryGroup
-from learner.batch import TrainingBatch
+from learner.batch import TrainingBatch, occurrence_ranges
 from tests.learner.samples import CPU, make_batch, make_trajectory
 
 
@@ -100,3 +100,16 @@ def test_microbatches_cover_everything_once_and_no_two_neighbors_would_fit_toget
     for size, following in zip(sizes, [*sizes[1:], None], strict=True):
         assert sum(size) <= budget or len(size) == 1
         assert following is None or sum(size) + following[0] > budget
+
+
+def test_trajectories_of_several_versions_are_told_apart():
+    batch = make_batch(two_groups())
+    assert batch.of_one_version.tolist() == [False] * 3 + [True, True]
+
+
+def test_the_prompts_of_a_batch_are_named_as_ranges():
+    groups = []
+    for number in (7, 3, 4, 5, 12):
+        name = f"{number}.1"
+        groups.append(TrajectoryGroup(name, 0, (make_trajectory(0, [1, 2], [False, True], group=name),)))
+    assert occurrence_ranges(groups) == "3-5,7,12"

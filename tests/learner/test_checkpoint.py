@@ -1,14 +1,33 @@
+import errno
+import itertools
 import json
+import pickle
+import random
+import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import learner.checkpoint
-from learner.checkpoint import load_checkpoint, newest_checkpoint, read_state, save_checkpoint
+import learner.engine
+import learner.rng
+from learner.checkpoint import (
+    CheckpointError,
+    CheckpointWriteError,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+    sound_checkpoint,
+)
 from learner.config import OptimizerConfig
 from learner.engine import TrainingEngine
 from learner.ppo import PPO
@@ -19,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 ADAM = OptimizerConfig(learning_rate=1e-3)
 Engines = tuple[TrainingEngine, TrainingEngine]
+Damage = Callable[[Path], None]
 
 
 def engines(folder: Path, stage: int = 0, dtype: torch.dtype = torch.float32) -> Engines:
@@ -63,7 +83,7 @@ def test_a_checkpoint_holds_the_state_it_was_given(model_folder: Path, tmp_path:
     assert newest_checkpoint(tmp_path / "nowhere") is None
     checkpoint = save(tmp_path, 12, engines(model_folder), model_folder)
     assert checkpoint == tmp_path / "00000012" == newest_checkpoint(tmp_path)
-    assert read_state(checkpoint) == {"policy_version": 12, "note": "kept"}
+    assert read_state(checkpoint) == {"policy_version": 12, "num_ranks": 1, "note": "kept"}
 
 
 def test_an_interrupted_save_leaves_nothing_that_counts(
@@ -89,8 +109,10 @@ def test_an_interrupted_save_leaves_nothing_that_counts(
     assert sorted(path.name for path in complete.iterdir()) == [
         "critic_state",
         "learner.json",
+        "manifest.json",
         "policy",
         "policy_state",
+        "rng",
     ]
 
 
@@ -117,11 +139,165 @@ def test_only_the_newest_are_kept(model_folder: Path, tmp_path: Path):
     assert newest_checkpoint(tmp_path) == tmp_path / "00000100"
 
 
-def test_a_folder_without_its_last_file_is_not_complete(model_folder: Path, tmp_path: Path):
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+BREAKAGES = [
+    ("learner.json", Path.unlink, "learner.json is missing"),
+    ("policy/model.safetensors", truncate, r"policy/model.safetensors has \d+ bytes instead of \d+"),
+    ("critic_state/state/mp_rank_00_model_states.pt", flip_a_bit, "has other contents than were written"),
+    ("manifest.json", Path.unlink, "manifest.json is missing"),
+    ("manifest.json", truncate, "manifest.json cannot be understood"),
+]
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory, pair = tmp_path_factory.mktemp("two"), engines(model_folder)
     for version in (1, 2):
-        save(tmp_path, version, engines(model_folder), model_folder)
-    (tmp_path / "00000002" / "learner.json").unlink()
-    assert newest_checkpoint(tmp_path) == tmp_path / "00000001"
+        save(directory, version, pair, model_folder)
+    return directory
+
+
+@pytest.mark.parametrize(("name", "damage", "problem"), BREAKAGES)
+def test_a_broken_checkpoint_is_reported_and_the_one_before_it_used(
+    two_checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Damage, problem: str
+):
+    directory = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
+    (directory / "00000003.incomplete").mkdir()
+    assert sound_checkpoint(directory) == directory / "00000002"
+    damage(directory / "00000002" / name)
+    assert sound_checkpoint(directory) == directory / "00000001"
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "00000002 is broken" in said and re.search(problem, said)
+    # Set aside, so that neither counting nor removing old ones can take it for the newest.
+    assert sorted(path.name for path in directory.iterdir()) == ["00000001", "00000002.broken"]
+
+
+def test_when_no_checkpoint_is_sound_nothing_starts_anew(two_checkpoints: Path, tmp_path: Path):
+    directory = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
+    for name in ("00000001", "00000002"):
+        truncate(directory / name / "learner.json")
+    # Asked twice: refusing changes nothing.
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* sound .*00000002: learner.json has"):
+            sound_checkpoint(directory)
+
+
+def test_the_newest_sound_one_outlives_broken_ones_with_higher_numbers(model_folder: Path, tmp_path: Path):
+    pair = engines(model_folder)
+    for version in (2, 9):
+        save(tmp_path, version, pair, model_folder)
+    truncate(tmp_path / "00000009" / "learner.json")
+    assert sound_checkpoint(tmp_path) == tmp_path / "00000002"
+    save(tmp_path, 4, pair, model_folder, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000004", "00000009.broken"]
+    save(tmp_path, 10, pair, model_folder, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["00000010"]
+
+
+def test_a_full_disk_leaves_the_checkpoints_there_are(model_folder: Path, tmp_path: Path):
+    """A real file system of a size that holds one checkpoint and not two."""
+    pair, disk = engines(model_folder), tmp_path / "disk"
+    size = sum(path.stat().st_size for path in save(tmp_path / "measured", 1, pair, model_folder).rglob("*"))
+    disk.mkdir()
+    options = f"size={int(size * 1.5) + 65536}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=False).returncode:
+        pytest.skip("no privilege to mount a small file system")
+    try:
+        save(disk, 1, pair, model_folder)
+        for _ in range(2):
+            with pytest.raises(CheckpointWriteError):
+                save(disk, 2, pair, model_folder)
+        assert [path.name for path in disk.iterdir()] == ["00000001"]
+        assert sound_checkpoint(disk) == disk / "00000001"
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_whichever_write_fails_nothing_is_left_and_the_next_attempt_succeeds(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+):
+    pair = engines(model_folder, stage)
+    steps(pair, 1)
+    num_failures = 0
+    while not (tmp_path / "00000001").exists():
+        with monkeypatch.context() as patch:
+            fail_at(patch, num_failures)
+            try:
+                save(tmp_path, 1, pair, model_folder)
+            except CheckpointWriteError as error:
+                assert "No space left on device" in str(error)
+                assert list(tmp_path.iterdir()) == []
+                num_failures += 1
+    # Two engines, the export, generators, the manifest, and a flush of each file and folder.
+    assert num_failures > 20
+    assert sound_checkpoint(tmp_path) == tmp_path / "00000001"
+
+
+WRITES = [
+    (learner.engine, "write_state"),
+    (learner.rng, "write_state"),
+    (learner.checkpoint, "write_manifest"),
+    (learner.checkpoint, "save_torch_state_dict"),
+    (learner.checkpoint, "_flush_one"),
+    (shutil, "copy2"),
+]
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
+    """Among everything that writes, the call number `moment` finds the disk full."""
+    calls = itertools.count()
+
+    def guard(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if next(calls) == moment:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*arguments, **named)
+
+        return call
+
+    for module, name in WRITES:
+        monkeypatch.setattr(module, name, guard(getattr(module, name)))
+
+
+def test_training_state_is_never_unpickled_into_code(model_folder: Path, tmp_path: Path):
+    pair = engines(model_folder, 2)
+    checkpoint = save(tmp_path, 1, pair, model_folder)
+    for path in checkpoint.rglob("*.pt"):
+        torch.save({"module": Path("/")}, path)
+    with pytest.raises(pickle.UnpicklingError, match="Unsupported"):
+        load_checkpoint(checkpoint, *pair)
+
+
+def test_sharded_state_of_other_ranks_is_refused(model_folder: Path, tmp_path: Path):
+    pair = engines(model_folder, 2)
+    checkpoint = save(tmp_path, 1, pair, model_folder)
+    state = json.loads((checkpoint / "learner.json").read_text())
+    (checkpoint / "learner.json").write_text(json.dumps(state | {"num_ranks": 4}))
+    with pytest.raises(CheckpointError, match=r"learner\.num_ranks=4 instead of 1"):
+        load_checkpoint(checkpoint, *pair)
+
+
+def draws() -> list[float]:
+    return [random.random(), float(np.random.rand()), float(np.random.randn()), float(torch.rand(()))]
+
+
+def test_random_generators_continue(model_folder: Path, tmp_path: Path):
+    pair = engines(model_folder)
+    draws()
+    checkpoint = save(tmp_path, 1, pair, model_folder)
+    expected = [draws() for _ in range(3)]
+    load_checkpoint(checkpoint, *pair)
+    assert [draws() for _ in range(3)] == expected
 
 
 @pytest.mark.parametrize("tied", [True, False])

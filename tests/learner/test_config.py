@@ -44,6 +44,9 @@ def test_a_section_becomes_frozen_dataclasses_with_defaults():
             {"optimizer": {"learning_rate": 1.0, "betta": 1}},
             ["learner.optimizer.betta is not a known setting", "betas"],
         ),
+        ({"max_bad_steps": 0}, ["learner.max_bad_steps=0", "at least 1"]),
+        ({"keep_checkpoints": 0}, ["learner.keep_checkpoints=0", "at least 1"]),
+        ({"max_batches_without_signal": -1}, ["learner.max_batches_without_signal=-1", "at least 0"]),
     ],
 )
 def test_every_mistake_is_one_sentence_with_the_way_out(changes: dict[str, Any], words: list[str]):

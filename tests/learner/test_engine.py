@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from tests.learner.ranks import (
     STAGES,
     Outcome,
     annotate,
+    critic_engine,
     fixed_groups,
+    one_step,
     policy_engine,
     train,
 )
@@ -122,8 +125,10 @@ def test_two_ranks_with_unequal_shares_make_the_same_steps_as_one(model_folder: 
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    outcomes = torch.load(output, weights_only=True)
+    saved = torch.load(output, weights_only=True)
+    outcomes = saved["outcomes"]
     assert set(outcomes) == set(STAGES)
+    assert saved["skipped"] == dict.fromkeys(STAGES, True)
     for outcome in outcomes.values():
         assert_same_outcome(Outcome(**outcome), whole)
 
@@ -188,3 +193,34 @@ def test_loading_a_folder_without_a_state_says_so(model_folder: Path, tmp_path: 
     with pytest.raises(FileNotFoundError, match="holds no training state"):
         engine.load(tmp_path)
     assert engine.world_size == 1 and engine.device == CPU
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(model_folder: Path, stage: int, dtype: torch.dtype):
+    """Weights and optimizer state: the steps after it are those of an engine that never saw it."""
+    batch, algorithm = make_batch(fixed_groups()), PPO()
+
+    def engines() -> tuple[TrainingEngine, TrainingEngine]:
+        settings = replace(OPTIMIZER, eps=1e-8), stage, dtype
+        return policy_engine(model_folder, *settings), critic_engine(model_folder, *settings)
+
+    pair, undisturbed = engines(), engines()
+    (first, *_) = batch.microbatches(range(len(batch.trajectories)), 60)
+    for step in range(2):
+        for two in (pair, undisturbed):
+            one_step(*two, algorithm, batch, 60)
+        before = dict(pair[0].gather(torch.float32))
+        # Infinite with a finite gradient, and a gradient that is NaN; in the first microbatch of two.
+        for bad in (
+            lambda logprobs: logprobs.sum() + math.inf,
+            lambda logprobs: (logprobs - logprobs.max()).sqrt().sum(),
+        ):
+            pair[0].backward(bad(pair[0].forward(first)[0]), last=False)
+            pair[0].backward(pair[0].forward(first)[0].sum(), last=True)
+            assert not math.isfinite(pair[0].step(0.1)), step
+            assert all(torch.equal(tensor, before[name]) for name, tensor in pair[0].gather(torch.float32))
+    one_step(*pair, algorithm, batch, 60)
+    one_step(*undisturbed, algorithm, batch, 60)
+    expected = dict(undisturbed[0].gather(torch.float32))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in pair[0].gather(torch.float32))

@@ -1,3 +1,4 @@
+import errno
 import threading
 import time
 import zlib
@@ -12,6 +13,7 @@ import zmq
 from torch import Tensor
 
 from buffer.client import Connection, RequestRefused
+from buffer.credentials import Credentials
 from buffer.wire import Chunk, ChunkRequest, Close, Manifest, ManifestRequest, Message, NoNewVersion
 from learner.publisher import ALIGNMENT_BYTES, WeightStore
 
@@ -28,7 +30,7 @@ def open_store(tmp_path: Path, address: str) -> Iterator[Stores]:
     stores: list[WeightStore] = []
 
     def start(**settings: int) -> WeightStore:
-        stores.append(WeightStore(tmp_path / "weights", address, **settings))
+        stores.append(WeightStore(tmp_path / "weights", address, Credentials.plain("test"), **settings))
         return stores[-1]
 
     yield start
@@ -38,7 +40,7 @@ def open_store(tmp_path: Path, address: str) -> Iterator[Stores]:
 
 @pytest.fixture
 def actor(address: str) -> Iterator[Connection]:
-    with Connection(address, "actor-0", timeout_seconds=20) as connection:
+    with Connection(address, "actor-0", Credentials.plain("test"), timeout_seconds=20) as connection:
         yield connection
 
 
@@ -151,7 +153,7 @@ def test_kept_versions_are_served_until_the_end_and_older_ones_refused(
         actor.call(ChunkRequest(1, 0, 10))
 
 
-@pytest.mark.parametrize(("offset", "num_bytes"), [(-1, 5), (0, 0), (0, -3), (10, 10_000), (10_000, 1)])
+@pytest.mark.parametrize(("offset", "num_bytes"), [(0, 0), (10, 10_000), (10_000, 1), (2**62, 2**62)])
 def test_chunks_outside_the_file_are_refused(open_store: Stores, actor: Connection, offset: int, num_bytes: int):
     open_store().publish(0, weights()).result(10)
     with pytest.raises(RequestRefused, match="lie outside"):
@@ -215,5 +217,25 @@ def test_an_address_in_use_is_one_sentence(open_store: Stores, tmp_path: Path):
     blocker = context.socket(zmq.ROUTER)
     port = blocker.bind_to_random_port("tcp://127.0.0.1")
     with pytest.raises(ValueError, match=f"tcp://127.0.0.1:{port} is in use"):
-        WeightStore(tmp_path / "other", f"tcp://127.0.0.1:{port}")
+        WeightStore(tmp_path / "other", f"tcp://127.0.0.1:{port}", Credentials.plain("test"))
     context.destroy(linger=0)
+
+
+def test_a_full_disk_leaves_no_half_version_and_the_older_ones_are_served(
+    open_store: Stores, actor: Connection, tmp_path: Path
+):
+    """The second tensor cannot be written any more."""
+    store = open_store()
+    store.publish(1, weights()).result(10)
+
+    class Unwritable(Tensor):
+        def contiguous(self) -> Tensor:  # type: ignore[override]
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    half = [weights()[0], ("late", torch.zeros(4).as_subclass(Unwritable))]
+    with pytest.raises(
+        OSError, match=r"policy 2 cannot be published to .*/weights: No space left on device; make room"
+    ):
+        store.publish(2, half).result(10)
+    assert [path.name[:9] for path in (tmp_path / "weights").iterdir()] == ["v00000001"]
+    assert manifest_of(actor).policy_version == 1

@@ -5,7 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buffer.trajectory import TrajectoryGroup
-from buffer.wire import EvaluationReport, Peer, Status
+from buffer.wire import EvaluationReport, Peer, Status, Wait
 from learner.batch import TrainingBatch
 from learner.report import Reporter, StepClock, batch_metrics
 from tests.learner.samples import CPU, make_trajectory
@@ -103,7 +103,26 @@ def test_without_actors_nothing_is_said_about_them(tmp_path: Path):
     reporter = Reporter(tmp_path, 0)
     reporter.status(Status({"ready": 4}, 2, False, (peer("learner", 2, idle=0.1),), ()), 2)
     reporter.close()
-    assert events(tmp_path).Tags()["scalars"] == ["buffer/ready"]
+    assert events(tmp_path).Tags()["scalars"] == ["buffer/ready", "waiting/learner-2_seconds"]
+
+
+def test_who_waits_for_whom_is_a_curve_and_a_page_of_text(tmp_path: Path):
+    reporter = Reporter(tmp_path, 0)
+    waits = (
+        Wait("learner-1", "3 more groups", 12.0),
+        Wait("learner-1", "the buffer", 2.0),
+        Wait("actor-0", "a lease", 0.5),
+    )
+    reporter.status(Status({}, 1, False, (peer("learner", 1), peer("actor", 1)), (), waits), 1)
+    reporter.status(Status({}, 2, False, (peer("learner", 1),), ()), 2)
+    reporter.close()
+    assert scalars(tmp_path, "waiting/learner-1_seconds") == [(1, 12.0), (2, 0.0)]
+    assert scalars(tmp_path, "waiting/actor-0_seconds") == [(1, 0.5)]
+    (page,) = events(tmp_path).Tensors("waits/text_summary")
+    assert page.tensor_proto.string_val[0].decode().splitlines() == [
+        "- learner-1 waits for 3 more groups, for 12 s",
+        "- learner-1 waits for the buffer, for 2 s",
+    ]
 
 
 def test_a_resumed_run_hides_what_it_writes_again_and_nothing_else(tmp_path: Path):

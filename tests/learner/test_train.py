@@ -8,11 +8,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from learner.agreement import LogprobMismatchError
 from learner.algorithm import Algorithm
 from learner.checkpoint import newest_checkpoint
 from learner.grpo import GRPO
 from learner.ppo import PPO
-from learner.train import LogprobMismatchError
 from tests.learner.samples import plain_model
 from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
 
@@ -179,7 +179,7 @@ def test_a_version_that_cannot_be_written_ends_the_run(start_run: Runs):
         if version == 1:
             shutil.rmtree(run.directory / "weights")
 
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match=r"policy 1 cannot be published to .*/weights: No such file or directory; make"):
         run.learn(GRPO(), 5, on_publish=lose_the_folder)
 
 

@@ -15,6 +15,7 @@ import torch
 from actors.config import ActorConfig
 from actors.engine import prepare_environment
 from buffer.client import Connection, host_id
+from buffer.credentials import Credentials
 from learner.publisher import WeightStore
 from learner.sft import SftSettings, train
 
@@ -65,6 +66,8 @@ def assert_agree(model: PreTrainedModel, completions: Sequence[SampledCompletion
         torch.testing.assert_close(torch.from_numpy(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
+# vLLM leaves its ZeroMQ context to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")
 def test_weights_arrive_whole_and_in_flight(base: Path, tmp_path: Path) -> None:
     config = ActorConfig(
         model_path=str(base), samples_per_group=4, max_new_tokens=200, max_tokens=256, max_groups_in_flight=16
@@ -82,8 +85,15 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     address = f"ipc://{tmp_path}/weights.ipc"
-    store, connection, engine = WeightStore(tmp_path / "weights", address), Connection(address, "test"), Engine(config)
-    client = WeightClient(connection, host_id=host_id(), spool=tmp_path / "spool", chunk_bytes=1 << 16)
+    credentials = Credentials.plain("test")
+    store, connection = (
+        WeightStore(tmp_path / "weights", address, credentials),
+        Connection(address, "test", credentials),
+    )
+    engine = Engine(config)
+    client = WeightClient(
+        connection, host_id=host_id(), published=tmp_path / "weights", spool=tmp_path / "spool", chunk_bytes=1 << 16
+    )
     try:
         loaded_from_folder = await engine.start()
         # The same weights through our transfer are the same weights, parameter by parameter.

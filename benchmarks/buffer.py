@@ -1,0 +1,405 @@
+"""How many groups a second go through the buffer, from an actor's hands to the learner's, and what durability costs.
+
+The full path: an actor's client, socket, ledger, shard, the learner's client, each process on its own. A group is 8
+trajectories of 1,024 tokens (74 kB). Beside it, in turns: the same frames through a ZeroMQ process that keeps nothing
+on disk, and, where they are installed, Redis with its append-only file and a Ray queue (`--peers-python` names an
+interpreter that has them). `--memory-groups N` instead pushes N small groups through and watches memory and files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_any
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# This file has the name of the package that it measures.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import msgpack
+import numpy as np
+import psutil
+import zmq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from buffer import wire
+from buffer.client import Connection
+from buffer.config import BufferConfig
+from buffer.credentials import Credentials
+from buffer.server import Server
+from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS_PER_BATCH = 32
+MAX_STALENESS = 3
+COMMIT_EVERY = 4
+IN_FLIGHT = 64
+WARM_UP_BATCHES = 6
+PROCESSES = multiprocessing.get_context("spawn")
+
+
+def pattern(num_trajectories: int, num_tokens: int) -> wire.PackedGroup:
+    """A group whose contents every group of the measurement has."""
+    chance = np.random.default_rng(0)
+    mask = np.arange(num_tokens) >= min(64, num_tokens // 2)
+    trajectories = tuple(
+        Trajectory(
+            trajectory_id=f"0.0.{i}",
+            group_id="0.0",
+            prompt_id=0,
+            token_ids=chance.integers(0, 150_000, num_tokens).astype(np.int32),
+            loss_mask=mask,
+            behavior_logprobs=np.where(mask, -chance.random(num_tokens), 0.0).astype(np.float32),
+            policy_versions=(VersionSpan(0, 0),),
+            reward=float(i % 2),
+            reward_breakdown={"correct": float(i % 2)},
+            verdict="correct" if i % 2 else "wrong",
+            finish_reason=FinishReason.STOP,
+            actor_id="actor-0",
+        )
+        for i in range(num_trajectories)
+    )
+    return wire.pack_group(TrajectoryGroup("0.0", 0, trajectories))
+
+
+def named(group: wire.PackedGroup, lease: wire.Lease, policy_version: int) -> wire.PackedGroup:
+    """The same contents under a lease."""
+    details = tuple((detail[0], *detail[1:7], ((0, policy_version),)) for detail in group.header.details)
+    header = replace(
+        group.header,
+        group_id=lease.group_id,
+        prompt_id=lease.prompt_id,
+        oldest_version=policy_version,
+        details=details,
+    )
+    fields = [header.group_id, header.prompt_id, policy_version, header.num_tokens, header.rewards, details]
+    return wire.PackedGroup(header, msgpack.packb(fields, use_bin_type=True), group.arrays_frame)
+
+
+# --- the processes ---
+
+
+def serve(config: BufferConfig, credentials: Credentials, ready: Any) -> None:
+    server = Server(config, credentials)
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    ready.set()
+    server.run()
+
+
+def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_version: Any) -> None:
+    """Lease and deliver until the buffer closes."""
+    contents = pattern(*shape)
+    receipts: deque[Future[wire.Message]] = deque()
+    with Connection(address, "actor-0", credentials) as buffer:
+        told, lease = -1, None
+        while True:
+            newest = policy_version.value
+            if newest != told:
+                told = newest
+                buffer.request(wire.Heartbeat("actor", "actor-0", told, "", {}))
+            lease = lease or buffer.request(wire.LeaseRequest("actor-0", told, IN_FLIGHT // 2, "prompts"))
+            wait_for_any([lease], timeout=0.002)
+            if not lease.done():
+                continue
+            reply, lease = lease.result(), None
+            assert isinstance(reply, wire.LeaseReply)
+            if reply.closing:
+                return
+            for granted in reply.leases:
+                receipts.append(buffer.request(wire.GroupDelivery("actor-0", named(contents, granted, told))))
+            while len(receipts) > IN_FLIGHT:
+                assert receipts.popleft().result().outcome == "stored"
+
+
+def relay(address: str, ready: Any) -> None:
+    """The same frames through the same sockets, kept in memory until the learner asks."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.bind(address)
+        ready.set()
+        kept: deque[list[bytes]] = deque()
+        asking: bytes | None = None
+        while True:
+            identity, kind, *frames = socket.recv_multipart()
+            if kind == b"put":
+                kept.append(frames)
+                socket.send_multipart([identity, b"stored"])
+            else:
+                asking = identity
+            if asking is not None and len(kept) >= GROUPS_PER_BATCH:
+                batch = [frame for _ in range(GROUPS_PER_BATCH) for frame in kept.popleft()]
+                socket.send_multipart([asking, *batch], copy=False)
+                asking = None
+
+
+def put(address: str, shape: tuple[int, int]) -> None:
+    """Send the frames of one group again and again, a bounded number ahead of the receipts."""
+    contents = pattern(*shape)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.connect(address)
+        under_way = 0
+        while True:
+            socket.send_multipart([b"put", contents.header_frame, contents.arrays_frame], copy=False)
+            under_way += 1
+            while under_way > IN_FLIGHT:
+                socket.recv_multipart()
+                under_way -= 1
+
+
+@contextmanager
+def started(*commands: tuple[Callable[..., None], tuple[Any, ...]]) -> Iterator[list[Any]]:
+    processes = [PROCESSES.Process(target=target, args=arguments, daemon=True) for target, arguments in commands]
+    try:
+        for process in processes:
+            process.start()
+        yield processes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join(10)
+            process.kill()
+
+
+# --- the measurements ---
+
+
+def through_the_buffer(
+    durability: str,
+    credentials: Credentials,
+    num_groups: int,
+    shape: tuple[int, int],
+    watch: Callable[..., None] = lambda *_: None,
+) -> float:
+    """Groups per second; `watch` is called with the buffer's process, its folder and the number of groups so far."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        address = f"ipc://{folder}/socket"
+        config = BufferConfig(
+            *(folder, address, 10**6, "prompts", GROUPS_PER_BATCH, MAX_STALENESS),
+            durability=durability,
+            lease_seconds=600.0,
+        )
+        ready, policy_version = PROCESSES.Event(), PROCESSES.Value("q", 0)
+        with started((serve, (config, credentials, ready))) as (server,):
+            ready.wait(60)
+            acting = (act, (address, credentials.for_client(), shape, policy_version))
+            with Connection(address, "learner", credentials.for_client()) as learner, started(acting):
+                learner.call(wire.LearnerHello(0))
+                taken, begin, batch = 0, 0.0, 0
+                while taken < num_groups:
+                    shard = learner.call(wire.BatchRequest(batch, 0, 1))
+                    assert isinstance(shard, wire.Shard)
+                    batch += 1
+                    policy_version.value = batch
+                    if batch % COMMIT_EVERY == 0:
+                        learner.request(wire.CheckpointCommitted(batch))
+                    if batch <= WARM_UP_BATCHES:
+                        begin = time.perf_counter()
+                        continue
+                    taken += len(shard.groups)
+                    watch(psutil.Process(server.pid), Path(folder), taken)
+                return taken / (time.perf_counter() - begin)
+
+
+def through_zeromq(num_groups: int, shape: tuple[int, int]) -> float:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        address, ready = f"ipc://{folder}/socket", PROCESSES.Event()
+        with started((relay, (address, ready))):
+            ready.wait(60)
+            with started((put, (address, shape))), zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+                socket.connect(address)
+                taken, begin = -WARM_UP_BATCHES * GROUPS_PER_BATCH, 0.0
+                while taken < num_groups:
+                    if taken <= 0:
+                        begin = time.perf_counter()
+                    socket.send_multipart([b"get"])
+                    taken += len(socket.recv_multipart()) // 2
+                return taken / (time.perf_counter() - begin)
+
+
+def through_a_peer(python: str, name: str, num_groups: int, num_bytes: int) -> float | str:
+    """Groups per second, or why it cannot be measured."""
+    command = [python, str(ROOT / "benchmarks" / "buffer_peers.py"), name, str(num_groups), str(num_bytes)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if ended.returncode:
+        return (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1][-200:]
+    measured: float = json.loads(ended.stdout.splitlines()[-1])
+    return measured
+
+
+def compare(repeats: int, num_groups: int, peers_python: str) -> dict[str, Any]:
+    """Every way in turn, `repeats` times."""
+    shape, plain, encrypted = (8, 1_024), Credentials.plain("benchmark"), Credentials.new("benchmark")
+    num_bytes = pattern(*shape).num_bytes
+    ways: dict[str, Callable[[], float | str]] = {
+        f"buffer, {name}": lambda name=name: through_the_buffer(name, plain, num_groups, shape)
+        for name in ("full", "normal", "memory")
+    }
+    ways["buffer, normal, CURVE"] = lambda: through_the_buffer("normal", encrypted, num_groups, shape)
+    ways["ZeroMQ, nothing kept"] = lambda: through_zeromq(num_groups * 4, shape)
+    for label, name in (
+        ("Redis, AOF always", "redis-always"),
+        ("Redis, AOF every second", "redis-everysec"),
+        ("Ray queue", "ray"),
+    ):
+        ways[label] = lambda name=name: through_a_peer(peers_python, name, num_groups, num_bytes)
+    measured: dict[str, list[float]] = {label: [] for label in ways}
+    skipped: dict[str, str] = {}
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=repeats * len(ways))
+        for _ in range(repeats):
+            for label, measure in ways.items():
+                progress.update(task, description=label)
+                outcome = skipped.get(label) or measure()
+                if isinstance(outcome, str):
+                    skipped[label] = outcome
+                else:
+                    measured[label].append(outcome)
+                progress.advance(task)
+    rates = {
+        label: {
+            "groups_per_second": statistics.median(values),
+            "spread": [min(values), max(values)],
+            "megabytes_per_second": statistics.median(values) * num_bytes / 1e6,
+            "tokens_per_second": statistics.median(values) * shape[0] * shape[1],
+        }
+        for label, values in measured.items()
+        if values
+    }
+    return {"group_bytes": num_bytes, "groups": num_groups, "repeats": repeats, "rates": rates, "skipped": skipped}
+
+
+def watch_memory(num_groups: int) -> dict[str, Any]:
+    """Memory of the buffer's process and size of its files while `num_groups` small groups go through."""
+    samples: list[dict[str, float]] = []
+    with Progress(TextColumn("groups"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("", total=num_groups)
+
+        def watch(process: psutil.Process, folder: Path, taken: int) -> None:
+            progress.update(task, completed=min(taken, num_groups))
+            if taken >= len(samples) * num_groups / 100:
+                sizes = {suffix: (folder / f"ledger.sqlite{suffix}").stat().st_size / 1e6 for suffix in ("", "-wal")}
+                memory = process.memory_info()
+                samples.append(
+                    {
+                        "groups": taken,
+                        "anonymous_mb": (memory.rss - memory.shared) / 1e6,
+                        "resident_mb": memory.rss / 1e6,
+                        "ledger_mb": sizes[""],
+                        "log_mb": sizes["-wal"],
+                    }
+                )
+
+        rate = through_the_buffer("normal", Credentials.plain("benchmark"), num_groups, (2, 16), watch)
+    first, last = samples[len(samples) // 10], samples[-1]
+    grown = last["groups"] - first["groups"]
+    return {
+        "memory_groups": num_groups,
+        "groups_per_second": rate,
+        "memory_bytes_per_group": 1e6 * (last["anonymous_mb"] - first["anonymous_mb"]) / grown,
+        "ledger_bytes_per_group": 1e6 * (last["ledger_mb"] - first["ledger_mb"]) / grown,
+        "log_mb_max": max(sample["log_mb"] for sample in samples),
+        "samples": samples,
+    }
+
+
+# --- the report ---
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"groups of 8 x 1,024 tokens ({figures['group_bytes'] / 1e3:.0f} kB), client to client")
+    for column in ("", "groups/s", "spread", "MB/s", "million tokens/s"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, rate in figures["rates"].items():
+        low, high = rate["spread"]
+        cells = (f"{rate['groups_per_second']:,.0f}", f"{low:,.0f} to {high:,.0f}")
+        more = (f"{rate['megabytes_per_second']:,.0f}", f"{rate['tokens_per_second'] / 1e6:.1f}")
+        table.add_row(label, *cells, *more)
+    for label, reason in figures["skipped"].items():
+        table.add_row(label, f"skipped: {reason}")
+    console.print(table)
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    if "rates" in figures:
+        figure, axes = pyplot.subplots(figsize=(8, 4))
+        labels = list(reversed(figures["rates"]))
+        medians = [figures["rates"][label]["groups_per_second"] for label in labels]
+        spreads = [figures["rates"][label]["spread"] for label in labels]
+        errors = [
+            [m - s[0] for m, s in zip(medians, spreads, strict=True)],
+            [s[1] - m for m, s in zip(medians, spreads, strict=True)],
+        ]
+        colors = ["#1f6f8b" if label.startswith("buffer") else "#b8b8b8" for label in labels]
+        axes.barh(labels, medians, xerr=errors, color=colors)
+        axes.set_xlabel("groups of 8 x 1,024 tokens per second")
+        axes.set_xscale("log")
+    else:
+        figure, axes = pyplot.subplots(figsize=(8, 4))
+        groups = [sample["groups"] for sample in figures["samples"]]
+        for name, label in (("anonymous_mb", "memory"), ("ledger_mb", "ledger"), ("log_mb", "write-ahead log")):
+            axes.plot(groups, [sample[name] for sample in figures["samples"]], label=label)
+        axes.set_xlabel("groups trained on")
+        axes.set_ylabel("MB")
+        axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="write a plot here (.png or .svg)")
+    parser.add_argument("--quick", action="store_true", help="one short measurement of each: about a minute")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way, in turns")
+    parser.add_argument("--groups", type=int, default=4_000, help="groups per measurement")
+    parser.add_argument("--peers-python", default=sys.executable, help="a Python with redis and ray installed")
+    parser.add_argument(
+        "--memory-groups", type=int, default=0, help="watch memory over so many groups; 1000000 is much"
+    )
+    options = parser.parse_args()
+    repeats, groups = (1, min(options.groups, 600)) if options.quick else (options.repeats, options.groups)
+    console = Console()
+    if options.memory_groups:
+        figures = watch_memory(options.memory_groups)
+        console.print({name: value for name, value in figures.items() if name != "samples"})
+    else:
+        figures = compare(repeats, groups, options.peers_python)
+        show(figures, console)
+    figures |= {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("pyzmq", "msgpack", "numpy")}
+        | {"sqlite": sqlite3.sqlite_version, "zeromq": zmq.zmq_version()},
+    }
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.plot:
+        plot(figures, options.plot)
+
+
+if __name__ == "__main__":
+    main()

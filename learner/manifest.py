@@ -1,0 +1,51 @@
+"""The files a checkpoint consists of, with sizes and digests: written last, checked before anything is loaded.
+
+It finds what disks and interrupted copies do to files. It is no signature: whoever can write the folder can write the
+manifest as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+FILE_NAME = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Describe every file in `folder` as it is now.
+
+    Raises:
+        OSError: when a file cannot be read or the manifest cannot be written.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE_NAME)
+    entries = {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files}
+    (folder / FILE_NAME).write_text(json.dumps(entries, indent=1))
+
+
+def defect(folder: Path) -> str | None:
+    """What is wrong with the first file that is not as it was written; None when all of them are."""
+    try:
+        entries: dict[str, tuple[int, str]] = json.loads((folder / FILE_NAME).read_text())
+        for name, (num_bytes, digest) in entries.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != num_bytes:
+                return f"{name} has {path.stat().st_size} bytes instead of {num_bytes}"
+            if _digest(path) != digest:
+                return f"{name} has other contents than were written"
+    except FileNotFoundError:
+        return f"{FILE_NAME} is missing"
+    except OSError as error:
+        return str(error)
+    except (ValueError, TypeError, AttributeError):
+        # What JSON there is left may be of any shape.
+        return f"{FILE_NAME} cannot be understood"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()

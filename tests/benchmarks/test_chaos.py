@@ -1,0 +1,137 @@
+"""The storm's bookkeeping: what two witnesses say, who is hit, and who is back at work."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks import chaos
+from buffer import wire
+from buffer.config import BufferConfig
+from buffer.ledger import Holder, Ledger
+from tests.learner.samples import make_group
+
+STAND_IN = "import subprocess, sys, time; print('started'); time.sleep(600)"
+LAUNCHER = f"""
+import subprocess, sys, time
+for words in (["-m", "buffer", "serve"], ["-m", "actors", "RUN", "--name", "actor-7"], ["-m", "tensorboard.main"]):
+    subprocess.Popen([sys.executable, "-c", {STAND_IN!r}, *words])
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def launcher():
+    """A process with children that look like a buffer, an actor and something else."""
+    process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.DEVNULL)
+    own = psutil.Process(process.pid)
+    deadline = time.monotonic() + 30
+    while len(own.children()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    family = own.children(recursive=True)
+    yield process
+    for member in family:
+        if member.is_running():
+            member.kill()
+    process.kill()
+    process.wait()
+
+
+def make_storm(launcher: "subprocess.Popen[bytes]", run_dir: Path, seed: int = 0) -> chaos.Storm:
+    (run_dir / "logs").mkdir(parents=True)
+    return chaos.Storm(launcher.pid, run_dir, seed=seed, interval_seconds=0.01)
+
+
+def test_only_the_runs_own_processes_are_hit(launcher, tmp_path):
+    storm = make_storm(launcher, tmp_path)
+    children = {tuple(child.cmdline()[3:]): child for child in psutil.Process(launcher.pid).children()}
+    deadline = time.monotonic() + 30
+    while not storm.kills and time.monotonic() < deadline:
+        storm.turn()
+        time.sleep(0.01)
+    storm.end()
+    assert set(storm.kills) | set(storm.freezes) <= {"buffer", "actor"}
+    assert storm.kills
+    bystander = children["-m", "tensorboard.main"]
+    assert bystander.status() == psutil.STATUS_SLEEPING
+    assert all(child.status() != psutil.STATUS_STOPPED for child in children.values() if child.is_running())
+
+
+def test_a_victim_is_back_when_its_log_says_so_after_the_blow(launcher, tmp_path):
+    storm = make_storm(launcher, tmp_path)
+    log = tmp_path / "logs" / "actor-7.log"
+    log.write_text("policy 1 loaded\n")
+    deadline = time.monotonic() + 30
+    while not storm.kills["actor"] and time.monotonic() < deadline:
+        storm.turn()
+        time.sleep(0.01)
+    assert storm.kills["actor"]
+    storm.watch()
+    assert "actor" not in storm.recovery_seconds
+    with log.open("a") as appended:
+        appended.write("starting\npolicy 2 loaded, generation paused\n")
+    storm.watch()
+    assert len(storm.recovery_seconds["actor"]) == 1
+    storm.end()
+
+
+def test_the_last_lineage_is_what_was_written_last():
+    log = "\n".join(
+        [
+            "1 INFO learner: policy 0 trains on groups 0-1",
+            "2 INFO learner: policy 1 trains on groups 2-3",
+            "3 INFO learner: policy 2 trains on groups 4,6",
+            "4 INFO learner: starting at policy 1; 4 groups are ready again",
+            "5 INFO learner: policy 1 trains on groups 2,4",
+        ]
+    )
+    assert chaos.lineage(log) == {0: [0, 1], 1: [2, 4]}
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("5", [5]), ("3-5,9", [3, 4, 5, 9]), ("0,2-3", [0, 2, 3])])
+def test_ranges_are_read(text, numbers):
+    assert chaos.occurrences(text) == numbers
+
+
+def make_run(run_dir: Path, learner_log: str) -> dict:
+    """A ledger in which occurrences 0 and 1 were trained on at version 0 and are done; what it and the log say."""
+    config = BufferConfig(
+        run_dir=str(run_dir),
+        address=f"ipc://{run_dir}/unused",
+        num_prompts=10,
+        data_fingerprint="prompts",
+        groups_per_batch=2,
+        max_staleness=1,
+    )
+    ledger = Ledger(config, now=0.0)
+    with ledger.transaction():
+        for _ in range(2):
+            group_id, prompt_id = ledger.issue(Holder("actor-aa", "actor", 1), 0, now=0.0)
+            ledger.deliver(wire.pack_group(make_group(group_id, prompt_id)))
+        ledger.use([0, 1], 0)
+        ledger.commit(1)
+    ledger.close()
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs" / "learner.log").write_text(learner_log)
+    return chaos.account(run_dir)
+
+
+def test_what_both_witnesses_agree_on_is_not_lost(tmp_path):
+    figures = make_run(tmp_path, "policy 0 trains on groups 0-1\n")
+    assert (figures["issued"], figures["trained"]) == (2, 2)
+    assert (figures["lost"], figures["trained_twice"]) == (0, 0)
+    assert figures["invariant_holds"]
+    json.dumps(figures)
+
+
+def test_a_group_that_no_weights_contain_is_lost(tmp_path):
+    assert make_run(tmp_path, "policy 0 trains on groups 0\n")["lost"] == 1
+
+
+def test_a_group_in_two_batches_of_one_lineage_is_trained_twice(tmp_path):
+    log = "policy 0 trains on groups 0-1\npolicy 1 trains on groups 1-2\n"
+    assert make_run(tmp_path, log)["trained_twice"] == 1

@@ -1,0 +1,335 @@
+"""Mutated real messages against the real service: `python -m tests.buffer.fuzz --minutes 30 [--seed N]`.
+
+Every message there is, with the ids and versions of a living ledger, is encoded, broken in one or two ways and read as
+a server reads it. Only WireError may come out of reading; what is still sound goes to the service, whose answers a
+client must be able to read. In the end the ledger's audit must hold and a good actor and learner must get on.
+"""
+
+import argparse
+import math
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from buffer import wire
+from buffer.audit import audit
+from buffer.config import BufferConfig
+from buffer.gate import Incoming, read_incoming
+from buffer.ledger import Ledger
+from buffer.schema import WireError
+from buffer.service import Service
+from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+
+RUN_ID = "fuzzed"
+PER_TRANSACTION = 64
+Frames = list[bytes]
+
+EVIL: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2**31, 2**40, 2**40 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)),
+    *(math.nan, math.inf, -math.inf, 1e308, -0.0, 1e-320),
+    *(
+        "",
+        "..",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a\nb",
+        "\x00",
+        "\x1b[2J",
+        "\ud800",
+        "\u202e",
+        "x" * 5000,
+        "é" * 200,
+    ),
+    *(b"", b"\xff" * 9, [], [[]], {}, {"a": math.nan}, {1: 2}, [0] * 70_000, msgpack.ExtType(5, b"x")),
+    *("0.0", "999999999999999999.0", "0.999999999999999999", "99999999999999999999999.0", "-1.0", "٣.٠"),
+)
+CLAIMS = (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff")
+"""An array, a map, a text and bytes that claim to be 4 GiB long."""
+
+
+def group_of(group_id: str, prompt_id: int, version: int, size: int = 2) -> wire.PackedGroup:
+    mask = np.arange(6) >= 2
+    trajectories = tuple(
+        Trajectory(
+            trajectory_id=f"{group_id}.{number}",
+            group_id=group_id,
+            prompt_id=prompt_id,
+            token_ids=np.arange(6, dtype=np.int32),
+            loss_mask=mask,
+            behavior_logprobs=np.where(mask, -0.5, 0.0).astype(np.float32),
+            policy_versions=(VersionSpan(0, version), VersionSpan(3, version + 1)),
+            reward=float(number),
+            reward_breakdown={"correct": float(number)},
+            verdict="correct",
+            finish_reason=FinishReason.STOP,
+            actor_id="actor-0",
+        )
+        for number in range(size)
+    )
+    return wire.pack_group(TrajectoryGroup(group_id, prompt_id, trajectories))
+
+
+class Buffer:
+    """A ledger and its service, and what a well-behaved client would know of them."""
+
+    def __init__(self, run_dir: Path) -> None:
+        config = BufferConfig(str(run_dir), "ipc://none", 50, "abc", 2, 2, lease_seconds=5.0, durability="memory")
+        self.run_dir, self.now, self.number, self.version = run_dir, 0.0, 0, 0
+        self.identities = (b"actor-0-0", b"actor-1-0", b"learner-0-0")
+        self.leases: list[wire.Lease] = []
+        self.ledger = Ledger(config, self.now)
+        self.service = Service(config, self.ledger)
+
+    def receive(self, incoming: Incoming) -> None:
+        if isinstance(incoming.message, wire.LearnerHello):
+            self.version = incoming.message.policy_version
+        self._learn(self.service.receive(incoming.identity, incoming.message, incoming.number, self.now))
+
+    def wake(self, seconds: float = 0.05) -> None:
+        self.now += seconds
+        self._learn(self.service.wake(self.now))
+
+    def _learn(self, outgoing: Any) -> None:
+        for answer in outgoing:
+            message, _ = wire.decode(wire.encode(answer.message, answer.request_number, RUN_ID), RUN_ID)
+            if isinstance(message, wire.LeaseReply):
+                self.leases = (self.leases + list(message.leases))[-8:]
+            if isinstance(message, wire.Shard):
+                self.version = message.policy_version + 1
+
+    def ask(self, identity: bytes, message: wire.Message) -> list[wire.Message]:
+        """What the service answers to a good message."""
+        self.number += 1
+        with self.ledger.transaction():
+            outgoing = self.service.receive(identity, message, self.number, self.now) + self.service.wake(self.now)
+        return [answer.message for answer in outgoing if answer.identity == identity]
+
+    def converse(self, chance: random.Random) -> None:
+        """Sound messages, so that between the broken ones leases, deliveries, batches and commits go on."""
+        self.number += 1_000_000
+        if chance.random() < 0.05:
+            # As new processes: a mutant may have told the service of request numbers that nobody reaches.
+            self.identities = tuple(name + b"-%d" % self.number for name in (b"actor-0", b"actor-1", b"learner-0"))
+        actor, learner = chance.choice(self.identities[:2]), self.identities[2]
+        name = actor.decode()[:7]
+        said: list[tuple[bytes, wire.Message]] = [
+            (actor, wire.GroupDelivery(name, group_of(lease.group_id, lease.prompt_id, self.version)))
+            for lease in self.leases
+        ]
+        if self.version > 1000 or chance.random() < 0.2:
+            said.append((learner, wire.LearnerHello(chance.randrange(50))))
+        said.append((learner, wire.CheckpointCommitted(max(0, self.version - 2))))
+        for identity, message in said:
+            self.receive(Incoming(identity, message, self.number))
+        self.receive(Incoming(learner, wire.BatchRequest(self.version, 0, 1), self.number))
+        self.receive(Incoming(actor, wire.LeaseRequest(name, self.version, 4, "abc"), self.number))
+
+    def messages(self, chance: random.Random) -> list[wire.Message]:
+        """One of every kind, as they could come now."""
+        lease = chance.choice(self.leases) if self.leases else wire.Lease("0.0", 0, 5.0)
+        version = max(0, self.version - chance.randrange(3))
+        group = group_of(lease.group_id, lease.prompt_id, version)
+        report = wire.EvaluationReport("actor-0", version, version, 10, 0.5, 0.2, 12.0, 1.0)
+        peer = wire.Peer("actor", "actor-0", version, "", 0.5, {"actor/tokens": 1.0})
+        tensor = wire.TensorEntry("layer.0", "float32", (2, 3), 64, 24, 123)
+        return [
+            wire.LeaseRequest("actor-0", version, chance.randrange(9), "abc"),
+            wire.LeaseReply((lease,), -1, False),
+            wire.GroupDelivery("actor-0", group),
+            wire.GroupReceipt(lease.group_id, "stored"),
+            wire.LeaseReturn("actor-0", (lease.group_id, "0.1"), chance.choice(["", "prompt_too_long"])),
+            wire.Heartbeat(chance.choice(["actor", "learner"]), "actor-0", version, "prompts", {"actor/tokens": 1.0}),
+            wire.HeartbeatReply(version, False),
+            report,
+            wire.Done(),
+            wire.Refused("no such thing"),
+            wire.LearnerHello(version),
+            wire.LearnerWelcome(1, 2),
+            wire.BatchRequest(self.version, 0, 1),
+            wire.Shard(version, 2, (0,), (group,)),
+            wire.CheckpointCommitted(version),
+            wire.EvaluationRequest(version),
+            wire.EvaluationQuery(0),
+            wire.EvaluationReports((report,)),
+            wire.Close(),
+            wire.StatusRequest(),
+            wire.Status({"leased": 1}, version, False, (peer,), (report,)),
+            wire.ManifestRequest("abc:1", 1.0),
+            wire.Manifest(version, "abc:1", "/run/weights/v1.weights", "host", 88, (tensor,)),
+            wire.NoNewVersion(),
+            wire.ChunkRequest(version, 0, 24),
+            wire.Chunk(version, 0, b"bytes"),
+        ]
+
+
+# --- mutations -------------------------------------------------------------------------------------------------------
+
+
+def flip_bits(frames: Frames, other: Frames, chance: random.Random) -> None:
+    at = chance.randrange(len(frames))
+    frame = bytearray(frames[at])
+    for _ in range(chance.randint(1, 3) if frame else 0):
+        frame[chance.randrange(len(frame))] ^= 1 << chance.randrange(8)
+    frames[at] = bytes(frame)
+
+
+def cut(frames: Frames, other: Frames, chance: random.Random) -> None:
+    at = chance.randrange(len(frames))
+    frames[at] = frames[at][: chance.randrange(len(frames[at]) + 1)]
+
+
+def grow(frames: Frames, other: Frames, chance: random.Random) -> None:
+    at = chance.randrange(len(frames))
+    place = chance.randrange(len(frames[at]) + 1)
+    grown = chance.choice([chance.randbytes(chance.randint(1, 9)), chance.choice(CLAIMS), b"\x91" * 3000])
+    frames[at] = frames[at][:place] + grown + frames[at][place:]
+
+
+def move_frames(frames: Frames, other: Frames, chance: random.Random) -> None:
+    at = chance.randrange(len(frames))
+    match chance.randrange(4):
+        case 0:
+            frames.insert(at, chance.choice(other))
+        case 1:
+            del frames[at]
+        case 2:
+            with_at = chance.randrange(len(frames))
+            frames[at], frames[with_at] = frames[with_at], frames[at]
+        case 3:
+            frames.insert(at, frames[at])
+
+
+def splice(frames: Frames, other: Frames, chance: random.Random) -> None:
+    """The head of one message, the tail of another; frames or bytes of one frame."""
+    if chance.random() < 0.5:
+        frames[chance.randrange(1, len(frames) + 1) :] = other[chance.randrange(len(other) + 1) :]
+    else:
+        frames[0] = frames[0][: chance.randrange(len(frames[0]) + 1)] + other[0][chance.randrange(len(other[0])) :]
+
+
+def change_value(frames: Frames, other: Frames, chance: random.Random) -> None:
+    """Another value at a random place of a header that stays sound msgpack."""
+    at = chance.choice([0, *range(1, len(frames), 2)])
+    try:
+        value = msgpack.unpackb(frames[at], strict_map_key=False)
+        frames[at] = msgpack.packb(_changed(value, chance), unicode_errors="surrogatepass")
+    except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
+        pass  # What an earlier mutation left is no msgpack, or the changed value is none: the frame stays as it is.
+
+
+def _changed(value: Any, chance: random.Random) -> Any:
+    if isinstance(value, list) and value and chance.random() < 0.85:
+        at, copy = chance.randrange(len(value)), list(value)
+        match chance.randrange(12):
+            case 0:
+                del copy[at]
+            case 1:
+                copy.insert(at, copy[at])
+            case _:
+                copy[at] = _changed(copy[at], chance)
+        return copy
+    if isinstance(value, dict) and value and chance.random() < 0.7:
+        key = chance.choice(list(value))
+        if chance.random() < 0.5:
+            return value | {key: _changed(value[key], chance)}
+        evil = chance.choice(EVIL)
+        return value | {evil if isinstance(evil, str | int | bytes | float) else "b": value[key]}
+    if type(value) is int and chance.random() < 0.4:
+        return value + chance.choice([-2, -1, 1, 2, 1 << 30])
+    return chance.choice(EVIL)
+
+
+MUTATIONS: tuple[Callable[[Frames, Frames, random.Random], None], ...] = (
+    *(flip_bits, cut, grow, move_frames, splice),
+    *(change_value, change_value, change_value, change_value),
+)
+
+
+def mutant(messages: list[wire.Message], number: int, chance: random.Random) -> Frames:
+    frames = wire.encode(chance.choice(messages), number, RUN_ID)
+    other = wire.encode(chance.choice(messages), number, chance.choice([RUN_ID, "another"]))
+    for _ in range(chance.choice([1, 1, 2])):
+        if frames:
+            chance.choice(MUTATIONS)(frames, other, chance)
+    return frames
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming(seed: int, index: int, frames: Frames) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"fuzz seed {seed}, mutant {index}: {[frame[:500].hex() for frame in frames]}")
+        raise
+
+
+def fuzz(run_dir: Path, seed: int, enough: Callable[[int], bool]) -> tuple[int, int]:
+    """Send mutants until `enough` of their number. Returns how many were sent and how many were sound."""
+    chance, buffer = random.Random(seed), Buffer(run_dir)
+    index = num_sound = 0
+    while not enough(index):
+        messages = buffer.messages(chance)
+        with buffer.ledger.transaction():
+            buffer.converse(chance)
+            for _ in range(PER_TRANSACTION):
+                index += 1
+                identity = chance.choice(buffer.identities)
+                frames = mutant(messages, chance.randrange(index + 1), chance)
+                with naming(seed, index, frames):
+                    try:
+                        incoming = read_incoming(identity, frames, RUN_ID)
+                    except WireError:
+                        continue
+                    num_sound += 1
+                    buffer.receive(incoming)
+            with naming(seed, index, []):
+                buffer.wake()
+    with naming(seed, index, []):
+        finish(buffer)
+    return index, num_sound
+
+
+def finish(buffer: Buffer) -> None:
+    """The ledger holds, and a good learner and a good actor are served as if nothing had happened."""
+    buffer.ask(b"learner-9", wire.LearnerHello(0))
+    for _ in range(3):
+        with buffer.ledger.transaction():
+            buffer.wake(10.0)
+    answers = buffer.ask(b"actor-9", wire.LeaseRequest("actor-9", 0, 4, "abc"))
+    for lease in [lease for reply in answers if isinstance(reply, wire.LeaseReply) for lease in reply.leases]:
+        (receipt,) = buffer.ask(b"actor-9", wire.GroupDelivery("actor-9", group_of(lease.group_id, lease.prompt_id, 0)))
+        assert receipt == wire.GroupReceipt(lease.group_id, "stored")
+    (shard,) = buffer.ask(b"learner-9", wire.BatchRequest(0, 0, 1))
+    assert isinstance(shard, wire.Shard), shard
+    assert [wire.unpack_group(group).group_id for group in shard.groups]
+    found = audit(buffer.run_dir)
+    buffer.ledger.close()
+    assert found.holds, found.problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.buffer.fuzz", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    end = time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        sent, sound = fuzz(Path(folder), options.seed, lambda _: time.monotonic() > end)
+    print(f"{sent} mutated messages, {sound} of them still sound; nothing raised, the ledger holds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

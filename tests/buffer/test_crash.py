@@ -1,0 +1,137 @@
+"""The buffer dies at any instruction, again and again, and nothing is lost, trained twice or skipped."""
+
+import random
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffer import wire
+from buffer.audit import audit
+from buffer.ledger_file import FILE_NAME
+from buffer.prompt_order import PromptOrder
+from tests.buffer.killed_buffer import KilledBuffer
+
+ACTOR = b"actor-0-aa"
+BATCHES = 150
+GROUPS_PER_BATCH = 2
+
+
+def rows(run_dir: Path, sql: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(f"file:{run_dir / FILE_NAME}?mode=ro", uri=True)) as database:
+        return database.execute(sql).fetchall()
+
+
+class Run:
+    """One actor and one learner that now and then goes back to its last checkpoint, against a buffer that dies."""
+
+    def __init__(self, buffer: KilledBuffer, seed: int, make_group: Any) -> None:
+        self.buffer, self.random, self.make_group = buffer, random.Random(seed), make_group
+        self.number, self.lives, self.version, self.committed = 0, 0, 0, 0
+        self.stored: set[str] = set()
+        """Groups whose receipt came."""
+        self.lineage: dict[int, tuple[str, ...]] = {}
+        """Version -> groups of its batch, as the learner that made it saw them."""
+
+    def ask(self, identity: bytes, message: wire.Message) -> None:
+        self.number += 1
+        self.buffer.ask(identity, message, self.number)
+
+    @property
+    def learner(self) -> bytes:
+        return f"learner-{self.lives}".encode()
+
+    def begin_learning(self) -> None:
+        self.lives += 1
+        self.version = self.committed
+        self.lineage = {version: groups for version, groups in self.lineage.items() if version < self.version}
+        self.ask(self.learner, wire.LearnerHello(self.version))
+
+    def go_on(self) -> None:
+        """Until the last batch is committed."""
+        self.begin_learning()
+        self.ask(ACTOR, wire.LeaseRequest("actor-0", 0, 3, "abc"))
+        for answer in self.buffer.answers():
+            if answer is None:
+                self.check_the_file()
+                continue
+            identity, request, reply = answer
+            if identity == ACTOR:
+                self.act(request, reply)
+            elif identity == self.learner:
+                self.learn(request, reply)
+            if self.committed == BATCHES:
+                return
+
+    def act(self, request: wire.Message, reply: wire.Message) -> None:
+        match reply:
+            case wire.LeaseReply():
+                for lease in reply.leases:
+                    group = self.make_group(lease.group_id, lease.prompt_id, self.version)
+                    self.ask(ACTOR, wire.GroupDelivery("actor-0", group))
+                self.ask(ACTOR, wire.LeaseRequest("actor-0", self.version, 3, "abc"))
+            case wire.GroupReceipt():
+                assert reply.outcome in ("stored", "duplicate"), reply
+                self.stored.add(reply.group_id)
+            case _:
+                assert isinstance(request, wire.Heartbeat)
+
+    def learn(self, request: wire.Message, reply: wire.Message) -> None:
+        match request, reply:
+            case wire.BatchRequest(), wire.Shard():
+                self.lineage[self.version] = tuple(group.header.group_id for group in reply.groups)
+                self.version += 1
+                self.ask(ACTOR, wire.Heartbeat("actor", "actor-0", self.version, "", {}))
+                if self.random.random() < 0.15:
+                    return self.begin_learning()
+                if self.version % 3 == 0:
+                    return self.ask(self.learner, wire.CheckpointCommitted(self.version))
+            case wire.CheckpointCommitted(), wire.Done():
+                self.committed = request.policy_version
+        if self.version < BATCHES:
+            self.ask(self.learner, wire.BatchRequest(self.version, 0, 1))
+
+    def check_the_file(self) -> None:
+        """After a death: the ledger holds, and every group whose receipt was sent is in it."""
+        if not self.stored:
+            return
+        run_dir = Path(self.buffer.config.run_dir)
+        assert audit(run_dir).problems == ()
+        kept = {
+            f"{occurrence}.{attempt}"
+            for occurrence, attempt in rows(
+                run_dir, "SELECT occurrence, attempt FROM occurrences WHERE state IN ('ready', 'used', 'done')"
+            )
+        }
+        assert self.stored <= kept
+
+
+@pytest.mark.parametrize(("seed", "durability"), [(0, "full"), (1, "normal"), (2, "normal"), (3, "memory")])
+def test_a_buffer_that_dies_at_any_instruction_loses_nothing(
+    make_config: Any, make_group: Any, run_dir: Path, seed: int, durability: str
+):
+    config = make_config(durability=durability, groups_per_batch=GROUPS_PER_BATCH, max_staleness=2, num_prompts=7)
+    buffer = KilledBuffer(config, random.Random(seed), max_deaths=60)
+    run = Run(buffer, seed, make_group)
+    with buffer.alive():
+        run.go_on()
+    assert buffer.deaths >= 20
+    found = audit(run_dir)
+    assert found.problems == ()
+    assert found.counts["done"] == BATCHES * GROUPS_PER_BATCH
+    in_file: dict[int, list[str]] = {}
+    for version, occurrence, attempt in rows(
+        run_dir,
+        "SELECT used_version, occurrence, attempt FROM occurrences WHERE state = 'done'"
+        " ORDER BY used_version, batch_order",
+    ):
+        in_file.setdefault(version, []).append(f"{occurrence}.{attempt}")
+    assert {version: tuple(groups) for version, groups in in_file.items()} == run.lineage, "what the learner trained on"
+    trained = [group for groups in run.lineage.values() for group in groups]
+    assert len(trained) == len(set(trained))
+    order = PromptOrder(7, shuffle=True, seed=0)
+    dealt = rows(run_dir, "SELECT occurrence, prompt_id FROM occurrences ORDER BY occurrence")
+    assert dealt == [(k, order.prompt_id(k)) for k in range(found.issued)], "no prompt is skipped"
+    assert found.issued - len(trained) <= 3 * GROUPS_PER_BATCH, "what is not trained on is outstanding"

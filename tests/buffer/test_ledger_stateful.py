@@ -1,0 +1,379 @@
+"""Any order of events at the buffer, with restarts and aborted transactions between them, against a plain model."""
+
+import contextlib
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from buffer import wire
+from buffer.audit import audit
+from buffer.config import BufferConfig
+from buffer.leasing import Outgoing
+from buffer.ledger import Ledger
+from buffer.prompt_order import PromptOrder
+from buffer.service import Service
+from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+
+NUM_PROMPTS, GROUPS_PER_BATCH, MAX_STALENESS, LEASE_SECONDS = 5, 2, 2, 14.0
+ACTORS = ("actor-0", "actor-1")
+
+
+def group(group_id: str, prompt_id: int, version: int) -> wire.PackedGroup:
+    """A group whose tokens name it."""
+    occurrence, attempt = map(int, group_id.split("."))
+    trajectory = Trajectory(
+        trajectory_id=group_id,
+        group_id=group_id,
+        prompt_id=prompt_id,
+        token_ids=np.array([occurrence, attempt], np.int32),
+        loss_mask=np.array([False, True]),
+        behavior_logprobs=np.array([0, -1], np.float32),
+        policy_versions=(VersionSpan(0, version),),
+        reward=1.0,
+        reward_breakdown={},
+        verdict="correct",
+        finish_reason=FinishReason.STOP,
+    )
+    return wire.pack_group(TrajectoryGroup(group_id, prompt_id, (trajectory,)))
+
+
+@dataclass
+class Occurrence:
+    """What the model knows of one."""
+
+    state: str
+    attempt: int
+    holder: bytes
+    version: int
+    """The actor's at the lease, then the group's oldest."""
+    used_version: int = -1
+
+
+class BufferMachine(RuleBasedStateMachine):
+    @initialize()
+    def open(self) -> None:
+        self.directory = tempfile.TemporaryDirectory(prefix="run-")
+        self.config = BufferConfig(
+            *(self.directory.name, "ipc://x", NUM_PROMPTS, "abc", GROUPS_PER_BATCH, MAX_STALENESS),
+            lease_seconds=LEASE_SECONDS,
+            durability="memory",
+        )
+        self.now, self.number, self.processes = 0.0, 0, 0
+        self.ledger = Ledger(self.config, self.now)
+        self.service = Service(self.config, self.ledger)
+        self.order = PromptOrder(NUM_PROMPTS, shuffle=True, seed=0)
+        self.model: dict[int, Occurrence] = {}
+        self.deadlines: dict[bytes, float] = {}
+        self.identity = {actor: self.new_process(actor) for actor in ACTORS}
+        self.told: dict[bytes, int] = {}
+        """Which weights each process said it has, with its newest lease request."""
+        self.granted: dict[tuple[bytes, int], wire.LeaseReply] = {}
+        """Answers the buffer has in memory."""
+        self.lineage: dict[int, list[str]] = {}
+        self.shards: dict[int, wire.Shard] = {}
+        self.next_version, self.committed, self.has_rolled_back = 0, 0, False
+        self.batch_is_asked_for = False
+        self.start_learner(0)
+
+    # --- the model ---
+
+    def new_process(self, name: str) -> bytes:
+        self.processes += 1
+        return f"{name}-{self.processes}".encode()
+
+    def having(self, *states: str) -> list[int]:
+        return sorted(k for k, occurrence in self.model.items() if occurrence.state in states)
+
+    def tell(self, identity: bytes, message: wire.Message, number: int = -1) -> list[Outgoing]:
+        """Send one message, and hold all answers against the model."""
+        if number < 0:
+            self.number += 1
+            number = self.number
+        with self.ledger.transaction():
+            outgoing = self.service.receive(identity, message, number, self.now)
+            if identity in self.deadlines:
+                self.deadlines[identity] = self.now + LEASE_SECONDS
+            if isinstance(message, wire.LeaseRequest):
+                self.replace_predecessors(identity, message.actor_id)
+            if isinstance(message, wire.LeaseReturn):
+                self.end_leases(message.group_ids, message.reason)
+            outgoing += self.service.wake(self.now)
+        self.expire()
+        for answer in outgoing:
+            self.absorb(answer)
+        return [answer for answer in outgoing if (answer.identity, answer.request_number) == (identity, number)]
+
+    def replace_predecessors(self, identity: bytes, actor_id: str) -> None:
+        """The other processes of an actor lose what they held."""
+        for k in self.having("leased"):
+            holder = self.model[k].holder
+            if holder != identity and holder.startswith(f"{actor_id}-".encode()):
+                self.model[k].state = "pending"
+                self.deadlines.pop(holder, None)
+
+    def end_leases(self, group_ids: tuple[str, ...], reason: str) -> None:
+        for k, attempt in (map(int, group_id.split(".")) for group_id in group_ids):
+            if self.model[k].state == "leased" and self.model[k].attempt == attempt:
+                self.model[k].state = "dropped" if reason else "pending"
+
+    def expire(self) -> None:
+        silent = {identity for identity, deadline in self.deadlines.items() if deadline <= self.now}
+        for k in self.having("leased"):
+            if self.model[k].holder in silent:
+                self.model[k].state = "pending"
+        for identity in silent:
+            del self.deadlines[identity]
+
+    def absorb(self, answer: Outgoing) -> None:
+        match answer.message:
+            case wire.Shard():
+                self.absorb_shard(answer.message)
+            case wire.LeaseReply() if (answer.identity, answer.request_number) not in self.granted:
+                self.granted[answer.identity, answer.request_number] = answer.message
+                for lease in answer.message.leases:
+                    self.absorb_lease(answer.identity, lease)
+
+    def absorb_lease(self, identity: bytes, lease: wire.Lease) -> None:
+        """The oldest pending occurrence, else the next prompt of the order."""
+        pending = self.having("pending")
+        k = pending[0] if pending else len(self.model)
+        attempt = self.model[k].attempt + 1 if pending else 0
+        assert (lease.group_id, lease.prompt_id) == (f"{k}.{attempt}", self.order.prompt_id(k))
+        self.model[k] = Occurrence("leased", attempt, identity, self.told[identity])
+        self.deadlines[identity] = self.now + LEASE_SECONDS
+
+    def absorb_shard(self, shard: wire.Shard) -> None:
+        """The groups due first, in the order of their prompts, with the contents that were delivered."""
+        version = shard.policy_version
+        if version in self.shards:
+            assert shard == self.shards[version], "a repeat"
+            return
+        assert (version, self.batch_is_asked_for) == (self.next_version, True)
+        due_first = sorted(self.having("ready"), key=lambda k: (self.model[k].version, k))[:GROUPS_PER_BATCH]
+        chosen = sorted(due_first)
+        groups = [wire.unpack_group(packed) for packed in shard.groups]
+        assert [g.group_id for g in groups] == [f"{k}.{self.model[k].attempt}" for k in chosen]
+        assert [tuple(g.trajectories[0].token_ids) for g in groups] == [(k, self.model[k].attempt) for k in chosen]
+        assert shard.staleness == tuple(version - self.model[k].version for k in chosen)
+        assert self.has_rolled_back or max(shard.staleness) <= MAX_STALENESS
+        for k in chosen:
+            self.model[k].state, self.model[k].used_version = "used", version
+        self.lineage[version], self.shards[version] = [g.group_id for g in groups], shard
+        self.next_version, self.batch_is_asked_for = version + 1, False
+
+    # --- actors ---
+
+    @rule(actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), behind=st.integers(0, 3))
+    def ask_for_leases(self, actor: str, credit: int, behind: int) -> None:
+        identity, version = self.identity[actor], max(0, self.next_version - behind)
+        self.told[identity] = version
+        self.tell(identity, wire.LeaseRequest(actor, version, credit, "abc"))
+
+    @precondition(lambda self: self.granted)
+    @rule(data=st.data())
+    def repeat_a_lease_request(self, data: st.DataObject) -> None:
+        (identity, number), first = data.draw(st.sampled_from(sorted(self.granted.items(), key=lambda item: item[0])))
+        actor = identity.decode().rsplit("-", 1)[0]
+        if identity == self.identity[actor] and number == max(n for i, n in self.granted if i == identity):
+            request = wire.LeaseRequest(actor, self.told[identity], 4, "abc")
+            assert [answer.message for answer in self.tell(identity, request, number)] == [first]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), back=st.integers(0, 1), ahead=st.integers(0, 1))
+    def deliver(self, data: st.DataObject, back: int, ahead: int) -> None:
+        """What was leased, a copy of it, or a copy of an attempt that was given up."""
+        k = data.draw(st.sampled_from(sorted(self.model)))
+        known = self.model[k]
+        attempt = max(0, known.attempt - back)
+        version = known.version + ahead
+        is_late = attempt < known.attempt or known.state in ("pending", "dropped")
+        expected = "late" if is_late else "stored" if known.state == "leased" else "duplicate"
+        if expected == "stored":
+            self.model[k] = Occurrence("ready", attempt, known.holder, version)
+        packed = group(f"{k}.{attempt}", self.order.prompt_id(k), version)
+        actor = known.holder.decode().rsplit("-", 1)[0]
+        answers = self.tell(self.identity[actor], wire.GroupDelivery(actor, packed))
+        assert [answer.message.outcome for answer in answers] == [expected]
+
+    def finish(self, k: int, ahead: int) -> None:
+        """The holder of a lease delivers."""
+        known = self.model[k]
+        version, identity = known.version + ahead, known.holder
+        self.model[k] = Occurrence("ready", known.attempt, identity, version)
+        packed = group(f"{k}.{known.attempt}", self.order.prompt_id(k), version)
+        answers = self.tell(identity, wire.GroupDelivery("x", packed))
+        assert [answer.message.outcome for answer in answers] == ["stored"]
+
+    @rule(actor=st.sampled_from(ACTORS), ahead=st.lists(st.integers(0, 2), min_size=6, max_size=6))
+    def work_ahead(self, actor: str, ahead: list[int]) -> None:
+        """As much as admission allows, with tokens of versions that need not come in the order of the prompts."""
+        self.ask_for_leases(actor, 6, 0)
+        for k, newer in zip(self.having("leased"), ahead, strict=False):
+            self.finish(k, newer)
+
+    @rule(actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), times=st.integers(1, 5))
+    def work_and_train(self, actor: str, credit: int, times: int) -> None:
+        """One actor does all the work, while what the other one has leased grows old."""
+        for _ in range(times):
+            self.ask_for_leases(actor, credit, 0)
+            for k in self.having("leased"):
+                if self.model[k].holder == self.identity[actor] and self.model[k].state == "leased":
+                    self.finish(k, 0)
+            self.train()
+
+    @rule()
+    def deliver_what_was_never_issued(self) -> None:
+        packed = group(f"{len(self.model)}.0", self.order.prompt_id(len(self.model)), 0)
+        (answer,) = self.tell(self.identity["actor-0"], wire.GroupDelivery("actor-0", packed))
+        assert answer.message.outcome == "unknown"
+
+    @precondition(lambda self: self.having("leased"))
+    @rule(data=st.data(), reason=st.sampled_from(["", "", "broken"]))
+    def give_back(self, data: st.DataObject, reason: str) -> None:
+        k = data.draw(st.sampled_from(self.having("leased")))
+        self.tell(self.model[k].holder, wire.LeaseReturn("x", (f"{k}.{self.model[k].attempt}",), reason))
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def restart_actor(self, actor: str) -> None:
+        self.identity[actor] = self.new_process(actor)
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def sign_of_life(self, actor: str) -> None:
+        self.tell(self.identity[actor], wire.StatusRequest())
+
+    @rule(seconds=st.floats(0.5, 9.0))
+    def wait(self, seconds: float) -> None:
+        """Long enough, in two or three steps, for a silent holder to lose what it holds."""
+        self.now += seconds
+        self.granted = {}  # How long the buffer remembers the connection of a silent actor is not modelled.
+        self.tell(b"nobody-0", wire.StatusRequest())
+
+    # --- the learner ---
+
+    def start_learner(self, version: int) -> None:
+        self.learner = self.new_process("learner")
+        for k in self.having("used", "done"):
+            occurrence = self.model[k]
+            if occurrence.used_version >= version:
+                occurrence.state = "ready" if occurrence.state == "used" else "pending"
+        self.lineage = {v: groups for v, groups in self.lineage.items() if v < version}
+        self.shards = {v: shard for v, shard in self.shards.items() if v < version}
+        self.next_version, self.batch_is_asked_for = version, False
+        first = self.tell(self.learner, wire.LearnerHello(version))
+        before = +self.ledger.counts
+        assert self.tell(self.learner, wire.LearnerHello(version), first[0].request_number) == first
+        assert +self.ledger.counts == before, "the repeat has no effect"
+
+    @rule()
+    def train(self) -> None:
+        self.batch_is_asked_for = True
+        self.tell(self.learner, wire.BatchRequest(self.next_version, 0, 1))
+
+    @precondition(lambda self: not self.batch_is_asked_for and any(v >= self.committed for v in self.shards))
+    @rule()
+    def ask_for_the_same_batch_again(self) -> None:
+        version = max(self.shards)
+        (answer,) = self.tell(self.learner, wire.BatchRequest(version, 0, 1))
+        assert answer.message == self.shards[version]
+
+    @rule(back=st.integers(0, 2))
+    def commit(self, back: int) -> None:
+        version = max(self.committed, self.next_version - back)
+        self.tell(self.learner, wire.CheckpointCommitted(version))
+        self.committed = version
+        for k in self.having("used"):
+            if self.model[k].used_version < version:
+                self.model[k].state = "done"
+
+    @precondition(lambda self: self.has_rolled_back or len(self.lineage) > 3)
+    @rule(behind_commit=st.integers(0, 1))
+    def go_back(self, behind_commit: int) -> None:
+        """To the last checkpoint, or to the one before when that turned out to be broken."""
+        self.committed = max(0, self.committed - behind_commit)
+        self.has_rolled_back = True
+        self.start_learner(self.committed)
+
+    # --- the buffer ---
+
+    @rule()
+    def restart(self) -> None:
+        self.ledger.close()
+        self.ledger = Ledger(self.config, self.now)
+        self.begin_anew()
+        self.deadlines = {self.model[k].holder: self.now + LEASE_SECONDS for k in self.having("leased")}
+
+    def begin_anew(self) -> None:
+        self.service = Service(self.config, self.ledger)
+        self.granted, self.batch_is_asked_for = {}, False
+
+    @precondition(lambda self: self.having("leased", "ready"))
+    @rule(data=st.data(), actor=st.sampled_from(ACTORS))
+    def abort(self, data: st.DataObject, actor: str) -> None:
+        """A transaction that changes everything it can, and then finds no space."""
+        k = data.draw(st.sampled_from(self.having("leased", "ready")))
+        delivery = wire.GroupDelivery(actor, group(f"{k}.{self.model[k].attempt}", self.order.prompt_id(k), 0))
+        with contextlib.suppress(KeyError), self.ledger.transaction():
+            stranger = self.new_process(actor)
+            messages: list[Any] = [
+                (self.learner, wire.BatchRequest(self.next_version, 0, 1)),
+                (stranger, delivery),
+                (stranger, wire.LeaseRequest(actor, self.next_version, 4, "abc")),
+                (self.learner, wire.CheckpointCommitted(self.next_version)),
+                (self.learner, wire.LearnerHello(0)),
+            ]
+            for number, (identity, message) in enumerate(messages):
+                self.service.receive(identity, message, 10**6 + number, self.now)
+            self.service.wake(self.now)
+            raise KeyError
+        self.begin_anew()
+
+    # --- what holds after every step ---
+
+    @invariant()
+    def the_states_agree_and_the_invariant_holds(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        counts = Counter(occurrence.state for occurrence in self.model.values())
+        found = audit(self.config.run_dir)
+        assert found.problems == ()
+        assert found.issued == len(self.model)
+        assert Counter(found.counts) + Counter(dropped=sum(found.dropped.values())) == counts
+        assert +self.ledger.leased == Counter(self.model[k].version for k in self.having("leased"))
+        assert +self.ledger.ready == Counter(self.model[k].version for k in self.having("ready"))
+        for identity in {self.model[k].holder for k in self.having("leased")}:
+            assert self.deadlines[identity] > self.now, "what is leased is watched"
+
+    @invariant()
+    def each_is_trained_on_once_in_a_lineage(self) -> None:
+        if hasattr(self, "ledger"):
+            trained = [group_id for groups in self.lineage.values() for group_id in groups]
+            in_model = {f"{k}.{self.model[k].attempt}" for k in self.having("used", "done")}
+            assert len(trained) == len(set(trained))
+            assert set(trained) == in_model
+
+    @invariant()
+    def outstanding_groups_are_bounded_and_the_learner_is_served(self) -> None:
+        if not hasattr(self, "ledger"):
+            return
+        outstanding = len(self.having("leased", "ready"))
+        assert self.has_rolled_back or outstanding <= (MAX_STALENESS + 1) * GROUPS_PER_BATCH
+        if self.batch_is_asked_for and not self.having("leased"):
+            assert len(self.having("ready")) < GROUPS_PER_BATCH
+
+    def teardown(self) -> None:
+        if hasattr(self, "ledger"):
+            self.ledger.close()
+            self.directory.cleanup()
+
+
+BufferMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class TestBufferMachine(BufferMachine.TestCase):
+    pass

@@ -1,0 +1,102 @@
+"""Steps of policy and critic from wherever the newest checkpoint is: `continued.py MODEL CHECKPOINTS STAGE STEP...`.
+
+Started by torchrun. Trains to each STEP in turn, leaving a checkpoint there. What a step trains on depends on its
+number and on the random generators, so a run that went on from a checkpoint must have everything back to be the same.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from learner.algorithm import AdvantageInputs
+from learner.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from learner.config import OptimizerConfig
+from learner.engine import all_reduce_sum, init_distributed, rank_and_world_size, shut_down_distributed
+from learner.model import PolicyModel
+from learner.ppo import PPO
+from learner.steps import Annotations, critic_step, policy_step, score_batch
+from tests.learner.ranks import critic_engine, policy_engine
+from tests.learner.samples import CPU, make_batch, make_group
+
+TOTAL_STEPS = 4
+BUDGET = 60
+OPTIMIZER = OptimizerConfig(1e-2, schedule="cosine", warmup_steps=1)
+
+
+class Run:
+    """One rank's engines and reference, at the newest checkpoint."""
+
+    def __init__(self, folder: Path, checkpoints: Path, stage: int) -> None:
+        self.folder, self.checkpoints = folder, checkpoints
+        self.policy = policy_engine(folder, OPTIMIZER, stage, torch.float32)
+        self.critic = critic_engine(folder, OPTIMIZER, stage, torch.float32)
+        self.reference = PolicyModel.load(folder, dtype=torch.float32, temperature=0.8, checkpointing=False)
+        self.algorithm = PPO(kl="loss", kl_coef=0.1)
+        self.version = 0
+        checkpoint = newest_checkpoint(checkpoints)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self.policy, self.critic)
+            self.version = int(checkpoint.name)
+
+    def step(self) -> None:
+        """One step on groups that the generators choose."""
+        rank, world_size = rank_and_world_size()
+        noise = int(random.random() * 1e6) + int(np.random.rand() * 1e6) + int(torch.rand(()) * 1e6)
+        batch = make_batch([make_group(f"{i}.0", i, seed=noise + self.version) for i in range(rank, 4, world_size)])
+        values, reference = score_batch(self.critic, batch, BUDGET), score_batch(self.reference, batch, BUDGET)
+        outputs = self.algorithm.advantages(
+            AdvantageInputs(
+                batch.rewards,
+                batch.group_index,
+                batch.sequence_index,
+                batch.behavior_logprobs,
+                values=values,
+                ref_logprobs=reference,
+                reduce=all_reduce_sum,
+            )
+        )
+        notes = Annotations(outputs.advantages, outputs.returns, values, None, reference)
+        everything = range(len(batch.trajectories))
+        critic_step(self.critic, self.algorithm, batch, everything, notes, BUDGET)
+        policy_step(self.policy, self.algorithm, batch, everything, notes, BUDGET)
+        for network in (self.critic, self.policy):
+            network.step(OPTIMIZER.rate(self.version, TOTAL_STEPS))
+        self.version += 1
+
+    def save(self) -> None:
+        """A checkpoint of the version reached."""
+        save_checkpoint(
+            self.checkpoints,
+            self.version,
+            self.policy,
+            self.critic,
+            base_path=self.folder,
+            dtype=torch.float32,
+            state={},
+            keep=9,
+        )
+
+
+def main(folder: Path, checkpoints: Path, stage: int, stops: list[int]) -> None:
+    """Train to each stop."""
+    torch.set_num_threads(1)
+    init_distributed(CPU)
+    rank, _ = rank_and_world_size()
+    random.seed(rank)
+    np.random.seed(rank)
+    torch.manual_seed(rank)
+    run = Run(folder, checkpoints, stage)
+    for stop in stops:
+        while run.version < stop:
+            run.step()
+        run.save()
+    shut_down_distributed()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), [int(stop) for stop in sys.argv[4:]])

@@ -1,0 +1,185 @@
+"""Real processes of a real run are killed, frozen and abandoned; the ledger's file says what became of the prompts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.chaos import account
+from launch.family import marked
+from tests.system.runs import Launch, finish
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
+
+GROUPS_PER_BATCH = 8
+SMALL_AND_QUICK = ("algorithm=grpo", "actor.evaluation_prompts=8", "learner.checkpoint_every=2")
+
+
+@dataclass
+class Run:
+    """A run under way."""
+
+    process: subprocess.Popen[str]
+    run_dir: Path
+
+    def until(self, condition: Callable[[], object], seconds: float = 150.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, "nothing happened"
+            time.sleep(0.1)
+
+    def log(self, name: str) -> str:
+        path = self.run_dir / "logs" / f"{name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def until_trained(self, batches: int) -> None:
+        """So many batches more than now, over all lives of the learner."""
+        wanted = self.log("learner").count("trains on groups") + batches
+        self.until(lambda: self.log("learner").count("trains on groups") >= wanted)
+
+    def process_of(self, *words: str) -> psutil.Process:
+        """The launcher's child whose command line ends so."""
+        children = psutil.Process(self.process.pid).children()
+        [found] = [child for child in children if tuple(child.cmdline()[-len(words) :]) == words]
+        return found
+
+    @property
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@dataclass
+class Traces:
+    """What the processes of a run hold outside of its directory."""
+
+    run_mark: str
+    files: set[Path]
+
+    @classmethod
+    def of(cls, family: list[psutil.Process]) -> Traces:
+        """Their mark, their temporary folder and their shared memory."""
+        run_mark, files = "", set()
+        for process in family:
+            environment = process.environ()
+            if "SLIPSTREAM_PROCESS" in environment:
+                run_mark = environment["SLIPSTREAM_PROCESS"].partition(".")[0]
+                files.add(Path(environment["TMPDIR"]))
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                files |= {Path(name) for name in re.findall(r" (/dev/shm/\S+)$", maps, re.MULTILINE)}
+        assert run_mark
+        assert all(path.exists() for path in files)
+        # vLLM's engine and its workers share memory, and everybody has the temporary folder.
+        assert len(files) >= 2
+        return cls(run_mark, files)
+
+    def left(self) -> list[object]:
+        return [*marked(self.run_mark), *(path for path in self.files if path.exists())]
+
+
+def assert_nothing_lost(run_dir: Path, steps: int) -> None:
+    """Every batch was full, trained once in the lineage that counts, and the prompts came in their order."""
+    found = account(run_dir)
+    assert (found["lost"], found["trained_twice"], found["dropped"]) == (0, 0, {})
+    assert found["invariant_holds"], found["problems"]
+    with closing(sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True)) as db:
+        batches = db.execute(
+            "SELECT used_version, count(*) FROM occurrences WHERE state = 'done' GROUP BY 1"
+        ).fetchall()
+        issued = [row[0] for row in db.execute("SELECT occurrence FROM occurrences ORDER BY 1")]
+    assert batches == [(version, GROUPS_PER_BATCH) for version in range(steps)]
+    assert issued == list(range(found["issued"]))
+
+
+def test_everybody_may_die_or_freeze_while_the_run_goes_on(launch: Launch, tmp_path: Path) -> None:
+    run_dir, steps = tmp_path / "run", 60
+    overrides = (
+        *SMALL_AND_QUICK,
+        *(f"total_steps={steps}", "cluster.num_actors=2", "cluster.max_restarts=3", "buffer.lease_seconds=6"),
+    )
+    run = Run(launch(run_dir, *overrides), run_dir)
+    run.until(lambda: all("loaded, generation paused" in run.log(f"actor-{number}") for number in (0, 1)))
+    run.until_trained(3)
+    run.process_of("--name", "actor-0").kill()
+    run.until_trained(3)
+
+    frozen = run.process_of("--name", "actor-1")
+    frozen.suspend()
+    run.until(lambda: re.search(r"actor-1\S* was silent", run.log("buffer")))
+    frozen.resume()
+    run.until_trained(3)
+
+    run.process_of("-m", "learner", str(run_dir)).kill()
+    run.until_trained(3)
+    run.process_of("serve", str(run_dir)).kill()
+    run.until_trained(3)
+
+    traces = Traces.of(run.family)
+    finish(run.process, run_dir)
+    assert_nothing_lost(run_dir, steps)
+    for name in ("actor-0", "learner", "buffer"):
+        assert f"{name} ended with status -9" in run.log("launcher")
+    assert "actor-1 ended" not in run.log("launcher")
+    assert not traces.left()
+
+
+def test_a_killed_launcher_leaves_nothing_and_the_run_goes_on_at_once(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = Run(launch(run_dir, *SMALL_AND_QUICK, "total_steps=100000"), run_dir)
+    run.until(lambda: "another actor joins with:" in run.log("launcher"))
+    run.until_trained(2)
+    [command] = re.findall(r"another actor joins with: (.*)", run.log("launcher"))
+    with (tmp_path / "by-hand.log").open("w") as log:
+        by_hand = subprocess.Popen(shlex.split(command), cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
+    run.until(lambda: contributions(run_dir, f"-{by_hand.pid}") >= 2)
+    engine = psutil.Process(by_hand.pid).children(recursive=True)
+    by_hand.kill()
+    by_hand.wait()
+    assert not psutil.wait_procs(engine, timeout=30)[1]
+
+    traces = Traces.of(run.family)
+    run.process_of("serve", str(run_dir)).suspend()
+    run.process.kill()
+    run.process.communicate()
+    deadline = time.monotonic() + 30
+    while traces.left():
+        assert time.monotonic() < deadline, traces.left()
+        time.sleep(0.1)
+
+    # The rest would take hours; shorten it as a user may, in the run's own configuration.
+    last = max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()) + 3
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace("total_steps: 100000", f"total_steps: {last}"))
+    finish(launch(run_dir, f"resume={run_dir}", small=False), run_dir)
+    assert_nothing_lost(run_dir, last)
+
+
+def contributions(run_dir: Path, actor: str) -> int:
+    """Groups of an actor, whose name ends so, that were trained on."""
+    with closing(sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True)) as db:
+        trained = "SELECT count(*) FROM occurrences WHERE state IN ('used', 'done') AND actor_id LIKE ?"
+        return int(db.execute(trained, (f"%{actor}",)).fetchone()[0])
+
+
+def test_sigterm_ends_a_run_well(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = Run(launch(run_dir, *SMALL_AND_QUICK, "total_steps=100000"), run_dir)
+    run.until_trained(3)
+    traces = Traces.of(run.family)
+    run.process.send_signal(signal.SIGTERM)
+    output, _ = run.process.communicate(timeout=30)
+    assert run.process.returncode == 0, output
+    assert re.search(rf"stopped by SIGTERM; at checkpoint \d+, continue with: .* resume={run_dir}", output)
+    assert not traces.left()
+    assert "Exception ignored" not in run.log("actor-0")
