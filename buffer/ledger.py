@@ -143,8 +143,8 @@ class Ledger:
             occurrence, prompt_id, attempt = pending[0]
             attempt += 1
             self.file.write(
-                "UPDATE occurrences SET state = 'leased', attempt = ?, holder = ?, actor_id = ?, request_number = ?,"
-                " oldest_version = ?, num_tokens = 0 WHERE occurrence = ?",
+                "UPDATE OR FAIL occurrences SET state = 'leased', attempt = ?, holder = ?, actor_id = ?,"
+                " request_number = ?, oldest_version = ?, num_tokens = 0 WHERE occurrence = ?",
                 *(attempt, *lease, occurrence),
             )
             self._move("pending", "leased")
@@ -154,7 +154,7 @@ class Ledger:
             prompt_id = self._order.prompt_id(occurrence)
             self.file.set_meta("issued", occurrence + 1)
             self.file.write(
-                "INSERT INTO occurrences"
+                "INSERT OR FAIL INTO occurrences"
                 " (occurrence, prompt_id, attempt, state, holder, actor_id, request_number, oldest_version)"
                 f" VALUES (?, ?, ?, '{FIRST_STATE}', ?, ?, ?, ?)",
                 *(occurrence, prompt_id, attempt, *lease),
@@ -195,7 +195,7 @@ class Ledger:
         if version < row.oldest_version:
             self.file.count("older_than_leased")
         self.file.write(
-            "UPDATE occurrences SET state = 'ready', oldest_version = ?, num_tokens = ? WHERE occurrence = ?",
+            "UPDATE OR FAIL occurrences SET state = 'ready', oldest_version = ?, num_tokens = ? WHERE occurrence = ?",
             *(version, sum(group.header.num_tokens), row.occurrence),
         )
         self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
@@ -268,7 +268,7 @@ class Ledger:
         for position, occurrence in enumerate(occurrences):
             version = self.file.one("SELECT oldest_version FROM occurrences WHERE occurrence = ?", occurrence)
             changed = self.file.write(
-                "UPDATE occurrences SET state = 'used', used_version = ?, staleness = ?, batch_order = ?"
+                "UPDATE OR FAIL occurrences SET state = 'used', used_version = ?, staleness = ?, batch_order = ?"
                 " WHERE occurrence = ? AND state = 'ready'",
                 *(policy_version, policy_version - version, position, occurrence),
             )
@@ -300,7 +300,7 @@ class Ledger:
             policy_version,
         )
         number = self.file.write(
-            "UPDATE occurrences SET state = 'done' WHERE state = 'used' AND used_version < ?", policy_version
+            "UPDATE OR FAIL occurrences SET state = 'done' WHERE state = 'used' AND used_version < ?", policy_version
         )
         self._move("used", "done", number)
         return number
@@ -312,13 +312,13 @@ class Ledger:
         their prompts are pending, so that none is skipped.
         """
         number = self.file.write(
-            "UPDATE occurrences SET state = 'ready', used_version = NULL, staleness = NULL, batch_order = NULL"
+            "UPDATE OR FAIL occurrences SET state = 'ready', used_version = NULL, staleness = NULL, batch_order = NULL"
             " WHERE state = 'used' AND used_version >= ?",
             policy_version,
         )
         resampled = self.file.write(
-            "UPDATE occurrences SET state = 'pending', used_version = NULL, staleness = NULL, batch_order = NULL"
-            " WHERE state = 'done' AND used_version >= ?",
+            "UPDATE OR FAIL occurrences SET state = 'pending', used_version = NULL, staleness = NULL,"
+            " batch_order = NULL WHERE state = 'done' AND used_version >= ?",
             policy_version,
         )
         self.evaluations.roll_back(policy_version)
@@ -344,7 +344,9 @@ class Ledger:
 
     def _end_lease(self, occurrence: int, version: int, reason: str) -> None:
         state = "dropped" if reason else "pending"
-        self.file.write("UPDATE occurrences SET state = ?, reason = ? WHERE occurrence = ?", state, reason, occurrence)
+        self.file.write(
+            "UPDATE OR FAIL occurrences SET state = ?, reason = ? WHERE occurrence = ?", state, reason, occurrence
+        )
         self._move("leased", _count_key(state, reason))
         _take(self.leased, version)
 
