@@ -234,12 +234,13 @@ def through_zeromq(num_groups: int, shape: tuple[int, int]) -> float:
                 return taken / (time.perf_counter() - begin)
 
 
-def through_a_peer(python: str, name: str, num_groups: int, num_bytes: int) -> float | str:
+def through_a_peer(python: str, name: str, num_groups: int, shape: tuple[int, int]) -> float | str:
     """Groups per second, or why it cannot be measured."""
-    command = [python, str(ROOT / "benchmarks" / "buffer_peers.py"), name, str(num_groups), str(num_bytes)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    command, contents = [python, str(ROOT / "benchmarks" / "buffer_peers.py"), name, str(num_groups)], pattern(*shape)
+    frames = msgpack.packb([contents.header_frame, contents.arrays_frame])
+    ended = subprocess.run(command, input=frames, capture_output=True, check=False, timeout=600)
     if ended.returncode:
-        return (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1][-200:]
+        return (ended.stderr.decode(errors="replace").strip().splitlines() or ["it ended without a word"])[-1][-200:]
     measured: float = json.loads(ended.stdout.splitlines()[-1])
     return measured
 
@@ -259,7 +260,7 @@ def compare(repeats: int, num_groups: int, peers_python: str) -> dict[str, Any]:
         ("Redis, AOF every second", "redis-everysec"),
         ("Ray queue", "ray"),
     ):
-        ways[label] = lambda name=name: through_a_peer(peers_python, name, num_groups, num_bytes)
+        ways[label] = lambda name=name: through_a_peer(peers_python, name, num_groups, shape)
     measured: dict[str, list[float]] = {label: [] for label in ways}
     skipped: dict[str, str] = {}
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -376,7 +377,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short measurement of each: about a minute")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each way, in turns")
     parser.add_argument("--groups", type=int, default=4_000, help="groups per measurement")
-    parser.add_argument("--peers-python", default=sys.executable, help="a Python with redis and ray installed")
+    parser.add_argument("--peers-python", default=sys.executable, help="a Python with redis, ray, numpy and msgpack")
     parser.add_argument(
         "--memory-groups", type=int, default=0, help="watch memory over so many groups; 1000000 is much"
     )
