@@ -357,7 +357,6 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         colors = ["#1f6f8b" if label.startswith("buffer") else "#b8b8b8" for label in labels]
         axes.barh(labels, medians, xerr=errors, color=colors)
         axes.set_xlabel("groups of 8 x 1,024 tokens per second")
-        axes.set_xscale("log")
     else:
         figure, axes = pyplot.subplots(figsize=(8, 4))
         groups = [sample["groups"] for sample in figures["samples"]]

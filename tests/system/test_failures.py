@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from benchmarks.chaos import account
+from buffer.audit import audit
 from launch.family import marked
 from tests.system.runs import Launch, finish
 
@@ -183,3 +184,34 @@ def test_sigterm_ends_a_run_well(launch: Launch, tmp_path: Path) -> None:
     assert re.search(rf"stopped by SIGTERM; at checkpoint \d+, continue with: .* resume={run_dir}", output)
     assert not traces.left()
     assert "Exception ignored" not in run.log("actor-0")
+
+
+def test_a_removed_run_directory_ends_everything_with_one_sentence(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = Run(launch(run_dir, *SMALL_AND_QUICK, "total_steps=100000"), run_dir)
+    run.until_trained(2)
+    traces = Traces.of(run.family)
+    # Somebody may be writing a new file into a folder that is being removed.
+    run_dir.rename(tmp_path / "removed")
+    output, _ = run.process.communicate(timeout=60)
+    assert run.process.returncode == 1, output
+    assert re.search(r"error: run_dir=\S*run was removed", output), output
+    assert "Traceback" not in output
+    assert not traces.left()
+    assert audit(tmp_path / "removed").holds
+
+
+def test_a_run_without_signal_says_so_and_ends_as_configured(launch: Launch, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    # A model that can hardly add gets all sums wrong, and two wrong answers in a group teach nothing.
+    overrides = (
+        *SMALL_AND_QUICK,
+        *("total_steps=100000", "groups_per_batch=2", "samples_per_group=2", "actor.evaluation_prompts=1"),
+        "learner.max_batches_without_signal=3",
+    )
+    run = Run(launch(run_dir, *overrides), run_dir)
+    output, _ = run.process.communicate(timeout=240)
+    assert run.process.returncode == 1, output
+    assert "nothing to learn from 3 batches in a row: all rewards within every group are equal" in output
+    assert "Traceback" not in output
+    assert audit(run_dir).holds
