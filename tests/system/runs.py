@@ -29,3 +29,12 @@ def finish(process: subprocess.Popen[str], run_dir: Path, timeout_seconds: float
         logs = "".join(f"\n== {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*.log"))
         pytest.fail(f"the run ended with status {process.returncode}:\n{output}{logs}")
     return output
+
+
+def reward_curve(run_dir: Path) -> list[tuple[int, float]]:
+    """(version, mean reward) as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("reward/mean")]
