@@ -29,6 +29,8 @@ from buffer.wire import MAX_FRAME_BYTES, Frames, Message, Refused, decode, encod
 
 log = logging.getLogger(__name__)
 
+MOST_QUEUED = 1_000
+"""Messages that wait on either side for a slow peer; what does not fit is sent again."""
 SILENT_RESENDS = 15
 """After this many resend intervals without any answer the socket is opened anew."""
 
@@ -182,18 +184,12 @@ class Connection:
 
     def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """A socket on its way to the server, and one that reports its handshakes."""
-        socket = self._context.socket(zmq.DEALER)
+        socket = bounded_socket(self._context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._identity)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 1_000)
-        socket.setsockopt(zmq.RCVHWM, 1_000)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         # Queue nothing while the server is away: repeats would pile up and arrive all at once.
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
         if self._credentials.encrypted:
             socket.curve_serverkey = self._credentials.server_public
             socket.curve_publickey = self._credentials.client_public
@@ -293,3 +289,18 @@ class Connection:
 def host_id() -> str:
     """Names the running kernel: processes with equal ids may share files and memory."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    """What sockets of clients and servers have in common; not yet bound or connected.
+
+    It ends at once when it is closed, and what a peer can make it hold is bounded.
+    """
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, MOST_QUEUED)
+    socket.setsockopt(zmq.RCVHWM, MOST_QUEUED)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+    return socket

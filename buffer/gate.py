@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 import zmq
 
+from buffer.client import bounded_socket
 from buffer.credentials import Credentials
 from buffer.doorkeeper import Doorkeeper
 from buffer.offenders import Offenders
 from buffer.schema import WireError
 from buffer.wire import (
-    MAX_FRAME_BYTES,
     MAX_FRAMES,
     MAX_MESSAGE_BYTES,
     ForeignRunError,
@@ -91,14 +91,7 @@ class Gate:
         """Where it listens, with the port that was found for a wildcard."""
 
     def _open(self, credentials: Credentials) -> zmq.Socket[bytes]:
-        socket = self.context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.LINGER, 0)
-        # What a slow peer does not fetch, or a fast one sends ahead, is bounded; it is sent again on either side.
-        socket.setsockopt(zmq.SNDHWM, 1_000)
-        socket.setsockopt(zmq.RCVHWM, 1_000)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+        socket = bounded_socket(self.context, zmq.ROUTER)
         # A client that reopens its socket keeps its identity; without handover the old, dead connection would win.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if credentials.encrypted:

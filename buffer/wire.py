@@ -18,6 +18,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from buffer.schema import (
     MAX_INTEGER,
@@ -497,10 +498,7 @@ def unpack_group(packed: PackedGroup) -> TrajectoryGroup:
     Raises:
         WireError: when the contents break a rule of `Trajectory`.
     """
-    header, total = packed.header, sum(packed.header.num_tokens)
-    token_ids = np.frombuffer(packed.arrays_frame, np.int32, total)
-    behavior_logprobs = np.frombuffer(packed.arrays_frame, np.float32, total, offset=4 * total)
-    loss_mask = np.frombuffer(packed.arrays_frame, np.uint8, total, offset=8 * total)
+    header, (token_ids, behavior_logprobs, loss_mask) = packed.header, _arrays(packed)
     if loss_mask.max() > 1:
         raise WireError(f"group {header.group_id}: the loss mask holds {loss_mask.max()}; only 0 and 1 are allowed")
     trajectories, start = [], 0
@@ -540,10 +538,7 @@ def check_group(packed: PackedGroup) -> None:
     Raises:
         WireError: when the contents break a rule of `Trajectory`.
     """
-    header, total = packed.header, sum(packed.header.num_tokens)
-    token_ids = np.frombuffer(packed.arrays_frame, np.int32, total)
-    logprobs = np.frombuffer(packed.arrays_frame, np.float32, total, offset=4 * total)
-    mask = np.frombuffer(packed.arrays_frame, np.uint8, total, offset=8 * total)
+    header, (token_ids, logprobs, mask) = packed.header, _arrays(packed)
     starts = list(accumulate((0, *header.num_tokens[:-1])))
     rules = {
         "the loss mask holds numbers other than 0 and 1": mask.max() > 1,
@@ -558,6 +553,16 @@ def check_group(packed: PackedGroup) -> None:
     for broken, holds in rules.items():
         if holds:
             raise WireError(f"group {header.group_id}: {broken}")
+
+
+def _arrays(packed: PackedGroup) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.uint8]]:
+    """Views of token_ids, behavior_logprobs and loss_mask, all trajectories of the group one after another."""
+    total = sum(packed.header.num_tokens)
+    return (
+        np.frombuffer(packed.arrays_frame, np.int32, total),
+        np.frombuffer(packed.arrays_frame, np.float32, total, offset=4 * total),
+        np.frombuffer(packed.arrays_frame, np.uint8, total, offset=8 * total),
+    )
 
 
 def _are_spans(details: TrajectoryDetails, num_tokens: int) -> bool:

@@ -1,9 +1,6 @@
 """A run that went on from a checkpoint in new processes is, bit for bit, the run that never stopped."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,25 +10,9 @@ from torch import Tensor
 
 from learner.engine import STATE_CLASSES
 from learner.state_file import read_state_file
+from tests.learner.torchrun import run_ranks
 
 pytestmark = pytest.mark.system
-
-ROOT = Path(__file__).parents[2]
-
-
-def train(num_ranks: int, *arguments: object) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    result = subprocess.run(
-        [*launcher, "tests/learner/continued.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def contents(checkpoint: Path) -> dict[str, list[Tensor]]:
@@ -69,9 +50,9 @@ def test_two_steps_and_two_more_in_new_processes_are_four(
     model_folder: Path, tmp_path: Path, num_ranks: int, stage: int
 ):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train(num_ranks, model_folder, straight, stage, 2, 4)
+    run_ranks("continued.py", num_ranks, model_folder, straight, stage, 2, 4)
     shutil.copytree(straight / "00000002", resumed / "00000002")
-    train(num_ranks, model_folder, resumed, stage, 4)
+    run_ranks("continued.py", num_ranks, model_folder, resumed, stage, 4)
     expected, before = contents(straight / "00000004"), contents(straight / "00000002")
     assert differing(expected, contents(resumed / "00000004")) == set()
     # Weights and optimizers of both networks and the generators of each rank have moved; they are what was compared.

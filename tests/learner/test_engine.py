@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,10 +27,9 @@ from tests.learner.ranks import (
     train,
 )
 from tests.learner.samples import CPU, make_batch, plain_model
+from tests.learner.torchrun import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-
-ROOT = Path(__file__).parents[2]
 
 
 def assert_same_weights(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -113,18 +109,7 @@ def test_neither_zero_stage_nor_microbatches_change_the_result(
 @pytest.mark.system
 def test_two_ranks_with_unequal_shares_make_the_same_steps_as_one(model_folder: Path, whole: Outcome, tmp_path: Path):
     output = tmp_path / "outcomes.pt"
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, "tests/learner/ranks.py", str(model_folder), str(output)],
-        cwd=ROOT,
-        env=inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_ranks("ranks.py", 2, model_folder, output)
     saved = torch.load(output, weights_only=True)
     outcomes = saved["outcomes"]
     assert set(outcomes) == set(STAGES)
