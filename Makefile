@@ -11,8 +11,14 @@ PYTHON_ENV := .venv/bin/python
 train: .venv/.ready
 	@$(PYTHON_ENV) launch/cluster.py $(ARGS)
 
+# Tests of single parts share the cores; those of whole runs have the machine to themselves.
 test: .venv/.ready
+ifdef ARGS
 	@$(PYTHON_ENV) -m pytest $(ARGS)
+else
+	@$(PYTHON_ENV) -m pytest -m "not system" -n auto --maxprocesses 4
+	@$(PYTHON_ENV) -m pytest -m system
+endif
 
 lint: .venv/.ready
 	@$(PYTHON_ENV) -m ruff format --check .
