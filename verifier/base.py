@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """How a completion was judged; `timeout` and `error` are the scoring pool's, not the grader's."""
+    """How a completion was judged; `timeout`, `crash` and `error` are the scoring pool's, not the grader's."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -21,7 +21,11 @@ class Verdict(StrEnum):
     TRUNCATED = "truncated"
     """No answer, and the length limit ended the completion."""
     TIMEOUT = "timeout"
+    """Not scored within the deadline, or within its share of the processor."""
+    CRASH = "crash"
+    """The scoring process died or had no memory left."""
     ERROR = "error"
+    """A reward raised, or answered what is no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,13 @@ class Completion:
     text: str
     """The completion without its prompt."""
     gold: str
-    """The reference answer; a JSON object {"numbers": [...], "target": n} for countdown."""
+    """The reference answer; JSON where it is more than one text (countdown, knights_knaves, several golds)."""
     truncated: bool = False
     """True when the length limit ended it."""
+    num_tokens: int | None = None
+    """Sampled tokens, observations left out; None where only the text is known."""
+    verdict: Verdict | None = None
+    """The grader's, for the rewards that are asked after it; None for the grader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,8 @@ class Score:
     reward: float
     breakdown: dict[str, float]
     verdict: Verdict
+    skipped: bool = False
+    """True: could not be scored and must not be trained on; `reward` is then that of a wrong answer."""
 
 
 RewardFunction = Callable[[Completion], float | None]
@@ -63,6 +73,8 @@ class Grader:
     """The reward of correct, wrong and no_answer; other verdicts borrow one of these."""
     prepare: Callable[[], None] = _nothing_to_prepare
     """Loads what judging needs; called once per worker, before any deadline runs."""
+    explain: Callable[[Completion], str] | None = None
+    """Which rule decides a completion, for the tables of `python -m verifier check`; None where there are no rules."""
 
 
 Reward = RewardFunction | Grader
@@ -73,7 +85,7 @@ class RewardSpec:
     """One reward of a task as the configuration names it."""
 
     name: str
-    """A registered name, or `module:factory` for a reward of one's own."""
+    """A registered name, `FILE.py:NAME` for one of a file of one's own, or `MODULE:NAME` of an installed module."""
     weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward's factory."""

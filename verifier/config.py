@@ -1,37 +1,39 @@
-"""The verifier's configuration: the rewards of a task and the bounds of the scoring pool."""
+"""The verifier's configuration: the bounds of the scoring pool, and what becomes of what cannot be scored.
+
+The rewards stand in the run's top-level key `reward`; docs/rewards.md.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verifier.base import RewardSpec, Verdict
-from verifier.rewards import build_scorer
-
 MIN_MEMORY_BYTES = 1 << 28
-ON_TIMEOUT = ("wrong", "no_answer")
+TREATMENTS = ("wrong", "no_answer", "skip", "retry")
 
 
 @dataclass(frozen=True)
 class VerifierConfig:
-    """Rewards and scoring pool.
+    """The scoring pool.
 
     Raises:
-        ValueError: for an unknown reward or a bound outside its range.
+        ValueError: for a bound outside its range.
     """
 
-    rewards: list[RewardSpec]
-    """Named, weighted rewards; exactly one of them is a grader."""
     num_workers: int = 1
     """Scoring processes."""
     deadline_seconds: float = 5.0
-    """Time for one group, and again for each of its completions when the group exceeded it."""
+    """Time for one completion, and, rounded up to a second, its time on the processor."""
     memory_bytes: int = 2 << 30
     """Address space of one scoring process."""
     on_timeout: str = "wrong"
-    """Whose reward a completion gets that could not be scored: `wrong` or `no_answer`."""
+    """What could not be scored in time counts as `wrong` or `no_answer`, is left out of its group (`skip`), or is
+    scored again, alone (`retry`), and then counts as wrong."""
+    on_error: str = "wrong"
+    """The same for one at which the scoring process crashed or a reward raised."""
+    max_retries: int = 1
+    """How often `retry` tries again."""
 
     def __post_init__(self) -> None:
-        build_scorer(self.rewards)
         if self.num_workers < 1:
             raise ValueError(f"verifier.num_workers is {self.num_workers}; at least 1 is needed")
         if not 0 < self.deadline_seconds < float("inf"):
@@ -40,15 +42,20 @@ class VerifierConfig:
             raise ValueError(
                 f"verifier.memory_bytes is {self.memory_bytes}; a scoring process needs at least {MIN_MEMORY_BYTES}"
             )
-        check_on_timeout(self.on_timeout)
+        check_treatment("on_timeout", self.on_timeout)
+        check_treatment("on_error", self.on_error)
+        if self.max_retries < 1:
+            raise ValueError(
+                f"verifier.max_retries is {self.max_retries}; use 1 or more, and on_timeout or on_error without"
+                " retry for none"
+            )
 
 
-def check_on_timeout(on_timeout: str) -> Verdict:
-    """The verdict whose reward `on_timeout` names.
+def check_treatment(setting: str, value: str) -> None:
+    """Refuse what is no way to deal with a completion that could not be scored.
 
     Raises:
-        ValueError: when it names none.
+        ValueError: with the ways there are.
     """
-    if on_timeout not in ON_TIMEOUT:
-        raise ValueError(f"verifier.on_timeout is {on_timeout!r}; choose one of {', '.join(ON_TIMEOUT)}")
-    return Verdict(on_timeout)
+    if value not in TREATMENTS:
+        raise ValueError(f"verifier.{setting} is {value!r}; choose one of {', '.join(TREATMENTS)}")

@@ -6,18 +6,22 @@ Both walks are bounded: integers never exceed `MAX_BITS`, arguments of functions
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 import mpmath  # type: ignore[import-untyped]
 
-from verifier.math_tree import Node, Number, Symbol
+from verifier.math_tree import Node, Number, Operation, Symbol
 
 MAX_BITS = 1 << 17
 MAX_EXACT_FACTORIAL = 3000
 MAX_ARGUMENT = 10**15
 MAX_EXPONENT_BITS = 100
+MAX_TERMS = 2000
+MAX_LIMIT = 10**6
 
 _CIRCULAR = ("sin", "cos", "tan", "cot", "sec", "csc")
 _FUNCTIONS: dict[str, str] = {
@@ -66,7 +70,21 @@ def _exact(node: Node) -> Fraction:
         case "binom", [n, k] if n.denominator == k.denominator == 1 and 0 <= k <= n <= MAX_EXACT_FACTORIAL:
             factorials = [int(mpmath.libmp.ifac(int(value))) for value in (n, k, n - k)]
             return Fraction(factorials[0] // (factorials[1] * factorials[2]))
-    raise Undefined(node.name)
+    return _exact_number_theory(node.name, values)
+
+
+def _exact_number_theory(name: str, values: list[Fraction]) -> Fraction:
+    match name, values:
+        case "max" | "min", _:
+            return max(values) if name == "max" else min(values)
+        case "gcd" | "lcm", _ if all(value.denominator == 1 for value in values):
+            whole = [int(value) for value in values]
+            return _bounded(Fraction(math.gcd(*whole) if name == "gcd" else math.lcm(*whole)))
+        case "mod", [first, second]:
+            return first % second
+        case "doublefactorial", [value] if value.denominator == 1 and 0 <= value <= MAX_EXACT_FACTORIAL:
+            return Fraction(math.prod(range(int(value), 0, -2)))
+    raise Undefined(name)
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
@@ -86,14 +104,33 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
-class Numeric:
-    """Evaluates trees with `digits` decimal digits; `scale` keeps the largest term ever added, to recognise a zero."""
+_contexts = threading.local()
 
-    def __init__(self, digits: int, *, natural_log: bool = False) -> None:
-        self.context: Any = mpmath.MPContext()
-        self.context.dps = digits
+
+def _context(digits: int) -> Any:
+    """This thread's mpmath context of that precision; making one costs more than most comparisons."""
+    made: dict[Any, Any] = _contexts.__dict__
+    if digits not in made:
+        made[digits] = mpmath.MPContext()
+    made[digits].dps = digits
+    return made[digits]
+
+
+class Numeric:
+    """Evaluates trees with `digits` decimal digits.
+
+    `scale` keeps the largest term ever added, to recognise a zero; `absorbed` tells that some term was so much smaller
+    than another that agreement to half the digits does not see it. With `real` the logarithm and the even root of a
+    negative number are undefined.
+    """
+
+    def __init__(self, digits: int, *, natural_log: bool = False, real: bool = False) -> None:
+        self.context = _context(digits)
         self.natural_log = natural_log
+        self.real = real
         self.scale: Any = self.context.mpf(0)
+        self.absorbed = False
+        self.terms_left = MAX_TERMS
 
     def value(self, node: Node, point: Mapping[str, Any]) -> Any:
         """A real or complex mpmath number.
@@ -128,13 +165,19 @@ class Numeric:
             constants = {"\\pi": context.pi, "e": context.e, "i": context.j}
             if node.name not in constants and node.name not in point:
                 raise Undefined(node.name)
-            return context.convert(constants.get(node.name, point.get(node.name)))
+            # The index of a sum may be called i.
+            return context.convert(point.get(node.name, constants.get(node.name)))
+        if node.name in ("sum", "prod"):
+            return self._series(node, point)
         values = [self._finite(self._value(argument, point)) for argument in node.arguments]
         if node.name == "pow":
             return self._power_or_root(values[0], node.arguments[1], values[1])
         if node.name == "add":
-            self.scale = max(self.scale, *(abs(value) for value in values))
-            return context.fsum(values)
+            sizes = [abs(value) for value in values if value]
+            if sizes:
+                self.scale = max(self.scale, *sizes)
+                self.absorbed |= bool(min(sizes) <= max(sizes) * context.mpf(10) ** (5 - context.dps // 2))
+            return sum(values[1:], values[0])
         if node.name == "mul":
             return values[0] * values[1]
         if node.name == "div":
@@ -150,19 +193,42 @@ class Numeric:
         if name == "abs":
             return abs(first)
         if name in ("ln", "log"):
+            if self.real and not context.im(first) and first < 0:
+                raise Undefined("the logarithm of a negative number")
             base = values[1] if len(values) > 1 else (10 if name == "log" and not self.natural_log else None)
             return context.log(first) if base is None else context.log(first) / context.log(base)
         if any(abs(value) > MAX_ARGUMENT for value in values):
             raise Undefined(f"{name} of a number beyond {MAX_ARGUMENT}")
+        if name in ("max", "min", "mod") and not any(context.im(value) for value in values):
+            return values[0] % values[1] if name == "mod" else (max if name == "max" else min)(values)
+        if name == "cis":
+            return context.expj(first)
         if name in _FUNCTIONS:
             return getattr(context, _FUNCTIONS[name])(first)
         if name in ("lfloor", "lceil"):
             return context.floor(first) if name == "lfloor" else context.ceil(first)
-        if name == "factorial":
-            return context.factorial(first)
+        if name in ("factorial", "doublefactorial"):
+            return context.factorial(first) if name == "factorial" else context.fac2(first)
         if name == "binom":
             return context.binomial(first, values[1])
         raise Undefined(name)
+
+    def _series(self, node: Operation, point: Mapping[str, Any]) -> Any:
+        """A sum or product over whole numbers, term by term."""
+        index, *limits, body = node.arguments
+        lower, upper = (self._value(limit, point) for limit in limits)
+        limits_are_whole = all(abs(limit) < MAX_LIMIT and limit == int(limit.real) for limit in (lower, upper))
+        if not isinstance(index, Symbol) or not limits_are_whole:
+            raise Undefined("limits that are not small whole numbers")
+        lower, upper = lower.real, upper.real
+        self.terms_left -= max(int(upper) - int(lower) + 1, 0)
+        if self.terms_left < 0:
+            raise Undefined(f"more than {MAX_TERMS} terms")
+        result = self.context.mpf(node.name == "prod")
+        for number in range(int(lower), int(upper) + 1):
+            term = self._value(body, {**point, index.name: self.context.mpf(number)})
+            result = result + term if node.name == "sum" else result * term
+        return result
 
     def _pow(self, base: Any, exponent: Any) -> Any:
         if base == 0:
@@ -177,19 +243,26 @@ class Numeric:
     def _power_or_root(self, base: Any, exponent: Node, value: Any) -> Any:
         """A negative number's power with an odd root in it is real, as `_root` has it: (-8)^{2/3} = 4."""
         fraction = exact(exponent)
-        if fraction is None or fraction.denominator % 2 == 0 or fraction.denominator == 1:
+        if fraction is None or fraction.denominator == 1:
             return self._pow(base, value)
+        if fraction.denominator % 2 == 0:
+            return self._even_root_power(base, value)
         return self._pow(self._root(base, self.context.mpf(fraction.denominator)), self.context.mpf(fraction.numerator))
+
+    def _even_root_power(self, base: Any, exponent: Any) -> Any:
+        if self.real and not self.context.im(base) and base < 0:
+            raise Undefined("the even root of a negative number")
+        return self._pow(base, exponent)
 
     def _root(self, radicand: Any, degree: Any) -> Any:
         """The real root of a negative number for odd degrees, the principal root otherwise."""
         if degree == 0:
             raise Undefined("the root of degree zero")
-        if (
-            not self.context.im(radicand)
-            and radicand < 0
-            and degree == int(self.context.re(degree))
-            and degree % 2 == 1
-        ):
+        is_odd = (
+            abs(degree) < MAX_LIMIT and not self.context.im(degree) and int(degree.real) == degree and degree % 2 == 1
+        )
+        if is_odd and not self.context.im(radicand) and radicand < 0:
             return -self._pow(-radicand, 1 / degree)
+        if self.real and not self.context.im(radicand) and radicand < 0:
+            raise Undefined("the even root of a negative number")
         return self.context.sqrt(radicand) if degree == 2 else self._pow(radicand, 1 / degree)

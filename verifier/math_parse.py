@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from verifier.math_normalize import FUNCTIONS
-from verifier.math_tree import Node, Number, Operation, ParseError, Symbol, check_depth, read_number, tokenize
+from verifier.math_spelling import FUNCTIONS
+from verifier.math_tree import Cursor, Node, Number, Operation, ParseError, Symbol, check_depth, read_number, tokenize
 
 MAX_NESTING = 40
 
@@ -22,7 +22,29 @@ _GREEK_NAMES = (
 _GREEK = frozenset(_GREEK_NAMES.split())
 _CLOSING = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 _ACCENTS = frozenset(("\\vec", "\\hat", "\\bar", "\\overline", "\\overrightarrow", "\\tilde", "\\dot", "\\mathbb"))
-_ENDS = frozenset(("+", "-", "/", "\\cdot", "\\div", "\\pm", "\\mp", "^", "_", "!", "'", "\\%", "\\degree"))
+_SEVERAL = frozenset(("max", "min", "gcd", "lcm"))
+_ENDS = frozenset(
+    (
+        ",",
+        "=",
+        "\\over",
+        "\\choose",
+        "\\mod",
+        "+",
+        "-",
+        "/",
+        "\\cdot",
+        "\\div",
+        "\\pm",
+        "\\mp",
+        "^",
+        "_",
+        "!",
+        "'",
+        "\\%",
+        "\\degree",
+    )
+)
 
 
 def parse(text: str) -> Node:
@@ -38,28 +60,8 @@ def parse(text: str) -> Node:
     return check_depth(node)
 
 
-class _Parser:
+class _Parser(Cursor):
     """Recursive descent over tokens; every method takes the nesting depth and leaves the position after its part."""
-
-    def __init__(self, tokens: list[str]) -> None:
-        self.tokens = tokens
-        self.position = 0
-        self.open_bars = 0
-
-    def peek(self) -> str:
-        return self.tokens[self.position] if self.position < len(self.tokens) else ""
-
-    def next(self) -> str:
-        token = self.peek()
-        self.position += 1
-        return token
-
-    def take(self, *wanted: str) -> str:
-        return self.next() if self.peek() in wanted and self.peek() else ""
-
-    def expect(self, wanted: str) -> None:
-        if self.next() != wanted:
-            raise ParseError(f"{wanted!r} is missing")
 
     def sum(self, depth: int) -> Node:
         if depth > MAX_NESTING:
@@ -77,6 +79,8 @@ class _Parser:
                 node = Operation("mul", (node, self.signed(depth)))
             elif self.take("/", "\\div"):
                 node = Operation("div", (node, self.signed(depth)))
+            elif self.take("\\mod"):
+                node = Operation("mod", (node, self.signed(depth)))
             elif self.starts_factor():
                 node = Operation("mul", (node, self.power(depth)))
             else:
@@ -116,7 +120,7 @@ class _Parser:
     def postfix(self, node: Node) -> Node:
         while sign := self.take("!", "\\%", "\\degree"):
             if sign == "!":
-                node = Operation("factorial", (node,))
+                node = Operation("doublefactorial" if self.take("!") else "factorial", (node,))
             elif sign == "\\%":
                 node = Operation("div", (node, Number(Fraction(100))))
             else:
@@ -131,8 +135,12 @@ class _Parser:
             return self.absolute(token, depth)
         if token in _CLOSING:
             node = self.sum(depth + 1)
+            if token == "{" and (infix := self.take("\\over", "\\choose")):
+                node = Operation("div" if infix == "\\over" else "binom", (node, self.sum(depth + 1)))
             self.expect(_CLOSING[token])
             return Operation(token[1:], (node,)) if token in ("\\lfloor", "\\lceil") else node
+        if token == "C" and (combinations := self.combinations()):
+            return combinations
         if len(token) == 1 and token.isalpha():
             return self.symbol(token)
         if token[:1] == "\\":
@@ -158,6 +166,10 @@ class _Parser:
             return self.symbol(token + self.raw_group())
         if name in ("frac", "binom"):
             return Operation("div" if name == "frac" else name, (self.argument(depth), self.argument(depth)))
+        if name in ("sum", "prod"):
+            return self.series(name, depth)
+        if name == "cbrt":
+            return Operation("root", (self.argument(depth, whole_number=True), Number(Fraction(3))))
         if name == "sqrt":
             degree = self.bracketed(depth) if self.peek() == "[" else Number(Fraction(2))
             return Operation("root", (self.argument(depth, whole_number=True), degree))
@@ -177,7 +189,42 @@ class _Parser:
         self.position = start
         return whole
 
+    def combinations(self) -> Node | None:
+        """The rest of `C(5,2)`, if that is what stands here."""
+        rest = self.tokens[self.position : self.position + 5]
+        if len(rest) < 5 or (rest[0], rest[2], rest[4]) != ("(", ",", ")") or not (rest[1] + rest[3]).isdecimal():
+            return None
+        self.position += 5
+        return Operation("binom", (read_number(rest[1]), read_number(rest[3])))
+
+    def series(self, name: str, depth: int) -> Node:
+        r"""The rest of `\sum_{k=1}^{n} k^2`; the term ends before the next sign."""
+        self.expect("_")
+        self.expect("{")
+        index = self.atom(depth + 1)
+        self.expect("=")
+        lower = self.sum(depth + 1)
+        self.expect("}")
+        self.expect("^")
+        upper = self.power_argument(depth + 1)
+        if not isinstance(index, Symbol):
+            raise ParseError("the index of a sum is not a variable")
+        return Operation(name, (index, lower, upper, self.product(depth + 1)))
+
+    def several(self, name: str, depth: int) -> Node:
+        r"""The rest of `\max(3, 5)`."""
+        opening = self.next()
+        if opening not in ("(", "{", "\\{"):
+            raise ParseError(f"{name} wants parentheses")
+        arguments = [self.sum(depth + 1)]
+        while self.take(","):
+            arguments.append(self.sum(depth + 1))
+        self.expect(_CLOSING[opening])
+        return Operation(name, tuple(arguments))
+
     def function(self, name: str, depth: int) -> Node:
+        if name in _SEVERAL:
+            return self.several(name, depth)
         base: Node | None = Number(Fraction(10)) if name == "lg" else None
         if self.take("_"):
             base = self.argument(depth, whole_number=True)
@@ -222,10 +269,9 @@ class _Parser:
         return read_number(self.next()) if token[:1].isdigit() else self.atom(depth + 1)
 
     def group(self, depth: int) -> Node:
-        self.expect("{")
-        node = self.sum(depth + 1)
-        self.expect("}")
-        return node
+        if self.peek() != "{":
+            raise ParseError("'{' is missing")
+        return self.atom(depth)
 
     def bracketed(self, depth: int) -> Node:
         self.expect("[")
@@ -246,16 +292,3 @@ class _Parser:
         if len(letter) != 1 or not letter.isalpha():
             raise ParseError(f"text {letter[:20]!r} is not a symbol")
         return self.symbol(letter)
-
-    def raw_group(self) -> str:
-        """The tokens of a braced group (or one token) as text, for names."""
-        if not self.take("{"):
-            return self.next()
-        parts, level = [], 1
-        while level:
-            token = self.next()
-            level += (token == "{") - (token == "}")
-            if not token:
-                raise ParseError("a group is not closed")
-            parts.append(token)
-        return "".join(parts[:-1])

@@ -1,6 +1,6 @@
 r"""Structure: cuts a normalized answer at its outermost level, without looking into its expressions.
 
-Lists, tuples, sets, intervals, unions, matrices and relations are cut here; brackets are counted, not matched by kind,
+Lists, tuples, sets, intervals, unions and relations are cut here; brackets are counted, not matched by kind,
 so that `[0,1)` is one item. All functions are linear in the length of the text and never raise.
 """
 
@@ -13,9 +13,6 @@ from dataclasses import dataclass
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _OPENERS = frozenset(("(", "[", "{", "\\{", "\\langle", "\\lfloor", "\\lceil", "\\begin"))
 _CLOSERS = frozenset((")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "\\end"))
-_MATRIX = re.compile(
-    r"\\begin\s*\{((?:p|b|B|v|V|small)?matrix|array)\}(?:\s*\{[^{}]*\})?(.*)\\end\s*\{\1\}$", re.DOTALL
-)
 _COLLECTION_OPENERS = frozenset(("(", "[", "\\{", "\\langle"))
 _COLLECTION_CLOSERS = frozenset((")", "]", "\\}", "\\rangle"))
 _SET_BUILDER = re.compile(r"\s*\\?[a-zA-Z]+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||\\mid(?![a-zA-Z])|:)(.+)$", re.DOTALL)
@@ -32,14 +29,6 @@ class Collection:
     opener: str
     closer: str
     items: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """Rows of entries; `kind` is `matrix` whatever the brackets, `determinant` between bars."""
-
-    kind: str
-    rows: tuple[tuple[str, ...], ...]
 
 
 def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -64,21 +53,6 @@ def as_collection(text: str) -> Collection | None:
     inside = text[len(opener) : -len(closer)].strip()
     items = split(inside, COMMAS)[0] if inside else []
     return Collection(opener, closer, tuple(items))
-
-
-def as_matrix(text: str) -> Matrix | None:
-    """`text` as one matrix or array, also between plain brackets."""
-    collection = as_collection(text)
-    if collection is not None and len(collection.items) == 1 and collection.opener in ("(", "["):
-        text = collection.items[0]
-    match = _MATRIX.match(text)
-    if match is None or "\\begin" in match[2]:
-        return None
-    rows = [
-        row.split("&") for row in re.split(r"\\\\(?:\s*\[[^\]]*\])?", match[2].replace("\\hline", "")) if row.strip()
-    ]
-    kind = "determinant" if match[1] in ("vmatrix", "Vmatrix") else "matrix"
-    return Matrix(kind, tuple(tuple(entry.strip() for entry in row) for row in rows))
 
 
 def set_condition(collection: Collection) -> str | None:

@@ -11,7 +11,7 @@ import re
 from functools import cache
 from typing import Any
 
-from verifier.math_normalize import FUNCTIONS
+from verifier.math_spelling import FUNCTIONS
 
 MAX_CHARACTERS = 200
 MAX_NESTING = 8
@@ -21,11 +21,14 @@ _NAMES = "frac sqrt sum prod int lim to infty pi cdot binom alpha beta gamma the
 _COMMANDS = FUNCTIONS | frozenset(_NAMES.split())
 _ALLOWED = re.compile(r"\\([a-zA-Z]+)|([a-zA-Z](?![a-zA-Z]{3}))|(\d+)|[-+/^_!(){}=., |]")
 _FACTORIAL = re.compile(r"(?:\d{1,2}|[a-zA-Z]|\((?:\d{0,2}[a-zA-Z])?(?:[-+]\d{1,2})?\))\s*!(?!\s*!)")
+_NEEDED = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
 _EXPONENT = re.compile(r"\^\s*(?:\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|.)")
 
 
 def is_admitted(text: str) -> bool:
-    """Whether a normalized text may be given to the LaTeX parser at all."""
+    """Whether a normalized text needs the LaTeX parser, and may be given to it."""
+    if not _NEEDED.search(text):
+        return False
     if len(text) > MAX_CHARACTERS or not _nesting_is_bounded(text):
         return False
     position = 0
@@ -51,6 +54,8 @@ def same_symbolic(prediction: str, gold: str) -> bool | None:
     try:
         first, second = latex2sympy(prediction), latex2sympy(gold)
         if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
+            return None
+        if any(value.has(sympy.zoo, sympy.nan) for value in (first, second)):
             return None
         if first == second or first.dummy_eq(second):
             return True

@@ -9,17 +9,17 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from verifier.math_normalize import FUNCTIONS
+from verifier.math_spelling import FUNCTIONS
 
 MAX_CHARACTERS = 1500
 MAX_DEPTH = 120
 _MAX_EXPONENT_DIGITS = 4
 
-_WORDS = "|".join(sorted(FUNCTIONS | {"sqrt", "pi", "infty", "infinity"}, key=len, reverse=True))
+_WORDS = "|".join(sorted(FUNCTIONS | {"sqrt", "cbrt", "pi", "infty", "mod"}, key=len, reverse=True))
 _TOKEN = re.compile(
     rf"\s*(?:(?P<number>(?:1|\d+\.\d+)[eE][-+]?\d+|(?:\d+\.?\d*|\.\d+)(?:E[-+]?\d+|e\d+|e[-+]\d\d+)?)"
     rf"|(?P<word>\\[a-zA-Z]+|(?<![a-zA-Z])(?:{_WORDS})(?![a-zA-Z]))|(?P<letter>[a-zA-Z])"
-    r"|(?P<sign>\\[{}%]|[-+/^_!'(){}\[\]|]))"
+    r"|(?P<sign>\\[{}%]|[-+/^_!'(){}\[\]|,=]))"
 )
 
 
@@ -43,7 +43,9 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`add`, `mul`, `div`, `neg`, `pow`, `root` (radicand, degree), `log` (argument, base), or a function's name."""
+    """`add`, `mul`, `div`, `neg`, `pow`, `root` (radicand, degree), `log` (argument, base), `sum` and `prod` (index,
+    lower, upper, term), or a function's name.
+    """
 
     name: str
     arguments: tuple[Node, ...]
@@ -72,8 +74,24 @@ def free_symbols(node: Node) -> frozenset[str]:
     if isinstance(node, Symbol):
         return frozenset() if node.name in CONSTANTS else frozenset((node.name,))
     if isinstance(node, Operation):
-        return frozenset[str]().union(*(free_symbols(argument) for argument in node.arguments))
+        names = frozenset[str]().union(*(free_symbols(argument) for argument in node.arguments))
+        return names - free_symbols(node.arguments[0]) if node.name in ("sum", "prod") else names
     return frozenset()
+
+
+def whole_symbols(node: Node) -> frozenset[str]:
+    """The variables that stand for whole numbers: in factorials, binomials, limits of sums, or over a negative base."""
+    if not isinstance(node, Operation):
+        return frozenset()
+    names = frozenset[str]().union(*(whole_symbols(argument) for argument in node.arguments))
+    if node.name in ("factorial", "doublefactorial", "binom"):
+        return names | free_symbols(node)
+    if node.name in ("sum", "prod"):
+        return names.union(*(free_symbols(limit) for limit in node.arguments[1:3]))
+    base_is_negative = isinstance(node.arguments[0], Operation) and node.arguments[0].name == "neg"
+    if node.name == "pow" and base_is_negative and not free_symbols(node.arguments[0]):
+        return names | free_symbols(node.arguments[1])
+    return names
 
 
 CONSTANTS = frozenset(("\\pi", "e", "i", "\\infty"))
@@ -101,6 +119,49 @@ def tokenize(text: str) -> list[str]:
 def read_number(token: str) -> Number:
     """A number token, exactly; `1.5e-3` too."""
     mantissa, _, exponent = token.replace("E", "e").partition("e")
+    if not mantissa.strip("."):
+        raise ParseError("a point without digits")
     if len(exponent.lstrip("+-")) > _MAX_EXPONENT_DIGITS:
         raise ParseError(f"exponent {exponent[:20]} is too large")
     return Number(Fraction(mantissa if mantissa[-1] != "." else mantissa[:-1]) * Fraction(10) ** int(exponent or 0))
+
+
+class Cursor:
+    """A position in a list of tokens."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+        self.position = 0
+        self.open_bars = 0
+
+    def peek(self) -> str:
+        """The next token, or nothing at the end."""
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def next(self) -> str:
+        """The next token, passed."""
+        token = self.peek()
+        self.position += 1
+        return token
+
+    def take(self, *wanted: str) -> str:
+        """The next token, passed, if it is one of these; or nothing."""
+        return self.next() if self.peek() in wanted and self.peek() else ""
+
+    def expect(self, wanted: str) -> None:
+        """Passes this token; a `ParseError` for any other."""
+        if self.next() != wanted:
+            raise ParseError(f"{wanted!r} is missing")
+
+    def raw_group(self) -> str:
+        """The tokens of a braced group (or one token) as text, for names."""
+        if not self.take("{"):
+            return self.next()
+        parts, level = [], 1
+        while level:
+            token = self.next()
+            level += (token == "{") - (token == "}")
+            if not token:
+                raise ParseError("a group is not closed")
+            parts.append(token)
+        return "".join(parts[:-1])

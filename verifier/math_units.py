@@ -1,106 +1,214 @@
 r"""Units: takes the unit off a value, so that `80\text{ cents}` and `80` agree while `5 cm` and `5 m` do not.
 
-A unit counts only where both sides name one. Percent and degree signs, currency, and the base of a numeral (`1011_2`)
-are units here: a percent is never a hundredth, so neither a hundred times nor a hundredth of the gold passes.
+A unit that one side lacks may be present on the other; where both name one, `5 m` is `500 cm`, and units of different
+dimension, or different counted things (`apples`, `oranges`), differ. A percent is its number with the sign left out,
+or its value: `50\%` is 50 and 0.5, but 50 is never 0.5. Degrees without their sign are degrees, or radians where the
+other side has a \pi.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 
-_ALIASES = {
-    "": "unit units square_units sq_units sq._units cubic_units",
-    "%": "% percent percents pct",
-    "degree": "degree degrees deg degrees_celsius degrees_fahrenheit",
-    "dollar": "dollar dollars usd bucks",
-    "cent": "cent cents",
-    "euro": "euro euros",
-    "mm": "mm millimeter millimeters",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "m": "m meter meters metre metres",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard yards",
-    "mi": "mi mile miles",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "hr": "h hr hrs hour hours",
-    "day": "d day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "yr year years",
-    "mg": "mg milligram milligrams",
-    "g": "g gm gram grams",
-    "kg": "kg kilogram kilograms",
-    "lb": "lb lbs pound pounds",
-    "oz": "oz ounce ounces",
-    "l": "l liter liters litre litres",
-    "ml": "ml milliliter milliliters",
-    "gal": "gal gallon gallons",
-    "mph": "mph miles_per_hour",
-    "rad": "rad radian radians",
-    "a.m.": "a.m. a.m",
-    "p.m.": "p.m. p.m",
-}
-_CANONICAL = {alias: unit for unit, aliases in _ALIASES.items() for alias in aliases.split()} | {"": ""}
-_POWERS = {"square": "^2", "sq": "^2", "sq.": "^2", "cubic": "^3", "cu": "^3"}
+from verifier.math_unit_table import unit_sizes
 
-_BARE = "|".join(sorted((a for a in _CANONICAL if a.isalpha() and len(a) > 1), key=len, reverse=True))
-_CURRENCY = re.compile(r"^([-+]?)\s*(?:\\\$|\\text\{(euro|pound)\})\s*([-+]?)")
-_TEXT_UNIT = re.compile(r"\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*([23])\s*\}?)?$")
-_BARE_UNIT = re.compile(
-    rf"(?<=[\d}}) ])\s*((?:square |cubic |sq\.? )?(?:{_BARE}|[ap]\.m\.?))(?:\^\s*\{{?\s*([23])\s*\}}?)?$"
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_NO_UNIT = frozenset(("unit", "units", "total", "in total", "exactly", "approx", "approximately", "only", "ways"))
+
+_CURRENCY = re.compile(r"^([-+]?)\s*(?:\\?\$|(?:\\text\s*\{\s*)?\\(euro|pounds|yen)\s*\}?|(US\\?\$|USD|EUR))\s*([-+]?)")
+_UPRIGHT = re.compile(r"\\text\s*\{([^{}]*)\}")
+_WORD = r"(?:(?:\\mu\s*)?[a-zA-ZμΩ¢]+|\\Omega)\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
+_FACTOR = rf"(?:(?:\\mu\s*)?\\text\s*\{{[^{{}}]*\}}(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|-?\d))?|{_WORD})"
+_TRAILING = re.compile(
+    rf"(?<=[\d)}}\]!'a-z])(?P<gap>\s+|(?<![a-zA-Z])|(?=\\))(?P<unit>{_FACTOR}(?:\s*(?:/|\\cdot|\s)\s*{_FACTOR})*|\\%|\\degree(?:\s*{_FACTOR})?)$"
 )
-_WORDS = re.compile(r"(?<=[\d}) ]) ([a-zA-Z]{4,}(?: [a-zA-Z]+)*)$")
-_SIGN_UNIT = re.compile(r"\\(degree|%)\s*[CF]?$")
-_BASE = re.compile(r"^(-?\s*[0-9A-F]+(?:\.[0-9A-F]+)?)_\s*(?:\{\s*(\d{1,2})\s*\}|(\d))$")
-_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_UNIT_TOKEN = re.compile(r"([a-zA-ZμΩ¢]+\.?|\\Omega)(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?|/")
+_ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
+_COMPOUND = re.compile(r"(?:,\s*)?([\d./]+)\s*(\\text\s*\{[^{}]*\}|[a-zA-Z]+)")
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    """(value, unit) of a normalized answer; the unit is canonical, or empty where there is none."""
-    if base := _BASE.match(text):
-        return base[1], f"base {base[2] or base[3]}"
-    unit = ""
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A product of dimensions with exponents, and its size; or the words of a counted thing."""
+
+    dimensions: tuple[tuple[str, int], ...] = ()
+    size: Fraction = Fraction(1)
+    noun: frozenset[str] = frozenset()
+
+    def is_only(self, dimension: str) -> bool:
+        """Whether this is a unit of that one dimension."""
+        return self.dimensions == ((dimension, 1),)
+
+
+NO_UNIT = Unit()
+Same = Callable[[str, str], bool]
+
+
+def same_quantity(first: tuple[str, Unit], second: tuple[str, Unit], same: Same) -> bool:
+    """Whether two values with their units are the same; `same` compares two bare values."""
+    (value, unit), (other, other_unit) = first, second
+    if unit == other_unit:
+        return same(value, other)
+    if not _agree(unit, other_unit):
+        return _same_angle(first, second, same)
+    if unit.dimensions and unit.dimensions == other_unit.dimensions:
+        return same(_scaled(value, unit.size), _scaled(other, other_unit.size))
+    if same(value, other):
+        return True
+    if unit.is_only("percent"):
+        return same(_scaled(value, Fraction(1, 100)), other)
+    if other_unit.is_only("percent"):
+        return same(value, _scaled(other, Fraction(1, 100)))
+    return ("\\pi" in value or "\\pi" in other) and _same_angle(first, second, same)
+
+
+def split_unit(text: str) -> tuple[str, Unit]:
+    """(value, unit) of a normalized answer; `NO_UNIT` where there is none."""
+    if compound := _compound(text):
+        return compound
+    if text.endswith("\\$"):
+        text = f"\\${text[:-2]}"
     if currency := _CURRENCY.match(text):
-        unit = currency[2] or "dollar"
-        text = currency[1] + currency[3] + text[currency.end() :]
-    value, trailing = _split_trailing(text)
-    return value.strip(), unit or trailing
+        name = currency[2] or {"E": "euro"}.get((currency[3] or "")[:1], "dollar")
+        rest = currency[1] + currency[4] + text[currency.end() :]
+        money = Unit(((name, 1),))
+        value, unit = _split_trailing(rest)
+        return (value, money) if unit in (NO_UNIT, money) else (rest, money)
+    return _split_trailing(text)
 
 
-def units_agree(first: str, second: str) -> bool:
-    """Whether two canonical units may belong to the same answer; an unknown one (`apples`) never contradicts."""
-    return first == second or not (_is_known(first) and _is_known(second))
+def is_bare(text: str, unit: Unit) -> bool:
+    """Whether the unit may be variables instead: letters that nothing sets upright."""
+    return unit != NO_UNIT and "\\text" not in text and "\\degree" not in text and "\\%" not in text
 
 
-def _split_trailing(text: str) -> tuple[str, str]:
-    unit, rest = "", text
-    for pattern in (_SIGN_UNIT, _TEXT_UNIT, _BARE_UNIT, _WORDS):
-        match = pattern.search(text)
-        if match is None or not re.search(r"\d|\\pi", text[: match.start()]):
+def _split_trailing(text: str) -> tuple[str, Unit]:
+    match = _first_trailing(text)
+    if match is None:
+        return text, NO_UNIT
+    value, words = text[: match.start()].strip(), match["unit"]
+    if words.startswith(("\\%", "\\degree")):
+        if words.startswith("\\degree") and _ANGLE_FUNCTION.search(value):
+            return text, NO_UNIT
+        scale = _UPRIGHT.sub(r"\1", words.removeprefix("\\degree")).strip(" .").upper()[:1]
+        name = "percent" if words == "\\%" else {"C": "celsius", "F": "fahrenheit"}.get(scale, "angle")
+        return value, Unit(((name, 1),))
+    unit = _parse_unit(_UPRIGHT.sub(r" \1 ", words))
+    is_upright = "\\text" in words or " " in words.strip() or len(match["gap"]) > 0
+    if unit is not None and (is_upright or len(words) > 1 or "/" in words):
+        return value, unit
+    noun = _noun(words, match["gap"])
+    return (text, NO_UNIT) if noun is None else (value, noun)
+
+
+def _first_trailing(text: str) -> re.Match[str] | None:
+    """The longest end of `text` that reads as a unit behind a value."""
+    if not re.search(r"[a-zA-Z%}]\s*\.?$|degree\s*$|\^\s*\{?-?\d\}?$|\\Omega", text):
+        return None
+    for match in _TRAILING.finditer(text):
+        value = text[: match.start()]
+        if value[-1:].isalpha() and not re.search(r"\\[a-z]+$", value):
             continue
-        if match[1] == "degree" and _ANGLE_FUNCTION.search(text):
+        if (
+            re.search(r"\d|\\pi", value)
+            and value.count("{") == value.count("}")
+            and value.count("(") == value.count(")")
+        ):
+            return match
+    return None
+
+
+def _parse_unit(words: str) -> Unit | None:
+    dimensions: dict[str, int] = {}
+    size, sign, power = Fraction(1), 1, 0
+    words = re.sub(r"\\mu\s*", "μ", words)
+    text = re.sub(r"\bmph\b", "mile/hour", re.sub(r"\bkm?ph\b", "km/hour", words))
+    text = re.sub(r"\bper\b", "/", text.replace("\\cdot", " ").replace("~", " "))
+    last: tuple[str, Fraction, int] | None = None
+    position = 0
+    for match in _UNIT_TOKEN.finditer(text):
+        if text[position : match.start()].strip(" .-"):
+            return None
+        position = match.end()
+        if match[0] == "/":
+            sign = -1
             continue
-        power = match[2] if match.re.groups > 1 else None
-        rest, unit = text[: match.start()], _canonical(match[1], power)
-        break
-    return rest, unit
+        word = match[1].rstrip(".")
+        if word in _POWERS:
+            if word.endswith("d") and last:
+                extra = last[2] * (_POWERS[word] - 1)
+                dimensions[last[0]] += extra
+                size *= last[1] ** extra
+            power = 0 if word.endswith("d") else _POWERS[word]
+            continue
+        known = unit_sizes().get(word) or unit_sizes().get(word.lower())
+        if known is None:
+            return NO_UNIT if text.strip().lower() in _NO_UNIT or word in ("unit", "units") else None
+        exponent = sign * int(match[2] or power or 1)
+        dimensions[known[0]] = dimensions.get(known[0], 0) + exponent
+        size *= known[1] ** exponent
+        last, sign, power = (known[0], known[1], exponent), 1, 0
+    if text[position:].strip(" .") or not dimensions:
+        return None
+    return Unit(tuple(sorted((name, exponent) for name, exponent in dimensions.items() if exponent)), size)
 
 
-def _canonical(words: str, power: str | None) -> str:
-    name = " ".join(words.lower().split()).strip(" ,")
-    first, _, following = name.partition(" ")
-    suffix = f"^{power}" if power else ""
-    if first in _POWERS and following and following not in ("unit", "units"):
-        name, suffix = following, _POWERS[first]
-    name = name.replace(" ", "_").rstrip(".") if name not in _CANONICAL else name
-    return _CANONICAL.get(name, name) + suffix
+def _noun(words: str, gap: str) -> Unit | None:
+    r"""A counted thing, `\text{apples}` or ` apples`; None for what may be variables."""
+    plain = _UPRIGHT.sub(r" \1 ", words)
+    names = re.findall(r"[a-zA-Z]+", plain)
+    if "\\text" not in words and (not gap or any(len(name) < 3 for name in names) or re.search(r"[\^/]|\\cdot", words)):
+        return None
+    if not names:
+        return None
+    if " ".join(names).lower() in _NO_UNIT or {"unit", "units"} & set(names):
+        return NO_UNIT
+    return Unit(noun=frozenset(name.lower().rstrip("s") for name in names))
 
 
-def _is_known(unit: str) -> bool:
-    if not unit:
-        return False
-    name = unit.partition("^")[0]
-    return name in _ALIASES or name.startswith("base ")
+def _compound(text: str) -> tuple[str, Unit] | None:
+    """`2 hours 30 minutes` as one quantity of the smallest unit named, or None."""
+    if not text[:1].isdigit():
+        return None
+    parts, position = [], 0
+    for match in _COMPOUND.finditer(text):
+        if text[position : match.start()].strip() or match[1].count("/") + match[1].count(".") > 1:
+            return None
+        unit = _parse_unit(_UPRIGHT.sub(r"\1", match[2]))
+        if unit is None or not re.fullmatch(r"\d+(?:[./]\d+)?", match[1]) or match[1].endswith("/0"):
+            return None
+        parts.append((Fraction(match[1]), unit))
+        position = match.end()
+    if len(parts) < 2 or text[position:].strip() or len({unit.dimensions for _, unit in parts}) > 1:
+        return None
+    smallest = min((unit for _, unit in parts), key=lambda unit: unit.size)
+    return str(sum(value * unit.size for value, unit in parts) / smallest.size), smallest
+
+
+def _agree(first: Unit, second: Unit) -> bool:
+    if NO_UNIT in (first, second):
+        return True
+    if first.noun and second.noun:
+        return first.noun <= second.noun or second.noun <= first.noun
+    names = {dict(unit.dimensions).keys() <= {"angle", "celsius", "fahrenheit"} for unit in (first, second)}
+    if names == {True} and not (first.noun or second.noun):
+        return first == second or first.is_only("angle") or second.is_only("angle")
+    return first.dimensions == second.dimensions and not (first.noun or second.noun)
+
+
+def _same_angle(first: tuple[str, Unit], second: tuple[str, Unit], same: Same) -> bool:
+    """Degrees against radians."""
+    (value, unit), (other, other_unit) = first, second
+    if unit.is_only("angle") and (other_unit == NO_UNIT or other_unit.is_only("radian")):
+        return same(f"({value})\\cdot \\pi /180", other)
+    if other_unit.is_only("angle") and (unit == NO_UNIT or unit.is_only("radian")):
+        return same(value, f"({other})\\cdot \\pi /180")
+    radian = unit.is_only("radian") or other_unit.is_only("radian")
+    return radian and NO_UNIT in (unit, other_unit) and same(value, other)
+
+
+def _scaled(value: str, factor: Fraction) -> str:
+    return value if factor == 1 else f"({value})\\cdot ({factor})"

@@ -57,7 +57,7 @@ def test_only_the_runs_own_processes_are_hit(launcher, tmp_path):
     assert set(storm.kills) | set(storm.freezes) <= {"buffer", "actor"}
     assert storm.kills
     bystander = children["-m", "tensorboard.main"]
-    assert bystander.status() == psutil.STATUS_SLEEPING
+    assert bystander.status() != psutil.STATUS_STOPPED
     assert all(child.status() != psutil.STATUS_STOPPED for child in children.values() if child.is_running())
 
 

@@ -1,11 +1,14 @@
-"""Graders that hang, crash, eat memory or raise when the completion tells them to; for the tests of the pool."""
+"""Graders that hang, crash, eat memory, fork, print or raise when told to; for the tests of the pool."""
 
+import math
 import os
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 
-from verifier.base import Completion, Grader, Verdict
+from verifier.base import Completion, Grader, RewardFunction, Verdict
 
 TABLE = {Verdict.CORRECT: 1.0, Verdict.WRONG: -0.5, Verdict.NO_ANSWER: -1.0}
 
@@ -15,20 +18,44 @@ def _obey(completion: Completion) -> Verdict:
         case ["hang"]:
             while True:
                 time.sleep(0.01)
+        case ["hang-once"]:
+            # The gold is the path of a mark.
+            if not Path(completion.gold).exists():
+                Path(completion.gold).touch()
+                time.sleep(60)
+            return Verdict.CORRECT
         case ["spin"]:
             while True:
                 pass
+        case ["spin-in-c"]:
+            re.fullmatch(r"(a+)+", "a" * 60 + "b")
         case ["sleep", seconds]:
             time.sleep(float(seconds))
         case ["crash"]:
             os.kill(os.getpid(), signal.SIGSEGV)
         case ["exit"]:
             os._exit(3)
+        case ["sys.exit"]:
+            sys.exit(3)
         case ["eat"]:
-            hoard = bytearray(3 << 30)
-            return Verdict.CORRECT if hoard else Verdict.WRONG
+            hoard = []
+            while True:
+                hoard.append(bytes(1 << 27))
+        case ["fork"]:
+            os.fork()
+        case ["fork-and-stay"]:
+            if os.fork() == 0:
+                os.setpgid(0, os.getppid())
+                Path(completion.gold).write_text(str(os.getpid()))
+                time.sleep(60)
         case ["raise"]:
             raise ArithmeticError("as told")
+        case ["recurse"]:
+            return _obey(completion)
+        case ["print"]:
+            for stream in (sys.stdout, sys.stderr):
+                stream.write("x" * 10_000_000)
+                stream.flush()
         case ["torch"]:
             return Verdict.WRONG if {"torch", "vllm"} & sys.modules.keys() else Verdict.CORRECT
         case ["pid"]:
@@ -39,6 +66,17 @@ def _obey(completion: Completion) -> Verdict:
 
 
 def obedient() -> Grader:
+    return Grader(_obey, TABLE)
+
+
+def not_a_number() -> RewardFunction:
+    return lambda completion: math.nan if completion.text == "nan" else 0.0
+
+
+def broken_from_now_on(mark: str) -> Grader:
+    """Cannot be built once the file `mark` exists."""
+    if Path(mark).exists():
+        raise ValueError("not any more")
     return Grader(_obey, TABLE)
 
 

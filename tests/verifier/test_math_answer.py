@@ -1,5 +1,7 @@
 """Equivalence of mathematical answers: what is the same, what is not, and the judgement of whole completions."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from verifier.base import Verdict
@@ -161,6 +163,120 @@ SAME = [
     ("(B) 12", r"\text{B}"),
     (r"\text{even}", "even"),
     ("No solution", r"\text{no solution}"),
+    ("no solutions", "No solution"),
+    ("the limit does not exist", "DNE"),
+    ("the hyperbola", "hyperbola"),
+    ("Bob, Alice", "Alice and Bob"),
+    ("Yes, it is", "yes"),
+    ("No.", r"\text{No}"),
+    ("Option (B)", "B"),
+    ("12", "(B) 12"),
+    ("B", "(B) 12"),
+    ("A, C, D", "ACD"),
+    # numbers in words, ordinals
+    ("twelve", "12"),
+    ("one hundred and five", "105"),
+    ("three quarters", "3/4"),
+    ("minus three", "-3"),
+    ("1.2 million", "1200000"),
+    ("third", "3rd"),
+    ("the twenty-first", r"21^{\text{st}}"),
+    # times, dates, durations
+    ("15:30", "3:30 p.m."),
+    ("12:00 PM", "noon"),
+    ("9 AM", r"9{:}00\text{ a.m.}"),
+    ("March 5th, 2024", "2024-03-05"),
+    ("5 March", "March 5"),
+    ("Monday, May 6", "Monday, 6 May"),
+    ("2 h 30 min", "2 hours and 30 minutes"),
+    ("150 minutes", "2 hours 30 minutes"),
+    # precision that the gold states
+    ("2.0833", "2.08"),
+    (r"4.52\times 10^{33}", "4.5e33"),
+    (r"\pi", r"\approx 3.14"),
+    ("3.1416", "3.14 (to 2 decimal places)"),
+    (r"\sqrt{2} \approx 1.414", r"\sqrt2"),
+    # repeating decimals and unicode
+    ("0.(6)", "2/3"),
+    (r"0.333\ldots", r"\frac13"),
+    ("0.1666...", "1/6"),
+    (r"0.\overline{36}", r"0.\overline{3636}"),
+    (r"0.\overline{9}", "1"),
+    ("2.5×10⁻³", "0.0025"),
+    ("∛27", "3"),
+    ("２√２", r"\sqrt8"),
+    ("x₁ + x₂", "x_2+x_1"),
+    # quantities
+    ("9.8 m/s^2", r"9.8 \mathrm{~m} / \mathrm{s}^{2}"),
+    ("15 miles per hour", "15 mph"),
+    ("100 cm", "1 m"),
+    ("50 cents", r"\$0.50"),
+    ("£12", "12"),
+    (r"\frac12", r"50\%"),
+    (r"\pi/6", r"30^\circ"),
+    ("1 000 000 people", "1000000"),
+    (r"5\,\mu\mathrm{m}", r"5\times 10^{-6}\text{ m}"),
+    (r"45 \mathrm{~km} / \mathrm{h}", "12.5 m/s"),
+    (r"\mu mg\cos\theta", r"\mu g m \cos\theta"),
+    ("5 m", "5m"),
+    (r"7\$", "7"),
+    # numerals
+    (r"1011_{\text{two}}", "1011_2"),
+    ("(1011)_2", "1011 base 2"),
+    ("0xFF", "FF_{16}"),
+    ("13_8", "1011_2"),
+    ("11_{10}", "1011_2"),
+    # sets of numbers
+    (r"(-2,0)\cup[0,3]", "(-2,3]"),
+    ("x>2 and x<5", "(2,5)"),
+    (r"\mathbb{R}\setminus\{2\}", r"x \ne 2"),
+    ("all real numbers", r"(-\infty,\infty)"),
+    ("|x|<3", "(-3,3)"),
+    ("2x>4", "x>2"),
+    ("-x<-2", "x>2"),
+    ("]2,5[", "(2,5)"),
+    ("x^2+y^2<4", "4>y^2+x^2"),
+    (r"\{1,1,2\}", r"\{1,2\}"),
+    ("{1, 2}", r"\{2,1\}"),
+    # points, solutions, matrices
+    ("(x,y)=(3,4)", "(3,4)"),
+    ("P(3,4)", "(3,4)"),
+    ("x=1, y=2", "(x,y)=(1,2)"),
+    ("5=x", "x=5"),
+    (r"x \equiv 10 \pmod 7", r"x \equiv 3 \pmod{7}"),
+    ("2:4:6", "1:2:3"),
+    ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}^T", r"\begin{pmatrix}1&2\end{pmatrix}"),
+    (r"3\mathbf{i}+4\mathbf{j}", r"\langle 3,4 \rangle"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"),
+    # factorials, powers, sums
+    (r"{5 \choose 2}", "10"),
+    (r"{}_5C_2", "10"),
+    (r"_{5}P_{2}", "20"),
+    ("5!!", "15"),
+    (r"\frac{n!}{(n-2)!}", "n(n-1)"),
+    (r"2^{100000}\cdot 2", "2^{100001}"),
+    (r"2^{10^{10}}", r"4^{5\cdot 10^9}"),
+    ("9^{2^{99}}", "3^{2^{100}}"),
+    (r"1+2^{10^{10}}", r"2^{10^{10}}+1"),
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}"),
+    (r"\prod_{k=1}^5 k", "5!"),
+    (r"\gcd(12,18)", r"\max(3,6)"),
+    (r"17 \bmod 5", "2"),
+    (r"\ln(xy)", r"\ln x+\ln y"),
+    (r"\operatorname{cis} 60^\circ", r"\frac12+\frac{\sqrt3}{2}i"),
+    (r"(-1)^n", r"\cos(n\pi)"),
+    (r"\frac{dy}{dx} = 2x", "2x"),
+    (r"(\pm 2, 0)", "(2,0), (-2,0)"),
+    (r"\{(1,2)\}", "(1,2)"),
+    (r"(1,2)^T", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"0.\dot{1}\dot{2}", "4/33"),
+    (r"\{x \mid x \le -1 \text{ or } x \ge 3\}", r"(-\infty,-1]\cup[3,\infty)"),
+    (r"[\sqrt8, \sqrt{1/9}+3]", r"[2\sqrt2, 10/3]"),
+    (r"\frac12\text{ hour}", "30 minutes"),
+    (r"\sqrt[3]{2^{3000}}", "2^{1000}"),
+    ("x^2+y^2-4x=0", "(x-2)^2+y^2=4"),
 ]
 
 DIFFERENT = [
@@ -195,9 +311,11 @@ DIFFERENT = [
     (r"\frac{\pi}{2004!}", r"\frac{\pi}{2006!}"),
     (r"\sqrt{10^{60}+1}", "10^{30}"),
     ("100!!!!!!!!", "1"),
-    (r"50\%", "0.5"),
+    ("50", "0.5"),
+    ("0.5", "50"),
     ("5000", r"50\%"),
-    ("0.5", r"50\%"),
+    ("0.05", r"50\%"),
+    (r"33\%", r"33\frac{1}{3}\%"),
     ("5 cm", "5 m"),
     (r"5\text{ cm}^2", r"5\text{ cm}"),
     (r"\$5", r"5\text{ cents}"),
@@ -241,31 +359,129 @@ DIFFERENT = [
     ("1.2.3", "1.23"),
     ("__import__('os').system('true')", "0"),
     (r"\sum_{k=1}^{n} k^2", r"\sum_{k=1}^{n} k^3"),
+    ("infinitely many solutions", "no solution"),
+    ("not continuous", "continuous"),
+    ("Angel", "Angle"),
+    ("yes or no", "yes"),
+    ("not true", "true"),
+    ("A or B", "B"),
+    ("A, C", "ACD"),
+    ("13", "(B) 12"),
+    ("C) 12", "B"),
+    ("thirtieth", "13th"),
+    ("4^3", r"4^{\text{th}}"),
+    ("forty", "14"),
+    ("3:30 AM", "3:30 p.m."),
+    ("13:30", "3:30 p.m."),
+    ("June 4, 1776", "July 4, 1776"),
+    ("2024-03-05", "2024-05-03"),
+    ("2 hours 3 minutes", "2 hours 30 minutes"),
+    ("2.1", "2.08"),
+    ("3.14", "3.1416"),
+    ("2.3", "2"),
+    ("1.55", "1.5"),
+    (r"\pi", "3.14"),
+    (r"\sqrt{2} \approx 1.5", r"\sqrt2"),
+    (r"0.\overline{36}", r"0.3\overline{6}"),
+    ("€18", r"\$18"),
+    ("15 km/h", "15 mph"),
+    ("9.8 m/s", r"9.8\text{ m/s}^2"),
+    ("5 apples", "5 oranges"),
+    (r"5 \mu m", "5 mm"),
+    ("1.2 kJ", "1.2 J"),
+    (r"7\%", r"7^\circ"),
+    (r"20^\circ \text{C}", r"20^\circ \text{F}"),
+    ("75 radians", r"75^\circ"),
+    ("60", r"\frac{\pi}{3}"),
+    ("1101_{10}", "1101_2"),
+    ("1101^2", "1101_2"),
+    ("-110_2", "110_2"),
+    ("1_3", "1_7"),
+    ("x>2 or x<5", "(2,5)"),
+    (r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R}"),
+    ("-x>2", "x>2"),
+    (r"x \ne 5", "5"),
+    (r"\{\emptyset\}", r"\emptyset"),
+    (r"\{3,4\}", "(3,4)"),
+    ("x=2, y=1", "(1,2)"),
+    (r"x \equiv 4 \pmod 7", r"x \equiv 3 \pmod{7}"),
+    ("1:3:2", "1:2:3"),
+    ("[[1,3],[2,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"2^{10^{10}}", r"2^{10^{10}}+1"),
+    (r"2^{10^{10}}", r"3^{10^{10}}"),
+    ("(10^{10})!", "(10^{10})!+1"),
+    (r"\sqrt{10^{100}+1}", "10^{50}"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"),
+    (r"\ln(x+y)", r"\ln x + \ln y"),
+    ("x=x", "x=5"),
+    ("x^2=5", "5"),
+    ("2x=10", "10"),
+    ("5 garbage text", "5 kg"),
+    ("(5", "5"),
+    (r"x<\frac{1}{2004!}", r"x<\frac{1}{2006!}"),
+    (r"\{10^{-300}\}", r"\{10^{-301}\}"),
+    ("[1+10^{-300},2]", "[1,2]"),
+    ("1+10^{-300}", "1"),
+    (r"(0,\pm 2)", r"(\pm 2,0)"),
+    (r"y=\pm x", "y=x"),
+    (r"\frac{1}{10^{1000}}", "0"),
+    ("-2^2", "4"),
+    ("odd", "odd function"),
+    (r"\lg 10", "2"),
+    ("x^2+", "x^2"),
 ]
+
+
+# A gold that states a precision takes more precise answers; an answer that states one takes nothing but its own value.
+STATED_PRECISION = {"2.08", "4.5e33", r"\approx 3.14", "3.14 (to 2 decimal places)", "3.14", "2.1", "1.5"}
 
 
 @pytest.mark.parametrize(("prediction", "gold"), SAME)
 def test_same(prediction: str, gold: str) -> None:
     assert equivalent(prediction, gold)
+    assert equivalent(gold, prediction) or gold in STATED_PRECISION
 
 
 @pytest.mark.parametrize(("prediction", "gold"), DIFFERENT)
 def test_different(prediction: str, gold: str) -> None:
     assert not equivalent(prediction, gold)
+    assert not equivalent(gold, prediction) or prediction in STATED_PRECISION
 
 
-def test_the_tables_are_large_enough() -> None:
-    assert len(SAME) + len(DIFFERENT) >= 150
-
-
-def test_judgement_names_answer_and_rule() -> None:
-    judgement = judge(r"so \boxed{0.5}", r"\frac{1}{2}")
+def test_judgement_shows_what_was_compared() -> None:
+    judgement = judge(r"so \boxed{0.5}", r"$\dfrac{1}{2}$")
     assert (judgement.verdict, judgement.answer, judgement.rule) == (Verdict.CORRECT, "0.5", "same_expression")
+    assert (judgement.normalized_answer, judgement.normalized_gold) == ("0.5", r"\frac{1}{2}")
     assert judge(r"so \boxed{0.6}", r"\frac{1}{2}").verdict is Verdict.WRONG
-    assert judge("so it is a half", r"\frac{1}{2}").verdict is Verdict.NO_ANSWER
+    missing = judge("I have counted many of them and it is a half", r"\frac{1}{2}")
+    assert (missing.verdict, missing.answer, missing.rule) == (Verdict.NO_ANSWER, None, "extraction")
 
 
 def test_is_correct_wants_the_asked_format() -> None:
     assert is_correct("The answer is 5.", "5")
     assert not is_correct("The answer is 5.", "5", format="boxed")
     assert is_correct("<answer>5</answer>", "5", format="tags")
+
+
+@pytest.mark.parametrize("gold", [["7", "-4"], ("-4",), '["7", "-4"]', r"\boxed{-4}", "$-4$", "8 - 12 = -4\n#### -4"])
+def test_several_golds_and_marked_golds(gold: str | list[str]) -> None:
+    assert is_correct(r"\boxed{-4}", gold)
+    assert not is_correct(r"\boxed{4}", gold)
+    assert not is_correct(r"\boxed{7 \text{ or } -4}", gold)
+
+
+def test_the_gold_that_was_met_is_named() -> None:
+    assert judge(r"\boxed{8}", "7", golds=["16/2", "9"]).gold == "16/2"
+    assert judge(r"\boxed{1}", "7", golds=["16/2", "9"]).gold == "7"
+    assert not is_correct(r"\boxed{1}", [])
+
+
+def test_a_list_of_numbers_is_one_gold() -> None:
+    assert is_correct(r"\boxed{[1, 2]}", "[1, 2]")
+    assert not is_correct(r"\boxed{1}", "[1, 2]")
+
+
+def test_threads_judge_alike() -> None:
+    pairs = [*SAME, *DIFFERENT][::6]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda pair: equivalent(*pair), pairs)) == [equivalent(*pair) for pair in pairs]

@@ -2,6 +2,8 @@
 
 import string
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,7 @@ from verifier.extract import extract_answer
 from verifier.math_answer import equivalent, judge
 from verifier.math_symbolic import is_admitted, prepare
 
-quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 numbers = st.integers(-(10**6), 10**6)
 fractions = st.fractions(max_denominator=10**4)
@@ -65,6 +67,7 @@ def test_a_changed_digit_is_wrong(number: int, data: st.DataObject) -> None:
     changed = text[:position] + digit + text[position + 1 :]
     assert not equivalent(changed, text)
     assert equivalent(f"{number:,}", text)
+    assert not equivalent(str(-number), text) or number == 0
 
 
 @quick
@@ -74,6 +77,66 @@ def test_sets_forget_order_and_tuples_keep_it(items: list[int], random: st.Searc
     first, second = (", ".join(map(str, numbers)) for numbers in (items, shuffled))
     assert equivalent(f"\\{{{first}\\}}", f"\\{{{second}\\}}")
     assert equivalent(f"({first})", f"({second})") == (items == shuffled)
+
+
+@quick
+@given(st.lists(st.integers(-9, 9), min_size=2, max_size=4), st.integers(1, 5))
+def test_polynomials_in_any_arrangement(roots: list[int], factor: int) -> None:
+    factored = f"{factor}" + "".join(f"(x-({root}))" for root in roots)
+    coefficients = [factor]
+    for root in roots:
+        coefficients = [a - root * b for a, b in zip([*coefficients, 0], [0, *coefficients], strict=True)]
+    terms = [f"({c})x^{{{len(roots) - power}}}" for power, c in enumerate(coefficients)]
+    expanded, changed = "+".join(reversed(terms)), "+".join([*terms, "1"])
+    assert equivalent(expanded, factored)
+    assert equivalent(f"\\frac{{({factored})(x^2+1)}}{{x^2+1}}", expanded)
+    assert not equivalent(changed, factored)
+    assert not equivalent(f"-({factored})", expanded)
+    assert equivalent(f"y = {factored}", f"2y - 2({expanded}) = 0")
+    assert not equivalent(f"y = {factored}", f"2y + 2({expanded}) = 0")
+
+
+@quick
+@given(
+    numbers, st.integers(1, 10**6), st.sampled_from(["()", "[)", "(]", "[]"]), st.sampled_from(["()", "[)", "(]", "[]"])
+)
+def test_a_changed_bracket_is_wrong(low: int, width: int, brackets: str, others: str) -> None:
+    high = low + width
+    interval, other = (f"{left}{low}, {high}{right}" for left, right in (brackets, others))
+    signs = ["\\le" if bracket in "[]" else "<" for bracket in brackets]
+    assert equivalent(interval, other) == (brackets == others)
+    assert equivalent(f"{low} {signs[0]} x {signs[1]} {high}", interval)
+    assert not equivalent(f"{low} {signs[0]} x {signs[1]} {high + 1}", interval)
+    middle = low + Fraction(width, 2)
+    assert equivalent(f"{brackets[0]}{low},{middle}]\\cup ({middle},{high}{brackets[1]}", interval)
+    assert not equivalent(f"{brackets[0]}{low},{middle})\\cup ({middle},{high}{brackets[1]}", interval)
+
+
+@quick
+@given(st.integers(2, 9), st.integers(1, 10**12), st.integers(1, 60))
+def test_huge_powers_compare_by_their_exponents(base: int, exponent: int, shift: int) -> None:
+    power = f"{base}^{{{exponent}}}"
+    assert equivalent(f"{base**2}^{{{exponent}}}", f"{power}\\cdot {power}")
+    assert equivalent(f"{power}\\cdot {base}^{{{shift}}}", f"{base}^{{{exponent + shift}}}")
+    assert not equivalent(f"{base}^{{{exponent + shift}}}", power)
+    assert not equivalent(f"{power}+1", power)
+
+
+@quick
+@given(st.integers(0, 23), st.integers(0, 59), st.integers(1, 59))
+def test_times_of_day(hour: int, minute: int, later: int) -> None:
+    half = "a.m." if hour < 12 else "p.m."
+    assert equivalent(f"{hour:02}:{minute:02}", f"{(hour - 1) % 12 + 1}:{minute:02} {half}")
+    assert not equivalent(f"{hour:02}:{(minute + later) % 60:02}", f"{(hour - 1) % 12 + 1}:{minute:02} {half}")
+
+
+@quick
+@given(st.decimals(1, 999, places=2), st.integers(-49, 49))
+def test_more_places_than_the_gold_states(gold: Decimal, thousandths: int) -> None:
+    longer = gold + Decimal(thousandths).scaleb(-4)
+    assert equivalent(str(longer), str(gold))
+    assert equivalent(str(gold), str(longer)) == (thousandths == 0)
+    assert not equivalent(str(longer + Decimal("0.01")), str(gold))
 
 
 @quick
@@ -116,6 +179,14 @@ def test_no_text_raises(text: str, data: bytes) -> None:
         "(1," * 300 + "1" + ")" * 300,
         r"\pm" * 300,
         "=".join("1" * 300),
+        "[2,53^{10^{10}})",
+        r"\sqrt[10^{10^{10}}]{-2}",
+        r"\sum_{k=1}^{9^{100000}} k",
+        r"\frac10.",
+        "\\cup\ufeff",
+        "f(" + "x" * 1_400,
+        "(x," * 400,
+        "one hundred and " * 80,
         "1:" * 500,
         r"\text{" * 200,
         r"\begin{pmatrix}" * 60 + "1" + r"\end{pmatrix}" * 60,
