@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from buffer.audit import Audit, audit
+from buffer.audit import Audit, StageRow, audit
 from buffer.config import BufferConfig, load_run_config, read_section
 from buffer.server import serve
 from buffer.waits import SavedWaits, load_waits
@@ -75,9 +75,17 @@ def _describe(found: Audit) -> str:
     rows += [("policy_version", found.policy_version), ("staleness_max", found.staleness_max)]
     lines = [f"{name:<24}{number:>10}" for name, number in rows]
     lines.append(f"{'staleness_mean':<24}{found.staleness_mean:>10.2f}")
+    lines += [_describe_stage(stage) for stage in found.stages]
     lines += [f"broken: {problem}" for problem in found.problems]
     lines.append("the invariant holds" if found.holds else "the invariant does not hold")
     return "\n".join(lines)
+
+
+def _describe_stage(row: StageRow) -> str:
+    began = f"stage {row.stage} began at policy {row.policy_version} with occurrence {row.first_occurrence}"
+    if row.stage > 1:
+        began += f", after success {row.success_before:.2f} over {row.groups_before} groups"
+    return f"{began}; epoch {row.epoch}, {row.num_passed_over} prompts passed over"
 
 
 def _describe_waits(saved: SavedWaits | None) -> list[str]:

@@ -36,7 +36,35 @@ _BROKEN_RULES = {
         "SELECT COUNT(*) FROM occurrences WHERE occurrence < 0"
         " OR occurrence >= COALESCE((SELECT value FROM meta WHERE key = 'issued'), 0)"
     ),
+    "prompts dealt twice in the epoch under way": (
+        "SELECT COUNT(*) - COUNT(DISTINCT prompt_id) FROM occurrences WHERE occurrence >="
+        " (SELECT epoch_first_occurrence FROM stages ORDER BY stage DESC LIMIT 1)"
+    ),
 }
+
+_STAGES = (
+    "SELECT stage, first_occurrence, policy_version, began_at, success_before, groups_before, epoch, num_passed_over"
+    " FROM stages ORDER BY stage"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """A stage of the curriculum that was begun; they count from 1."""
+
+    stage: int
+    first_occurrence: int
+    policy_version: int
+    """What the next batch was for when it began."""
+    began_at: float
+    """Wall clock, seconds since 1970."""
+    success_before: float
+    """Share of correct completions at the end of the stage before, over `groups_before` groups."""
+    groups_before: int
+    epoch: int
+    """How often its prompts have been gone through."""
+    num_passed_over: int
+    """Prompts that the difficulty filter left out of that epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +80,8 @@ class Audit:
     """Late, duplicate and unknown copies, reissued and rolled back groups, and so on."""
     evaluations: dict[str, int]
     """Evaluations by state."""
+    stages: tuple[StageRow, ...]
+    """Those begun, oldest first."""
     policy_version: int
     staleness_max: int
     """Over the groups handed out to the learner; 0 before the first."""
@@ -108,6 +138,7 @@ def _audit(db: sqlite3.Connection, path: Path) -> Audit:
         dropped=dropped,
         counters=dict(db.execute("SELECT name, value FROM counters ORDER BY name")),
         evaluations=dict(db.execute("SELECT state, COUNT(*) FROM evaluations GROUP BY state")),
+        stages=tuple(StageRow(*row) for row in db.execute(_STAGES)),
         policy_version=meta.get("policy_version", 0),
         staleness_max=highest or 0,
         staleness_mean=mean or 0.0,

@@ -7,13 +7,15 @@ fields. Every error is one sentence that names the section, the key, the value a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from buffer.curriculum_config import Skip, Stage, check_skips, check_stages
 
 T = TypeVar("T")
 
@@ -49,6 +51,13 @@ class BufferConfig:
     operating system decides. A killed process loses nothing under any of them."""
     shuffle: bool = True
     seed: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    """The curriculum; empty: one stage with all prompts. Levels are read from `run_dir`/levels.json."""
+    skip_solved: Skip = field(default_factory=lambda: Skip(success=1.0))
+    skip_unsolved: Skip = field(default_factory=lambda: Skip(success=0.0))
+    """Prompts that are passed over because they teach nothing."""
+    revisit_epochs: int = 0
+    """Every so many epochs of a stage all its prompts are dealt again; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "groups_per_batch", "updates_per_batch"):
@@ -68,6 +77,8 @@ class BufferConfig:
             raise ValueError(f"buffer.lease_seconds is {self.lease_seconds}; it must be above 0")
         if self.durability not in DURABILITIES:
             raise ValueError(f"buffer.durability is {self.durability!r}; choose one of {', '.join(DURABILITIES)}")
+        check_stages(self.stages)
+        check_skips(self.skip_solved, self.skip_unsolved, self.revisit_epochs)
 
 
 def read_section(cls: type[T], mapping: Mapping[str, Any], section: str) -> T:

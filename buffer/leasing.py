@@ -189,8 +189,12 @@ class Leasing:
 
     def _reply(self, leases: list[tuple[str, int]], evaluate_version: int) -> wire.LeaseReply:
         seconds = self._config.lease_seconds
-        granted = tuple(wire.Lease(group_id, prompt_id, seconds) for group_id, prompt_id in leases)
-        return wire.LeaseReply(granted, evaluate_version, self._progress.closing)
+        granted = []
+        for group_id, prompt_id in leases:
+            stage = self._ledger.curriculum.stage_of(int(group_id.partition(".")[0]))
+            how = stage.samples_per_group, stage.max_new_tokens
+            granted.append(wire.Lease(group_id, prompt_id, seconds, *how))
+        return wire.LeaseReply(tuple(granted), evaluate_version, self._progress.closing)
 
     def _remember(self, identity: bytes, client: _Client, number: int, reply: wire.LeaseReply) -> Outgoing:
         client.replies[number] = reply

@@ -8,9 +8,9 @@ An occurrence is one dealing of a prompt id. It is always in exactly one state, 
     issued = pending + leased + ready + used + done + sum(dropped by reason)
 
 A group is named `occurrence.attempt`; each new lease of an occurrence is a new attempt, so a late copy of an older one
-is told apart and counted. Contents of done and dropped groups are deleted, their rows stay. Called by
-`buffer/service.py` only. `now` is always seconds of a monotonic clock; deadlines are kept in memory, and on reopening
-every holder of a lease gets a full one.
+is told apart and counted. Contents of done and dropped groups are deleted, their rows stay. Which prompt a new
+occurrence deals says `buffer/curriculum.py`. Called by `buffer/service.py` only. `now` is always seconds of a monotonic
+clock; deadlines are kept in memory, and on reopening every holder of a lease gets a full one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.config import BufferConfig
+from buffer.curriculum import Curriculum
 from buffer.evaluations import Evaluations
-from buffer.ledger_file import LedgerFile
-from buffer.prompt_order import PromptOrder
+from buffer.ledger_file import SUCCESS, LedgerFile
 from buffer.sampler import ReadyGroup
 from buffer.states import FIRST_STATE
 from buffer.wire import GroupHeader, PackedGroup, read_group_header
@@ -62,7 +62,6 @@ class Ledger:
     def __init__(self, config: BufferConfig, now: float) -> None:
         self._config = config
         self.file = LedgerFile(Path(config.run_dir), config.durability)
-        self._order = PromptOrder(config.num_prompts, shuffle=config.shuffle, seed=config.seed)
         self.evaluations = Evaluations(self.file)
         self.counts: Counter[str] = Counter()
         """Occurrences by state; dropped ones by reason as `dropped:reason`."""
@@ -74,7 +73,10 @@ class Ledger:
         self._headers: dict[int, GroupHeader] = {}
         """Of ready groups delivered to this process: what was checked on the way in is not decoded on the way out."""
         try:
-            self._check_identity()
+            self.curriculum = Curriculum(config, self.file)
+            with self.file.transaction():
+                self._check_identity()
+                self.curriculum.open()
             self._load()
         except BaseException:
             self.close()
@@ -89,17 +91,17 @@ class Ledger:
             "num_prompts": config.num_prompts,
             "shuffle": int(config.shuffle),
             "seed": config.seed,
+            "curriculum": self.curriculum.fingerprint,
         }
-        with self.transaction():
-            for key, value in wanted.items():
-                stored = self.file.meta(key, None)
-                if stored is None:
-                    self.file.set_meta(key, value)
-                elif stored != value:
-                    raise ValueError(
-                        f"the ledger in {config.run_dir} was made with {key} {stored!r}, the configuration says"
-                        f" {value!r}; restore that setting or start a new run_dir"
-                    )
+        for key, value in wanted.items():
+            stored = self.file.meta(key, None)
+            if stored is None:
+                self.file.set_meta(key, value)
+            elif stored != value:
+                raise ValueError(
+                    f"the ledger in {config.run_dir} was made with {key} {stored!r}, the configuration says"
+                    f" {value!r}; restore that setting or start a new run_dir"
+                )
 
     def _load(self) -> None:
         """Rebuild everything kept in memory from the file."""
@@ -109,6 +111,7 @@ class Ledger:
         by_version = "SELECT oldest_version, COUNT(*) FROM occurrences WHERE state = '{}' GROUP BY oldest_version"
         self.leased = Counter(dict(self.file.rows(by_version.format("leased"))))
         self.ready = Counter(dict(self.file.rows(by_version.format("ready"))))
+        self.curriculum.load()
 
     def _holder_names(self) -> set[str]:
         rows = self.file.rows("SELECT DISTINCT holder FROM occurrences WHERE state = 'leased'")
@@ -151,7 +154,7 @@ class Ledger:
             self.file.count("reissued")
         else:
             occurrence, attempt = self.file.meta("issued", 0), 0
-            prompt_id = self._order.prompt_id(occurrence)
+            prompt_id = self.curriculum.deal(occurrence)
             self.file.set_meta("issued", occurrence + 1)
             self.file.write(
                 "INSERT OR FAIL INTO occurrences"
@@ -181,8 +184,9 @@ class Ledger:
             stored; duplicate: this attempt is known already; late: its lease was given up or issued again; unknown:
             never issued.
         """
-        row = self._find(group.header.group_id)
-        if row is None or row.prompt_id != group.header.prompt_id:
+        header = group.header
+        row = self._find(header.group_id)
+        if row is None or row.prompt_id != header.prompt_id:
             outcome = "unknown"
         elif row.is_older_attempt or row.state in ("pending", "dropped"):
             outcome = "late"
@@ -191,18 +195,20 @@ class Ledger:
         if row is None or outcome != "stored":
             self.file.count(outcome)
             return outcome
-        version = group.header.oldest_version
+        version = header.oldest_version
         if version < row.oldest_version:
             self.file.count("older_than_leased")
         self.file.write(
-            "UPDATE OR FAIL occurrences SET state = 'ready', oldest_version = ?, num_tokens = ? WHERE occurrence = ?",
-            *(version, sum(group.header.num_tokens), row.occurrence),
+            "UPDATE OR FAIL occurrences SET state = 'ready', oldest_version = ?, num_tokens = ?, num_samples = ?,"
+            " num_correct = ? WHERE occurrence = ?",
+            *(version, sum(header.num_tokens), len(header.details), header.num_correct, row.occurrence),
         )
         self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
         self._move("leased", "ready")
+        self.curriculum.delivered(row.occurrence, row.prompt_id, header.num_correct / len(header.details))
         _take(self.leased, row.oldest_version)
         self.ready[version] += 1
-        self._headers[row.occurrence] = group.header
+        self._headers[row.occurrence] = header
         return outcome
 
     def give_back(self, group_id: str, reason: str) -> bool:
@@ -266,7 +272,9 @@ class Ledger:
     def use(self, occurrences: Iterable[int], policy_version: int) -> None:
         """Hand ready groups out as the batch for `policy_version`, in the given order."""
         for position, occurrence in enumerate(occurrences):
-            version = self.file.one("SELECT oldest_version FROM occurrences WHERE occurrence = ?", occurrence)
+            version, success = self.file.rows(
+                f"SELECT oldest_version, {SUCCESS} FROM occurrences WHERE occurrence = ?", occurrence
+            )[0]
             changed = self.file.write(
                 "UPDATE OR FAIL occurrences SET state = 'used', used_version = ?, staleness = ?, batch_order = ?"
                 " WHERE occurrence = ? AND state = 'ready'",
@@ -276,6 +284,7 @@ class Ledger:
                 raise RuntimeError(f"occurrence {occurrence} is not ready")
             self._move("ready", "used")
             _take(self.ready, version)
+            self.curriculum.used(occurrence, success)
 
     def batch(self, policy_version: int) -> list[BatchRow]:
         """The groups handed out for `policy_version` whose effect is not committed, in order; empty when none were."""
@@ -318,7 +327,7 @@ class Ledger:
         )
         resampled = self.file.write(
             "UPDATE OR FAIL occurrences SET state = 'pending', used_version = NULL, staleness = NULL,"
-            " batch_order = NULL WHERE state = 'done' AND used_version >= ?",
+            " batch_order = NULL, num_samples = NULL, num_correct = NULL WHERE state = 'done' AND used_version >= ?",
             policy_version,
         )
         self.evaluations.roll_back(policy_version)

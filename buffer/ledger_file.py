@@ -22,7 +22,7 @@ from typing import Any
 
 from buffer.states import STATES, enforcing_triggers
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "ledger.sqlite"
 PAGE_BYTES = 1 << 15
 WAL_BYTES = 1 << 26
@@ -32,6 +32,9 @@ _LOCK_POLL_SECONDS = 0.05
 
 _OUT_OF_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 _SYNCHRONOUS = {"full": "FULL", "normal": "NORMAL", "memory": "OFF"}
+
+SUCCESS = "CAST(num_correct AS REAL) / num_samples"
+"""SQL: the share of correct completions in a group; NULL before it is delivered."""
 
 _TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
@@ -49,7 +52,9 @@ CREATE TABLE occurrences (
     num_tokens INTEGER NOT NULL DEFAULT 0,
     used_version INTEGER,
     staleness INTEGER,
-    batch_order INTEGER
+    batch_order INTEGER,
+    num_samples INTEGER,
+    num_correct INTEGER
 ) STRICT;
 CREATE INDEX pending ON occurrences (occurrence) WHERE state = 'pending';
 CREATE INDEX leased ON occurrences (holder, request_number) WHERE state = 'leased';
@@ -59,6 +64,18 @@ CREATE TABLE payloads (
     occurrence INTEGER PRIMARY KEY REFERENCES occurrences,
     header BLOB NOT NULL,
     arrays BLOB NOT NULL
+) STRICT;
+CREATE TABLE stages (
+    stage INTEGER PRIMARY KEY,
+    first_occurrence INTEGER NOT NULL,
+    policy_version INTEGER NOT NULL,
+    began_at REAL NOT NULL,
+    success_before REAL NOT NULL,
+    groups_before INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    epoch_first_occurrence INTEGER NOT NULL,
+    num_passed_over INTEGER NOT NULL,
+    passed_over BLOB NOT NULL
 ) STRICT;
 CREATE TABLE evaluations (
     requested_version INTEGER PRIMARY KEY,

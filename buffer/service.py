@@ -100,8 +100,8 @@ class Service:
             beat, silent_seconds = peer.heartbeat, now - peer.heard
             shown = (beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
             peers.append(wire.Peer(*shown, waiting_seconds=peer.waiting_seconds(now)))
-        reports, waits = ledger.evaluations.reports(), self.waits(now)
-        return wire.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports, waits)
+        reports, waits, stage = ledger.evaluations.reports(), self.waits(now), ledger.curriculum.status()
+        return wire.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage)
 
     def waits(self, now: float) -> tuple[wire.Wait, ...]:
         """Who waits for what, the longest wait first: what the buffer knows itself, else what the peers say."""
@@ -209,6 +209,7 @@ class Service:
             return False
         ledger.use(chosen, version)
         self._progress.set(next_version=version + self._limits.updates_per_batch)
+        ledger.curriculum.advance(self._progress.next_version)
         staleness = [row.staleness for row in ledger.batch(version)]
         log.info(
             "batch for policy %d: %d groups, staleness mean %.2f max %d, waited %.1f s",

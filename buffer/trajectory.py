@@ -52,7 +52,7 @@ class Trajectory:
     reward: float
     reward_breakdown: dict[str, float]
     verdict: str
-    """The verifier's word: correct, wrong, no_answer, truncated, timeout or error."""
+    """The verifier's word: correct, wrong, no_answer, truncated, timeout, crash or error."""
     finish_reason: FinishReason
     num_turns: int = 1
     actor_id: str = ""

@@ -40,7 +40,7 @@ from buffer.schema import (
 )
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
@@ -71,6 +71,11 @@ class GroupHeader:
     details: tuple[TrajectoryDetails, ...]
     """One per trajectory."""
 
+    @property
+    def num_correct(self) -> int:
+        """Trajectories whose verdict is correct."""
+        return sum(details[2] == "correct" for details in self.details)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
@@ -97,6 +102,9 @@ class Lease:
     prompt_id: Count
     deadline_seconds: Seconds
     """Seconds from now after which a silent actor loses the lease."""
+    samples_per_group: SmallCount = 0
+    max_new_tokens: Count = 0
+    """What the curriculum's stage asks for; 0: what the actor's own configuration says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +301,19 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class StageStatus:
+    """Where the curriculum is. Stages count from 1; a run without a curriculum has one."""
+
+    stage: SmallCount = 1
+    num_stages: SmallCount = 1
+    success: Number = 0.0
+    """Share of correct completions in the stage's last groups that went to the learner, `num_groups` of them."""
+    num_groups: Count = 0
+    num_passed_over: Count = 0
+    """Prompts that the difficulty filter leaves out of the epoch under way."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """Counts of the ledger by state (`dropped` by reason as `dropped:reason`), and every peer."""
 
@@ -303,6 +324,7 @@ class Status:
     reports: tuple[EvaluationReport, ...]
     waits: tuple[Wait, ...] = ()
     """The longest wait first; what the buffer knows itself and what peers say in their heartbeats."""
+    stage: StageStatus = StageStatus()
 
 
 # --- actor -> weight store of the learner ----------------------------------------------------------------------------

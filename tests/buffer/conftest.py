@@ -1,7 +1,7 @@
 """Builders that every test of the buffer shares."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ ConfigMaker = Callable[..., BufferConfig]
 GroupMaker = Callable[..., PackedGroup]
 
 
-def _trajectory(group_id: str, prompt_id: int, number: int, version: int, num_tokens: int) -> Trajectory:
+def _trajectory(group_id: str, prompt_id: int, number: int, version: int, num_tokens: int, verdict: str) -> Trajectory:
     mask = np.arange(num_tokens) >= 1
     return Trajectory(
         trajectory_id=f"{group_id}.{number}",
@@ -27,7 +27,7 @@ def _trajectory(group_id: str, prompt_id: int, number: int, version: int, num_to
         policy_versions=(VersionSpan(0, version),),
         reward=float(number % 2),
         reward_breakdown={"correct": float(number % 2)},
-        verdict="correct" if number % 2 else "wrong",
+        verdict=verdict,
         finish_reason=FinishReason.STOP,
         actor_id="actor-0",
     )
@@ -35,8 +35,18 @@ def _trajectory(group_id: str, prompt_id: int, number: int, version: int, num_to
 
 @pytest.fixture
 def make_group() -> GroupMaker:
-    def make(group_id: str, prompt_id: int, version: int = 0, num_tokens: int = 5, size: int = 2) -> PackedGroup:
-        trajectories = tuple(_trajectory(group_id, prompt_id, i, version, num_tokens) for i in range(size))
+    def make(
+        group_id: str,
+        prompt_id: int,
+        version: int = 0,
+        num_tokens: int = 5,
+        size: int = 2,
+        verdicts: Sequence[str] = (),
+    ) -> PackedGroup:
+        verdicts = verdicts or [("wrong", "correct")[i % 2] for i in range(size)]
+        trajectories = tuple(
+            _trajectory(group_id, prompt_id, i, version, num_tokens, verdict) for i, verdict in enumerate(verdicts)
+        )
         return pack_group(TrajectoryGroup(group_id, prompt_id, trajectories))
 
     return make

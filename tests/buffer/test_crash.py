@@ -10,13 +10,21 @@ import pytest
 
 from buffer import wire
 from buffer.audit import audit
+from buffer.curriculum_config import Stage, write_levels
 from buffer.ledger_file import FILE_NAME
-from buffer.prompt_order import PromptOrder
+from tests.buffer.dealing import Dealing
 from tests.buffer.killed_buffer import KilledBuffer
 
 ACTOR = b"actor-0-aa"
 BATCHES = 150
 GROUPS_PER_BATCH = 2
+NUM_PROMPTS, LEVELS = 7, [1, 2, 3, 1, 2, 3, 1]
+STAGES = [
+    Stage(max_level=1, until_success=0.5, over_groups=20, samples_per_group=2),
+    Stage(max_level=2, at_most_steps=40, samples_per_group=3),
+    Stage(min_level=2, until_step=100),
+    Stage(),
+]
 
 
 def rows(run_dir: Path, sql: str) -> list[tuple[Any, ...]]:
@@ -69,7 +77,8 @@ class Run:
         match reply:
             case wire.LeaseReply():
                 for lease in reply.leases:
-                    group = self.make_group(lease.group_id, lease.prompt_id, self.version)
+                    size = lease.samples_per_group or 2
+                    group = self.make_group(lease.group_id, lease.prompt_id, self.version, size=size)
                     self.ask(ACTOR, wire.GroupDelivery("actor-0", group))
                 self.ask(ACTOR, wire.LeaseRequest("actor-0", self.version, 3, "abc"))
             case wire.GroupReceipt():
@@ -108,11 +117,15 @@ class Run:
         assert self.stored <= kept
 
 
-@pytest.mark.parametrize(("seed", "durability"), [(0, "full"), (1, "normal"), (2, "normal"), (3, "memory")])
+@pytest.mark.parametrize(
+    ("seed", "durability", "stages"), [(0, "full", STAGES), (1, "normal", []), (2, "normal", STAGES), (3, "memory", [])]
+)
 def test_a_buffer_that_dies_at_any_instruction_loses_nothing(
-    make_config: Any, make_group: Any, run_dir: Path, seed: int, durability: str
+    make_config: Any, make_group: Any, run_dir: Path, seed: int, durability: str, stages: list[Stage]
 ):
-    config = make_config(durability=durability, groups_per_batch=GROUPS_PER_BATCH, max_staleness=2, num_prompts=7)
+    write_levels(run_dir, LEVELS)
+    how = {"durability": durability, "stages": stages, "num_prompts": NUM_PROMPTS, "max_staleness": 2}
+    config = make_config(groups_per_batch=GROUPS_PER_BATCH, **how)
     buffer = KilledBuffer(config, random.Random(seed), max_deaths=60)
     run = Run(buffer, seed, make_group)
     with buffer.alive():
@@ -131,7 +144,14 @@ def test_a_buffer_that_dies_at_any_instruction_loses_nothing(
     assert {version: tuple(groups) for version, groups in in_file.items()} == run.lineage, "what the learner trained on"
     trained = [group for groups in run.lineage.values() for group in groups]
     assert len(trained) == len(set(trained))
-    order = PromptOrder(7, shuffle=True, seed=0)
+    assert len(found.stages) == max(1, len(stages))
+    assert all(row.policy_version == reached for row, reached in zip(found.stages, (0, 10, 50, 100), strict=False))
+    dealing, begun = Dealing(config, LEVELS), 1
+    for k in range(found.issued):
+        while begun < len(found.stages) and found.stages[begun].first_occurrence == k:
+            dealing.begin_stage(0)
+            begun += 1
+        dealing.deal()
     dealt = rows(run_dir, "SELECT occurrence, prompt_id FROM occurrences ORDER BY occurrence")
-    assert dealt == [(k, order.prompt_id(k)) for k in range(found.issued)], "no prompt is skipped"
+    assert dealt == list(enumerate(dealing.prompts)), "no prompt is skipped or repeated within an epoch of a stage"
     assert found.issued - len(trained) <= 3 * GROUPS_PER_BATCH, "what is not trained on is outstanding"

@@ -14,9 +14,9 @@ import pytest
 from buffer.audit import audit
 from buffer.config import BufferConfig
 from buffer.ledger import Holder, Ledger
-from buffer.prompt_order import PromptOrder
 from buffer.states import STATES, TRANSITIONS
 from buffer.wire import EvaluationReport, PackedGroup
+from tests.buffer.dealing import Dealing
 
 HOLDER = Holder("actor-0-aa", "actor-0", 1)
 
@@ -46,17 +46,6 @@ def ledger(config: BufferConfig):
     yield opened
     opened.close()
     assert audit(config.run_dir).problems == ()
-
-
-def test_prompts_are_dealt_once_per_epoch_in_an_order_that_restarts_keep():
-    order = PromptOrder(50, shuffle=True, seed=3)
-    epochs = [[order.prompt_id(epoch * 50 + i) for i in range(50)] for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
-    assert PromptOrder(50, shuffle=True, seed=3).prompt_id(77) == epochs[1][27]
-    assert order.prompt_id(0) == epochs[0][0], "an earlier epoch can be asked for again"
-    assert [PromptOrder(3, shuffle=False, seed=3).prompt_id(i) for i in range(5)] == [0, 1, 2, 0, 1]
-    assert PromptOrder(50, shuffle=True, seed=4).prompt_id(0) != epochs[0][0]
 
 
 def test_a_group_goes_through_all_states(ledger: Ledger, config: BufferConfig, make_group: Any):
@@ -229,7 +218,7 @@ def test_reopening_keeps_everything_and_gives_leases_a_full_deadline(config: Buf
     assert (+ledger.counts, ledger.leased, ledger.ready) == (counts, leased, ready)
     assert ledger.silent(1000 + config.lease_seconds - 1) == []
     assert ledger.silent(1000 + config.lease_seconds) == [HOLDER.name]
-    assert ledger.leases_of(HOLDER) == [("0.0", PromptOrder(10, shuffle=True, seed=0).prompt_id(0))]
+    assert ledger.leases_of(HOLDER) == [("0.0", Dealing(config).deal())]
     assert issue(ledger)[0] == "2.0"
     ledger.close()
 

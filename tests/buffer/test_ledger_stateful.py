@@ -4,6 +4,7 @@ import contextlib
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,28 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from buffer import wire
-from buffer.audit import audit
+from buffer.audit import StageRow, audit
 from buffer.config import BufferConfig
+from buffer.curriculum_config import Skip, Stage, write_levels
 from buffer.leasing import Outgoing
 from buffer.ledger import Ledger
-from buffer.prompt_order import PromptOrder
 from buffer.service import Service
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+from tests.buffer.dealing import Dealing
 
 NUM_PROMPTS, GROUPS_PER_BATCH, MAX_STALENESS, LEASE_SECONDS = 5, 2, 2, 14.0
 ACTORS = ("actor-0", "actor-1")
+LEVELS = [1, 2, 1, 2, 1]
+STAGES = [
+    Stage(max_level=1, until_success=0.6, over_groups=3, at_least_steps=1, at_most_steps=5, samples_per_group=3),
+    Stage(min_level=2, until_step=6, samples_per_group=2, max_new_tokens=7),
+    Stage(),
+]
+
+
+def success(occurrence: int, attempt: int) -> float:
+    """Of two groups in three the completion is correct."""
+    return float((occurrence + attempt) % 3 != 0)
 
 
 def group(group_id: str, prompt_id: int, version: int) -> wire.PackedGroup:
@@ -37,7 +50,7 @@ def group(group_id: str, prompt_id: int, version: int) -> wire.PackedGroup:
         policy_versions=(VersionSpan(0, version),),
         reward=1.0,
         reward_breakdown={},
-        verdict="correct",
+        verdict="correct" if success(occurrence, attempt) else "wrong",
         finish_reason=FinishReason.STOP,
     )
     return wire.pack_group(TrajectoryGroup(group_id, prompt_id, (trajectory,)))
@@ -63,11 +76,18 @@ class BufferMachine(RuleBasedStateMachine):
             *(self.directory.name, "ipc://x", NUM_PROMPTS, "abc", GROUPS_PER_BATCH, MAX_STALENESS),
             lease_seconds=LEASE_SECONDS,
             durability="memory",
+            stages=STAGES,
+            skip_solved=Skip(success=1.0, seen=1),
+            skip_unsolved=Skip(success=0.0, seen=2),
+            revisit_epochs=3,
         )
+        write_levels(Path(self.directory.name), LEVELS)
         self.now, self.number, self.processes = 0.0, 0, 0
         self.ledger = Ledger(self.config, self.now)
         self.service = Service(self.config, self.ledger)
-        self.order = PromptOrder(NUM_PROMPTS, shuffle=True, seed=0)
+        self.dealing = Dealing(self.config, LEVELS)
+        self.successes: dict[int, float] = {}
+        """Of every occurrence whose group was delivered."""
         self.model: dict[int, Occurrence] = {}
         self.deadlines: dict[bytes, float] = {}
         self.identity = {actor: self.new_process(actor) for actor in ACTORS}
@@ -144,7 +164,10 @@ class BufferMachine(RuleBasedStateMachine):
         pending = self.having("pending")
         k = pending[0] if pending else len(self.model)
         attempt = self.model[k].attempt + 1 if pending else 0
-        assert (lease.group_id, lease.prompt_id) == (f"{k}.{attempt}", self.order.prompt_id(k))
+        prompt = self.dealing.prompts[k] if pending else self.dealing.deal(self.successes)
+        assert (lease.group_id, lease.prompt_id) == (f"{k}.{attempt}", prompt)
+        stage = self.dealing.stage_of(k)
+        assert (lease.samples_per_group, lease.max_new_tokens) == (stage.samples_per_group, stage.max_new_tokens)
         self.model[k] = Occurrence("leased", attempt, identity, self.told[identity])
         self.deadlines[identity] = self.now + LEASE_SECONDS
 
@@ -166,6 +189,12 @@ class BufferMachine(RuleBasedStateMachine):
             self.model[k].state, self.model[k].used_version = "used", version
         self.lineage[version], self.shards[version] = [g.group_id for g in groups], shard
         self.next_version, self.batch_is_asked_for = version + 1, False
+        self.dealing.advance(self.next_version, self.trained_in_stage())
+
+    def trained_in_stage(self) -> list[float]:
+        """Successes of the newest stage's groups that the learner has, oldest first."""
+        mine = [k for k in self.having("used", "done") if k >= self.dealing.firsts[-1]]
+        return [self.successes[k] for k in sorted(mine, key=lambda k: (self.model[k].used_version, k))]
 
     # --- actors ---
 
@@ -196,7 +225,8 @@ class BufferMachine(RuleBasedStateMachine):
         expected = "late" if is_late else "stored" if known.state == "leased" else "duplicate"
         if expected == "stored":
             self.model[k] = Occurrence("ready", attempt, known.holder, version)
-        packed = group(f"{k}.{attempt}", self.order.prompt_id(k), version)
+            self.successes[k] = success(k, attempt)
+        packed = group(f"{k}.{attempt}", self.dealing.prompts[k], version)
         actor = known.holder.decode().rsplit("-", 1)[0]
         answers = self.tell(self.identity[actor], wire.GroupDelivery(actor, packed))
         assert [answer.message.outcome for answer in answers] == [expected]
@@ -206,7 +236,8 @@ class BufferMachine(RuleBasedStateMachine):
         known = self.model[k]
         version, identity = known.version + ahead, known.holder
         self.model[k] = Occurrence("ready", known.attempt, identity, version)
-        packed = group(f"{k}.{known.attempt}", self.order.prompt_id(k), version)
+        self.successes[k] = success(k, known.attempt)
+        packed = group(f"{k}.{known.attempt}", self.dealing.prompts[k], version)
         answers = self.tell(identity, wire.GroupDelivery("x", packed))
         assert [answer.message.outcome for answer in answers] == ["stored"]
 
@@ -229,7 +260,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule()
     def deliver_what_was_never_issued(self) -> None:
-        packed = group(f"{len(self.model)}.0", self.order.prompt_id(len(self.model)), 0)
+        packed = group(f"{len(self.model)}.0", 0, 0)
         (answer,) = self.tell(self.identity["actor-0"], wire.GroupDelivery("actor-0", packed))
         assert answer.message.outcome == "unknown"
 
@@ -261,6 +292,8 @@ class BufferMachine(RuleBasedStateMachine):
         for k in self.having("used", "done"):
             occurrence = self.model[k]
             if occurrence.used_version >= version:
+                if occurrence.state == "done":
+                    del self.successes[k]
                 occurrence.state = "ready" if occurrence.state == "used" else "pending"
         self.lineage = {v: groups for v, groups in self.lineage.items() if v < version}
         self.shards = {v: shard for v, shard in self.shards.items() if v < version}
@@ -317,7 +350,7 @@ class BufferMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject, actor: str) -> None:
         """A transaction that changes everything it can, and then finds no space."""
         k = data.draw(st.sampled_from(self.having("leased", "ready")))
-        delivery = wire.GroupDelivery(actor, group(f"{k}.{self.model[k].attempt}", self.order.prompt_id(k), 0))
+        delivery = wire.GroupDelivery(actor, group(f"{k}.{self.model[k].attempt}", self.dealing.prompts[k], 0))
         with contextlib.suppress(KeyError), self.ledger.transaction():
             stranger = self.new_process(actor)
             messages: list[Any] = [
@@ -343,11 +376,19 @@ class BufferMachine(RuleBasedStateMachine):
         found = audit(self.config.run_dir)
         assert found.problems == ()
         assert found.issued == len(self.model)
+        self.check_curriculum(found.stages)
         assert Counter(found.counts) + Counter(dropped=sum(found.dropped.values())) == counts
         assert +self.ledger.leased == Counter(self.model[k].version for k in self.having("leased"))
         assert +self.ledger.ready == Counter(self.model[k].version for k in self.having("ready"))
         for identity in {self.model[k].holder for k in self.having("leased")}:
             assert self.deadlines[identity] > self.now, "what is leased is watched"
+
+    def check_curriculum(self, found: tuple[StageRow, ...]) -> None:
+        status, trained = self.ledger.curriculum.status(), self.trained_in_stage()[-self.dealing.stage.over_groups :]
+        assert (status.stage, status.num_groups) == (len(self.dealing.firsts), len(trained))
+        assert status.success == (sum(trained) / len(trained) if trained else 0.0)
+        assert [row.first_occurrence for row in found] == self.dealing.firsts
+        assert [row.policy_version for row in found] == self.dealing.began
 
     @invariant()
     def each_is_trained_on_once_in_a_lineage(self) -> None:

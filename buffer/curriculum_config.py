@@ -1,0 +1,168 @@
+"""What a curriculum and the difficulty filter can be told, and the rules between a curriculum's stages. No state.
+
+Used by the launcher, which checks stages before anything starts and writes each prompt's level to RUN_DIR/levels.json,
+and by `buffer/curriculum.py`, which deals by them. Stages are counted from 1 wherever a person reads of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVELS_FILE = "levels.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which prompts are dealt, in which group size and length, until what happens. 0 everywhere: no such setting."""
+
+    min_level: int = 0
+    max_level: int = 0
+    """Only prompts of these levels, both included."""
+    samples_per_group: int = 0
+    """Completions per prompt; 0: the run's."""
+    max_new_tokens: int = 0
+    """Tokens of a completion at most; 0: the run's."""
+    until_step: int = 0
+    """The stage ends when the next batch is for this policy version or a later one."""
+    until_success: float = 0.0
+    """It ends when this share of the completions in its last `over_groups` trained groups is correct."""
+    over_groups: int = 200
+    at_least_steps: int = 0
+    """Optimizer steps that `until_success` may not cut short."""
+    at_most_steps: int = 0
+    """Optimizer steps after which it ends in any case."""
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether it deals only some levels."""
+        return bool(self.min_level or self.max_level)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether it has any condition to end."""
+        return bool(self.until_step or self.until_success or self.at_most_steps)
+
+    def ends(self, next_version: int, began_version: int, successes: Sequence[float]) -> bool:
+        """Whether the stage is over.
+
+        Args:
+            next_version: the policy version that the next batch is for.
+            began_version: the same when the stage began.
+            successes: share of correct completions of each of its last groups, at most `over_groups` of them.
+        """
+        steps = next_version - began_version
+        succeeds = self.until_success and len(successes) >= self.over_groups and steps >= self.at_least_steps
+        return bool(
+            (self.until_step and next_version >= self.until_step)
+            or (self.at_most_steps and steps >= self.at_most_steps)
+            or (succeeds and sum(successes) / len(successes) >= self.until_success)
+        )
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Which prompts the filter passes over from the next epoch of the stage on."""
+
+    success: float
+    """Share of correct completions of a group: as solved from here up, as unsolved from here down."""
+    seen: int = 0
+    """The prompt's last so many groups must all be so; 0: the filter is off."""
+
+
+def check_stages(stages: Sequence[Stage]) -> None:
+    """Whether each stage can be reached and left.
+
+    Raises:
+        ValueError: one sentence that names the stage, the value and the way out.
+    """
+    reached = 0
+    for number, stage in enumerate(stages, start=1):
+        where = f"curriculum stage {number}"
+        _check_numbers(where, stage)
+        if number == len(stages) and stage.may_end:
+            raise ValueError(
+                f"{where} is the last one and goes on to the end of the run; leave out its until_step, until_success"
+                " and at_most_steps"
+            )
+        if number < len(stages) and not stage.may_end:
+            raise ValueError(f"{where} never ends; give it until_step, until_success or at_most_steps")
+        if stage.until_step and stage.until_step <= reached:
+            raise ValueError(
+                f"{where} has until_step={stage.until_step}, but an earlier one lasts until step {reached}; let"
+                " until_step grow from stage to stage"
+            )
+        reached = max(reached, stage.until_step)
+
+
+def _check_numbers(where: str, stage: Stage) -> None:
+    for field in fields(stage):
+        value = getattr(stage, field.name)
+        if value < 0:
+            raise ValueError(f"{where} has {field.name}={value}; use 0 for no such setting, or more")
+    if stage.max_level and stage.max_level < stage.min_level:
+        raise ValueError(f"{where} has min_level={stage.min_level} above max_level={stage.max_level}; swap them")
+    if stage.until_success > 1:
+        raise ValueError(f"{where} has until_success={stage.until_success}; it is a share, so use at most 1")
+    if stage.over_groups < 1:
+        raise ValueError(f"{where} has over_groups={stage.over_groups}; it counts groups, so use at least 1")
+    if stage.at_least_steps and not stage.until_success:
+        raise ValueError(f"{where} has at_least_steps={stage.at_least_steps} without until_success, which it bounds")
+    if 0 < stage.at_most_steps < stage.at_least_steps:
+        raise ValueError(
+            f"{where} has at_least_steps={stage.at_least_steps} above at_most_steps={stage.at_most_steps}; lower one"
+        )
+
+
+def check_skips(skip_solved: Skip, skip_unsolved: Skip, revisit_epochs: int) -> None:
+    """Whether the filter's settings make sense together.
+
+    Raises:
+        ValueError: one sentence that names the setting, the value and the way out.
+    """
+    for name, skip in (("skip_solved", skip_solved), ("skip_unsolved", skip_unsolved)):
+        if not 0 <= skip.success <= 1:
+            raise ValueError(f"buffer.{name}.success is {skip.success}; it is a share, so use 0 to 1")
+        if skip.seen < 0:
+            raise ValueError(f"buffer.{name}.seen is {skip.seen}; it counts groups, so use 0 (off) or more")
+    if skip_solved.success <= skip_unsolved.success:
+        raise ValueError(
+            f"buffer.skip_solved.success {skip_solved.success} is not above buffer.skip_unsolved.success"
+            f" {skip_unsolved.success}, so a group could be both; raise the first or lower the second"
+        )
+    if revisit_epochs < 0:
+        raise ValueError(f"buffer.revisit_epochs is {revisit_epochs}; use 0 (never) or more")
+
+
+def prompts_of(stage: Stage, levels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The prompt ids of a stage, in order, given the level of every prompt."""
+    wanted = (levels >= stage.min_level) & ((levels <= stage.max_level) | (stage.max_level == 0))
+    return np.flatnonzero(wanted)
+
+
+def write_levels(run_dir: Path, levels: Sequence[int]) -> None:
+    """Leave the level of every prompt for the buffer; the file appears whole."""
+    partial = run_dir / f"{LEVELS_FILE}.partial"
+    partial.write_text(json.dumps(list(levels), separators=(",", ":")))
+    partial.replace(run_dir / LEVELS_FILE)
+
+
+def read_levels(run_dir: Path, num_prompts: int) -> NDArray[np.int64]:
+    """[num_prompts] the level of every prompt.
+
+    Raises:
+        ValueError: the file is missing or of other prompts.
+    """
+    path = run_dir / LEVELS_FILE
+    try:
+        levels = np.asarray(json.loads(path.read_text()), np.int64)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; resume the run to have it written again") from error
+    if levels.shape != (num_prompts,):
+        raise ValueError(f"{path} has {levels.size} levels for {num_prompts} prompts; resume the run to write it again")
+    return levels

@@ -1,0 +1,71 @@
+"""Whether a run can go through its curriculum: the rules between its stages and the run's other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from buffer.config import read_section
+from buffer.curriculum_config import Stage, check_stages, prompts_of
+from launch.settings import RunConfig
+
+
+def check_stage_settings(curriculum: Any) -> None:
+    """Refuse what is no list of stages, and settings that no stage has.
+
+    Raises:
+        ValueError: one sentence that names the stage and its setting.
+    """
+    if not isinstance(curriculum, list):
+        raise ValueError(f"curriculum={curriculum} is no list of stages; write curriculum=[{{until_step:9}},{{}}]")
+    for number, stage in enumerate(curriculum, start=1):
+        if not isinstance(stage, dict):
+            raise ValueError(f"curriculum stage {number} is {stage}, no settings; write {{NAME:VALUE,...}}")
+        read_section(Stage, stage, f"curriculum stage {number}")
+
+
+def check_curriculum(run: RunConfig, levels: Sequence[int]) -> None:
+    """Refuse stages that contradict each other, ask for more than the run offers, or have no prompts.
+
+    Args:
+        run: the settings at the top.
+        levels: of every training prompt.
+
+    Raises:
+        ValueError: one sentence that names the stage, the value and the way out.
+    """
+    check_stages(run.curriculum)
+    for number, stage in enumerate(run.curriculum, start=1):
+        where = f"curriculum stage {number}"
+        for name in ("samples_per_group", "max_new_tokens"):
+            value, most = getattr(stage, name), getattr(run, name)
+            # Engine, context and evaluation are sized by the run's own settings.
+            if value > most:
+                raise ValueError(f"{where} has {name}={value}, more than the run's {name}={most}; raise that one to it")
+        if stage.until_step >= run.total_steps:
+            raise ValueError(
+                f"{where} has until_step={stage.until_step}, but the run ends at total_steps={run.total_steps}; lower"
+                " the first or raise the second"
+            )
+        if not prompts_of(stage, np.asarray(levels)).size:
+            raise ValueError(
+                f"{where} deals {_described(stage)}, but the task's are {_listed(levels)}; change its levels"
+            )
+
+
+def fewest_prompts(stages: Sequence[Stage], levels: Sequence[int]) -> int:
+    """Prompts of the smallest stage."""
+    return min(prompts_of(stage, np.asarray(levels)).size for stage in stages or [Stage()])
+
+
+def _described(stage: Stage) -> str:
+    return (
+        f"levels {stage.min_level} and up" if not stage.max_level else f"levels {stage.min_level} to {stage.max_level}"
+    )
+
+
+def _listed(levels: Sequence[int]) -> str:
+    there = sorted(set(levels))
+    return ", ".join(map(str, there)) if len(there) < 12 else f"{there[0]} to {there[-1]}"
