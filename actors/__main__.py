@@ -21,7 +21,9 @@ from actors.rollout import PromptsTooLongError, check_prompts_fit
 from buffer.client import Connection, host_id
 from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, client_credentials
+from buffer.curriculum_config import Stage
 from buffer.schema import check_name
+from verifier.base import RewardSpec
 from verifier.config import VerifierConfig
 
 logger = logging.getLogger("actors")
@@ -79,13 +81,22 @@ async def _run(
 
     verifier = read_section(VerifierConfig, run["verifier"], "verifier")
     tokenizer = AutoTokenizer.from_pretrained(config.model_path)
-    check_prompts_fit(task, tokenizer, max_tokens=config.max_tokens, max_new_tokens=config.max_new_tokens)
-    pool = ScoringPool(
-        verifier.rewards,
-        num_workers=verifier.num_workers,
-        deadline_seconds=verifier.deadline_seconds,
-        memory_bytes=verifier.memory_bytes,
-        on_timeout=verifier.on_timeout,
+    limits = {"max_tokens": config.max_tokens, "max_new_tokens": config.max_new_tokens}
+    stages = [read_section(Stage, stage, "curriculum stage") for stage in run["curriculum"]]
+    check_prompts_fit(task, tokenizer, **limits, stages=stages)
+    # The environment of a multi-turn task keeps its rewards itself.
+    pool = (
+        None
+        if task.is_multi_turn
+        else ScoringPool(
+            [RewardSpec(**spec) for spec in run["reward"]],
+            num_workers=verifier.num_workers,
+            deadline_seconds=verifier.deadline_seconds,
+            memory_bytes=verifier.memory_bytes,
+            on_timeout=verifier.on_timeout,
+            on_error=verifier.on_error,
+            max_retries=verifier.max_retries,
+        )
     )
     engine = Engine(config)
     # The connection resends until it is answered; a lease may be long in coming.
@@ -108,7 +119,8 @@ async def _run(
     finally:
         buffer.close()
         learner.close()
-        pool.close()
+        if pool is not None:
+            pool.close()
         engine.close()
 
 

@@ -12,14 +12,25 @@ import errno
 import logging
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from actors.config import ActorConfig
+from actors.meter import Meter
+from actors.play import play
 from actors.prompts import Problem, Task
-from actors.rollout import TextTokenizer, build_group, completions_to_score, split_stops, task_prompt_ids
+from actors.rollout import (
+    Continuation,
+    TextTokenizer,
+    build_group,
+    completions_to_score,
+    single_turn,
+    split_stops,
+    task_prompt_ids,
+)
 from buffer.client import Connection, RequestRefused
 from buffer.wire import (
     EvaluationReport,
@@ -34,7 +45,7 @@ from buffer.wire import (
     Message,
     pack_group,
 )
-from verifier.base import Completion
+from verifier.base import Completion, Score, Verdict
 from verifier.pool import ScoringPool
 
 if TYPE_CHECKING:
@@ -44,6 +55,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DISK_RETRY_SECONDS = 5.0
+MAX_UNSCORED_GROUPS = 50
+"""Groups in a row of which nothing could be scored, after which something else is wrong than a hard answer."""
 
 
 class Actor:
@@ -55,7 +68,7 @@ class Actor:
         task: prompts and golds; the buffer speaks of them by number.
         tokenizer: the model's.
         engine: started.
-        pool: scores completions.
+        pool: scores completions; None for a multi-turn task, whose environment does.
         buffer: connection to the buffer.
         weights: pulls versions from the learner.
         spool: folder for this actor's files.
@@ -68,7 +81,7 @@ class Actor:
         task: Task,
         tokenizer: TextTokenizer,
         engine: Engine,
-        pool: ScoringPool,
+        pool: ScoringPool | None,
         buffer: Connection,
         weights: WeightClient,
         spool: Path,
@@ -80,7 +93,7 @@ class Actor:
         self.publication = ""
         self.meter = Meter()
         self._closing = False
-        self._leased = 0
+        self._leased = self._num_unscored = 0
         self._credit_changed = asyncio.Event()
         self._loading = asyncio.Lock()
 
@@ -133,7 +146,7 @@ class Actor:
         """Sample, score and deliver one group; an impossible prompt is given back with the reason."""
         problem = self.task.train[lease.prompt_id]
         prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
-        if len(prompt_ids) + self.config.max_new_tokens > self.config.max_tokens:
+        if len(prompt_ids) + self._max_new_tokens(lease) > self.config.max_tokens:
             logger.warning(
                 "prompt %d has %d tokens and leaves no room to answer; dropped", lease.prompt_id, len(prompt_ids)
             )
@@ -144,24 +157,87 @@ class Actor:
         self._credit_changed.set()
 
     async def _deliver(self, lease: Lease, problem: Problem, prompt_ids: list[int]) -> None:
-        sampled = await self._sample(
+        completed = await self._complete(
+            problem,
             prompt_ids,
             lease.group_id,
-            num_samples=self.config.samples_per_group,
+            noise=lease.group_id,
+            num_samples=lease.samples_per_group or self.config.samples_per_group,
             temperature=self.config.temperature,
-            max_new_tokens=self.config.max_new_tokens,
-            seed=self._seed(lease.group_id) if self.config.seeded_sampling else None,
+            max_new_tokens=self._max_new_tokens(lease),
+            seeded=self.config.seeded_sampling,
         )
-        self.meter.sampled(len(sampled), sum(len(choice.token_ids) for choice in sampled))
-        scores = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer))
-        group = build_group(lease.group_id, problem, prompt_ids, sampled, scores, self.actor_id)
+        self.meter.sampled(len(completed), sum(continuation.num_sampled for continuation, _ in completed))
+        kept = [(continuation, score) for continuation, score in completed if not score.skipped]
+        if not kept:
+            await self._give_back_unscored(lease)
+            return
+        self._num_unscored = 0
+        continuations, scores = zip(*kept, strict=True)
+        group = build_group(lease.group_id, problem, prompt_ids, continuations, scores, self.actor_id)
         receipt = await self._call(GroupDelivery(self.actor_id, pack_group(group)))
         if not isinstance(receipt, GroupReceipt):
             raise RuntimeError(f"the buffer answered {receipt} to a delivered group")
         if receipt.outcome != "stored":
             logger.warning("group %s was %s", receipt.group_id, receipt.outcome)
 
-    async def _sample(self, prompt_ids: list[int], request_id: str, **how: Any) -> list[SampledCompletion]:
+    async def _give_back_unscored(self, lease: Lease) -> None:
+        """Nothing of the group could be scored, and the configuration says to leave such completions out."""
+        self._num_unscored += 1
+        if self._num_unscored == MAX_UNSCORED_GROUPS:
+            raise RuntimeError(
+                f"not one completion of {MAX_UNSCORED_GROUPS} groups in a row could be scored; the log says why, and"
+                " verifier.deadline_seconds and verifier.memory_bytes are the limits"
+            )
+        logger.warning("no completion of group %s could be scored; dropped", lease.group_id)
+        await self._call(LeaseReturn(self.actor_id, (lease.group_id,), "unscored"))
+
+    def _max_new_tokens(self, lease: Lease) -> int:
+        """What the curriculum's stage allows; without one, what the run does."""
+        return lease.max_new_tokens or self.config.max_new_tokens
+
+    async def _complete(
+        self,
+        problem: Problem,
+        prompt_ids: list[int],
+        request_id: str,
+        *,
+        noise: str,
+        num_samples: int,
+        temperature: float,
+        max_new_tokens: int,
+        seeded: bool,
+    ) -> list[tuple[Continuation, Score]]:
+        """Completions of one prompt with their scores: answered once and graded, or played turn by turn.
+
+        Args:
+            noise: what the seeds are made of; completions of the same prompt still differ.
+            seeded: whether sampling has a seed; an environment's noise always has one.
+        """
+        how = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+
+        async def play_one(index: int) -> tuple[Continuation, Score]:
+            async def sample(token_ids: Sequence[int], turn: int) -> SampledCompletion:
+                seed = self._seed(noise, index, turn) if seeded else None
+                [choice] = await self._sample(
+                    token_ids, f"{request_id}.{index}.{turn}", num_samples=1, seed=seed, **how
+                )
+                return choice
+
+            limits = {"max_new_tokens": max_new_tokens, "max_tokens": self.config.max_tokens}
+            seed = self._seed(noise, index)
+            return await play(self.task, problem, prompt_ids, self.tokenizer, sample, seed=seed, **limits)
+
+        if self.task.is_multi_turn:
+            return await asyncio.gather(*(play_one(index) for index in range(num_samples)))
+        seed = self._seed(noise) if seeded else None
+        sampled = await self._sample(prompt_ids, request_id, num_samples=num_samples, seed=seed, **how)
+        prefill = self.task.template.prefill
+        assert self.pool is not None
+        scores = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer, prefill))
+        return [(single_turn(choice), score) for choice, score in zip(sampled, scores, strict=True)]
+
+    async def _sample(self, prompt_ids: Sequence[int], request_id: str, **how: Any) -> list[SampledCompletion]:
         """Completions of one prompt.
 
         Waits for: the engine. Gives up after: `sample_timeout_seconds`, with a TimeoutError that ends the actor.
@@ -180,10 +256,10 @@ class Actor:
             except TimeoutError as error:
                 raise TimeoutError(f"the engine did not finish request {request_id} within {seconds:.0f} s") from error
 
-    def _seed(self, group_id: str) -> int:
+    def _seed(self, group_id: str, *parts: int) -> int:
         """Of the prompt's occurrence, not of the attempt: a group sampled again is sampled the same."""
         occurrence = group_id.split(".", 1)[0]
-        return zlib.crc32(f"{self.config.seed}:{occurrence}".encode())
+        return zlib.crc32(":".join(map(str, (self.config.seed, occurrence, *parts))).encode())
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -276,20 +352,24 @@ class Actor:
         prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
         if len(prompt_ids) >= self.config.max_tokens:
             # The model cannot answer what it cannot read; leaving it out would flatter the policy.
+            if self.task.is_multi_turn:
+                return 0.0, 0.0, 0.0
+            assert self.pool is not None
             [score] = await self.pool.score_group([Completion(text="", gold=problem.gold, truncated=True)])
             return score.reward, 0.0, 0.0
         max_new_tokens = self.config.evaluation_max_new_tokens or self.config.max_new_tokens
-        sampled = await self._sample(
+        [(continuation, score)] = await self._complete(
+            problem,
             prompt_ids,
             f"evaluation-{version}-{problem.prompt_id}",
+            # The same noise at every version, so that curves differ by the policy alone.
+            noise=f"evaluation-{problem.prompt_id}",
             num_samples=1,
             temperature=self.config.evaluation_temperature,
             max_new_tokens=max_new_tokens,
-            # The same noise at every version, so that curves differ by the policy alone.
-            seed=self._seed(f"evaluation-{problem.prompt_id}"),
+            seeded=True,
         )
-        [score] = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer))
-        return score.reward, float(score.verdict.value == "correct"), float(len(sampled[0].token_ids))
+        return score.reward, float(score.verdict is Verdict.CORRECT), float(continuation.num_sampled)
 
     # --- talk with the buffer ----------------------------------------------------------------------------------------
 
@@ -303,10 +383,7 @@ class Actor:
         metrics = (
             self.meter.metrics()
             | {"groups_leased": float(self._leased)}
-            | {
-                "verifier_timeouts": float(self.pool.num_timeouts),
-                "verifier_errors": float(self.pool.num_errors),
-            }
+            | {f"verifier_{name}": number for name, number in (self.pool.counts() if self.pool else {}).items()}
         )
         reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics))
         if isinstance(reply, HeartbeatReply):
@@ -316,69 +393,3 @@ class Actor:
     async def _call(self, message: Message) -> Message:
         """Ask the buffer. The connection resends until it answers; a buffer that is gone for good ends the run."""
         return await asyncio.wrap_future(self.buffer.request(message))
-
-
-class Meter:
-    """Counts and clocks of one actor. Idle is the time without any request in the engine, after the first one."""
-
-    def __init__(self) -> None:
-        self.num_in_flight = 0
-        self._samples = self._tokens = self._loads = 0
-        self._started = self._busy_since = 0.0
-        self._busy_seconds = self._fetch_seconds = self._pause_seconds = 0.0
-
-    def in_flight(self) -> Any:
-        """Context of one request in the engine."""
-        return _InFlight(self)
-
-    def enter(self) -> None:
-        """A request goes to the engine."""
-        now = time.monotonic()
-        if not self.num_in_flight:
-            self._busy_since = now
-            self._started = self._started or now
-        self.num_in_flight += 1
-
-    def leave(self) -> None:
-        """A request is finished."""
-        self.num_in_flight -= 1
-        if not self.num_in_flight:
-            self._busy_seconds += time.monotonic() - self._busy_since
-
-    def sampled(self, num_samples: int, num_tokens: int) -> None:
-        """Completions came out of the engine."""
-        self._samples += num_samples
-        self._tokens += num_tokens
-
-    def loaded(self, fetch_seconds: float, pause_seconds: float) -> None:
-        """A version went into the engine."""
-        self._loads += 1
-        self._fetch_seconds += fetch_seconds
-        self._pause_seconds += pause_seconds
-
-    def metrics(self) -> dict[str, float]:
-        """Totals since the start, and the share of time without work."""
-        now = time.monotonic()
-        busy = self._busy_seconds + (now - self._busy_since if self.num_in_flight else 0.0)
-        elapsed = now - self._started if self._started else 0.0
-        return {
-            "requests_in_flight": float(self.num_in_flight),
-            "samples": float(self._samples),
-            "tokens": float(self._tokens),
-            "tokens_per_second": self._tokens / elapsed if elapsed else 0.0,
-            "idle_fraction": 1.0 - busy / elapsed if elapsed else 0.0,
-            "weight_loads": float(self._loads),
-            "weight_fetch_seconds": self._fetch_seconds,
-            "weight_pause_seconds": self._pause_seconds,
-        }
-
-
-class _InFlight:
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        self._meter.enter()
-
-    def __exit__(self, *_: object) -> None:
-        self._meter.leave()

@@ -18,7 +18,7 @@ class ActorConfig:
     """A Hugging Face folder; its weights are replaced by the learner's newest before anything is sampled."""
     samples_per_group: int
     max_new_tokens: int
-    """Completion tokens at most."""
+    """Completion tokens at most; in tasks of several turns, those of one turn."""
     max_tokens: int
     """Context length of the engine: prompt and completion together, in tokens."""
     temperature: float = 1.0

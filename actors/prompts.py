@@ -9,18 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
-from actors.environments import arithmetic, countdown, jsonl, multiply
+from actors.environments import (
+    arithmetic,
+    bandit,
+    countdown,
+    data,
+    frozen_lake,
+    knights_knaves,
+    multiply,
+    sokoban,
+)
 from actors.environments.base import Environment, Problem, TaskConfig
+from actors.environments.episode import Episode, MultiTurnEnvironment
 from actors.templates import Template, load_template
 
 __all__ = ["Problem", "Task", "TaskConfig", "load_task", "write_traces"]
 
-GENERATED: dict[str, Environment] = {"arithmetic": arithmetic, "countdown": countdown, "multiply": multiply}
+GENERATED: dict[str, Environment] = {
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "knights_knaves": knights_knaves,
+    "multiply": multiply,
+}
+MULTI_TURN: dict[str, MultiTurnEnvironment] = {"bandit": bandit, "frozen_lake": frozen_lake, "sokoban": sokoban}
+_GENERATORS: dict[str, Environment | MultiTurnEnvironment] = {**GENERATED, **MULTI_TURN}
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,17 @@ class Task:
     held_out: Sequence[Problem]
     """Their prompt_ids go on where those of `train` end."""
     template: Template
+    max_turns: int = 1
+    """Turns of an episode at most."""
+
+    @property
+    def is_multi_turn(self) -> bool:
+        """Whether problems are played in episodes, which keep the rewards, and not answered once and graded."""
+        return self.name in MULTI_TURN
+
+    def episode(self, problem: Problem, seed: int) -> Episode:
+        """A play of a problem of a multi-turn task; `seed` chooses its noise."""
+        return MULTI_TURN[self.name].episode(problem, seed)
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -45,10 +74,10 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of all prompts and golds, in order."""
+        """First 16 hexadecimal digits of the SHA-256 of all prompts, golds and levels, in order."""
         digest = hashlib.sha256()
         for side in (self.train, self.held_out):
-            digest.update(json.dumps([[self.prompt(problem), problem.gold] for problem in side]).encode())
+            digest.update(json.dumps([[self.prompt(p), p.gold, p.level] for p in side]).encode())
         return digest.hexdigest()[:16]
 
     @cached_property
@@ -58,9 +87,9 @@ class Task:
         Tasks read from files have no teacher; theirs are the characters of prompts and golds.
         """
         texts: Iterable[str] = (text for p in (*self.train, *self.held_out) for text in (self.prompt(p), p.gold))
-        if self.name in GENERATED:
+        if self.name in _GENERATORS:
             prompts = (self.prompt(problem) for problem in (*self.train, *self.held_out))
-            texts = (GENERATED[self.name].COMPLETION_ALPHABET, *prompts)
+            texts = (_GENERATORS[self.name].COMPLETION_ALPHABET, *prompts)
         return "".join(sorted(set().union(*texts)))
 
 
@@ -72,11 +101,21 @@ def load_task(config: TaskConfig) -> Task:
             the message is one sentence for the user.
     """
     template = load_template(config.template)
-    if config.name == "jsonl":
-        train, held_out = jsonl.problems(config)
+    if config.name == "data":
+        train, held_out = data.problems(config)
     else:
-        train, held_out = _environment(config.name).problems(config)
-    return Task(name=config.name, train=train, held_out=held_out, template=template)
+        train, held_out = _generator(config.name).problems(config)
+    task = Task(config.name, train, held_out, template, config.max_turns)
+    if task.is_multi_turn and not template.between:
+        raise ValueError(
+            f"task.template {config.template!r} does not say what stands between two turns, which {config.name} needs;"
+            " use turns or qwen_turns"
+        )
+    if config.max_turns > 1 and not task.is_multi_turn:
+        raise ValueError(
+            f"task.max_turns is {config.max_turns}, but {config.name} is answered in one turn; set it to 1"
+        )
+    return task
 
 
 def write_traces(
@@ -99,23 +138,39 @@ def write_traces(
     for name, value in (("error_rate", error_rate), ("clean_share", clean_share)):
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name} is {value}; choose it between 0 and 1")
-    environment = _environment(config.name)
+    if config.name == "data":
+        raise ValueError(f"task data has no teacher to pretrain from; use one of {', '.join(_GENERATORS)}")
     task = load_task(config)
     rng = random.Random(f"traces {seed}")
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        for line in range(num_traces):
-            problem = rng.choice(task.train)
-            completion = environment.teacher_trace(
-                problem, rng, error_rate if line >= clean_share * num_traces else 0.0
-            )
-            file.write(json.dumps({"prompt": task.prompt(problem), "completion": completion}) + "\n")
+        line = 0
+        while line < num_traces:
+            rate = error_rate if line >= clean_share * num_traces else 0.0
+            for prompt, completion in islice(_teach(task, rng.choice(task.train), rng, rate), num_traces - line):
+                file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
+                line += 1
     partial.replace(path)
 
 
-def _environment(name: str) -> Environment:
-    if name in GENERATED:
-        return GENERATED[name]
-    if name == "jsonl":
-        raise ValueError(f"task jsonl has no teacher to pretrain from; use one of {', '.join(GENERATED)}")
-    raise ValueError(f"task.name {name!r} is unknown; choose one of {', '.join([*GENERATED, 'jsonl'])}")
+def _teach(task: Task, problem: Problem, rng: random.Random, error_rate: float) -> Iterator[tuple[str, str]]:
+    """(prompt, completion) of a noisy teacher; of an episode one per turn, with the turns before in the prompt."""
+    prompt = task.prompt(problem)
+    if not task.is_multi_turn:
+        yield prompt, GENERATED[task.name].teacher_trace(problem, rng, error_rate)
+        return
+    episode = task.episode(problem, rng.getrandbits(32))
+    episode.reset()
+    for _ in range(task.max_turns):
+        turn = episode.teacher_turn(rng, error_rate)
+        yield prompt, turn
+        step = episode.step(turn)
+        if step.done:
+            return
+        prompt += turn + task.template.next_turn(step.observation)
+
+
+def _generator(name: str) -> Environment | MultiTurnEnvironment:
+    if name not in _GENERATORS:
+        raise ValueError(f"task.name {name!r} is unknown; choose one of {', '.join([*_GENERATORS, 'data'])}")
+    return _GENERATORS[name]

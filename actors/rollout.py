@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from actors.prompts import Problem, Task
+from buffer.curriculum_config import Stage, prompts_of
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 from verifier.base import Completion, Score
 
@@ -34,15 +35,70 @@ class TextTokenizer(Protocol):
         """Special and added tokens with their ids."""
 
 
+class Continuation:
+    """What follows a prompt: the turns of the policy, and between them what an environment showed it."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.loss_mask: list[bool] = []
+        """True on sampled tokens, False on observations."""
+        self.logprobs: list[float] = []
+        """log mu, 0 on observations."""
+        self.versions: list[VersionSpan] = []
+        """Runs of (start, version), starts counted within the continuation; neighbors differ."""
+        self.finish_reason = FinishReason.STOP
+        """Of the last turn; LENGTH too where the context had no room for another."""
+        self.num_turns = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Observations included."""
+        return len(self.token_ids)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return sum(self.loss_mask)
+
+    def append_turn(self, choice: SampledCompletion) -> None:
+        """The tokens of a turn as they were sampled, the one that ended it included."""
+        start = self.num_tokens
+        self.token_ids += choice.token_ids.tolist()
+        self.loss_mask += [True] * len(choice.token_ids)
+        self.logprobs += choice.logprobs.tolist()
+        for span in choice.versions:
+            if not self.versions or span.version != self.versions[-1].version:
+                self.versions.append(VersionSpan(start + span.start, span.version))
+        self.finish_reason = choice.finish_reason
+        self.num_turns += 1
+
+    def append_observation(self, token_ids: Sequence[int]) -> None:
+        """Tokens that the policy reads and did not write."""
+        self.token_ids += token_ids
+        self.loss_mask += [False] * len(token_ids)
+        self.logprobs += [0.0] * len(token_ids)
+
+
+def single_turn(choice: SampledCompletion) -> Continuation:
+    """A completion in one turn."""
+    continuation = Continuation()
+    continuation.append_turn(choice)
+    return continuation
+
+
 def completions_to_score(
-    problem: Problem, sampled: Sequence[SampledCompletion], tokenizer: TextTokenizer
+    problem: Problem, sampled: Sequence[SampledCompletion], tokenizer: TextTokenizer, prefill: str = ""
 ) -> list[Completion]:
-    """What the verifier sees: text without special tokens, the gold, and whether the length limit cut it off."""
+    """What the verifier sees: text without special tokens, the gold, and whether the length limit cut it off.
+
+    The template's `prefill`, with which the prompt began the answer, is part of that text.
+    """
     return [
         Completion(
-            text=tokenizer.decode(choice.token_ids.tolist(), skip_special_tokens=True),
+            text=prefill + tokenizer.decode(choice.token_ids.tolist(), skip_special_tokens=True),
             gold=problem.gold,
             truncated=choice.finish_reason is FinishReason.LENGTH,
+            num_tokens=len(choice.token_ids),
         )
         for choice in sampled
     ]
@@ -52,37 +108,35 @@ def build_group(
     group_id: str,
     problem: Problem,
     prompt_ids: Sequence[int],
-    sampled: Sequence[SampledCompletion],
+    continuations: Sequence[Continuation],
     scores: Sequence[Score],
     actor_id: str,
 ) -> TrajectoryGroup:
-    """The group as it is sent: prompt tokens masked, every completion token with log mu and its version."""
-    prompt = np.asarray(prompt_ids, dtype=np.int32)
+    """The group as it is sent: prompt and observations masked, every sampled token with log mu and its version."""
     now = time.time()
-    trajectories = []
-    for index, (choice, score) in enumerate(zip(sampled, scores, strict=True)):
-        loss_mask = np.zeros(len(prompt) + len(choice.token_ids), dtype=np.bool_)
-        loss_mask[len(prompt) :] = True
-        behavior_logprobs = np.zeros(len(loss_mask), dtype=np.float32)
-        behavior_logprobs[len(prompt) :] = choice.logprobs
-        trajectories.append(
+    return TrajectoryGroup(
+        group_id,
+        problem.prompt_id,
+        tuple(
             Trajectory(
                 trajectory_id=f"{group_id}.{index}",
                 group_id=group_id,
                 prompt_id=problem.prompt_id,
-                token_ids=np.concatenate([prompt, choice.token_ids]),
-                loss_mask=loss_mask,
-                behavior_logprobs=behavior_logprobs,
-                policy_versions=_spans(choice.versions, offset=len(prompt)),
+                token_ids=np.array([*prompt_ids, *continuation.token_ids], dtype=np.int32),
+                loss_mask=np.array([False] * len(prompt_ids) + continuation.loss_mask, dtype=np.bool_),
+                behavior_logprobs=np.array([0.0] * len(prompt_ids) + continuation.logprobs, dtype=np.float32),
+                policy_versions=_spans(continuation.versions, offset=len(prompt_ids)),
                 reward=score.reward,
                 reward_breakdown=score.breakdown,
                 verdict=score.verdict.value,
-                finish_reason=choice.finish_reason,
+                finish_reason=continuation.finish_reason,
+                num_turns=continuation.num_turns,
                 actor_id=actor_id,
                 created_at=now,
             )
-        )
-    return TrajectoryGroup(group_id, problem.prompt_id, tuple(trajectories))
+            for index, (continuation, score) in enumerate(zip(continuations, scores, strict=True))
+        ),
+    )
 
 
 def split_stops(stop: Sequence[str], tokenizer: TextTokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -107,20 +161,38 @@ def _spans(versions: Sequence[VersionSpan], offset: int) -> tuple[VersionSpan, .
     return tuple(reversed(oldest_from_here))
 
 
-def check_prompts_fit(task: Task, tokenizer: TextTokenizer, *, max_tokens: int, max_new_tokens: int) -> None:
+def check_prompts_fit(
+    task: Task, tokenizer: TextTokenizer, *, max_tokens: int, max_new_tokens: int, stages: Sequence[Stage] = ()
+) -> None:
     """Refuse data of which not one prompt leaves room for an answer: every lease would be given back for ever.
+
+    Args:
+        task: the problems.
+        tokenizer: the model's.
+        max_tokens: the model's context.
+        max_new_tokens: of a completion at most.
+        stages: the curriculum; each is looked at by itself.
 
     Raises:
         PromptsTooLongError: with the shortest prompt's length and the way out.
     """
+    for number, stage in enumerate(stages or (Stage(),), start=1):
+        where = f" of curriculum stage {number}" if stages else ""
+        problems = [task.train[i] for i in prompts_of(stage, np.array([problem.level for problem in task.train]))]
+        _check_any_fits(task, problems, tokenizer, max_tokens, stage.max_new_tokens or max_new_tokens, where)
+
+
+def _check_any_fits(
+    task: Task, problems: Sequence[Problem], tokenizer: TextTokenizer, max_tokens: int, max_new_tokens: int, where: str
+) -> None:
     shortest = math.inf
-    for problem in task.train:
+    for problem in problems:
         shortest = min(shortest, len(task_prompt_ids(task, problem, tokenizer)))
         # In sound data this is the first one.
         if shortest + max_new_tokens <= max_tokens:
             return
     raise PromptsTooLongError(
-        f"none of the {len(task.train)} training prompts leaves room for max_new_tokens={max_new_tokens} in"
+        f"none of the {len(problems)} training prompts{where} leaves room for max_new_tokens={max_new_tokens} in"
         f" model.max_tokens={max_tokens}: the shortest has {shortest} tokens; raise model.max_tokens or lower"
         " max_new_tokens"
     )

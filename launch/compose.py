@@ -17,7 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-GROUPS = tuple(sorted(path.name for path in CONFIG_DIR.iterdir() if path.is_dir() and path.name[0] not in "._"))
+NO_GROUPS = ("template",)
+"""Folders of `configs/` whose files a setting names: `task.template=NAME`."""
+GROUPS = tuple(
+    sorted(
+        path.name
+        for path in CONFIG_DIR.iterdir()
+        if path.is_dir() and path.name[0] not in "._" and path.name not in NO_GROUPS
+    )
+)
 
 
 def compose_config(overrides: Sequence[str], known: Iterable[str]) -> DictConfig:

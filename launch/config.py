@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from omegaconf import OmegaConf
 from actors.config import ActorConfig
 from actors.prompts import Task, TaskConfig, load_task
 from buffer.config import BufferConfig, load_run_config, read_section
+from buffer.curriculum_config import Stage, write_levels
 from launch.checks import check_folder, check_model_folder, check_space, free_address
 from launch.compose import choices, compose_config, own_sections, unknown_setting
+from launch.curriculum import check_curriculum, check_stage_settings, fewest_prompts
+from launch.rewards import check_rewards, read_rewards
 from launch.settings import ClusterConfig, DataConfig, EmbeddedConfig, PretrainingConfig, RunConfig
 from learner.config import LearnerConfig, ModelConfig
 from verifier.config import VerifierConfig
@@ -41,6 +44,8 @@ class RunPlan:
     """None when `model.path` is given."""
     pretraining: PretrainingConfig
     name: str
+    stages: list[Stage]
+    """The curriculum; empty: none."""
     resumed: bool = False
 
 
@@ -100,7 +105,12 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
     read_section(VerifierConfig, sections["verifier"], "verifier")
     embedded = _check_model(sections)
     learner = read_section(LearnerConfig, sections["learner"], "learner")
+    _check_data(sections, task_config)
     task = load_task(task_config)
+    rewards = read_rewards(sections["reward"])
+    check_rewards(rewards, is_multi_turn=task.is_multi_turn)
+    sections["reward"] = [asdict(spec) for spec in rewards]
+    check_curriculum(run, [problem.level for problem in task.train])
     # The folder of an embedded model is known once it is made.
     sections["actor"]["model_path"] = sections["model"]["path"] or "(embedded)"
     read_section(ActorConfig, sections["actor"], "actor")
@@ -116,10 +126,11 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
         "num_prompts": len(task.train),
         "data_fingerprint": task.fingerprint,
         "num_batches": learner.total_steps // learner.updates_per_batch,
+        "stages": sections["curriculum"],
     }
     _choose_addresses(sections, cluster)
     read_section(BufferConfig, sections["buffer"], "buffer")
-    _check_algorithm(sections, learner)
+    _check_algorithm(sections, learner, run.curriculum)
     check_folder(run_dir, "run_dir")
     check_space(run_dir, "run_dir", cluster.min_free_bytes)
     if embedded is not None:
@@ -133,6 +144,7 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
         embedded=embedded,
         pretraining=pretraining,
         name=run_dir.name,
+        stages=run.curriculum,
         resumed=resumed,
     )
 
@@ -145,6 +157,8 @@ def _read_top(sections: Mapping[str, Any]) -> RunConfig:
     missing = [key for key in KNOWN if key not in (*OPTIONAL, "run_dir") and sections.get(key) is None]
     if missing:
         raise ValueError(f"{missing[0]} has no value; leave it as configs/ has it, or set it")
+    check_stage_settings(sections["curriculum"])
+    read_rewards(sections["reward"])
     try:
         return read_section(RunConfig, {key: sections[key] for key in TOP_LEVEL if key in sections}, "")
     except ValueError as error:
@@ -164,6 +178,15 @@ def _check_settings(sections: Mapping[str, Any]) -> None:
         read_section(DataConfig, sections["data"], "data")
 
 
+def _check_data(sections: Mapping[str, Any], task: TaskConfig) -> None:
+    data = read_section(DataConfig, sections.get("data") or {}, "data")
+    if (data.path or data.eval_path) and task.name != "data" and not task.data_path:
+        raise ValueError(
+            f"data.path={data.path} with data.eval_path={data.eval_path} would not be read: task.name={task.name}"
+            " generates its problems; leave the two out, or set data.path for a task that reads it, such as task=math"
+        )
+
+
 def _check_model(sections: dict[str, Any]) -> EmbeddedConfig | None:
     path = sections["model"].get("path")
     if path == "???" or (not path and not sections.get("embedded")):
@@ -177,7 +200,7 @@ def _check_model(sections: dict[str, Any]) -> EmbeddedConfig | None:
     return None
 
 
-def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig) -> None:
+def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig, stages: Sequence[Stage]) -> None:
     from hydra.utils import get_class, instantiate
 
     try:
@@ -192,9 +215,12 @@ def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig) -> None:
     except HydraException as error:
         cause = error.__cause__ or error
         raise ValueError(str(cause).splitlines()[0]) from error
-    if learner.samples_per_group < algorithm.min_group_size:
+    smallest = min(
+        [learner.samples_per_group, *(stage.samples_per_group for stage in stages if stage.samples_per_group)]
+    )
+    if smallest < algorithm.min_group_size:
         raise ValueError(
-            f"samples_per_group={learner.samples_per_group} is too few for {type(algorithm).__name__}, which compares"
+            f"samples_per_group={smallest} is too few for {type(algorithm).__name__}, which compares"
             f" the completions of a prompt; use {algorithm.min_group_size} or more"
         )
 
@@ -209,17 +235,21 @@ def _choose_addresses(sections: dict[str, Any], cluster: ClusterConfig) -> None:
 
 def notices(plan: RunPlan) -> list[str]:
     """What is allowed but may not be meant, one sentence each."""
-    prompts, groups = len(plan.task.train), plan.sections["groups_per_batch"]
+    levels, groups = [problem.level for problem in plan.task.train], plan.sections["groups_per_batch"]
+    prompts = fewest_prompts(plan.stages, levels)
     if prompts >= groups:
         return []
+    what = "a stage of the curriculum" if plan.stages else "the task"
     return [
-        f"note: the task has {prompts} training prompts, fewer than groups_per_batch={groups}, so every batch repeats"
+        f"note: {what} has {prompts} training prompts, fewer than groups_per_batch={groups}, so every batch repeats"
         " prompts"
     ]
 
 
 def write_config(plan: RunPlan) -> None:
-    """RUN_DIR/config.yaml, as every process will read it."""
+    """RUN_DIR/config.yaml, as every process will read it, and beside it what a curriculum needs to know of prompts."""
+    if plan.stages:
+        write_levels(plan.run_dir, [problem.level for problem in plan.task.train])
     target = plan.run_dir / "config.yaml"
     partial = target.with_suffix(".partial")
     OmegaConf.save(OmegaConf.create(plan.sections), partial)

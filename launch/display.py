@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from buffer.wire import Peer, Status
+from buffer.wire import Peer, StageStatus, Status
 
 PLAIN_SECONDS = 10.0
 """Between lines where standard output is not a terminal."""
@@ -26,7 +26,9 @@ WAITS_SHOWN = 5
 WORKING = "working"
 WARNINGS = {
     "verifier_timeouts": (1, "{:.0f} completions could not be scored in time"),
+    "verifier_crashes": (1, "{:.0f} completions crashed a scoring process"),
     "verifier_errors": (1, "{:.0f} completions could not be scored"),
+    "verifier_skipped": (1, "{:.0f} completions that could not be scored were left out"),
     "bad_steps": (1, "{:.0f} steps were skipped, their loss or gradient was not finite"),
     "failed_checkpoints": (1, "{:.0f} checkpoints could not be written"),
     "batches_without_signal": (3, "nothing to learn from {:.0f} batches in a row, its log says why"),
@@ -108,6 +110,7 @@ def _line(status: Status, total_steps: int) -> str:
         parts.append(f"reward {learner['reward']:.3f}, staleness {learner['staleness']:.2f}")
     if "tokens_per_second" in learner:
         parts.append(f"{learner['samples_per_second']:.0f} samples/s, {learner['tokens_per_second']:.0f} tokens/s")
+    parts += _stage(status.stage)
     if status.reports:
         newest = status.reports[-1]
         parts.append(f"pass@1 {newest.pass_at_1:.3f} at policy {newest.policy_version}")
@@ -131,12 +134,24 @@ def _table(status: Status) -> Table:
     ledger = ", ".join(f"{state} {counts.get(state, 0)}" for state in ("pending", "leased", "ready", "used", "done"))
     dropped = {name: count for name, count in counts.items() if name.startswith("dropped:")}
     table.add_row("ledger", ledger, *(["dropped", str(sum(dropped.values()))] if dropped else []))
+    for text in _stage(status.stage):
+        table.add_row("curriculum", text)
     for peer in status.peers:
         table.add_row(peer.name, _doing(peer), "policy", str(peer.policy_version))
     for wait in status.waits[:WAITS_SHOWN]:
         if wait.seconds >= LONG_WAIT_SECONDS and wait.who not in {peer.name for peer in status.peers}:
             table.add_row(wait.who, f"waits for {wait.for_what}{_since(wait.seconds)}")
     return table
+
+
+def _stage(stage: StageStatus) -> list[str]:
+    """Where the curriculum is; nothing where there is none and no prompt is passed over."""
+    if stage.num_stages == 1 and not stage.num_passed_over:
+        return []
+    text = f"stage {stage.stage} of {stage.num_stages}"
+    if stage.num_groups:
+        text += f", success {stage.success:.2f} over {stage.num_groups} groups"
+    return [text + (f", {stage.num_passed_over} prompts passed over" if stage.num_passed_over else "")]
 
 
 def _doing(peer: Peer) -> str:

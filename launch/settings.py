@@ -6,8 +6,11 @@ that use them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address
+
+from buffer.curriculum_config import Stage
+from verifier.base import RewardSpec
 
 MODES = ("async", "sync")
 
@@ -28,6 +31,10 @@ class RunConfig:
     max_staleness: int = 0
     temperature: float = 1.0
     max_new_tokens: int = 1
+    reward: list[RewardSpec] = field(default_factory=list)
+    """Named, weighted rewards, added up; exactly one of them is a grader: docs/rewards.md."""
+    curriculum: list[Stage] = field(default_factory=list)
+    """Stages that the run goes through; empty: all prompts from first to last."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

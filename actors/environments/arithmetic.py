@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from actors.environments.base import Problem, TaskConfig, draw_problems, read_options
+from actors.environments.base import Drawn, Problem, TaskConfig, draw_problems, read_options
 
 OPTIONS = {"digits": (2, 1, 8)}
 COMPLETION_ALPHABET = "0123456789+=;\\boxed{}"
@@ -25,9 +25,9 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
     digits = read_options(config, OPTIONS)["digits"]
     low, high = 10 ** (digits - 1), 10**digits - 1
 
-    def draw(rng: random.Random) -> tuple[str, str, str]:
+    def draw(rng: random.Random) -> Drawn:
         a, b = rng.randint(low, high), rng.randint(low, high)
-        return f"{min(a, b)}+{max(a, b)}", f"{a}+{b}=", str(a + b)
+        return Drawn(f"{min(a, b)}+{max(a, b)}", f"{a}+{b}=", str(a + b))
 
     return draw_problems(config, draw)
 

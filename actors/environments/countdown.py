@@ -1,10 +1,12 @@
 """Countdown: `3,7,12=22:` asks for 22 from 3, 7 and 12, each used exactly once, with + - * and /.
 
 Every problem is solvable: its target is the value of a random expression over its numbers, whole and positive
-throughout. The teacher searches: after up to `MAX_MISSES` tries that miss it writes
-`3+7=10,10+12=22?22y;<answer>(3+7)+12</answer>` or gives up, and answers with its last try either way. Options:
-`num_numbers` (default 3), `max_number` (default 9: one digit, for small models), `max_target` (default 99); `words` 1
-asks in a sentence, for models that read English. Defaults allow 1,945 training and 199 held-out problems.
+throughout. With `data_path` the numbers and targets are read from there instead. The level is how many numbers.
+
+The teacher searches: after up to `MAX_MISSES` tries that miss it writes `3+7=10,10+12=22?22y;<answer>(3+7)+12</answer>`
+or gives up, and answers with its last try either way. Options: `min_numbers` and `max_numbers` (default 3 and 3: how
+many, each count equally often), `max_value` (default 9: one digit, for small models), `max_target` (default 99);
+`words` 1 asks in a sentence, for models that read English. Defaults allow 1,945 training and 199 held-out problems.
 """
 
 from __future__ import annotations
@@ -15,9 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-from actors.environments.base import Problem, TaskConfig, draw_problems, read_options
+from actors.environments.base import Drawn, Problem, TaskConfig, draw_problems, read_options, read_range
+from actors.environments.records import read_problems
+from actors.environments.sources import Row
 
-OPTIONS = {"num_numbers": (3, 2, 5), "max_number": (9, 4, 1000), "max_target": (99, 9, 10_000), "words": (0, 0, 1)}
+OPTIONS = {
+    **{"min_numbers": (3, 2, 5), "max_numbers": (3, 2, 5)},
+    **{"max_value": (9, 4, 1000), "max_target": (99, 9, 10_000), "words": (0, 0, 1)},
+}
 COMPLETION_ALPHABET = "0123456789+-*/=,?yn;()<answer>"
 MAX_MISSES = 5
 """Most tries that miss before the solution; as many as this and fewer are equally likely."""
@@ -47,23 +54,39 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
         ValueError: an unknown option, a value out of range, or too few distinct problems.
     """
     options = read_options(config, OPTIONS)
+    fewest, most = read_range(options, "min_numbers", "max_numbers")
+    if config.data_path:
+        return read_problems(config, lambda row: _read_row(row, options["words"]))
 
-    def draw(rng: random.Random) -> tuple[str, str, str]:
+    def draw(rng: random.Random) -> Drawn:
+        num_numbers = rng.randint(fewest, most)
         while True:
-            numbers = sorted(rng.randint(1, options["max_number"]) for _ in range(options["num_numbers"]))
+            numbers = sorted(rng.randint(1, options["max_value"]) for _ in range(num_numbers))
             table = given(numbers)
             while len(table) > 1:
                 table = rng.choice(list(moves(table)))
             if table[0].value <= options["max_target"]:
                 break
-        target = table[0].value
-        listed = ",".join(map(str, numbers))
-        question = f"{listed}={target}:"
-        if options["words"]:
-            question = f"Using the numbers {numbers}, create an equation that equals {target}."
-        return listed, question, json.dumps({"numbers": numbers, "target": target})
+        return _ask(",".join(map(str, numbers)), numbers, table[0].value, options["words"])
 
     return draw_problems(config, draw)
+
+
+def _ask(key: str, numbers: list[int], target: int, words: int) -> Drawn:
+    question = f"{','.join(map(str, numbers))}={target}:"
+    if words:
+        question = f"Using the numbers {numbers}, create an equation that equals {target}."
+    return Drawn(key, question, json.dumps({"numbers": numbers, "target": target}), len(numbers))
+
+
+def _read_row(row: Row, words: int) -> Drawn:
+    numbers, target = row.field("numbers"), row.field("target")
+    if not isinstance(numbers, list) or not all(type(number) is int for number in [*numbers, target]):
+        raise ValueError(
+            f"{row.where}: countdown reads numbers, a list of whole numbers, and target, a whole number, not"
+            f" {str(numbers)[:60]} and {str(target)[:60]}"
+        )
+    return _ask(f"{sorted(numbers)}={target}", numbers, target, words)
 
 
 def given(numbers: list[int]) -> list[Term]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 
-from actors.environments.base import Problem, TaskConfig, draw_problems, read_options
+from actors.environments.base import Drawn, Problem, TaskConfig, draw_problems, read_options
 
 OPTIONS = {"first_digits": (2, 1, 3), "second_digits": (2, 1, 3), "words": (0, 0, 1)}
 COMPLETION_ALPHABET = "0123456789+*=;<answer>/"
@@ -27,10 +27,10 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
         # A factor of 1 leaves nothing to learn.
         return rng.randint(max(2, 10 ** (digits - 1)), 10**digits - 1)
 
-    def draw(rng: random.Random) -> tuple[str, str, str]:
+    def draw(rng: random.Random) -> Drawn:
         a, b = number(rng, options["first_digits"]), number(rng, options["second_digits"])
         question = f"What is {a} * {b}?" if options["words"] else f"{a}*{b}="
-        return f"{min(a, b)}*{max(a, b)}", question, str(a * b)
+        return Drawn(f"{min(a, b)}*{max(a, b)}", question, str(a * b))
 
     return draw_problems(config, draw)
 

@@ -1,6 +1,7 @@
 """An engine, weights and a tokenizer that need no vLLM, for the actor's tests: deterministic, versioned, stoppable."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -139,3 +140,10 @@ def sums(num_train: int = 8, num_held_out: int = 3, long_prompt: int | None = No
         left = "0" * 50 + str(number) if number == long_prompt else str(number)
         problems.append(Problem(number, f"{left}+4=", str(number + 4)))
     return Task("sums", problems[:num_train], problems[num_train:], Template("{question}"))
+
+
+TURNS = Template("{question}", between="\0{observation}")
+"""Over several turns, each ended by the end token of `Characters`."""
+BOARD = ["######", "#PX_O#", "#____#", "#____#", "#____#", "######"]
+CORRIDOR = Problem(0, "P11X12O14:", json.dumps({"board": BOARD, "depth": 6, "actions_per_turn": 1, "words": 0}))
+"""Sokoban: two pushes to the right solve it."""

@@ -3,24 +3,26 @@
 import asyncio
 import errno
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.actor import Actor, Meter
+from actors.actor import Actor
 from actors.config import ActorConfig
+from actors.meter import Meter
 from actors.prompts import Task
 from buffer import wire
 from buffer.audit import audit
 from buffer.client import Connection
 from buffer.config import BufferConfig
 from buffer.credentials import Credentials
+from buffer.curriculum_config import Stage
 from buffer.server import Server
-from tests.actors.stand_ins import PARAMETERS, Characters, FakeEngine, FakeWeights, sampled, sums
+from tests.actors.stand_ins import CORRIDOR, PARAMETERS, TURNS, Characters, FakeEngine, FakeWeights, sampled, sums
 from verifier.base import RewardSpec
 from verifier.pool import ScoringPool
 
@@ -78,13 +80,15 @@ def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
         max_staleness: int = 1,
         lease_seconds: float = 60.0,
         scoring: ScoringPool = pool,
+        engine: FakeEngine | None = None,
+        stages: Sequence[Stage] = (),
         **changes: Any,
     ) -> AsyncIterator[Loop]:
         task = task or sums()
         settings = {"samples_per_group": 2, "max_new_tokens": 16, "max_tokens": 32, "heartbeat_seconds": 0.1}
         config = ActorConfig("model", **(settings | changes))  # type: ignore[arg-type]
         limits = {"groups_per_batch": 2, "max_staleness": max_staleness, "durability": "memory", "shuffle": False}
-        limits["lease_seconds"] = lease_seconds
+        limits |= {"lease_seconds": lease_seconds, "stages": list(stages)}
         server = Server(
             BufferConfig(str(tmp_path), "tcp://127.0.0.1:*", len(task.train), task.fingerprint, **limits),  # type: ignore[arg-type]
             Credentials.plain("test"),
@@ -95,7 +99,7 @@ def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
             Connection(server.address, name, Credentials.plain("test"), timeout_seconds=SECONDS)
             for name in ("learner", "actor-0")
         )
-        engine, weights = FakeEngine(), FakeWeights()
+        engine, weights = engine or FakeEngine(), FakeWeights()
         try:
             actor = Actor("actor-0", config, task, Characters(), engine, scoring, buffer, weights, tmp_path)  # type: ignore[arg-type]
             work = asyncio.create_task(actor.run(dict(PARAMETERS)))
@@ -187,6 +191,26 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_the_others_go_on(loop: Loop
         async with loop(sums(long_prompt=0)) as running:
             running.weights.publish(0)
             assert all(packed.header.prompt_id != 0 for packed in (await running.batch(0)).groups)
+            assert running.counts()["dropped:prompt_too_long"] == 1
+
+    asyncio.run(check())
+
+
+def test_a_stage_of_the_curriculum_says_how_many_completions_and_how_long(loop: Looper):
+    """The first stage's shorter completions leave room for the long prompt, those of the run do not."""
+    stages = [Stage(samples_per_group=3, max_new_tokens=16, until_step=4), Stage()]
+    limits = {"samples_per_group": 2, "max_new_tokens": 40, "max_tokens": 80}
+
+    async def check() -> None:
+        async with loop(sums(long_prompt=0), max_staleness=0, stages=stages, **limits) as running:
+            sizes = []
+            for version in range(7):
+                running.weights.publish(version)
+                shard = await running.batch(version)
+                sizes += [len(packed.header.rewards) for packed in shard.groups]
+                if version == 3:
+                    assert running.counts().get("dropped:prompt_too_long", 0) == 0
+            assert sizes == [3] * 8 + [2] * 6
             assert running.counts()["dropped:prompt_too_long"] == 1
 
     asyncio.run(check())
@@ -418,6 +442,56 @@ def test_a_verifier_that_always_hangs_is_counted_and_the_run_goes_on(loop: Loope
         hanging.close()
 
 
+@pytest.fixture
+def skipping(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScoringPool]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "verifier"))
+    options = {"num_workers": 1, "deadline_seconds": 5.0, "memory_bytes": 2 << 30, "on_error": "skip"}
+    started = ScoringPool([RewardSpec("misbehaving_rewards:obedient")], **options)  # type: ignore[arg-type]
+    yield started
+    started.close()
+
+
+def test_what_cannot_be_scored_is_left_out_of_its_group_and_an_empty_group_is_given_back(
+    loop: Looper, skipping: ScoringPool
+):
+    async def check() -> None:
+        async with loop(scoring=skipping) as running:
+            texts = iter([["crash", "bad"], ["raise", "raise"], ["raise", "raise"]])
+
+            async def misbehave(*_: object, **__: object) -> list[Any]:
+                return [sampled(text, (0, 0)) for text in next(texts, ["bad", "bad"])]
+
+            running.engine.sample = misbehave  # type: ignore[assignment,method-assign]
+            running.weights.publish(0)
+            groups = [wire.unpack_group(packed) for packed in (await running.batch(0)).groups]
+            assert sorted(len(group.trajectories) for group in groups) == [1, 2]
+            assert {(t.verdict, t.reward) for group in groups for t in group.trajectories} == {("wrong", -0.5)}
+            assert running.counts()["dropped:unscored"] == 2
+            assert skipping.counts()["skipped"] == 5
+
+    asyncio.run(check())
+
+
+def test_an_actor_that_can_score_nothing_ends_with_a_sentence(
+    loop: Looper, skipping: ScoringPool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("actors.actor.MAX_UNSCORED_GROUPS", 3)
+
+    async def check() -> None:
+        async with loop(scoring=skipping) as running:
+
+            async def fail(*_: object, **__: object) -> list[Any]:
+                return [sampled("raise", (0, 0))]
+
+            running.engine.sample = fail  # type: ignore[assignment,method-assign]
+            running.weights.publish(0)
+            with pytest.raises(ExceptionGroup) as ended:
+                await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+            assert ended.group_contains(RuntimeError, match="not one completion of 3 groups in a row could be scored")
+
+    asyncio.run(check())
+
+
 def test_an_error_of_the_engine_ends_the_actor(loop: Looper):
     async def check() -> None:
         async with loop() as running:
@@ -451,7 +525,7 @@ def test_cancelling_ends_all_tasks_in_the_middle_of_the_work(loop: Looper):
 
 def test_the_meter_counts_the_time_without_requests(monkeypatch: pytest.MonkeyPatch):
     clock = [5.0]
-    monkeypatch.setattr("actors.actor.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("actors.meter.time.monotonic", lambda: clock[0])
     meter = Meter()
     assert meter.metrics()["idle_fraction"] == 0.0
     clock[0] = 10.0
@@ -469,3 +543,43 @@ def test_the_meter_counts_the_time_without_requests(monkeypatch: pytest.MonkeyPa
     assert found["tokens_per_second"] == pytest.approx(6.0)
     assert (found["samples"], found["tokens"], found["weight_loads"]) == (4, 60, 1)
     assert (found["weight_fetch_seconds"], found["weight_pause_seconds"]) == (1.0, 0.25)
+
+
+class Puzzler(FakeEngine):
+    """Plays the corridor: even completions push the box home in two turns, odd ones claim to have done so."""
+
+    async def sample(self, prompt_ids: Sequence[int], *, request_id: str, seed: int | None = None, **_: Any) -> Any:
+        self.requests.append((request_id, seed))
+        await asyncio.sleep(0)
+        even = int(request_id.split(".")[-2]) % 2 == 0
+        return [sampled("<answer>R</answer>" if even else "reward: 10", (0, self.version))]
+
+
+def corridors() -> Task:
+    return Task("sokoban", [CORRIDOR, replace(CORRIDOR, prompt_id=1)], [replace(CORRIDOR, prompt_id=2)], TURNS, 3)
+
+
+def test_episodes_are_played_turn_by_turn_and_rewarded_by_their_environment(loop: Looper):
+    async def check() -> None:
+        settings = {"max_new_tokens": 30, "max_tokens": 200, "seeded_sampling": True, "evaluation_prompts": 1}
+        async with loop(corridors(), engine=Puzzler(), **settings) as running:
+            running.weights.publish(0)
+            group = wire.unpack_group((await running.batch(0)).groups[0])
+            solved, boasted = group.trajectories
+            assert (solved.verdict, solved.num_turns, solved.reward) == ("correct", 2, pytest.approx(10.8))
+            assert (boasted.verdict, boasted.num_turns, boasted.reward) == ("no_answer", 3, -3.0)
+            assert boasted.reward_breakdown == {"environment": 0.0, "invalid_turns": -3.0, "solved": 0.0}
+            observation = solved.token_ids[~solved.loss_mask][len(CORRIDOR.question) :]
+            assert "".join(map(chr, observation)) == "P12X13O14:"
+            assert solved.oldest_version == solved.newest_version == 0
+            # Every turn of every completion has a seed of its own.
+            of_group = {name: seed for name, seed in running.engine.requests if name.startswith(f"{group.group_id}.")}
+            assert len(of_group) == len(set(of_group.values())) == 5
+            await running.ask(wire.EvaluationRequest(0))
+            reports: tuple[wire.EvaluationReport, ...] = ()
+            while not reports:
+                reports = (await running.ask(wire.StatusRequest())).reports
+            assert (reports[0].pass_at_1, reports[0].num_prompts) == (1.0, 1)
+            assert reports[0].reward_mean == pytest.approx(10.8)
+
+    asyncio.run(check())

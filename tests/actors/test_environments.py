@@ -6,14 +6,19 @@ import operator
 import random
 import re
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, permutations
 
 import pytest
 
-from actors.environments import arithmetic, countdown, multiply
+from actors.environments import arithmetic, countdown, knights_knaves, multiply
 from actors.environments.base import Problem, TaskConfig, is_held_out
 
-ENVIRONMENTS = {"arithmetic": arithmetic, "countdown": countdown, "multiply": multiply}
+ENVIRONMENTS = {
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "knights_knaves": knights_knaves,
+    "multiply": multiply,
+}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -46,9 +51,14 @@ def reachable(values: list[Fraction]) -> set[Fraction]:
     return found
 
 
-def split_key(name: str, problem: Problem) -> tuple[int, ...]:
+def split_key(name: str, problem: Problem) -> tuple[object, ...]:
     if name == "countdown":
         return tuple(sorted(json.loads(problem.gold)["numbers"]))
+    if name == "knights_knaves":
+        names = json.loads(problem.gold)["names"]
+        renamings = [str.maketrans("".join(names), "".join(order)) for order in permutations(names)]
+        said = problem.question.removesuffix("?")
+        return min(tuple(sorted(said.translate(renaming).split(";"))) for renaming in renamings)
     return tuple(sorted(map(int, re.findall(r"\d+", problem.question))))
 
 
@@ -58,7 +68,17 @@ def answer_of(completion: str) -> str:
     return found[1] or found[2]
 
 
+def roles_of(completion: str) -> list[tuple[str, bool]]:
+    found = re.fullmatch(r"<think>[^<]+</think><answer>([^<]+)</answer>", completion)
+    assert found, completion
+    lines = [re.fullmatch(r"\((\d)\) (\w+) is a (knight|knave)", line) for line in found[1].split("\n")]
+    assert [line and line[1] for line in lines] == [str(number) for number in range(1, len(lines) + 1)]
+    return [(line[2], line[3] == "knight") for line in lines if line]
+
+
 def is_right(name: str, problem: Problem, completion: str) -> bool:
+    if name == "knights_knaves":
+        return roles_of(completion) == list(zip(*json.loads(problem.gold).values(), strict=True))
     answer = answer_of(completion)
     if name != "countdown":
         return answer == problem.gold
@@ -99,7 +119,8 @@ class TestEveryEnvironment:
 
     def test_asking_for_more_than_there_is_says_so(self, name: str) -> None:
         options = {
-            "countdown": {"num_numbers": 2, "max_number": 4},
+            "countdown": {"min_numbers": 2, "max_numbers": 2, "max_value": 4},
+            "knights_knaves": {"max_people": 2},
             "multiply": {"first_digits": 1, "second_digits": 1},
         }
         with pytest.raises(ValueError, match=r"found only \d+ training .* lower task.num_train"):
@@ -175,18 +196,41 @@ def test_multiplication_teacher_errs_per_step() -> None:
 
 @pytest.mark.parametrize("num_numbers", [2, 3, 4])
 def test_countdown_is_solvable_by_brute_force(num_numbers: int) -> None:
-    train, held_out = make("countdown", num_train=60, num_held_out=20, options={"num_numbers": num_numbers})
+    counts = {"min_numbers": num_numbers, "max_numbers": num_numbers}
+    train, held_out = make("countdown", num_train=60, num_held_out=20, options=counts)
     for problem in train + held_out:
         gold = json.loads(problem.gold)
-        assert len(gold["numbers"]) == num_numbers
+        assert len(gold["numbers"]) == problem.level == num_numbers
         assert 1 <= gold["target"] <= 99 and all(1 <= number <= 9 for number in gold["numbers"])
         assert problem.question == f"{','.join(map(str, gold['numbers']))}={gold['target']}:"
         assert gold["target"] in reachable([Fraction(number) for number in gold["numbers"]])
 
 
 def test_countdown_ranges_are_options() -> None:
-    train, _ = make("countdown", num_train=50, num_held_out=5, options={"max_number": 100, "max_target": 999})
+    train, _ = make("countdown", num_train=50, num_held_out=5, options={"max_value": 100, "max_target": 999})
     assert max(max(json.loads(problem.gold)["numbers"]) for problem in train) > 9
+
+
+def test_countdown_mixes_three_and_four_numbers() -> None:
+    train, held_out = make("countdown", options={"max_numbers": 4, "max_value": 99})
+    for side in (train, held_out):
+        assert {len(json.loads(problem.gold)["numbers"]) for problem in side} == {3, 4}
+        assert all(problem.level == len(json.loads(problem.gold)["numbers"]) for problem in side)
+    assert sum(problem.level == 4 for problem in train) / len(train) == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(
+        ValueError, match=r"task\.options\.min_numbers is 4, above task\.options\.max_numbers, which is 3"
+    ):
+        make("countdown", options={"min_numbers": 4})
+
+
+def test_the_difficulty_filter_chooses_what_is_trained_on() -> None:
+    train, held_out = make("countdown", options={"max_numbers": 4}, min_level=4)
+    assert {problem.level for problem in train} == {4} and len(train) == 400
+    assert {problem.level for problem in held_out} == {3, 4}
+    with pytest.raises(ValueError, match=r"found only 0 training .* or widen task.options or the levels"):
+        make("countdown", min_level=4)
+    with pytest.raises(ValueError, match=r"task\.min_level is 5 and task\.max_level 4, which leaves no level"):
+        TaskConfig(min_level=5, max_level=4)
 
 
 @pytest.mark.parametrize("error_rate", [0.2, 0.5])

@@ -1,6 +1,6 @@
 """What the buffer may say of a run, for the display's and the summary's tests."""
 
-from buffer.wire import EvaluationReport, Peer, Status, Wait
+from buffer.wire import EvaluationReport, Peer, StageStatus, Status, Wait
 
 
 def report(version: int, pass_at_1: float, requested: int | None = None) -> EvaluationReport:
@@ -31,5 +31,6 @@ def status(
     reports: tuple[EvaluationReport, ...] = (),
     policy_version: int = 12,
     waits: tuple[Wait, ...] = (),
+    stage: StageStatus | None = None,
 ) -> Status:
-    return Status(COUNTS, policy_version, False, peers, reports, waits)
+    return Status(COUNTS, policy_version, False, peers, reports, waits, stage or StageStatus())

@@ -1,5 +1,6 @@
 """Every mistake a user can make ends in one sentence and exit status 2, and every file in configs/ is usable."""
 
+import json
 import os
 import socket
 import subprocess
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from launch.cluster import main
-from launch.compose import CONFIG_DIR
-from launch.config import plan_run, write_config
+from launch.compose import CONFIG_DIR, GROUPS, compose_config
+from launch.config import KNOWN, plan_run, write_config
 
 ROOT = Path(__file__).parents[2]
 MATH = ("task=math", "model=small_bpe", "max_new_tokens=100", "task.num_held_out=1")
-OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONFIG_DIR.glob("*/*.yaml"))]
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIG_DIR / group).glob("*.yaml"))]
 
 
 def refusal(*overrides: str) -> str:
@@ -56,7 +58,7 @@ def refusal(*overrides: str) -> str:
         ("+correction.new=1", ["correction.new is not a known setting", "max_importance_weight"]),
         ("algorithm.correction.x=1", ["algorithm.correction", "set correction.NAME=VALUE"]),
         ("+task.options.new=1", ["task.options.new", "arithmetic"]),
-        ("algorithm=ppoo", ["algorithm=ppoo does not exist", "grpo, ppo", "did you mean algorithm=ppo?"]),
+        ("algorithm=ppoo", ["algorithm=ppoo does not exist", "grpo, ", "did you mean algorithm=ppo?"]),
         ("experiment=bogus", ["experiment=bogus does not exist", "simplerl_zero"]),
         ("algorithm=null", ["algorithm=null"]),
         ("algorithm=ppo,grpo", ["algorithm=ppo,grpo"]),
@@ -93,11 +95,20 @@ def test_a_setting_or_option_that_does_not_exist_is_named(override: str, expecte
         (["algorithm.kl=bogus"], ["'bogus'", "'reward'"]),
         (["algorithm.gamma=2"], ["gamma=2", "[0, 1]"]),
         (["algorithm._target_=os.system"], ["os.system"]),
-        (["verifier.rewards=[{name: bogus}]"], ["unknown reward 'bogus'", "boxed_exact"]),
-        (["verifier.rewards=null"], ["verifier.rewards"]),
+        (["reward=[{name: bogus}]"], ["unknown reward 'bogus'", "boxed_exact"]),
+        (["reward=[{name: boxed_exact, wieght: 2}]"], ["reward.0.wieght is not a known setting"]),
+        (["reward=[{weight: 2}]"], ["reward.0.name is missing"]),
+        (["reward=[{name: none.py:mine}]"], ["none.py does not exist"]),
+        (["reward=accuracy"], ["reward=accuracy is no list of rewards"]),
+        (["reward=[]"], ["reward names no grader", "accuracy"]),
+        (["reward=null"], ["reward has no value"]),
         (["task.name=bogus"], ["task.name 'bogus'", "countdown"]),
         (["task.template=bogus"], ["task.template 'bogus'", "plain"]),
         (["task.num_held_out=0"], ["task.num_held_out=0", "1 or more"]),
+        (["task=sokoban", "reward=[{name: boxed_exact}]"], ["boxed_exact", "multi-turn", "leave it empty"]),
+        (["task=sokoban", "task.template=plain"], ["'plain'", "between two turns", "use turns or qwen_turns"]),
+        (["task=sokoban", "task.max_turns=2"], ["task.options.depth is 5", "task.max_turns=2", "raise one"]),
+        (["task.max_turns=2"], ["task.max_turns is 2", "arithmetic", "one turn"]),
         (["temperature=0"], ["temperature=0", "above 0"]),
         (["seed=x"], ["seed is not valid"]),
         (["learner.zero_stage=4"], ["learner.zero_stage=4", "0, 1, 2 or 3"]),
@@ -162,6 +173,14 @@ def test_the_seed_recipe_plans_with_a_model_and_data_of_ones_own(make_plan: Any,
     assert plan.sections["actor"]["model_path"] == str(model_folder)
     assert (len(plan.task.train), len(plan.task.held_out)) == (2, 1)
     assert plan.sections["buffer"]["num_batches"] == 1
+
+
+@pytest.mark.parametrize("override", ["data.path=x.jsonl", "data.eval_path=x.jsonl"])
+def test_data_that_nobody_would_read_is_refused(override: str):
+    for task in ("arithmetic", "countdown"):
+        # Countdown reads puzzles, but not without some to train on.
+        if (task, override) != ("countdown", "data.path=x.jsonl"):
+            assert f"would not be read: task.name={task} generates its problems" in refusal(f"task={task}", override)
 
 
 def test_data_is_refused_by_file_and_line(data_file: Path, tmp_path: Path):
@@ -266,10 +285,22 @@ def test_every_file_in_configs_composes(option: str, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("option", [option for option in OPTIONS if not option.startswith("cluster=")])
 def test_every_file_in_configs_plans(option: str, make_plan: Any, model_folder: Path, data_file: Path):
     """With what it asks of the user: a model where it has none, data where its task reads some."""
-    reads_files = option in ("task=math", "experiment=simplerl_zero")
-    given = [f"data.path={data_file}", "task.num_held_out=1", "max_new_tokens=100"] if reads_files else []
-    if option in ("model=path", "experiment=simplerl_zero"):
-        given += [f"model.path={model_folder}", "model.max_tokens=512"]
+    composed, given = compose_config([option], KNOWN), []
+    if composed.task.name == "data":
+        records = [{"problem": f"{i}?", "question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
+        data_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        given += [f"data.path={data_file}", "task.num_held_out=1"]
+    if OmegaConf.is_missing(composed.model, "path"):
+        long = {"model_type": "qwen2", "max_position_embeddings": 1 << 17}
+        (model_folder / "config.json").write_text(json.dumps(long))
+        given.append(f"model.path={model_folder}")
+        # Of every level some, and no more, so that the test is quick.
+        given += ["task.num_train=50", "task.num_held_out=5"] if composed.task.get("num_train") else []
+    elif composed.task.name == "data":
+        given.append("max_new_tokens=100")
+    if option == "correction=topr":
+        # It asks whether a whole completion was good, which the default algorithm's critic does not say.
+        given.append("algorithm=rloo")
     plan = make_plan(option, *given)
     assert plan.task.train
     group, name = option.split("=")

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from buffer.wire import Wait
+from buffer.wire import StageStatus, Wait
 from launch import display
 from launch.display import Display
 from tests.launch.statuses import LEARNER, peer, report, status
@@ -37,6 +37,23 @@ def test_a_file_gets_one_line_with_everything():
         "step 12/40; reward 0.625, staleness 1.25; 210 samples/s, 4321 tokens/s; pass@1 0.875 at policy 10;"
         " learner-0 waits for a batch, actor-0 waits for prompts from the buffer\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (StageStatus(), ""),
+        (StageStatus(2, 5, 0.81, 200, 0), "stage 2 of 5, success 0.81 over 200 groups"),
+        (StageStatus(1, 1, 0.5, 8, 12), "stage 1 of 1, success 0.50 over 8 groups, 12 prompts passed over"),
+        (StageStatus(3, 3, 0.0, 0, 0), "stage 3 of 3"),
+    ],
+)
+def test_the_curriculums_stage_is_shown_where_there_is_one(stage: StageStatus, expected: str):
+    for console, stream in (plain_console(), terminal()):
+        with Display(console, 40) as shown:
+            shown.status(status(LEARNER, stage=stage))
+            assert expected in text_of(stream)
+            assert expected or "stage" not in text_of(stream)
 
 
 def test_a_file_gets_a_line_only_now_and_then(monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,10 @@ import torch
 
 from actors.config import ActorConfig
 from actors.engine import prepare_environment
+from actors.environments import bandit
+from actors.play import play
+from actors.prompts import TaskConfig, load_task
+from actors.rollout import task_prompt_ids
 from buffer.client import Connection, host_id
 from buffer.credentials import Credentials
 from learner.publisher import WeightStore
@@ -34,7 +38,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     pairs = folder / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
-    train(SftSettings(pairs=str(pairs), output=str(folder / "base"), alphabet="0123456789+=;\\boxed{}", steps=0))
+    alphabet = "0123456789+=;\\boxed{}" + bandit.COMPLETION_ALPHABET
+    train(SftSettings(pairs=str(pairs), output=str(folder / "base"), alphabet=alphabet, steps=0))
     return folder / "base"
 
 
@@ -130,7 +135,34 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
             assert 2 <= versions[0] < versions[-1] <= newest
             assert len(completion.logprobs) == len(completion.token_ids)
         assert_agree(model, await sample(engine, "after", 4, 40))
+        await _check_turns(engine, base, model)
     finally:
         engine.close()
         connection.close()
         store.close()
+
+
+async def _check_turns(engine: Engine, base: Path, model: PreTrainedModel) -> None:
+    """The turns of an episode, joined to one trajectory, are as probable as the model finds them in the whole of it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    task = load_task(TaskConfig(name="bandit", template="turns", num_train=1, max_turns=3, options={"pulls": 3}))
+    prompt_ids = task_prompt_ids(task, task.train[0], tokenizer)
+
+    async def sample_turn(token_ids: Sequence[int], turn: int) -> SampledCompletion:
+        name = f"turn-{turn}"
+        how = {"temperature": 0.7, "max_new_tokens": 12, "seed": turn}
+        [choice] = await engine.sample(token_ids, num_samples=1, request_id=name, **how)
+        return choice
+
+    limits = {"seed": 0, "max_new_tokens": 12, "max_tokens": 256}
+    continuation, _ = await play(task, task.train[0], prompt_ids, tokenizer, sample_turn, **limits)
+    assert continuation.num_turns == 3
+    assert 0 < continuation.num_sampled < continuation.num_tokens
+    ids = torch.tensor([[*prompt_ids, *continuation.token_ids]])
+    with torch.no_grad():
+        expected = (model(input_ids=ids).logits[0].float() / 0.7).log_softmax(-1)
+    expected = expected[len(prompt_ids) - 1 : -1].gather(-1, ids[0, len(prompt_ids) :, None])[:, 0]
+    mask = torch.tensor(continuation.loss_mask)
+    torch.testing.assert_close(torch.tensor(continuation.logprobs)[mask], expected[mask], atol=1e-4, rtol=0)
