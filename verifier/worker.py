@@ -1,7 +1,8 @@
 """One scoring process as the pool holds it; `scoring.py` is what runs inside.
 
 A worker scores one completion at a time under a deadline. Past the deadline it is killed with everything it started,
-and a new process takes its place before the next completion.
+and a new process takes its place before the next completion. From the first time on the next one is kept ready, so that
+a hang costs its deadline and no start.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Worker:
         self._arguments = (list(spec), memory_bytes, deadline_seconds)
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
+        self._standby: tuple[BaseProcess, Connection] | None = None
+        self._was_replaced = False
         self._ended = False
 
     def score(self, completion: Completion, *, fresh: bool = False) -> Score | Failure:
@@ -74,40 +77,41 @@ class Worker:
         Raises:
             WorkerStartError: with the reason.
         """
-        self.close()
-        ours, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
-        process = context.Process(target=serve, args=(theirs, *self._arguments), name="scoring", daemon=True)
-        with _processes, theirs:
-            if self._ended:
-                raise WorkerStartError("the scoring pool is closed")
-            try:
-                process.start()
-            except OSError as error:
-                raise WorkerStartError(f"no process could be started: {error}") from error
-            self._process, self._connection = process, ours
-        _bound_sending(ours, self._deadline_seconds)
+        self._kill_process()
+        with _processes:
+            if self._standby is not None and wait([self._standby[0].sentinel], 0):
+                _forget(*self._standby)
+                self._standby = None
+            self._process, self._connection = self._standby or self._launch()
+            self._standby = None
         try:
-            answered = wait([ours, process.sentinel], START_SECONDS)
-            greeting = ours.recv() if answered else f"it was not ready within {START_SECONDS:.0f} s"
+            answered = wait([self._connection, self._process.sentinel], START_SECONDS)
+            greeting = self._connection.recv() if answered else f"it was not ready within {START_SECONDS:.0f} s"
         except (EOFError, OSError):
             greeting = self._how_it_died().reason
         if greeting != READY:
             self.close()
             raise WorkerStartError(greeting)
+        # Where one completion hung, others may. What keeps a process from starting is said when it is needed.
+        with _processes, contextlib.suppress(WorkerStartError):
+            self._standby = self._launch() if self._was_replaced else None
+        self._was_replaced = True
 
     def end(self) -> None:
         """Kill the process for good; whoever waits for it hears of its death."""
         with _processes:
             self._ended = True
-            self._signal_group()
+            for process in (self._process, self._standby and self._standby[0]):
+                _kill_group(process)
 
     def close(self) -> None:
-        """Kill the process with all it started, and forget it; `start` and `score` make another."""
+        """Kill the process with all it started, and the one that is ready; `start` and `score` make another."""
+        self._kill_process()
         with _processes:
-            self._signal_group()
-            self._forget()
+            if self._standby is not None:
+                _kill_group(self._standby[0])
+                _forget(*self._standby)
+            self._standby = None
 
     def _score_once(self, completion: Completion, fresh: bool) -> Score | Failure:
         if self._process is not None and wait([self._process.sentinel], 0):
@@ -129,8 +133,25 @@ class Worker:
         if result is None:
             result = self._how_it_died()
         if isinstance(result, Failure) and result.verdict is not Verdict.ERROR:
-            self.close()
+            self._kill_process()
         return result
+
+    def _launch(self) -> tuple[BaseProcess, Connection]:
+        """A new process, not yet ready, and our end of its pipe; call with the lock held."""
+        if self._ended:
+            raise WorkerStartError("the scoring pool is closed")
+        ours, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        process = context.Process(target=serve, args=(theirs, *self._arguments), name="scoring", daemon=True)
+        with theirs:
+            try:
+                process.start()
+            except OSError as error:
+                ours.close()
+                raise WorkerStartError(f"no process could be started: {error}") from error
+        _bound_sending(ours, self._deadline_seconds)
+        return process, ours
 
     def _how_it_died(self) -> Failure:
         with _processes:
@@ -146,22 +167,32 @@ class Worker:
         name = signal.strsignal(-status)
         return Failure(Verdict.CRASH, f"the scoring process was ended by a signal: {name}", status in _OUTSIDE)
 
+    def _kill_process(self) -> None:
+        """Kill the process with all it started, and forget it."""
+        with _processes:
+            _kill_group(self._process)
+            self._forget()
+
     def _forget(self) -> None:
-        if self._process is not None:
-            self._process.join()
-            self._process.close()
-        if self._connection is not None:
-            self._connection.close()
+        if self._process is not None and self._connection is not None:
+            _forget(self._process, self._connection)
         self._process = self._connection = None
 
-    def _signal_group(self) -> None:
-        """SIGKILL to the process and to all it started; call with the lock held."""
-        if self._process is None or self._process.pid is None:
-            return
-        # Its group exists from its first statement on, and outlives it where it left a process behind.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
+
+def _kill_group(process: BaseProcess | None) -> None:
+    """SIGKILL to a process and to all it started; call with the lock held."""
+    if process is None or process.pid is None:
+        return
+    # Its group exists from its first statement on, and outlives it where it left a process behind.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
+def _forget(process: BaseProcess, connection: Connection) -> None:
+    process.join()
+    process.close()
+    connection.close()
 
 
 def _bound_sending(connection: Connection, seconds: float) -> None:

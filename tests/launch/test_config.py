@@ -94,6 +94,8 @@ def test_a_setting_or_option_that_does_not_exist_is_named(override: str, expecte
         (["algorithm.kl=loss"], ["kl=loss", "kl_coef=0.0", "above 0"]),
         (["algorithm.kl=bogus"], ["'bogus'", "'reward'"]),
         (["algorithm.gamma=2"], ["gamma=2", "[0, 1]"]),
+        (["algorithm=grpo", "correction=vtrace"], ["GRPO has no critic", "VTrace", "algorithm=ppo"]),
+        (["algorithm=gspo", "correction=ppo_behavior"], ["GSPO", "0.0003", "correction=decoupled_tis"]),
         (["algorithm._target_=os.system"], ["os.system"]),
         (["reward=[{name: bogus}]"], ["unknown reward 'bogus'", "boxed_exact"]),
         (["reward=[{name: boxed_exact, wieght: 2}]"], ["reward.0.wieght is not a known setting"]),
