@@ -62,9 +62,10 @@ def _check(options: argparse.Namespace) -> int:
     fields = Fields(options.completion_field, options.gold_field, options.expected_field, options.kind_field)
     rewards = task_reward(options.task) if options.task else [reward_spec(options.reward)]
     against = [reward_spec(options.against)] if options.against else []
-    if options.workers < 1 or options.deadline_seconds <= 0:
+    if options.workers < 1 or not 0 < options.deadline_seconds < float("inf") or options.show < 0:
         raise ValueError(
-            f"--workers is {options.workers} and --deadline-seconds {options.deadline_seconds}; both must be above 0"
+            f"--workers is {options.workers}, --deadline-seconds {options.deadline_seconds} and --show {options.show};"
+            " give finite numbers, the first two above 0"
         )
     rows = read_rows(options.data, fields)
     begin = time.perf_counter()

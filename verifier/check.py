@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from verifier.base import Completion, RewardSpec, Score, Verdict
 from verifier.pool import ScoringPool
@@ -114,7 +115,7 @@ def reward_spec(reward: Any) -> RewardSpec:
                 if reward.lstrip().startswith("{")
                 else {"name": reward}
             )
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise ValueError(f"the reward {reward!r} is neither a name nor {{name: ..., options: ...}}") from error
     if (
         not isinstance(reward, dict)
@@ -122,7 +123,13 @@ def reward_spec(reward: Any) -> RewardSpec:
         or reward.keys() - {"name", "weight", "options"}
     ):
         raise ValueError(f"the reward {reward!r} is neither a name nor {{name: ..., weight: ..., options: ...}}")
-    return RewardSpec(reward["name"], float(reward.get("weight", 1.0)), dict(reward.get("options") or {}))
+    weight, options = reward.get("weight", 1.0), reward.get("options") or {}
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not isinstance(options, dict):
+        raise ValueError(
+            f"the reward {reward['name']} has weight {weight!r} and options {options!r}; give a number, and options"
+            " as {NAME: VALUE}"
+        )
+    return RewardSpec(reward["name"], float(weight), options)
 
 
 def read_rows(path: Path, fields: Fields) -> list[Row]:

@@ -49,12 +49,12 @@ _SENTENCE_END = re.compile(
 _ABBREVIATION = re.compile(r"\b(?:[ap]\.m|No|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|sq|cu|Dr|Mr|Mrs|St)$")
 _JOINT = re.compile(
     r"(?:[\s$.,;:&]|\\(?:quad|qquad|text|mathrm|textbf|,|;|!|\]|\[|\(|\))|[{}]|\b[a-zA-Z](?:_\{?\w\}?)?\s*=|"
-    r"\b(?:and|or|either|also|alternatively|maybe|perhaps|possibly|possible|could|might|can|it|be|another|is|the|are|"
+    r"\b(?:and|or|but|either|also|alternatively|maybe|perhaps|possibly|possible|could|might|can|it|be|another|is|the|are|"
     r"answers?|both|else|though|although)\b)*",
     re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(
-    r"[\s$,]{0,5}\bor\s(?:maybe |possibly |perhaps )?\$?(-?\\?[\d(][^\s$;]{0,40}?)\$?(?=[\s.,;]|$)"
+    r"[\s$,(]{0,5}\bor\s(?:maybe |possibly |perhaps )?\$?(-?\\?[\d(][^\s$;]{0,40}?)\$?(?=[\s.,;)]|$)"
 )
 _HEDGE_JOINT = re.compile(r"[\s.,;(]*\b(?:or|alternatively|maybe|perhaps|possibly)\b[\s\w,'$]{0,40}", re.IGNORECASE)
 

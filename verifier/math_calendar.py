@@ -47,9 +47,9 @@ def same_calendar(prediction: str, gold: str) -> bool | None:
     if seconds == gold_seconds:
         return True
     if is_explicit or gold_is_explicit:
-        half_is_open = not (is_explicit and gold_is_explicit) and max(seconds, gold_seconds) >= 12 * 3600
+        half_is_open = not (is_explicit and gold_is_explicit)
         unsaid = seconds if not is_explicit else gold_seconds
-        return half_is_open and unsaid < 13 * 3600 and (seconds - gold_seconds) % (12 * 3600) == 0
+        return half_is_open and 3600 <= unsaid < 13 * 3600 and (seconds - gold_seconds) % (12 * 3600) == 0
     # Two ratios may be equal where two times are not.
     return None
 
@@ -66,7 +66,7 @@ def _time(text: str) -> tuple[int, bool] | None:
         return None
     if match[4]:
         hour = hour % 12 + 12 * (match[4] in "pP")
-    return hour * 3600 + minute * 60 + second, bool(match[4]) or hour > 12 or hour == 0
+    return hour * 3600 + minute * 60 + second, bool(match[4])
 
 
 def _date(text: str) -> Date | None:

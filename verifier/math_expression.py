@@ -26,6 +26,9 @@ CONSTANT_DIGITS = 200
 MAX_DIGITS = 1000
 VARIABLE_DIGITS = 50
 MAX_SYMBOLS = 12
+FAR = 20, 30
+"""Beyond the kinks that answers have, as |x - 5| has one at 5."""
+_KINKED = frozenset(("abs", "max", "min", "lfloor", "lceil", "mod", "root"))
 
 
 def same_expression(prediction: str, gold: str) -> bool | None:
@@ -163,24 +166,38 @@ def _agree_at_points(first: Node, second: Node, symbols: frozenset[str], numeric
 
 
 def _values(first: Node, second: Node, symbols: frozenset[str], numeric: Numeric) -> Iterator[tuple[Any, Any]]:
-    """Both values at up to `NUM_POINTS` random points where both are defined; points depend on the symbols alone."""
+    """Both values at up to `NUM_POINTS` random points where both are defined, with kinks at three times as many."""
     names = sorted(symbols)
+    has_kinks = _has_kinks(first) or _has_kinks(second)
     whole = whole_symbols(first) | whole_symbols(second)
     generator = random.Random(" ".join(names))
     found = 0
-    for _ in range(NUM_ATTEMPTS if names else 1):
-        point = {
-            name: numeric.context.mpf(generator.randint(1, 9) if name in whole else generator.uniform(-3, 3))
-            for name in names
-        }
+    for attempt in range(NUM_ATTEMPTS if names else 1):
+        # With kinks every second point is far out, on each side of 0 in turn.
+        far = attempt // 2 if has_kinks and attempt % 2 else None
+        point = {name: _coordinate(generator, numeric, name in whole, far, i) for i, name in enumerate(names)}
         try:
             pair = numeric.value(first, point), numeric.value(second, point)
         except Undefined:
             continue
         yield pair
         found += 1
-        if found == NUM_POINTS:
+        if found == (3 * NUM_POINTS if has_kinks else NUM_POINTS):
             return
+
+
+def _coordinate(generator: random.Random, numeric: Numeric, is_whole: bool, far: int | None, index: int) -> Any:
+    """The value of the variable with that index, of the `far`-th far point or of one near 0."""
+    low, high = FAR if far is not None else (1, 9) if is_whole else (-3, 3)
+    if is_whole:
+        return numeric.context.mpf(generator.randint(low, high))
+    size = numeric.context.mpf(generator.uniform(low, high))
+    return -size if far is not None and far >> index % 3 & 1 else size
+
+
+def _has_kinks(node: Node) -> bool:
+    """Whether two expressions may agree on a whole range and differ outside it, as |x - 5| and 5 - x do."""
+    return isinstance(node, Operation) and (node.name in _KINKED or any(map(_has_kinks, node.arguments)))
 
 
 def _has_bare_log(node: Node) -> bool:

@@ -14,8 +14,8 @@ from verifier.math_structure import as_collection
 Part = Callable[[str, str], bool]
 
 _ENVIRONMENT = re.compile(
-    r"(?P<factor>[^&]*?)(?:\\cdot\s*)?\\begin\s*\{(?P<kind>(?:p|b|B|v|V|small)?matrix|array)\}(?:\s*\{[^{}]*\})?"
-    r"(?P<rows>.*)\\end\s*\{(?P=kind)\}",
+    r"(?P<factor>[^&]*?)(?:\\cdot\s*)?(?P<open>[(\[]\s*)?\\begin\s*\{(?P<kind>(?:p|b|B|v|V|small)?matrix|array)\}(?:\s*\{[^{}]*\})?"
+    r"(?P<rows>.*)\\end\s*\{(?P=kind)\}(?(open)\s*[)\]])",
     re.DOTALL,
 )
 _TRANSPOSED = re.compile(r"\s*\^\s*\{?\s*(?:T|\\top|\\text\{T\}|')\s*\}?$")
@@ -33,7 +33,7 @@ class Matrix:
 
 def same_matrix(prediction: str, gold: str, part: Part) -> bool | None:
     """Entry by entry, whatever the brackets; None when neither is a matrix."""
-    if not any(mark in text for text in (prediction, gold) for mark in ("\\begin", "[", "j", "T")):
+    if not any(mark in text for text in (prediction, gold) for mark in ("\\begin", "[", "j", "k", "T")):
         return None
     first, second = as_matrix(prediction), as_matrix(gold)
     if first is None and second is None:

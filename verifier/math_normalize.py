@@ -33,6 +33,9 @@ _ANNOUNCED = re.compile(
     re.IGNORECASE,
 )
 _LONE_DOLLAR = re.compile(r"^([-+]?)\$(?=\d[^$]*$)")
+_MODULE = re.compile(r"\b(?:np|numpy|math)\.(?=[a-z])")
+_BOLD_LETTER = re.compile(r"\\(?:mathbf|boldsymbol|bm)\s*\{\s*([a-zA-Z])\s*\}")
+_DOLLARS = re.compile(r"\\text\s*\{\s*\$([^${}]*(?:\{[^${}]*\}[^${}]*)*)\$\s*\}")
 _COLOR = re.compile(r"\\(?:text)?color\s*\{\w*\}")
 _ONLY_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _ALIASES = {"infinity": "\\infty", "Infinity": "\\infty", "inf": "\\infty", "asin": "\\arcsin", "acos": "\\arccos"}
@@ -47,6 +50,7 @@ _ALIASES |= {
 _ALIASES |= {
     "all real numbers": "\\mathbb{R}",
     "all reals": "\\mathbb{R}",
+    "any real number": "\\mathbb{R}",
     "the empty set": "\\emptyset",
     "empty set": "\\emptyset",
 }
@@ -58,8 +62,11 @@ _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\{\s*\\degree\s*\}|\\degr
 _PRIME = re.compile(r"\^\s*(?:\{\s*('+)\s*\}|('))")
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*\(?([-\d.,/ ]+)\)?\s*\}")
 _CONJUNCTION = re.compile(r"\\text\s*\{([^{}]*)\}| ?(?<![\\a-zA-Z]),? ?\b(?:and|or)\b(?![a-zA-Z]) ?")
-# \text{min} is a unit unless it has arguments.
-_FUNCTION_TEXT = re.compile(r"\\text\s*\{\s*(" + "|".join(sorted(FUNCTIONS - {"min"})) + r"|min(?=\s*\}\s*[({]))\s*\}")
+# \text{min} and \text{sec} are units unless they have arguments.
+_FUNCTION_TEXT = re.compile(
+    r"\\text\s*\{\s*(" + "|".join(sorted(FUNCTIONS - {"min", "sec"})) + r"|min(?=\s*\}\s*[({])"
+    r"|sec(?=\s*\}\s*(?:\^\s*(?:\{-?\d\}|\d)\s*)?[({\\a-zA-Z]))\s*\}"
+)
 _RELATIONS = {"<=": "\\le ", ">=": "\\ge ", "!=": "\\ne "}
 
 
@@ -99,8 +106,9 @@ def normalize(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Without Markdown's signs, a sentence that only announces the answer, and colours."""
+    r"""Without Markdown's signs, words that announce the answer, colours, bold letters, `\text{$ $}` and `np.`."""
     text = _ANNOUNCED.sub("", _COLOR.sub("", text)).strip()
+    text = _MODULE.sub("", _DOLLARS.sub(r"\1", _BOLD_LETTER.sub(r" \1 ", text)))
     text = _LONE_DOLLAR.sub(r"\1\$", text)
     while len(text) > 2 and text[0] in "*`_" and text[0] == text[-1]:
         text = text[1:-1].strip()

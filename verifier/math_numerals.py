@@ -22,7 +22,11 @@ _PARTS |= {f"{word}{plural}": number for word, number in _ORDINALS.items() if nu
 _WORD = re.compile(r"(?:[\s,-]*)\b([a-zA-Z]+)\b")
 _BEGINS = re.compile(r"(?:(minus|negative)\s+)?([a-zA-Z]+)", re.IGNORECASE)
 _SUFFIX = re.compile(r"(?:the\s+)?(\d+)\s*(?:\^\s*)?(?:\{\s*)?(?:\\text\s*\{\s*)?(?:st|nd|rd|th)[\s}]*", re.IGNORECASE)
-_SCALED = re.compile(r"(\\?\$?[\d.,]*\d)\s*(?:\\text\s*\{\s*)?(" + "|".join(_SCALES) + r")s?\b\s*\}?", re.IGNORECASE)
+_ZEROS = {word: len(str(scale)) - 1 for word, scale in _SCALES.items()} | {"hundred": 2}
+_SCALED = re.compile(r"(\\?\$?[\d.,]*\d)\s*(?:\\text\s*\{\s*)?(" + "|".join(_ZEROS) + r")s?\b\s*\}?", re.IGNORECASE)
+_COUNTED_PARTS = re.compile(r"(-?\d+)[\s-]+(?:\\text\s*\{\s*)?(" + "|".join(_PARTS) + r")\s*\}?", re.IGNORECASE)
+NUMBER_WORDS = frozenset((*_SMALL, *_TENS, *_SCALES, *_PARTS, "hundred")) - {"quarter", "quarters"}
+"""Words that make another number of the one before them, so that they are no unit."""
 
 
 def spell_numbers(text: str) -> str:
@@ -32,8 +36,10 @@ def spell_numbers(text: str) -> str:
     if ordinal := _SUFFIX.fullmatch(text):
         return ordinal[1]
     if (scaled := _SCALED.match(text)) is not None:
-        zeros = len(str(_SCALES[scaled[2].lower()])) - 1
-        return f"{scaled[1]} \\cdot 10^{{{zeros}}} {text[scaled.end() :]}".strip()
+        return f"{scaled[1]} \\cdot 10^{{{_ZEROS[scaled[2].lower()]}}} {text[scaled.end() :]}".strip()
+    # `3 quarters` may be three coins.
+    if (parts := _COUNTED_PARTS.fullmatch(text)) is not None and parts[2].lower() in NUMBER_WORDS:
+        return f"\\frac{{{parts[1]}}}{{{_PARTS[parts[2].lower()]}}}"
     begins = _BEGINS.match(text)
     if begins is None:
         return text

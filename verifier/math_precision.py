@@ -1,9 +1,10 @@
 r"""Literal numbers: numerals with a base, and decimals to the precision that the gold states.
 
 A numeral `1011_2` is its value; the base may be left out on one side. A decimal gold with at least two digits that
-count states a precision: a decimal with more places passes when it rounds to the gold. So does any number against a
-gold that calls itself rounded (`\approx 3.14`, `3.14 (to 2 d.p.)`). Nothing is ever rounded to a whole number, and an
-answer with fewer places never passes.
+count states a precision: a decimal with more places passes when it rounds to the gold. A whole number, a half and a
+quarter (27.0, 2.5, 0.75) state none. Any number passes that rounds to a gold which calls itself rounded
+(`\approx 3.14`, `3.14 (to 2 d.p.)`). Nothing else is ever rounded to a whole number, and an answer with fewer places
+never passes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _BASES = {
 _BASES |= {"sixteen": 16, "hex": 16, "binary": 2, "octal": 8, "decimal": 10}
 _NUMERAL = re.compile(
     r"(-?)\s*\(?\s*(?:\\text\s*\{\s*)?([0-9a-fA-F]+(?:\.[0-9a-fA-F]+)?)[})\s]*"
-    r"(?:_\s*(?:\{\s*(?:\\text\s*\{)?\s*(\w+)[\s}]*\}|(\d+))|\(?\s*(?:\\text\s*\{\s*)?\(?base[\s-]*(\w+)[\s)}]*)"
+    r"(?:_\s*(?:\{\s*(?:\\text\s*\{)?\s*\(?\s*(\w+)[\s})]*\}|(\d+))|\(?\s*(?:\\text\s*\{\s*)?\(?base[\s-]*(\w+)[\s)}]*)"
 )
 _PROGRAMMING = re.compile(r"(-?)0([xXbB])([0-9a-fA-F]+)")
 _DECIMAL = re.compile(
@@ -106,7 +107,9 @@ def _decimal(text: str) -> tuple[Fraction, Fraction, int, int] | None:
     scale = Fraction(10) ** (exponent - len(match[3]))
     digits = match[2] + match[3]
     value = int(digits) * scale
-    return (-value if match[1] == "-" else value), scale / 2, len(match[3]) - exponent, len(digits.lstrip("0"))
+    # Halves and quarters are rarely rounded ones.
+    counting = len(digits.lstrip("0")) if exponent or value.denominator > 4 else 0
+    return (-value if match[1] == "-" else value), scale / 2, len(match[3]) - exponent, counting
 
 
 def _numeral(text: str) -> Numeral | None:
@@ -120,7 +123,11 @@ def _numeral(text: str) -> Numeral | None:
     else:
         return None
     whole, _, fraction = digits.upper().partition(".")
-    if not 2 <= base <= 36 or len(digits) > MAX_DIGITS or any(int(digit, 36) >= base for digit in whole + fraction):
+    # a_{16} is a term of a sequence.
+    is_symbol = len(digits) == 1 and digits.islower()
+    if not 2 <= base <= 36 or is_symbol or len(digits) > MAX_DIGITS:
+        return None
+    if any(int(digit, 36) >= base for digit in whole + fraction):
         return None
     value = Fraction(int(whole + fraction, base), base ** len(fraction))
     return Numeral(-value if sign else value, sign + (digits.upper().lstrip("0") or "0"), base)

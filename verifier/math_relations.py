@@ -14,8 +14,9 @@ from verifier.math_structure import COMMAS, RELATIONS, split
 
 Part = Callable[[str, str], bool]
 
-_ARGUMENTS = r"\s*\(\s*-?\w+(?:\s*(?:,|\\cap|\\cup|\|)\s*\w+)*\s*\)"
-_NAME = r"(?:\\text\s*\{[^{}]*\}|\\angle\s*[A-Z]{0,3}|[A-Z]{2,3}|\\(?:dot|vec|bar|overline|hat)\s*\{?\s*\w+\s*\}?"
+_ARGUMENTS = r"\s*\(\s*-?\w+(?:\s*(?:,|[=<>]|\\[lg]e|\\cap|\\cup|\|)\s*-?\w+)*\s*\)"
+_NAME = r"(?:\\text\s*\{[^{}]*\}|\\angle\s*[A-Z]{0,3}|[A-Z]{2,3}|[a-zA-Z]{4,}"
+_NAME += r"|\\(?:dot|vec|bar|overline|hat)\s*\{?\s*\w+\s*\}?"
 _NAME += r"|\\frac\s*\{\s*d\s*\w\s*\}\s*\{\s*d\s*\w\s*\}"
 _NAME += rf"|\\(?!pi|infty)[a-zA-Z]+|(?![ei]\b)[a-zA-Z])'*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?'*(?:{_ARGUMENTS})?"
 _NAME += rf"|[A-Z]\s*\^\s*\{{\s*-1\s*\}}|[a-z]\s*\^\s*\{{\s*-1\s*\}}{_ARGUMENTS}"
@@ -76,7 +77,8 @@ def as_interval(text: str) -> tuple[str, str] | None:
         strict_lower, strict_upper = signs[0] == "<", signs[1] == "<"
     else:
         return None
-    if not _LABEL.fullmatch(variable) or not lower or not upper:
+    # `\ge 5` leaves the variable out.
+    if not (_LABEL.fullmatch(variable) or (len(signs) == 1 and not variable)) or not lower or not upper:
         return None
     strict_lower, strict_upper = strict_lower or lower == "-\\infty", strict_upper or upper == "\\infty"
     return variable, f"{'(' if strict_lower else '['}{lower},{upper}{')' if strict_upper else ']'}"
@@ -86,7 +88,8 @@ def _same_intervals(
     first: tuple[str, str] | None, second: tuple[str, str] | None, prediction: str, gold: str, part: Part
 ) -> bool:
     if first is not None and second is not None:
-        return first[0] == second[0] and part(first[1], second[1])
+        same_name = first[0] == second[0] or not (first[0] and second[0])
+        return same_name and part(first[1], second[1])
     for interval, other, is_prediction in ((first, gold, True), (second, prediction, False)):
         if interval is not None:
             parts, signs = _split(other)

@@ -95,5 +95,6 @@ REWRITES = (
         "€": "\\euro ",
         "£": "\\pounds ",
         "¥": "\\yen ",
+        "₹": "\\rupees ",
     }
 )

@@ -50,6 +50,7 @@ _OTHERS = {
     "pounds": "GBP 1",
     "yen": "yen 1",
     "yuan": "yuan 1 RMB",
+    "rupees": "rupee 1 rupees INR Rs",
     "erg": "erg 1 ergs",
     "angle": "degree 1 degrees deg",
     "radian": "rad 1 radian radians",

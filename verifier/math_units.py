@@ -13,12 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
+from verifier.math_numerals import NUMBER_WORDS
+from verifier.math_spelling import FUNCTIONS
 from verifier.math_unit_table import unit_sizes
 
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _NO_UNIT = frozenset(("unit", "units", "total", "in total", "exactly", "approx", "approximately", "only", "ways"))
+# What these end is another number, what these are part of says another thing, and `xyz` are variables.
+_OTHER_NUMBER = NUMBER_WORDS | FUNCTIONS | _POWERS.keys() | {"factorial"}
+_DENIALS = frozenset(("plus", "minus", "not", "or", "but", "wrong", "incorrect"))
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
-_CURRENCY = re.compile(r"^([-+]?)\s*(?:\\?\$|(?:\\text\s*\{\s*)?\\(euro|pounds|yen)\s*\}?|(US\\?\$|USD|EUR))\s*([-+]?)")
+_CURRENCY = re.compile(
+    r"^([-+]?)\s*(?:\\?\$|(?:\\text\s*\{\s*)?\\(euro|pounds|yen|rupees)\s*\}?"
+    r"|(US\\?\$|USD|EUR|Rs\.?(?![a-z])|\\text\s*\{\s*Rs\.?\s*\}))\s*([-+]?)"
+)
 _UPRIGHT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORD = r"(?:(?:\\mu\s*)?[a-zA-ZμΩ¢]+|\\Omega)\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 _FACTOR = rf"(?:(?:\\mu\s*)?\\text\s*\{{[^{{}}]*\}}(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|-?\d))?|{_WORD})"
@@ -27,6 +36,7 @@ _TRAILING = re.compile(
 )
 _UNIT_TOKEN = re.compile(r"([a-zA-ZμΩ¢]+\.?|\\Omega)(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?|/")
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
+_RADIANS = re.compile(r"\\pi|\\arc|\\(?:sin|cos|tan|cot|sec|csc)\s*\^\s*\{?\s*-")
 _COMPOUND = re.compile(r"(?:,\s*)?([\d./]+)\s*(\\text\s*\{[^{}]*\}|[a-zA-Z]+)")
 
 
@@ -62,7 +72,7 @@ def same_quantity(first: tuple[str, Unit], second: tuple[str, Unit], same: Same)
         return same(_scaled(value, Fraction(1, 100)), other)
     if other_unit.is_only("percent"):
         return same(value, _scaled(other, Fraction(1, 100)))
-    return ("\\pi" in value or "\\pi" in other) and _same_angle(first, second, same)
+    return bool(_RADIANS.search(value) or _RADIANS.search(other)) and _same_angle(first, second, same)
 
 
 def split_unit(text: str) -> tuple[str, Unit]:
@@ -72,7 +82,7 @@ def split_unit(text: str) -> tuple[str, Unit]:
     if text.endswith("\\$"):
         text = f"\\${text[:-2]}"
     if currency := _CURRENCY.match(text):
-        name = currency[2] or {"E": "euro"}.get((currency[3] or "")[:1], "dollar")
+        name = currency[2] or {"E": "euro", "R": "rupees", "\\": "rupees"}.get((currency[3] or "")[:1], "dollar")
         rest = currency[1] + currency[4] + text[currency.end() :]
         money = Unit(((name, 1),))
         value, unit = _split_trailing(rest)
@@ -98,7 +108,7 @@ def _split_trailing(text: str) -> tuple[str, Unit]:
         return value, Unit(((name, 1),))
     unit = _parse_unit(_UPRIGHT.sub(r" \1 ", words))
     is_upright = "\\text" in words or " " in words.strip() or len(match["gap"]) > 0
-    if unit is not None and (is_upright or len(words) > 1 or "/" in words):
+    if unit is not None and (is_upright or len(words) > 1 or words == "¢"):
         return value, unit
     noun = _noun(words, match["gap"])
     return (text, NO_UNIT) if noun is None else (value, noun)
@@ -106,7 +116,7 @@ def _split_trailing(text: str) -> tuple[str, Unit]:
 
 def _first_trailing(text: str) -> re.Match[str] | None:
     """The longest end of `text` that reads as a unit behind a value."""
-    if not re.search(r"[a-zA-Z%}]\s*\.?$|degree\s*$|\^\s*\{?-?\d\}?$|\\Omega", text):
+    if not re.search(r"[a-zA-Z%}¢]\s*\.?$|degree\s*$|\^\s*\{?-?\d\}?$|\\Omega", text):
         return None
     for match in _TRAILING.finditer(text):
         value = text[: match.start()]
@@ -153,6 +163,9 @@ def _parse_unit(words: str) -> Unit | None:
         last, sign, power = (known[0], known[1], exponent), 1, 0
     if text[position:].strip(" .") or not dimensions:
         return None
+    if litres := dimensions.pop("volume", 0):
+        dimensions["length"] = dimensions.get("length", 0) + 3 * litres
+        size /= 1000**litres
     return Unit(tuple(sorted((name, exponent) for name, exponent in dimensions.items() if exponent)), size)
 
 
@@ -166,6 +179,8 @@ def _noun(words: str, gap: str) -> Unit | None:
         return None
     if " ".join(names).lower() in _NO_UNIT or {"unit", "units"} & set(names):
         return NO_UNIT
+    if names[-1].lower() in _OTHER_NUMBER or any(name.lower() in _DENIALS or name in _ALPHABET for name in names):
+        return None
     return Unit(noun=frozenset(name.lower().rstrip("s") for name in names))
 
 

@@ -12,12 +12,14 @@ Part = Callable[[str, str], bool]
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Ja-j])\s*\)|([A-J]))[.:]?", re.IGNORECASE)
 _CHOICE_WITH_VALUE = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*(?!\w*\()(\S.*)", re.DOTALL)
+_FURTHER_CHOICE = re.compile(r"(?:^|[\s,;])(?:\(\s*[A-J]\s*\)|[A-J][).:])")
 _LETTERS = re.compile(r"[A-H]{2,8}")
 _LETTER_LIST = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|and|\s)\s*\(?[A-H]\)?)+")
 _WORD = re.compile(r"[a-zA-Z]{3}")
 _MATHEMATICAL = re.compile(
     r"[\\^_=<>+/|{}\[\]]|\d\s*[-*]|\w\(|\b(?:" + "|".join(FUNCTIONS | {"sqrt", "cbrt", "pi"}) + r")\b"
 )
+_ROMAN = re.compile(r"[IVX]{2,}")
 _ARTICLES = frozenset(("the", "a", "an"))
 _YES, _NO = frozenset(("yes", "true")), frozenset(("no", "false"))
 _DOUBT = re.compile(r"\b(?:no|not|or|but|yes|true|false|maybe|however|could)\b|n't")
@@ -31,12 +33,16 @@ def same_words(prediction: str, gold: str, part: Part) -> bool | None:
         return None
     if (same := _same_choice(prediction, gold, part)) is not None:
         return same
+    if _ROMAN.fullmatch(prediction) and _ROMAN.fullmatch(gold):
+        return prediction == gold
     truth, other_truth = _truth(prediction), _truth(gold)
     if truth is not None or other_truth is not None:
         return truth == other_truth
-    if "," in prediction or "," in gold or not (_is_words(gold) or _is_words(prediction)):
+    words = _is_words(gold), _is_words(prediction)
+    if "," in prediction or "," in gold or not any(words):
         return None
-    return _canonical(prediction) == _canonical(gold)
+    # `-abc` has the letters of `abc`, but may be its negative.
+    return False if _canonical(prediction) != _canonical(gold) else all(words) or None
 
 
 def _same_choice(prediction: str, gold: str, part: Part) -> bool | None:
@@ -58,7 +64,9 @@ def _choice(text: str) -> tuple[str, str] | None:
     if match := _CHOICE.fullmatch(text):
         # A lower-case letter alone is a variable.
         return ((match[1] or match[2]).upper(), "") if match[1] or match[2].isupper() else None
-    if match := _CHOICE_WITH_VALUE.fullmatch(text):
+    match = _CHOICE_WITH_VALUE.fullmatch(text)
+    # `(A) 3 (B) 4` chooses nothing.
+    if match and not _FURTHER_CHOICE.search(match[3]):
         return match[1] or match[2], match[3]
     return None
 
@@ -87,9 +95,8 @@ def _unwrap(text: str) -> str:
 
 def _is_words(text: str) -> bool:
     """Words only: a run of three letters, nothing mathematical, no leading digit (that is a value with a unit)."""
-    return (
-        bool(_WORD.search(text)) and not _MATHEMATICAL.search(text) and not text[0].isdigit() and text[0] not in "-.("
-    )
+    is_framed = not text or text[0] in "-.(0123456789" or text[-1] in "!'"
+    return bool(_WORD.search(text)) and not _MATHEMATICAL.search(text) and not is_framed
 
 
 def _canonical(text: str) -> str:

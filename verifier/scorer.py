@@ -6,6 +6,7 @@ one reward is the grader and decides the verdict; a weight of 0 leaves it out of
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from numbers import Real
 
 from verifier import answer_rewards, format_rewards, length_rewards
 from verifier.base import Completion, Grader, Reward, RewardFunction, RewardSpec, Score, Verdict
-from verifier.rewards import find_factory
+from verifier.rewards import RewardFactory, find_factory
 
 BUILT_IN = (answer_rewards, format_rewards, length_rewards)
 """The modules that fill the registry when they are imported."""
@@ -87,6 +88,7 @@ def _build(spec: RewardSpec) -> Reward:
     factory = find_factory(spec.name)
     if not math.isfinite(spec.weight):
         raise ValueError(f"reward: the weight of {spec.name} is {spec.weight}; give a finite number")
+    _check_options(spec, factory)
     try:
         reward = factory(**spec.options)
     except TypeError as error:
@@ -96,11 +98,39 @@ def _build(spec: RewardSpec) -> Reward:
         ) from error
     except ValueError as error:
         raise ValueError(f"reward: {spec.name}: {error}") from error
-    if not isinstance(reward, Grader) and not callable(reward):
+    # A factory of one's own may raise whatever it likes.
+    except Exception as error:
+        raise ValueError(
+            f"reward: {spec.name} raised {type(error).__name__}: {error} for the options {spec.options}; correct it"
+        ) from error
+    if isinstance(reward, Grader):
+        _check_values(spec.name, reward)
+    elif not callable(reward):
         raise ValueError(
             f"reward: {spec.name} made {type(reward).__name__}, not a Grader or a function of a completion"
         )
     return reward
+
+
+def _check_options(spec: RewardSpec, factory: RewardFactory) -> None:
+    """Refuses what is no number, or not true or false, where the factory's parameter is annotated so."""
+    parameters = inspect.signature(factory).parameters
+    for name, value in spec.options.items():
+        annotation = parameters[name].annotation if name in parameters else ""
+        wanted = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if wanted in ("int", "float") and not (is_number and (wanted == "float" or isinstance(value, int))):
+            kind = "whole" if wanted == "int" else "finite"
+            raise ValueError(f"reward: {spec.name}: {name} is {value!r}; give a {kind} number")
+        if wanted == "bool" and not isinstance(value, bool):
+            raise ValueError(f"reward: {spec.name}: {name} is {value!r}; give true or false")
+
+
+def _check_values(name: str, grader: Grader) -> None:
+    for verdict in (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER):
+        value = grader.rewards.get(verdict)
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"reward: {name} gives {value!r} for the verdict {verdict}; give a finite number")
 
 
 def _number(name: str, value: object) -> float:

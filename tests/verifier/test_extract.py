@@ -22,6 +22,8 @@ from verifier.extract import extract_answer, last_boxed, last_tagged
         (r"\boxed{3} and \boxed{4", "3"),
         (r"\boxed{3} or \boxed{4}", "3, 4"),
         (r"\boxed{3} or 4.", "3, 4"),
+        (r"\boxed{3} (or 4)", "3, 4"),
+        (r"\boxed{3}, but it might also be \boxed{4}", "3, 4"),
         (r"\boxed{3} or more of them", "3"),
         (r"\boxed{3}$, or maybe $\boxed{4}", "3, 4"),
         (r"$x = \boxed{1}$ and $x = \boxed{2}$", "1, 2"),

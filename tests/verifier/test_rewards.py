@@ -77,7 +77,16 @@ def test_unscored_pays_what_the_grader_says() -> None:
         ([RewardSpec("boxd_format")], "unknown reward 'boxd_format'; did you mean boxed_format"),
         ([RewardSpec("zzz")], "unknown reward 'zzz'; choose one of accuracy, "),
         ([RewardSpec("boxed_format", options={"right": 1})], "does not take the options"),
-        ([RewardSpec("boxed_format", options={"wrong": "much"})], "boxed_format: could not convert"),
+        (
+            [RewardSpec("boxed_format", options={"wrong": "much"})],
+            "boxed_format: wrong is 'much'; give a finite number",
+        ),
+        (
+            [RewardSpec("accuracy", options={"after_thinking": "false"})],
+            "after_thinking is 'false'; give true or false",
+        ),
+        ([ACCURACY, RewardSpec("cosine", options={"correct_long": math.nan})], "correct_long is nan; give a finite"),
+        ([ACCURACY, RewardSpec("repetition", options={"ngram_size": 2.5})], "ngram_size is 2.5; give a whole number"),
         ([RewardSpec("accuracy", options={"format": "xml"})], "accuracy: format is 'xml'; choose one of"),
         ([RewardSpec("boxed_format", weight=math.nan)], "the weight of boxed_format is nan; give a finite"),
         ([RewardSpec("test_makes_nothing")], "test_makes_nothing made NoneType, not a Grader"),
@@ -159,6 +168,11 @@ def plain():
         ("raise SystemExit(3)", r"own.py cannot be loaded \(SystemExit: 3\)"),
         ("other = 1", "own.py has no function 'mine'"),
         ("mine = 1", "own.py has no function 'mine'"),
+        ("def mine(): return {}['no']", "mine raised KeyError: 'no' for the options {}"),
+        (
+            "from verifier.base import Grader\ndef mine(): return Grader(lambda completion: 'correct', {'correct': 1})",
+            "mine gives None for the verdict wrong; give a finite number",
+        ),
         ("def mine(completion): return 1.0", "mine does not take the options {}.*; a reward is a function of its"),
     ],
 )
