@@ -49,7 +49,8 @@ async def play(
     for turn in range(task.max_turns):
         choice = await sample([*prompt_ids, *continuation.token_ids], turn)
         continuation.append_turn(choice)
-        step = episode.step(tokenizer.decode(choice.token_ids.tolist(), skip_special_tokens=True))
+        written = tokenizer.decode(choice.token_ids.tolist(), skip_special_tokens=True)
+        step = episode.step(task.template.prefill + written)
         steps.append(step)
         if step.done or turn + 1 == task.max_turns:
             break

@@ -74,8 +74,8 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of all prompts, golds and levels, in order."""
-        digest = hashlib.sha256()
+        """First 16 hexadecimal digits of the SHA-256 of what makes a turn, and of all prompts, golds and levels."""
+        digest = hashlib.sha256(json.dumps([self.template.between, self.template.stop, self.max_turns]).encode())
         for side in (self.train, self.held_out):
             digest.update(json.dumps([[self.prompt(p), p.gold, p.level] for p in side]).encode())
         return digest.hexdigest()[:16]

@@ -25,7 +25,8 @@ class Template:
     text: str
     """Holds {question} exactly once."""
     prefill: str = ""
-    """How the answer begins: stands at the end of the prompt, and rewards read it in front of the completion."""
+    """How every answer begins: the end of the prompt and of what stands between two turns; rewards and environments
+    read it in front of what the model writes."""
     between: str = ""
     """Between two turns: what ends a turn, then {observation} once, up to where the model goes on; empty: one turn."""
     stop: tuple[str, ...] = ()
@@ -46,7 +47,7 @@ class Template:
     def next_turn(self, observation: str) -> str:
         """What follows a turn of the model, up to its next one."""
         before, _, after = self.between.partition(OBSERVATION)
-        return f"{before}{observation}{after}"
+        return f"{before}{observation}{after}{self.prefill}"
 
 
 def template_names() -> list[str]:
@@ -91,12 +92,3 @@ def _from_yaml(text: str) -> Template:
                 " is a list of them"
             )
     return Template(**{**given, "stop": tuple(given.get("stop", ()))})
-
-
-def render(name: str, question: str) -> str:
-    """The prompt for one question through the named template.
-
-    Raises:
-        ValueError: see `load_template`.
-    """
-    return load_template(name).render(question)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import time
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from buffer.config import BufferConfig
 from buffer.curriculum_config import Stage, prompts_of, read_levels
 from buffer.ledger_file import SUCCESS, LedgerFile
-from buffer.prompt_order import epoch_order, is_passed_over
+from buffer.prompt_order import RecentGroups, epoch_order
 from buffer.wire import StageStatus
 
 log = logging.getLogger(__name__)
@@ -81,12 +81,10 @@ class Curriculum:
             *(self._firsts[-1], self._stage.over_groups),
         )
         self._successes = deque((row[0] for row in reversed(newest)), maxlen=self._stage.over_groups)
-        self._recent: dict[int, list[tuple[int, float]]] = {}
-        if self._num_recent:
-            delivered = "occurrence >= ? AND num_samples IS NOT NULL"
-            sql = f"SELECT occurrence, prompt_id, {SUCCESS} FROM occurrences WHERE {delivered}"
-            for row in self._file.rows(sql, self._firsts[-1]):
-                self.delivered(*row)
+        delivered = "occurrence >= ? AND num_samples IS NOT NULL"
+        sql = f"SELECT occurrence, prompt_id, {SUCCESS} FROM occurrences WHERE {delivered} ORDER BY occurrence"
+        groups = self._file.rows(sql, self._firsts[-1]) if self._num_recent else []
+        self._recent = RecentGroups(len(self._levels), self._num_recent, groups)
 
     def deal(self, occurrence: int) -> int:
         """The prompt of the next new occurrence; they count on without a gap."""
@@ -101,9 +99,7 @@ class Curriculum:
     def delivered(self, occurrence: int, prompt_id: int, success: float) -> None:
         """A group came in, with this share of correct completions; for the filter, if it is on."""
         if self._num_recent and occurrence >= self._firsts[-1]:
-            recent = self._recent.setdefault(prompt_id, [])
-            insort(recent, (occurrence, success))
-            del recent[: -self._num_recent]
+            self._recent.add(occurrence, prompt_id, success)
 
     def used(self, occurrence: int, success: float) -> None:
         """A group was handed out to the learner; those of earlier stages do not count for this one."""
@@ -159,7 +155,7 @@ class Curriculum:
         config = self._config
         if not self._num_recent or (config.revisit_epochs and self._epoch % config.revisit_epochs == 0):
             return np.zeros(len(prompts), np.bool_)
-        return is_passed_over(prompts.tolist(), self._recent, config.skip_solved, config.skip_unsolved)
+        return self._recent.teach_nothing(prompts, config.skip_solved, config.skip_unsolved)
 
     def _set_epoch(self, prompts: NDArray[np.int64], skipped: NDArray[np.bool_]) -> None:
         config = self._config

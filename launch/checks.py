@@ -10,8 +10,11 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from actors.templates import template_names
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -36,6 +39,19 @@ def free_address(port: int, name: str, host: str = "127.0.0.1") -> str:
                 raise ValueError(f"cluster.host={host} is no address of this machine; choose one of those") from error
             raise ValueError(f"{name}={port} {why}; choose another, or 0 for any free one") from error
         return f"tcp://{host}:{probe.getsockname()[1]}"
+
+
+def absolute_files(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `task` with the user's files by their absolute paths: other processes may be started elsewhere.
+
+    Names of templates, `hf:` sources and what does not exist stay as they are.
+    """
+    files = {name: task.get(name) for name in ("data_path", "eval_path", "template")}
+    return {**task} | {
+        name: str(Path(value).expanduser().absolute())
+        for name, value in files.items()
+        if isinstance(value, str) and value and value not in template_names() and Path(value).expanduser().exists()
+    }
 
 
 def check_folder(folder: Path, name: str) -> None:

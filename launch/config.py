@@ -21,7 +21,7 @@ from actors.config import ActorConfig
 from actors.prompts import Task, TaskConfig, load_task
 from buffer.config import BufferConfig, load_run_config, read_section
 from buffer.curriculum_config import Stage, write_levels
-from launch.checks import check_folder, check_model_folder, check_space, free_address
+from launch.checks import absolute_files, check_folder, check_model_folder, check_space, free_address
 from launch.compose import choices, compose_config, own_sections, unknown_setting
 from launch.curriculum import check_curriculum, check_stage_settings, fewest_prompts
 from launch.rewards import check_rewards, read_rewards
@@ -100,6 +100,7 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
     if sections["actor"].get("seeded_sampling") is None:
         sections["actor"]["seeded_sampling"] = run.mode == "sync"
     cluster = read_section(ClusterConfig, sections["cluster"], "cluster")
+    sections["task"] = absolute_files(sections["task"])
     task_config = read_section(TaskConfig, sections["task"], "task")
     pretraining = read_section(PretrainingConfig, sections.get("pretraining") or {}, "pretraining")
     read_section(VerifierConfig, sections["verifier"], "verifier")
@@ -237,13 +238,21 @@ def notices(plan: RunPlan) -> list[str]:
     """What is allowed but may not be meant, one sentence each."""
     levels, groups = [problem.level for problem in plan.task.train], plan.sections["groups_per_batch"]
     prompts = fewest_prompts(plan.stages, levels)
-    if prompts >= groups:
-        return []
     what = "a stage of the curriculum" if plan.stages else "the task"
-    return [
-        f"note: {what} has {prompts} training prompts, fewer than groups_per_batch={groups}, so every batch repeats"
-        " prompts"
-    ]
+    found = []
+    if prompts < groups:
+        found.append(
+            f"note: {what} has {prompts} training prompts, fewer than groups_per_batch={groups}, so every batch repeats"
+            " prompts"
+        )
+    turns, length = plan.task.max_turns, plan.sections["max_new_tokens"]
+    context = plan.sections["model"]["max_tokens"]
+    if plan.task.is_multi_turn and turns * length >= context:
+        found.append(
+            f"note: task.max_turns={turns} turns of max_new_tokens={length} do not fit in model.max_tokens={context};"
+            " an episode ends as truncated where there is no room for another turn"
+        )
+    return found
 
 
 def write_config(plan: RunPlan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,14 +45,36 @@ def check_curriculum(run: RunConfig, levels: Sequence[int]) -> None:
             # Engine, context and evaluation are sized by the run's own settings.
             if value > most:
                 raise ValueError(f"{where} has {name}={value}, more than the run's {name}={most}; raise that one to it")
-        if stage.until_step >= run.total_steps:
+        if stage.has_levels and not any(levels):
             raise ValueError(
-                f"{where} has until_step={stage.until_step}, but the run ends at total_steps={run.total_steps}; lower"
-                " the first or raise the second"
+                f"{where} deals {_described(stage)}, but the task's problems have no levels; choose a task with levels,"
+                " or name the field of a data set that holds them, task.level_field=NAME"
             )
         if not prompts_of(stage, np.asarray(levels)).size:
             raise ValueError(
                 f"{where} deals {_described(stage)}, but the task's are {_listed(levels)}; change its levels"
+            )
+    _check_reached(run)
+
+
+def _check_reached(run: RunConfig) -> None:
+    """Refuse a stage that begins, at the earliest, when the run is over."""
+    begins = 0
+    for number, stage in enumerate(run.curriculum[:-1], start=1):
+        batches = math.ceil(stage.over_groups / run.groups_per_batch)
+        ends = {
+            f"until_step={stage.until_step}": stage.until_step,
+            f"at_most_steps={stage.at_most_steps}": begins + stage.at_most_steps,
+            f"over_groups={stage.over_groups} and at_least_steps={stage.at_least_steps}": begins
+            + max(stage.at_least_steps, batches * run.updates_per_batch),
+        }
+        given = (stage.until_step, stage.at_most_steps, stage.until_success)
+        step, setting = min((step, name) for (name, step), value in zip(ends.items(), given, strict=True) if value)
+        begins = max(begins, step)
+        if begins >= run.total_steps:
+            raise ValueError(
+                f"curriculum stage {number} has {setting} and so lasts until step {begins} or longer, but the run ends"
+                f" at total_steps={run.total_steps}; lower the first or raise the second"
             )
 
 

@@ -111,7 +111,7 @@ class Play:
             return Step(notice, INVALID_REWARD, done=False, valid=False)
         paid = int(self._payoffs.random() < self._chances[arms[0]] / 100)
         self._pulled.append((arms[0], paid))
-        observation = f"The {arms[0]} paid {paid}." if self._options["words"] else f"{paid}:"
+        observation = f"You pulled {arms[0]}: it paid {paid}." if self._options["words"] else f"{paid}:"
         return Step(observation, float(paid), done=len(self._pulled) == self._options["pulls"])
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:

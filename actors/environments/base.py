@@ -184,6 +184,11 @@ def draw_problems(config: TaskConfig, draw: Draw) -> tuple[list[Problem], list[P
                 f" {config.num_train} and {config.num_held_out} asked for; lower task.num_train or task.num_held_out,"
                 " or widen task.options or the levels"
             )
+    if (config.min_level or config.max_level) and not any(drawn.level for drawn in train):
+        raise ValueError(
+            f"task.min_level={config.min_level} and task.max_level={config.max_level} choose by level, but the problems"
+            f" of {config.name} have none; leave both out"
+        )
     return number_problems(train, held_out)
 
 

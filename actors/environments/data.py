@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 BOXED = "boxed"
 """As `answer_pattern`: the last box, whose braces no regular expression can count."""
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_INTEGER = re.compile(r"-?\d+")
+_NUMBER = re.compile(r"[0-9]+")
+HIGHEST_LEVEL = 1_000_000
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
@@ -118,5 +119,11 @@ def _level(config: TaskConfig, row: Row) -> int:
         value = row.field(config.level_field)
     except ValueError:
         return 0
-    found = _INTEGER.search(str(value))
+    # Digits alone: in "level-3" the hyphen is no sign.
+    found = _NUMBER.search(str(value))
+    if found and (len(found[0]) > 18 or int(found[0]) > HIGHEST_LEVEL):
+        raise ValueError(
+            f"{row.where}: the number in field {config.level_field!r} is {found[0][:30]}, above the highest level"
+            f" {HIGHEST_LEVEL}; set task.level_field to the field of the difficulty"
+        )
     return int(found[0]) if found else 0

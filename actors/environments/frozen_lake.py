@@ -170,7 +170,7 @@ class Play:
         names = NAMES if self._options["words"] else LETTERS
         moves = read_actions(text, names, self._options["actions_per_turn"])
         if moves is None:
-            return Step(self._observation("No valid move was given."), INVALID_REWARD, done=False, valid=False)
+            return Step(self._observation("Give a valid move."), INVALID_REWARD, done=False, valid=False)
         for move in moves:
             to = chances(self._player, move, self._size, self._options["slip"])
             [self._player] = self._slips.choices(list(to), weights=list(to.values()))

@@ -71,7 +71,10 @@ def _of_level(config: TaskConfig, train: list[Drawn]) -> list[Drawn]:
 
 def _check_count(name: str, wanted: int, found: int, source: str) -> None:
     if wanted > found:
-        raise ValueError(f"task.{name} is {wanted}, but {source} has only {found} problems for it; lower task.{name}")
+        rest = ", or set it to 0 for all of them" if name == "num_train" else ", or give data.eval_path"
+        raise ValueError(
+            f"task.{name} is {wanted}, but {source} has only {found} problems for it; lower task.{name}{rest}"
+        )
 
 
 def _read(config: TaskConfig, source: str, split: str, read: Reader) -> list[Drawn]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import lru_cache
 
 from actors.environments.actions import INVALID_REWARD, noisy, read_actions, write_actions
 from actors.environments.base import Drawn, Problem, TaskConfig, draw_problems, read_options
@@ -63,28 +64,32 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
             f"task.options.walls={options['walls']} and boxes={options['boxes']} fill more than half of the {inner}"
             f" cells inside a board of task.options.size={options['size']}; lower them or raise the size"
         )
-    board = _random_board(options, random.Random(config.seed))
+    board, known = _searched_board(options, random.Random(config.seed))
 
     def draw(rng: random.Random) -> Drawn:
-        nonlocal board
+        nonlocal board, known
         # The search is the work: several positions of one board pay for it.
         if rng.random() < 1 / POSITIONS_PER_BOARD:
-            board = _random_board(options, rng)
+            board, known = _searched_board(options, rng)
         state, moves = None, 0
         while state is None:
             # Every number of moves is equally likely, few and many.
             moves = rng.randint(1, options["depth"])
-            known = moves_to_solution(board, options["depth"])
             fitting = [state for state, needed in known.items() if needed == moves]
             if fitting:
                 state = rng.choice(fitting)
             else:
-                board = _random_board(options, rng)
+                board, known = _searched_board(options, rng)
         rows = board.rows(state)
         gold = {"board": rows, **{name: options[name] for name in ("depth", "actions_per_turn", "words")}}
         return Drawn(canonical(rows), _question(board, state, options), json.dumps(gold), moves)
 
     return draw_problems(config, draw)
+
+
+def _searched_board(options: dict[str, int], rng: random.Random) -> tuple[Board, dict[State, int]]:
+    board = _random_board(options, rng)
+    return board, moves_to_solution(board, options["depth"])
 
 
 def _random_board(options: dict[str, int], rng: random.Random) -> Board:
@@ -101,6 +106,10 @@ def _question(board: Board, state: State, options: dict[str, int]) -> str:
     rows = board.rows(state)
     inside = ["." * board.size, *("." + row[1:-1] + "." for row in rows[1:-1]), "." * board.size]
     return listed(inside, LISTED)
+
+
+# A large board's search fills tens of megabytes, so few are kept, and only where a teacher plans.
+_known_to_teacher = lru_cache(maxsize=256)(moves_to_solution)
 
 
 def episode(problem: Problem, seed: int) -> Play:
@@ -137,7 +146,7 @@ class Play:
         names = NAMES if self._options["words"] else LETTERS
         moves = read_actions(text, names, self._options["actions_per_turn"])
         if moves is None:
-            return Step(self._observation("No valid moves were given."), INVALID_REWARD, done=False, valid=False)
+            return Step(self._observation("Give valid moves."), INVALID_REWARD, done=False, valid=False)
         reward = 0.0
         for move in moves:
             on_target = len(self._state.boxes & self._board.targets)
@@ -145,7 +154,7 @@ class Play:
             reward += MOVE_REWARD + BOX_REWARD * (len(self._state.boxes & self._board.targets) - on_target)
             if self.solved:
                 return Step(self._observation("Solved."), reward + SOLVED_REWARD, done=True)
-        return Step(self._observation("Not solved yet."), reward, done=False)
+        return Step(self._observation("Still unsolved."), reward, done=False)
 
     def _observation(self, notice: str) -> str:
         if self._options["words"]:
@@ -159,7 +168,7 @@ class Play:
         finds the way there step by step, and would not find it at once.
         """
         # Mistakes lead further away than any level begins.
-        known = moves_to_solution(self._board, 2 * self._options["depth"])
+        known = _known_to_teacher(self._board, 2 * self._options["depth"])
         state, moves = self._state, list[str]()
         while len(moves) < self._options["actions_per_turn"] and state.boxes != self._board.targets:
             moves.append(noisy(self._best_move(state, known), list(MOVES), rng, error_rate))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from functools import lru_cache
 
 from actors.environments.grid import MOVES, Cell, cells_of, step_to
 
@@ -60,7 +59,6 @@ def read_board(rows: list[str]) -> tuple[Board, State]:
     return board, State(player, cells_of(rows, "XV"))
 
 
-@lru_cache(maxsize=2048)
 def moves_to_solution(board: Board, limit: int) -> dict[State, int]:
     """Every state that at most `limit` moves solve, with the fewest moves: breadth first, backwards from the end."""
     ends = [State(cell, board.targets) for cell in _floor(board) if cell not in board.targets]

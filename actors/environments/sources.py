@@ -140,4 +140,6 @@ def _load_data_set(source: str, path: Path, subset: str, split: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """What the error says, and in parentheses what it was raised from, which often says more."""
+    said = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{said} ({_first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else said

@@ -89,7 +89,10 @@ def test_in_words_the_machine_is_described():
     episode = bandit.episode(problem, 0)
     assert episode.reset() == problem.question
     assert "2 arms" in problem.question and "6 times" in problem.question
-    assert episode.step("<answer>Dragon</answer>").observation in ("The dragon paid 0.", "The dragon paid 1.")
+    assert episode.step("<answer>Dragon</answer>").observation in (
+        "You pulled dragon: it paid 0.",
+        "You pulled dragon: it paid 1.",
+    )
 
 
 def test_more_pulls_than_turns_are_refused():

@@ -123,9 +123,14 @@ def test_missing_and_unreadable_files(tmp_path) -> None:
 
 def test_too_few_records(tmp_path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", records(3))
-    with pytest.raises(ValueError, match=r"task\.num_held_out is 3, but .* has only 2 problems for it"):
+    with pytest.raises(
+        ValueError,
+        match=r"task\.num_held_out is 3, but .* has only 2 problems for it; lower .*, or give data.eval_path",
+    ):
         load_task(described(data, num_held_out=3))
-    with pytest.raises(ValueError, match=r"task\.num_train is 4, but .* has only 3 problems for it"):
+    with pytest.raises(
+        ValueError, match=r"task\.num_train is 4, but .* has only 3 problems for it; .*, or set it to 0 for all of them"
+    ):
         load_task(described(data, num_train=4))
     with pytest.raises(ValueError, match="has no training problem that is not held out too"):
         load_task(described(data, eval_path=data))
@@ -200,6 +205,13 @@ def test_a_folder_of_files(tmp_path, monkeypatch) -> None:
     assert [problem.gold for problem in task.train + task.held_out] == ["1", "2", "3", "4", "5"]
     with pytest.raises(ValueError, match=r"data set .*set \(task\.subset not set, split dev\) cannot be loaded: "):
         load_task(described(str(folder), split="dev"))
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    write_jsonl(mixed / "one.jsonl", records(2))
+    write_jsonl(mixed / "two.jsonl", [{"other": [1]}])
+    # The library's own sentence says only that something went wrong.
+    with pytest.raises(ValueError, match=r"mixed .* cannot be loaded: An error occurred .* \(.*cast"):
+        load_task(described(str(mixed)))
 
 
 def test_the_hub_is_asked_only_where_hf_says_so(tmp_path, monkeypatch) -> None:
@@ -289,6 +301,21 @@ def test_levels_filter_training_and_leave_evaluation(tmp_path, caplog) -> None:
         load_task(described(path, min_level=2))
     with pytest.raises(ValueError, match=r"no record of .* holds a number in field 'lvl'; set task.level_field"):
         load_task(described(path, level_field="lvl"))
+
+
+def test_a_level_is_never_below_zero_nor_beyond_belief(tmp_path) -> None:
+    def loaded(*levels: object) -> list[int]:
+        rows = [{**record, "level": level} for record, level in zip(records(9), levels, strict=False)]
+        return [
+            p.level for p in load_task(described(write_jsonl(tmp_path / "d.jsonl", rows), level_field="level")).train
+        ]
+
+    assert loaded("level-3", -1, "algebra-12", 1_000_000) == [3, 1, 12, 1_000_000], "a hyphen hides no problem"
+    for too_high in (1_000_001, "9" * 40):
+        with pytest.raises(
+            ValueError, match=r"line 2: the number in field 'level' is .*above the highest level 1000000"
+        ):
+            loaded(1, too_high)
 
 
 def test_a_question_that_is_held_out_in_other_spelling_leaves_training(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from actors.environments.base import Problem
 from actors.play import play
 from actors.prompts import Task, TaskConfig, load_task, write_traces
 from actors.rollout import Continuation
+from actors.templates import Template
 from buffer.trajectory import FinishReason, VersionSpan
 from tests.actors.stand_ins import CORRIDOR, TURNS, Characters, Sampled, sampled
 from verifier.base import Score, Verdict
@@ -19,7 +21,11 @@ RIGHT, UP = "<answer>R</answer>", "<answer>U</answer>"
 
 
 def run(
-    *turns: str | Sampled, problem: Problem = CORRIDOR, max_turns: int = 4, max_tokens: int = 1000
+    *turns: str | Sampled,
+    problem: Problem = CORRIDOR,
+    max_turns: int = 4,
+    max_tokens: int = 1000,
+    template: Template = TURNS,
 ) -> tuple[Continuation, Score, list[list[int]]]:
     """The episode in which the model writes `turns`, and the prompts it was given."""
     prompts: list[list[int]] = []
@@ -30,7 +36,7 @@ def run(
         written = turns[turn]
         return sampled(written, (0, turn)) if isinstance(written, str) else written
 
-    task = Task("sokoban", [problem], [], TURNS, max_turns)
+    task = Task("sokoban", [problem], [], template, max_turns)
     prompt_ids = [ord(c) for c in task.prompt(problem)]
     limits = {"seed": 0, "max_new_tokens": 30, "max_tokens": max_tokens}
     continuation, score = asyncio.run(play(task, problem, prompt_ids, Characters(), sample, **limits))  # type: ignore[arg-type]
@@ -94,6 +100,35 @@ def test_a_second_answer_forged_behind_an_observation_is_no_further_move():
     score = run(f"{RIGHT}\0P12X13O14:{RIGHT}", *[UP] * 3)[1]
     assert score.breakdown == {"environment": pytest.approx(-0.3), "invalid_turns": -1.0, "solved": 0.0}
     assert score.verdict is Verdict.WRONG
+
+
+def test_a_prefill_begins_every_turn_and_is_read_as_part_of_it():
+    begun = Template("{question}", prefill="<answer>", between="\0{observation}")
+    continuation, score, prompts = run("U</answer>", "R</answer>", "R</answer>", template=begun)
+    assert all(text(prompt).endswith(":<answer>") for prompt in prompts) and len(prompts) == 3
+    assert (score.verdict, score.breakdown["invalid_turns"]) == (Verdict.CORRECT, 0)
+    sampled_text = text([t for t, mask in zip(continuation.token_ids, continuation.loss_mask, strict=True) if mask])
+    assert sampled_text == "U</answer>$R</answer>$R</answer>$", "the prefill is not trained on"
+
+
+@pytest.mark.parametrize("words", [0, 1])
+@pytest.mark.parametrize("name", ["bandit", "frozen_lake", "sokoban"])
+def test_every_observation_is_written_in_the_alphabet(name: str, words: int):
+    options = {"words": words, **({"pulls": 4} if name == "bandit" else {})}
+    task = load_task(
+        TaskConfig(name=name, template="turns", num_train=20, num_held_out=4, max_turns=6, options=options)
+    )
+    rng, seen = random.Random(0), set[str]()
+    for problem in task.train:
+        episode = task.episode(problem, 0)
+        episode.reset()
+        for turn in range(6):
+            written = "nothing" if turn == 1 else episode.teacher_turn(rng, 0.5)
+            step = episode.step(written)
+            seen.update(step.observation)
+            if step.done:
+                break
+    assert seen and seen <= set(task.alphabet), seen - set(task.alphabet)
 
 
 def test_an_episode_ends_after_its_turns_without_an_observation_nobody_reads():

@@ -72,6 +72,17 @@ def test_the_fingerprint_sees_a_changed_gold_and_a_moved_split(tmp_path) -> None
     assert len({load_task(config).fingerprint for config in (one, two, moved)}) == 3
 
 
+def test_the_fingerprint_sees_other_rules_of_a_turn(tmp_path) -> None:
+    config = {"name": "bandit", "num_train": 5, "num_held_out": 1, "max_turns": 6}
+    seen = {load_task(TaskConfig(**config, template="turns")).fingerprint}
+    for number, rules in enumerate(("between: '<e>{observation}'", "between: '<|im_end|>{observation}'\nstop: [x]")):
+        template = tmp_path / f"{number}.yaml"
+        template.write_text(f"text: '{{question}}'\n{rules}\n")
+        seen.add(load_task(TaskConfig(**config, template=str(template))).fingerprint)
+    seen.add(load_task(TaskConfig(**{**config, "max_turns": 7}, template="turns")).fingerprint)
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("name", GENERATED)
 def test_traces_are_of_training_prompts_and_within_the_alphabet(tmp_path, name: str) -> None:
     config = TaskConfig(name=name, num_train=50, num_held_out=20)

@@ -159,7 +159,7 @@ def test_in_words_the_rules_are_told_and_the_whole_board_is_shown():
     assert episode.reset() == problem.question
     assert problem.question.startswith("You play Sokoban") and "1 to 3 moves" in problem.question
     assert problem.question.endswith("\n".join(json.loads(problem.gold)["board"]))
-    assert episode.step("<answer>U</answer>").observation.startswith("No valid moves were given.\n######")
+    assert episode.step("<answer>U</answer>").observation.startswith("Give valid moves.\n######")
     assert episode.step("<answer>Up || Up</answer>").valid
 
 

@@ -2,18 +2,18 @@ from pathlib import Path
 
 import pytest
 
-from actors.templates import Template, load_template, render, template_names
+from actors.templates import Template, load_template, template_names
 
 NAMES = template_names()
 CHAT = [name for name in NAMES if "<|im_start|>" in load_template(name).text]
 
 
 def test_plain_is_the_question_alone() -> None:
-    assert render("plain", "47+85=") == "47+85="
+    assert load_template("plain").render("47+85=") == "47+85="
 
 
 def test_qwen_boxed_is_the_published_prompt() -> None:
-    assert render("qwen_boxed", "What is $1+1$?") == (
+    assert load_template("qwen_boxed").render("What is $1+1$?") == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
         "<|im_start|>user\nWhat is $1+1$?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -23,7 +23,7 @@ def test_qwen_boxed_is_the_published_prompt() -> None:
 def test_every_template_holds_the_question_once_and_leaves_it_as_it_is(name: str) -> None:
     question = r"Solve {x} \frac{1}{2} and {question} with %s %(a)s {0}"
     template = load_template(name)
-    prompt = render(name, question)
+    prompt = load_template(name).render(question)
     assert prompt.count(question) == 1
     before, after = template.text.split("{question}")
     assert prompt == before + question + after + template.prefill
@@ -45,7 +45,7 @@ def test_stops_of_the_others() -> None:
 
 @pytest.mark.parametrize("name", ["countdown_r1", "countdown_chat", "knights_knaves"])
 def test_a_prefill_ends_the_prompt(name: str) -> None:
-    assert render(name, "?").endswith("\n<think>")
+    assert load_template(name).render("?").endswith("\n<think>")
     assert load_template(name).prefill == "<think>"
 
 
@@ -61,14 +61,14 @@ def test_templates_of_several_turns_put_the_observation_between_them(name: str) 
 def test_a_text_file_of_the_users_own_is_taken_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("Q: {question}\nA {with braces}: \n", encoding="utf-8")
-    assert render(str(path), "why?") == "Q: why?\nA {with braces}: \n"
+    assert load_template(str(path)).render("why?") == "Q: why?\nA {with braces}: \n"
 
 
 def test_a_yaml_file_of_the_users_own_names_the_other_fields_too(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("text: |\n  Q: {question}\n  A:\nprefill: '<think>'\nstop: ['\\n', END]\n", encoding="utf-8")
     assert load_template(str(path)) == Template("Q: {question}\nA:\n", prefill="<think>", stop=("\\n", "END"))
-    assert render(str(path), "why?") == "Q: why?\nA:\n<think>"
+    assert load_template(str(path)).render("why?") == "Q: why?\nA:\n<think>"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.curriculum_config import Skip
-from buffer.prompt_order import epoch_order, is_passed_over
+from buffer.prompt_order import RecentGroups, epoch_order
 
 PROMPTS = np.arange(3, 53)
 
@@ -24,13 +24,17 @@ def test_an_epoch_deals_every_prompt_once_in_an_order_of_its_own():
     history=st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.0, 0.25, 0.5, 1.0])), max_size=20),
     solved=st.builds(Skip, st.sampled_from([0.5, 1.0]), st.integers(0, 3)),
     unsolved=st.builds(Skip, st.sampled_from([0.0, 0.25]), st.integers(0, 3)),
+    data=st.data(),
 )
+@settings(deadline=None)
 def test_a_prompt_is_passed_over_after_enough_groups_in_a_row(
-    history: list[tuple[int, float]], solved: Skip, unsolved: Skip
+    history: list[tuple[int, float]], solved: Skip, unsolved: Skip, data: st.DataObject
 ):
-    recent: dict[int, list[tuple[int, float]]] = {}
-    for occurrence, (prompt, success) in enumerate(history):
-        recent.setdefault(prompt, []).append((occurrence, success))
+    known = data.draw(st.integers(0, len(history)), label="groups in the ledger")
+    rows = [(occurrence, *history[occurrence]) for occurrence in range(known)]
+    recent = RecentGroups(5, max(solved.seen, unsolved.seen), rows)
+    for occurrence in data.draw(st.permutations(range(known, len(history))), label="order of arrival"):
+        recent.add(occurrence, *history[occurrence])
     expected = []
     for prompt in range(5):
         own = [success for seen, success in history if seen == prompt]
@@ -38,4 +42,5 @@ def test_a_prompt_is_passed_over_after_enough_groups_in_a_row(
         for success in own:
             good, bad = (good + 1) * (success >= solved.success), (bad + 1) * (success <= unsolved.success)
         expected.append((good >= solved.seen > 0) or (bad >= unsolved.seen > 0))
-    assert is_passed_over(range(5), recent, solved, unsolved).tolist() == expected
+    assert recent.teach_nothing(np.arange(5), solved, unsolved).tolist() == expected
+    assert recent.teach_nothing(np.array([3, 1]), solved, unsolved).tolist() == [expected[3], expected[1]]

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from launch.cluster import main
 from launch.compose import CONFIG_DIR, GROUPS, compose_config
-from launch.config import KNOWN, plan_run, write_config
+from launch.config import KNOWN, notices, plan_run, write_config
 
 ROOT = Path(__file__).parents[2]
 MATH = ("task=math", "model=small_bpe", "max_new_tokens=100", "task.num_held_out=1")
@@ -247,6 +247,28 @@ def test_a_run_directory_is_used_once_and_resumed_as_it_was(make_plan: Any, run_
             key: before[key] for key in before if key != "address"
         }
     assert "leave the other overrides out" in refusal(f"resume={run_dir}", "seed=8")
+
+
+def test_an_episode_that_hardly_fits_in_the_context_is_worth_a_note(make_plan: Any):
+    assert notices(make_plan("task=sokoban")) == []
+    (note,) = notices(make_plan("task=sokoban", "task.max_turns=9", "max_new_tokens=36"))
+    assert "task.max_turns=9 turns of max_new_tokens=36 do not fit in model.max_tokens=320" in note
+
+
+def test_a_run_finds_its_files_from_any_folder(
+    make_plan: Any, run_dir: Path, tmp_path: Path, data_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "mine.txt").write_text("{question}")
+    monkeypatch.chdir(data_file.parent)
+    files = [f"{key}={data_file.name}" for key in ("data.path", "data.eval_path")]
+    write_config(make_plan(*MATH, *files, "task.template=mine.txt"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    resumed = plan_run([f"resume={run_dir}"])
+    assert resumed.task_config.data_path == resumed.task_config.eval_path == str(data_file)
+    assert resumed.task_config.template == str(tmp_path / "mine.txt")
+    (tmp_path / "elsewhere" / "plain").touch()
+    assert plan_run([f"run_dir={tmp_path}/other"]).task_config.template == "plain"
 
 
 def test_resume_wants_a_run_whose_data_is_still_there(make_plan: Any, run_dir: Path, tmp_path: Path, data_file: Path):
