@@ -36,9 +36,8 @@ def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam
     Returns:
         (advantages, returns) of the inputs' shape; returns = advantages + values.
     """
-    advantages = torch.zeros_like(values)
-    next_advantage = torch.zeros_like(values[..., 0]) if values.shape[-1] else values.sum(-1)
-    next_value = torch.zeros_like(next_advantage)
+    advantages = torch.empty_like(values)
+    next_advantage = next_value = values.new_zeros(())
     for t in range(values.shape[-1] - 1, -1, -1):
         scored, value = loss_mask[..., t], values[..., t]
         advantage = rewards[..., t] + gamma * next_value - value + gamma * lam * next_advantage
@@ -85,7 +84,7 @@ def leave_one_out(rewards: Tensor, group_index: Tensor) -> Tensor:
     """
     exact = rewards.double()
     sizes, sums = _group_sums(exact, group_index)
-    others = (sums[group_index] - exact) / (sizes[group_index] - 1).clamp(min=1)
+    others = (sums[group_index] - exact) / (sizes[group_index] - 1)
     return torch.where(sizes[group_index] > 1, exact - others, torch.zeros_like(exact)).to(rewards.dtype)
 
 
@@ -104,10 +103,15 @@ def whiten(advantages: Tensor, loss_mask: Tensor, *, reduce: Reduce | None = Non
     totals = torch.stack([loss_mask.sum().double(), exact.sum(), exact.square().sum()])
     if reduce is not None:
         totals = reduce(totals)
-    count = totals[0].clamp(min=1)
-    mean = totals[1] / count
-    variance = (totals[2] / count - mean.square()).clamp(min=_VARIANCE_FLOOR)
+    mean = totals[1] / totals[0]
+    variance = (totals[2] / totals[0] - mean.square()).clamp(min=_VARIANCE_FLOOR)
     return torch.where(loss_mask, (exact - mean) * variance.rsqrt(), torch.zeros_like(exact)).to(advantages.dtype)
+
+
+def shape_rewards(rewards: Tensor, *, scale: float, shift: float, clip: float | None) -> Tensor:
+    """clip(scale r + shift, -clip, clip); None does not clip."""
+    shaped = scale * rewards + shift
+    return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent: written under a temporary name, flushed, then renamed.
 
 `RUN_DIR/checkpoints/00000050/` holds `policy/` (a Hugging Face folder), `policy_state/` and `critic_state/` (what
-DeepSpeed needs to go on), `rng/` (random generators, a file per rank), `learner.json` and `manifest.json` (every file's
-size and digest). Only folders whose name is a number count. One whose files are not as they were written is reported
-and the one before it is used.
+DeepSpeed needs to go on), `reference.pt` (only where the reference is refreshed), `rng/` (random generators, a file
+per rank), `learner.json` and `manifest.json` (every file's size and digest). Only folders whose name is a number
+count. One whose files are not as they were written is reported and the one before it is used.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
+from torch import nn
 
 from learner.engine import TrainingEngine, any_rank, barrier, rank_and_world_size
 from learner.manifest import defect, write_manifest
 from learner.rng import load_generators, save_generators
+from learner.state_file import read_state_file, write_state
 
 logger = logging.getLogger(__name__)
 
 POLICY_PREFIX = "causal_lm."
+REFERENCE = "reference.pt"
 INCOMPLETE, BROKEN = ".incomplete", ".broken"
 
 
@@ -83,6 +86,7 @@ def save_checkpoint(
     policy: TrainingEngine,
     critic: TrainingEngine | None,
     *,
+    reference: nn.Module | None = None,
     base_path: Path,
     dtype: torch.dtype,
     state: dict[str, Any],
@@ -95,6 +99,7 @@ def save_checkpoint(
         policy_version: names the folder.
         policy: gathered into a Hugging Face folder, and saved with its optimizer.
         critic: saved with its optimizer; None without one.
+        reference: rank 0's is saved; None when it can be had from the model's folder.
         base_path: the folder the policy started from; configuration and tokenizer are copied from it.
         dtype: of the exported weights.
         state: small JSON-able values to resume with.
@@ -126,6 +131,8 @@ def save_checkpoint(
         _together(lambda: policy.save(temporary / "policy_state"), policy.device)
         if critic is not None:
             _together(lambda: critic.save(temporary / "critic_state"), policy.device)
+        if reference is not None:
+            _on_rank_0(lambda: write_state(reference.state_dict(), temporary / REFERENCE), policy.device)
         _together(lambda: save_generators(_generators(temporary, rank)), policy.device)
         _on_rank_0(finish, policy.device)
     except CheckpointWriteError:
@@ -159,8 +166,12 @@ def export_policy(policy: TrainingEngine, folder: Path, *, base_path: Path, dtyp
         raise OSError(f"{folder} cannot be written: {error}") from error
 
 
-def load_checkpoint(checkpoint: Path, policy: TrainingEngine, critic: TrainingEngine | None) -> None:
+def load_checkpoint(
+    checkpoint: Path, policy: TrainingEngine, critic: TrainingEngine | None, reference: nn.Module | None = None
+) -> None:
     """Weights, master weights, optimizer state and random generators as they were; every rank must call it.
+
+    `reference`, where it was saved, gets its weights back too.
 
     Raises:
         CheckpointError: when sharded state was written by another number of ranks.
@@ -175,6 +186,8 @@ def load_checkpoint(checkpoint: Path, policy: TrainingEngine, critic: TrainingEn
     policy.load(checkpoint / "policy_state")
     if critic is not None:
         critic.load(checkpoint / "critic_state")
+    if reference is not None:
+        reference.load_state_dict(read_state_file(checkpoint / REFERENCE))
     if written_by == world_size:
         load_generators(_generators(checkpoint, rank))
     logger.info("resumed from %s", checkpoint)

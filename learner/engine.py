@@ -142,6 +142,15 @@ class TrainingEngine:
                     else:
                         yield name, torch.empty(0, dtype=dtype)
 
+    def copy_to(self, module: nn.Module) -> None:
+        """Give `module`, which has the same parameters by name, the values these have now. Every rank must call it."""
+        targets = dict(module.named_parameters())
+        for bucket in self._buckets():
+            parameters = [parameter for _, parameter in bucket]
+            with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
+                for name, parameter in bucket:
+                    targets[name].copy_(parameter)
+
     def _buckets(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
         bucket: list[tuple[str, nn.Parameter]] = []
         size = 0

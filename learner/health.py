@@ -1,4 +1,4 @@
-"""Whether training still makes sense: steps that were skipped, and batches nothing can be learned from.
+"""Whether training still makes sense: steps that were skipped, batches nothing can be learned from, data too old.
 
 Owned by the training loop, told about every batch on every rank with the same numbers, so that all ranks stop alike.
 """
@@ -18,7 +18,11 @@ logger = logging.getLogger(__name__)
 
 WARN_AFTER = 3
 """Batches in a row without signal from which on it is said."""
-NO_JUDGEMENT = frozenset({"timeout", "error"})
+MIN_EFFECTIVE_SAMPLE_SIZE = 0.3
+WEIGHT_MEAN_BOUNDS = (0.5, 2.0)
+MAX_WEIGHT_STD = 1.0
+"""Outside these data is so off-policy that the estimates of any correction are mostly noise or mostly bias."""
+NO_JUDGEMENT = frozenset({"timeout", "crash", "error"})
 """Verdicts that say nothing about the completion."""
 
 
@@ -62,6 +66,43 @@ class StepWatch:
     def exhausted(self) -> bool:
         """Whether too many steps in a row were skipped."""
         return self._in_a_row >= self._max_bad_steps
+
+
+class DistanceWatch:
+    """Says when the data gets too off-policy, and when it is near enough again."""
+
+    def __init__(self) -> None:
+        self._crossed: list[str] = []
+
+    def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a batch that led to `policy_version`; returns what to show: how many bounds are crossed.
+
+        A step of the critic alone has no importance weights, and nothing is shown.
+        """
+        if "importance/weight_mean" not in metrics:
+            return {}
+        crossed = bounds_crossed(metrics)
+        if rank_and_world_size()[0] == 0 and bool(crossed) != bool(self._crossed):
+            if crossed:
+                logger.warning("policy %d: this data is far off-policy: %s", policy_version, "; ".join(crossed))
+            else:
+                logger.info("policy %d: the data is near enough to the policy again", policy_version)
+        self._crossed = crossed
+        return {"importance/warning": float(len(crossed))}
+
+
+def bounds_crossed(metrics: Mapping[str, float]) -> list[str]:
+    """One phrase for each bound that the weights pi_prox/mu of a batch have left."""
+    sample_size, mean = metrics["importance/effective_sample_size"], metrics["importance/weight_mean"]
+    std, (low, high) = metrics["importance/weight_std"], WEIGHT_MEAN_BOUNDS
+    crossed = []
+    if sample_size < MIN_EFFECTIVE_SAMPLE_SIZE:
+        crossed.append(f"effective sample size {sample_size:.2g} is below {MIN_EFFECTIVE_SAMPLE_SIZE}")
+    if not low <= mean <= high:
+        crossed.append(f"mean weight {mean:.2g} is outside {low} to {high}")
+    if std > MAX_WEIGHT_STD:
+        crossed.append(f"weight deviation {std:.2g} is above {MAX_WEIGHT_STD}")
+    return crossed
 
 
 class SignalWatch:

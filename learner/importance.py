@@ -1,23 +1,25 @@
-"""How old data is weighed: the ratio of two policies, and the corrections that turn it into importance weights.
+"""How old data is weighed: the ratio of two policies, per token and per sequence, and V-trace's targets made of it.
 
-Called by the losses, the algorithms and the metrics; owns no state. Every log-ratio between policies is made here,
-clamped to +-MAX_LOG_RATIO in float32 (float64 stays float64). Log-probability tensors are packed [N] or padded [B, T];
-whatever stands where `loss_mask` is False, even NaN, reaches no result.
+Pure functions, called by the corrections, the losses and the metrics. Every log-ratio between policies is made here,
+clamped to +-MAX_LOG_RATIO in float32 (float64 stays float64). Token tensors are packed [N], with `sequence_index` [N]
+int64 naming each token's sequence, or padded [B, T], where every row is one (`sequence_index` None). Whatever stands
+where `loss_mask` is False, even NaN, reaches no result.
 
 Symbols: mu the behavior policy, pi_prox the proximal policy, pi the policy being trained.
 """
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
 """Largest |log-ratio|: e^20 squared still fits float32, so neither a loss nor a sum of squares overflows."""
+
+SequenceRatio = Literal["product", "geometric"]
+"""A sequence's ratio: the product of its tokens' ratios, or the product's root of as many as there are tokens."""
 
 
 def log_ratio(numerator: Tensor, denominator: Tensor, loss_mask: Tensor) -> Tensor:
@@ -33,6 +35,32 @@ def ratio(numerator: Tensor, denominator: Tensor, loss_mask: Tensor) -> Tensor:
     return log_ratio(numerator, denominator, loss_mask).exp()
 
 
+def sequence_log_ratio(
+    numerator: Tensor,
+    denominator: Tensor,
+    loss_mask: Tensor,
+    sequence_index: Tensor | None = None,
+    *,
+    kind: SequenceRatio,
+) -> Tensor:
+    """Log of the ratio of whole sequences, at every token of each; clamped; 0 where `loss_mask` is False.
+
+    product: sum_t log(numerator_t/denominator_t) over the unmasked tokens. geometric: the mean over them (GSPO,
+    equation 7). A sequence must be here whole.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ("product", "geometric"):
+        raise ValueError(f"the ratio of a sequence is {kind!r}; choose product or geometric")
+    totals = sum_per_sequence(log_ratio(numerator, denominator, loss_mask), sequence_index)
+    if kind == "geometric":
+        # A sequence without unmasked tokens becomes NaN here, and nothing below.
+        totals = totals / sum_per_sequence(loss_mask.to(totals.dtype), sequence_index)
+    spread = to_tokens(totals.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), sequence_index)
+    return torch.where(loss_mask, spread, torch.zeros_like(spread))
+
+
 def truncated_weights(
     proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor, *, max_importance_weight: float
 ) -> Tensor:
@@ -41,90 +69,61 @@ def truncated_weights(
     return weights.clamp(max=max_importance_weight) * loss_mask
 
 
-class Correction(ABC):
-    """What the distance between mu and pi_prox does to the loss `sg(w) * min(u A, clip(u) A)`."""
+@torch.no_grad()
+def vtrace(
+    proximal_logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    loss_mask: Tensor,
+    *,
+    gamma: float,
+    lam: float = 1.0,
+    rho_bar: float = 1.0,
+    c_bar: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """V-trace (IMPALA, equation 1 in the recursive form of remark 1) over the tokens the policy sampled.
 
-    @abstractmethod
-    def weights(self, proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """The weight w of every token, of the inputs' shape, without gradient; 0 where `loss_mask` is False."""
+    delta_t = rho_t (r_t + gamma V_next(t) - V_t), rho_t = min(pi_prox/mu, rho_bar), c_t = lam min(pi_prox/mu, c_bar),
+    v_t = V_t + delta_t + gamma c_t (v_next(t) - V_next(t)), A_t = r_t + gamma v_next(t) - V_t, where next(t) is the
+    next token with `loss_mask` True; past the last such token V and v are 0.
 
-    def proximal(self, proximal_logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:
-        """The denominator of the clipped ratio u = pi/denominator: pi_prox, unless a correction clips against mu."""
-        return proximal_logprobs
+    Args:
+        proximal_logprobs, behavior_logprobs, rewards, values: [T] or [B, T].
+        loss_mask: the same shape, bool.
+        gamma: discount.
+        lam: 1 in the paper's equations; below 1 as in its remark 2.
+        rho_bar: which policy's values are learned: infinite pi_prox's, near 0 mu's.
+        c_bar: how far a difference travels back; at most `rho_bar`.
 
-    @property
-    def cap(self) -> float:
-        """The weight above which a token counts as capped; infinite when nothing is truncated."""
-        return math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class DecoupledTIS(Correction):
-    """Truncated importance sampling beside a proximal clip: w = min(pi_prox/mu, C), u = pi/pi_prox."""
-
-    max_importance_weight: float = 2.0
-    """C: above 0; 1 never amplifies a token, infinity never truncates one."""
-
-    def __post_init__(self) -> None:
-        if not self.max_importance_weight > 0:
-            raise ValueError(
-                f"correction decoupled_tis: max_importance_weight is {self.max_importance_weight}, which would remove"
-                " every token; set it above 0 (2 is usual)"
-            )
-
-    def weights(self, proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """min(pi_prox/mu, C)."""
-        return truncated_weights(
-            proximal_logprobs, behavior_logprobs, loss_mask, max_importance_weight=self.max_importance_weight
-        )
-
-    @property
-    def cap(self) -> float:
-        """C."""
-        return self.max_importance_weight
-
-
-@dataclass(frozen=True, slots=True)
-class TokenMask(Correction):
-    """IcePop: a token whose pi_prox/mu lies outside [low, high] is left out; inside, w = pi_prox/mu. u = pi/pi_prox."""
-
-    low: float = 0.5
-    high: float = 5.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.low <= 1 <= self.high:
-            raise ValueError(
-                f"correction token_mask: the interval [{self.low}, {self.high}] must contain 1 and not reach below 0,"
-                " or on-policy tokens are masked too; set low to 0..1 and high to 1 or more"
-            )
-
-    def weights(self, proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """pi_prox/mu where it lies in [low, high], else 0."""
-        weights = ratio(proximal_logprobs.detach(), behavior_logprobs.detach(), loss_mask)
-        return weights * ((weights >= self.low) & (weights <= self.high) & loss_mask)
+    Returns:
+        (targets v, advantages A) of the inputs' shape, 0 where `loss_mask` is False. The factor rho_t of the paper's
+        policy gradient is not in A: it is the loss's importance weight.
+    """
+    ratios = ratio(proximal_logprobs, behavior_logprobs, loss_mask).to(values.dtype)
+    rho, c = ratios.clamp(max=rho_bar), lam * ratios.clamp(max=c_bar)
+    targets, advantages = torch.empty_like(values), torch.empty_like(values)
+    next_value = next_target = values.new_zeros(())
+    for t in range(values.shape[-1] - 1, -1, -1):
+        scored, value = loss_mask[..., t], values[..., t]
+        delta = rho[..., t] * (rewards[..., t] + gamma * next_value - value)
+        target = value + delta + gamma * c[..., t] * (next_target - next_value)
+        advantages[..., t] = torch.where(scored, rewards[..., t] + gamma * next_target - value, 0.0)
+        targets[..., t] = torch.where(scored, target, 0.0)
+        next_target = torch.where(scored, target, next_target)
+        next_value = torch.where(scored, value, next_value)
+    return targets, advantages
 
 
-@dataclass(frozen=True, slots=True)
-class PPOBehavior(Correction):
-    """Textbook PPO on stale data: u = pi/mu is clipped, w = 1. The trust region then lies around old policies."""
-
-    def weights(self, proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """1 on every token of the mask."""
-        return _ones(proximal_logprobs, behavior_logprobs, loss_mask)
-
-    def proximal(self, proximal_logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:
-        """mu, so that pi/mu is what is clipped."""
-        return behavior_logprobs
+def sum_per_sequence(per_token: Tensor, sequence_index: Tensor | None) -> Tensor:
+    """[num_sequences] sums over the tokens of each sequence."""
+    if sequence_index is None:
+        return per_token.sum(-1)
+    num_sequences = int(sequence_index.max()) + 1 if len(sequence_index) else 0
+    zeros = torch.zeros(num_sequences, dtype=per_token.dtype, device=per_token.device)
+    return zeros.index_add(0, sequence_index, per_token)
 
 
-@dataclass(frozen=True, slots=True)
-class NoCorrection(Correction):
-    """Data is taken as if pi_prox had sampled it: w = 1, u = pi/pi_prox. The metrics still show the distance."""
-
-    def weights(self, proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """1 on every token of the mask."""
-        return _ones(proximal_logprobs, behavior_logprobs, loss_mask)
-
-
-def _ones(proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-    return torch.ones_like(log_ratio(proximal_logprobs.detach(), behavior_logprobs.detach(), loss_mask)) * loss_mask
+def to_tokens(per_sequence: Tensor, sequence_index: Tensor | None) -> Tensor:
+    """A sequence's value at every token of it: [N], or [B, 1] for rows, which broadcasts over their tokens."""
+    return per_sequence.unsqueeze(-1) if sequence_index is None else per_sequence[sequence_index]

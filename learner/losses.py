@@ -18,7 +18,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learner.importance import MAX_LOG_RATIO, ratio, truncated_weights
+from learner.importance import (
+    MAX_LOG_RATIO,
+    ratio,
+    sequence_log_ratio,
+    sum_per_sequence,
+    to_tokens,
+    truncated_weights,
+)
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 KLKind = Literal["k1", "k2", "k3"]
@@ -26,7 +33,7 @@ KLKind = Literal["k1", "k2", "k3"]
 
 def batch_counts(loss_mask: Tensor, sequence_index: Tensor | None = None) -> Tensor:
     """[2] float64: unmasked tokens, and sequences with at least one. Summed over ranks these are the global counts."""
-    per_sequence = _tokens_per_sequence(loss_mask, sequence_index)
+    per_sequence = sum_per_sequence(loss_mask.long(), sequence_index)
     return torch.stack([loss_mask.sum().double(), (per_sequence > 0).sum().double()])
 
 
@@ -60,8 +67,7 @@ def token_weights(
     if aggregation == "token_mean":
         weights = mask / max(num_tokens, 1)
     elif aggregation == "sequence_mean":
-        per_sequence = _tokens_per_sequence(loss_mask, sequence_index)
-        own = per_sequence.unsqueeze(-1) if sequence_index is None else per_sequence[sequence_index]
+        own = to_tokens(sum_per_sequence(loss_mask.long(), sequence_index), sequence_index)
         weights = mask / (own.clamp(min=1) * max(num_sequences, 1))
     elif aggregation == "constant":
         if constant_length < 1:
@@ -114,6 +120,61 @@ def policy_loss(
     return -weighted_sum(importance_weights.detach() * objective, loss_mask, token_weights)
 
 
+def cispo_loss(
+    logprobs: Tensor,
+    proximal_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    importance_weights: Tensor,
+    token_weights: Tensor | None = None,
+) -> Tensor:
+    """REINFORCE with a clipped, constant ratio (CISPO, MiniMax-M1 2025, equations 4 and 5).
+
+    L = - sum_t m_t sg(w_t) sg(clip(u_t, 1 - clip_low, 1 + clip_high)) A_t log pi_t / N, u = pi/pi_prox: a token that
+    the clip reaches keeps its gradient.
+
+    Args:
+        logprobs: log pi, the only input that gets a gradient.
+        proximal_logprobs: log pi_prox.
+        advantages: A.
+        loss_mask: m, bool.
+        clip_low, clip_high: distances from 1 at which u is clipped; `clip_low` 1 leaves it unbounded below.
+        importance_weights: w of the correction.
+        token_weights: m/N from `token_weights`; None: the mean over the unmasked tokens given here.
+
+    Returns:
+        Scalar, float32 (float64 for float64 inputs); 0 when nothing is unmasked.
+    """
+    u = ratio(logprobs.detach(), proximal_logprobs.detach(), loss_mask).clamp(1 - clip_low, 1 + clip_high)
+    # The gradient of a product with NaN is NaN even where it is not summed, so it must not get out.
+    log_policy = torch.where(loss_mask, logprobs, logprobs.detach()).to(u.dtype)
+    objective = u * advantages.detach() * log_policy
+    return -weighted_sum(importance_weights.detach() * objective, loss_mask, token_weights)
+
+
+def sequence_denominator(
+    logprobs: Tensor, denominator_logprobs: Tensor, loss_mask: Tensor, sequence_index: Tensor | None = None
+) -> Tensor:
+    """The denominator d with which pi_t/d_t is the ratio of the whole sequence, s_i = (prod_t pi_t/pi_prox_t)^(1/|i|).
+
+    As GSPO-token has it (GSPO, equation 14): pi_t/d_t = sg(s_i) pi_t/sg(pi_t), in value s_i and in gradient the token's
+    own, so that weights may differ between the tokens of a sequence; where they do not, it is GSPO's equation 5.
+
+    Args:
+        logprobs: log pi.
+        denominator_logprobs: log pi_prox of each token.
+        loss_mask: bool; `sequence_index` as in `learner/importance.py`.
+
+    Returns:
+        log d of the inputs' shape, without gradient.
+    """
+    fixed = logprobs.detach()
+    return fixed - sequence_log_ratio(fixed, denominator_logprobs.detach(), loss_mask, sequence_index, kind="geometric")
+
+
 def value_loss(
     values: Tensor,
     old_values: Tensor,
@@ -136,11 +197,11 @@ def value_loss(
     Returns:
         Scalar, float32 (float64 for float64 inputs).
     """
-    # Masked before anything is squared: the gradient of NaN^2 is NaN even when it is multiplied by 0.
     values, old_values, returns = (
-        torch.where(loss_mask, t if t.dtype == torch.float64 else t.float(), 0.0)
-        for t in (values, old_values.detach(), returns.detach())
+        t if t.dtype == torch.float64 else t.float() for t in (values, old_values.detach(), returns.detach())
     )
+    # The gradient of NaN^2 is NaN even when it is multiplied by 0, so it must not get out.
+    values = torch.where(loss_mask, values, values.detach())
     errors = (values - returns).square()
     if value_clip is not None and value_clip > 0:
         clipped = values.clamp(old_values - value_clip, old_values + value_clip)
@@ -176,12 +237,3 @@ def weighted_sum(per_token: Tensor, loss_mask: Tensor, token_weights: Tensor | N
         token_weights = loss_mask.double() / loss_mask.sum().clamp(min=1)
     # `where` and not a product: NaN * 0 is NaN.
     return (torch.where(loss_mask, per_token, 0.0) * token_weights.to(per_token.dtype)).sum()
-
-
-def _tokens_per_sequence(loss_mask: Tensor, sequence_index: Tensor | None) -> Tensor:
-    """int64 counts of unmasked tokens, per row or per packed sequence."""
-    if sequence_index is None:
-        return loss_mask.sum(-1)
-    num_sequences = int(sequence_index.max()) + 1 if len(sequence_index) else 0
-    zeros = torch.zeros(num_sequences, dtype=torch.int64, device=loss_mask.device)
-    return zeros.index_add(0, sequence_index, loss_mask.long())

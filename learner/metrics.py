@@ -61,18 +61,18 @@ def policy_metrics(
     advantages: Tensor,
     entropy: Tensor,
     importance_weights: Tensor,
+    capped: Tensor,
     loss_mask: Tensor,
     clip_low: float,
     clip_high: float,
-    cap: float,
 ) -> MetricSums:
     """Sums over the unmasked tokens of one microbatch.
 
     Args:
         logprobs, proximal_logprobs, behavior_logprobs: log pi, log pi_prox, log mu.
-        ratio_logprobs: the denominator of the clipped ratio, pi_prox or mu as the correction has it.
+        ratio_logprobs: the denominator of the clipped ratio, as correction and algorithm have it.
         importance_weights: w as the loss used it.
-        cap: the weight above which a token counts as capped.
+        capped: bool, whether the ratio that w is made of lies above where it is truncated.
     """
     behavior_to_policy = log_ratio(logprobs, behavior_logprobs, loss_mask).double()
     weights = log_ratio(proximal_logprobs, behavior_logprobs, loss_mask).double().exp()
@@ -95,7 +95,7 @@ def policy_metrics(
             "behavior_kl_k3": total(torch.expm1(behavior_to_policy) - behavior_to_policy),
             "weights": total(weights),
             "squared_weights": total(weights.square()),
-            "capped": total(weights > cap),
+            "capped": total(capped),
             "masked": total(importance_weights == 0),
         },
         {"max_weight": _largest(weights, loss_mask), "max_ratio": _largest(u, loss_mask)},
@@ -165,6 +165,8 @@ def _summarize_policy(totals: Mapping[str, float]) -> dict[str, float]:
     if "reference_kl_k3" in totals:
         metrics["policy/reference_kl_k1"] = totals["reference_kl_k1"] / count
         metrics["policy/reference_kl_k3"] = totals["reference_kl_k3"] / count
+        metrics["policy/reference_kl_per_sequence"] = totals["reference_kl_k1"] / totals["num_sequences"]
+        metrics["policy/num_sequences"] = totals["num_sequences"]
     return metrics
 
 

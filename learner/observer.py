@@ -29,7 +29,12 @@ from learner.report import Reporter, StepClock
 
 logger = logging.getLogger(__name__)
 
-TROUBLES = ("learner/bad_steps", "learner/failed_checkpoints", "reward/batches_without_signal")
+TROUBLES = (
+    "learner/bad_steps",
+    "learner/failed_checkpoints",
+    "reward/batches_without_signal",
+    "importance/warning",
+)
 """Metrics that the display is told of while they are not 0."""
 
 
@@ -67,7 +72,7 @@ class Observer:
         )
         rates = self._clock.summary()
         self._shown = {"reward": metrics["reward/mean"], "staleness": metrics["staleness/mean"], **rates}
-        self._shown |= {name.partition("/")[2]: metrics[name] for name in TROUBLES if metrics[name]}
+        self._shown |= {name.partition("/")[2]: metrics[name] for name in TROUBLES if metrics.get(name)}
         self._reporter.scalars(
             {**metrics, **{f"learner/{name}": value for name, value in rates.items()}}, policy_version
         )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from learner.advantages import gae, pad_mask, whiten
+from learner.advantages import pad_mask
 from learner.algorithm import AdvantageInputs, AdvantageOutputs, Algorithm, LossOutputs, ValueLossInputs
 from learner.losses import value_loss
 from learner.metrics import MetricSums, value_metrics
@@ -24,7 +25,6 @@ class PPO(Algorithm):
     value_clip: float | None = 0.2
     """How far a value may move from where the batch began before its loss stops following; None or 0 disables."""
     whiten_advantages: bool = True
-    """Mean 0 and variance 1 over the scored tokens of the whole batch, all ranks together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,19 +35,24 @@ class PPO(Algorithm):
 
     @torch.no_grad()
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """GAE per trajectory, then whitening over all ranks; the returns are not whitened."""
-        packed_values = self._given(batch.values, "values")
+        """GAE or V-trace per trajectory, then whitening over all ranks; the returns are not whitened."""
         token_rewards = self.token_rewards(batch)
         mask = pad_mask(batch.sequence_index, len(batch.rewards))
-        rewards, values = (
-            torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
-            for packed in (token_rewards, packed_values)
+
+        def padded(packed: Tensor) -> Tensor:
+            return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
+
+        proximal = batch.proximal_logprobs
+        advantages, returns = self.correction.estimate(
+            padded(token_rewards),
+            padded(self._given(batch.values, "values")),
+            mask,
+            gamma=self.gamma,
+            lam=self.lam,
+            proximal_logprobs=None if proximal is None else padded(proximal),
+            behavior_logprobs=padded(batch.behavior_logprobs),
         )
-        padded_advantages, padded_returns = gae(rewards, values, mask, gamma=self.gamma, lam=self.lam)
-        advantages = padded_advantages[mask]
-        if self.whiten_advantages:
-            advantages = whiten(advantages, torch.ones_like(advantages, dtype=torch.bool), reduce=batch.reduce)
-        return AdvantageOutputs(advantages, padded_returns[mask], token_rewards)
+        return AdvantageOutputs(self.whitened(advantages[mask], batch), returns[mask], token_rewards)
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutputs:
         """0.5 max((V - R)^2, (clipped V - R)^2), aggregated as the policy loss is."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from buffer.trajectory import Trajectory
@@ -24,16 +25,25 @@ LAYOUT = {
     },
     "How off-policy is this run?": {
         "staleness": ["Multiline", ["staleness/mean", "staleness/max"]],
+        "versions passed while sampled, while queued": [
+            "Multiline",
+            ["staleness/in_flight_mean", "staleness/queued_mean"],
+        ],
+        "bounds crossed below (0: none)": ["Multiline", ["importance/warning"]],
         "effective sample size (below 0.3: warning)": ["Multiline", ["importance/effective_sample_size"]],
         "mean weight (outside 0.5 to 2: warning)": ["Multiline", ["importance/weight_mean"]],
         "weight deviation (above 1: warning)": ["Multiline", ["importance/weight_std"]],
         "KL(mu || pi)": ["Multiline", ["importance/behavior_kl_k1", "importance/behavior_kl_k3"]],
-        "fractions": ["Multiline", ["importance/fraction_capped", "importance/fraction_masked"]],
+        "tokens capped, masked": ["Multiline", ["importance/fraction_capped", "importance/fraction_masked"]],
+        "tokens clipped": ["Multiline", ["policy/fraction_clipped_low", "policy/fraction_clipped_high"]],
     },
     "Is anything wrong?": {
         "steps and checkpoints": ["Multiline", ["learner/bad_steps", "learner/failed_checkpoints"]],
         "batches without signal": ["Multiline", ["reward/batches_without_signal"]],
-        "completions not judged": ["Multiline", ["reward/fraction_timeout", "reward/fraction_error"]],
+        "completions not judged": [
+            "Multiline",
+            ["reward/fraction_timeout", "reward/fraction_crash", "reward/fraction_error"],
+        ],
     },
     "Who waits for whom?": {
         "seconds of a step": [
@@ -60,8 +70,10 @@ class Reporter:
             self._writer.add_scalar(name, value, policy_version)
 
     def staleness(self, batch: TrainingBatch, policy_version: int) -> None:
-        """The histogram of staleness over groups."""
-        self._writer.add_histogram("staleness/groups", np.asarray(batch.staleness), policy_version)
+        """Histograms of staleness: over groups, and its two parts over trajectories."""
+        in_flight, queued = _staleness_parts(batch)
+        for name, values in (("groups", np.asarray(batch.staleness)), ("in_flight", in_flight), ("queued", queued)):
+            self._writer.add_histogram(f"staleness/{name}", values, policy_version)
 
     def evaluation(self, report: EvaluationReport) -> None:
         """A held-out evaluation, at the version that was really evaluated."""
@@ -76,6 +88,8 @@ class Reporter:
     def status(self, status: Status, policy_version: int) -> None:
         """The ledger's counts and what the actors last said."""
         metrics = {f"buffer/{state.replace(':', '_')}": float(count) for state, count in status.counts.items()}
+        metrics["buffer/stage"], metrics["buffer/success"] = float(status.stage.stage), status.stage.success
+        metrics["buffer/prompts_passed_over"] = float(status.stage.num_passed_over)
         actors = [peer for peer in status.peers if peer.role == "actor"]
         for name in {name for peer in actors for name in peer.metrics}:
             values = [peer.metrics[name] for peer in actors if name in peer.metrics]
@@ -107,13 +121,13 @@ def batch_metrics(batch: TrainingBatch) -> dict[str, float]:
     trajectories = batch.trajectories
     rewards = np.array([t.reward for t in trajectories])
     scored = np.array([int(t.loss_mask.sum()) for t in trajectories])
-    in_flight = np.array([t.newest_version - t.oldest_version for t in trajectories])
-    queued = np.array([max(batch.policy_version - t.newest_version, 0) for t in trajectories])
+    in_flight, queued = _staleness_parts(batch)
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         "reward/completion_tokens_mean": float(scored.mean()),
         "reward/completion_tokens_max": float(scored.max()),
+        "reward/turns_mean": float(np.mean([t.num_turns for t in trajectories])),
         "reward/groups_without_signal": _without_signal(batch, rewards),
         "staleness/mean": float(np.mean(batch.staleness)),
         "staleness/max": float(np.max(batch.staleness)),
@@ -132,8 +146,15 @@ def _without_signal(batch: TrainingBatch, rewards: np.ndarray) -> float:
 
 def _verdicts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     counts = Counter(t.verdict for t in trajectories)
-    names = {"correct", "wrong", "no_answer", "truncated", "timeout", "error"} | set(counts)
+    names = {"correct", "wrong", "no_answer", "truncated", "timeout", "crash", "error"} | set(counts)
     return {f"reward/fraction_{name}": counts[name] / len(trajectories) for name in sorted(names)}
+
+
+def _staleness_parts(batch: TrainingBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Versions published while each trajectory was sampled, and while it was waiting."""
+    in_flight = [t.newest_version - t.oldest_version for t in batch.trajectories]
+    queued = [max(batch.policy_version - t.newest_version, 0) for t in batch.trajectories]
+    return np.array(in_flight), np.array(queued)
 
 
 def _reward_parts(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -44,6 +44,8 @@ class Annotations:
     old_values: Tensor | None
     proximal_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    kl_coef: float | None = None
+    """The coefficient of the step; None: the algorithm's own."""
 
 
 @torch.no_grad()
@@ -97,8 +99,10 @@ def policy_step(
                 behavior_logprobs=batch.behavior_logprobs[micro.scored],
                 advantages=annotations.advantages[micro.scored],
                 token_weights=weights[micro.scored],
+                sequence_index=batch.sequence_index[micro.scored],
                 proximal_logprobs=_slice(annotations.proximal_logprobs, micro),
                 ref_logprobs=_slice(annotations.ref_logprobs, micro),
+                kl_coef=annotations.kl_coef,
             )
         )
 

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from concurrent.futures import Future, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,15 +26,15 @@ from learner.checkpoint import (
     POLICY_PREFIX,
     CheckpointError,
     CheckpointWriteError,
-    load_checkpoint,
-    save_checkpoint,
+    read_state,
     sound_checkpoint,
 )
 from learner.config import LearnerConfig, ModelConfig, OptimizerConfig
 from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
-from learner.health import BadStepsError, NoSignalError, SignalWatch, StepWatch
+from learner.health import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
 from learner.metrics import MetricSums, summarize
-from learner.model import PolicyModel, ValueModel
+from learner.model import PolicyModel
+from learner.networks import Networks
 from learner.observer import Observer
 from learner.publisher import WeightStore
 from learner.report import batch_metrics
@@ -77,17 +77,9 @@ class Trainer:
         self.buffer, self.store, self.device, self.stopping = buffer, store, device, stopping
         self.rank, self.world_size = rank_and_world_size()
         self.checkpoints, self.bad_batches = run_dir / "checkpoints", run_dir / "bad_batches"
-        dtype = getattr(torch, model.dtype)
-        load = {"dtype": dtype, "checkpointing": model.gradient_checkpointing}
-        policy = PolicyModel.load(model.path, temperature=config.temperature, **load)
-        self.policy = self._engine(policy, config.optimizer)
-        self.critic = None
-        if algorithm.needs_critic:
-            self.critic = self._engine(ValueModel.load(model.path, **load), config.critic_optimizer)
-        self.reference = None
-        if algorithm.needs_reference:
-            reference = PolicyModel.load(model.path, dtype=dtype, temperature=config.temperature, checkpointing=False)
-            self.reference = reference.to(device).eval().requires_grad_(False)
+        self.networks = Networks.load(config, model, algorithm, device)
+        self._kl_coef = algorithm.kl_coef
+        """The adaptive coefficient; algorithms whose coefficient is not adaptive ignore it."""
         self._saved_version = self._resume()
         """Of the newest checkpoint; -1 before the first."""
         self.version = max(self._saved_version, 0)
@@ -96,7 +88,7 @@ class Trainer:
         )
         self._publication: Future[Manifest] | None = None
         self._logprobs = LogprobCheck(config.logprob_tolerance, OlderGroups())
-        self._step_watch = StepWatch(config.max_bad_steps)
+        self._step_watch, self._distance_watch = StepWatch(config.max_bad_steps), DistanceWatch()
         self._signal_watch = SignalWatch(
             compares_groups=algorithm.min_group_size > 1, max_batches=config.max_batches_without_signal
         )
@@ -139,7 +131,7 @@ class Trainer:
         metrics["learner/train_seconds"] = trained - started - wait_seconds
         metrics["learner/publish_seconds"] = time.monotonic() - trained
         metrics["learner/failed_checkpoints"] = float(self._num_failed_checkpoints)
-        metrics |= self._step_watch.see(self.version, metrics)
+        metrics |= self._step_watch.see(self.version, metrics) | self._distance_watch.see(self.version, metrics)
         no_signal = self._signal_watch.see(batch)
         metrics["reward/batches_without_signal"] = float(self._signal_watch.num_batches)
         self.observer.report(batch, metrics, self.version)
@@ -198,15 +190,18 @@ class Trainer:
         self.observer.heartbeat(self.version)
         self._abandons = True
         if not self._logprobs.agreed:
-            self._logprobs.compare(batch, self._score(self.policy, batch))
+            self._logprobs.compare(batch, self._score(self.networks.policy, batch))
         annotations = self._annotate(batch)
         metrics = batch_metrics(batch)
         skipped: dict[str, float] = {}
         for part in batch.split(self.config.updates_per_batch):
             metrics |= self._step(batch, part, annotations)
+            self._kl_coef = self._next_kl_coef(metrics)
             for name in ("policy/skipped", "value/skipped"):
                 if name in metrics:
                     skipped[name] = max(metrics[name], skipped.get(name, 0.0))
+        if self.networks.refresh_reference(self.version, self.config.updates_per_batch):
+            logger.info("policy %d is the reference from now on", self.version)
         return metrics | skipped
 
     def _score(self, network: TrainingEngine | PolicyModel, batch: TrainingBatch) -> torch.Tensor:
@@ -217,9 +212,11 @@ class Trainer:
 
     def _annotate(self, batch: TrainingBatch) -> Annotations:
         """Everything about the batch that its optimizer steps hold fixed."""
-        proximal = self._score(self.policy, batch) if self.config.updates_per_batch > 1 else None
-        reference = self._score(self.reference, batch) if self.reference is not None else None
-        values = self._score(self.critic, batch) if self.critic is not None else None
+        networks, scored = self.networks, self.config.updates_per_batch > 1 or self.algorithm.needs_proximal
+        proximal = self._score(networks.policy, batch) if scored else None
+        reference = self._score(networks.reference, batch) if networks.reference is not None else None
+        values = self._score(networks.critic, batch) if networks.critic is not None else None
+        kl_coef = self.algorithm.kl_coef_at(self.version, self._kl_coef)
         outputs = self.algorithm.advantages(
             AdvantageInputs(
                 rewards=batch.rewards,
@@ -229,25 +226,35 @@ class Trainer:
                 values=values,
                 proximal_logprobs=proximal,
                 ref_logprobs=reference,
+                kl_coef=kl_coef,
                 reduce=all_reduce_sum,
             )
         )
-        return Annotations(outputs.advantages, outputs.returns, values, proximal, reference)
+        return Annotations(outputs.advantages, outputs.returns, values, proximal, reference, kl_coef)
+
+    def _next_kl_coef(self, metrics: dict[str, float]) -> float:
+        """After a step; the same on every rank, because the metrics are."""
+        if "policy/reference_kl_per_sequence" not in metrics:
+            return self._kl_coef
+        observed, num_sequences = metrics["policy/reference_kl_per_sequence"], metrics["policy/num_sequences"]
+        return self.algorithm.adapt_kl_coef(self._kl_coef, observed, num_sequences)
 
     def _step(self, batch: TrainingBatch, part: range, annotations: Annotations) -> dict[str, float]:
         """One optimizer step of the policy, and of the critic where there is one; the version goes up by one.
 
         A step whose loss or gradient is not finite is skipped: the version has the weights of the one before it.
         """
+        kl_coef = self.algorithm.kl_coef_at(self.version, self._kl_coef)
+        annotations = replace(annotations, kl_coef=kl_coef)
         options = batch, part, annotations, self.config.tokens_per_microbatch, self._abandoning
-        sums = MetricSums()
-        named: dict[str, float] = {}
-        if self.critic is not None:
-            sums = sums + critic_step(self.critic, self.algorithm, *options)
-            named |= self._apply("value", self.critic, self.config.critic_optimizer)
-        if self.version >= self.config.critic_warmup_steps or self.critic is None:
-            sums = sums + policy_step(self.policy, self.algorithm, *options)
-            named |= self._apply("policy", self.policy, self.config.optimizer)
+        networks, sums = self.networks, MetricSums()
+        named: dict[str, float] = {"policy/kl_coef": kl_coef} if networks.reference is not None else {}
+        if networks.critic is not None:
+            sums = sums + critic_step(networks.critic, self.algorithm, *options)
+            named |= self._apply("value", networks.critic, self.config.critic_optimizer)
+        if self.version >= self.config.critic_warmup_steps or networks.critic is None:
+            sums = sums + policy_step(networks.policy, self.algorithm, *options)
+            named |= self._apply("policy", networks.policy, self.config.optimizer)
         self.version += 1
         return named | summarize(sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max))
 
@@ -276,7 +283,7 @@ class Trainer:
     def _publish(self) -> None:
         """Every rank gathers; rank 0 hands the copies to the store, which writes them while training goes on."""
         dtype = getattr(torch, self.config.publish_dtype)
-        tensors = [(name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in self.policy.gather(dtype)]
+        tensors = [(name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in self.networks.policy.gather(dtype)]
         if self.store is not None:
             self._await_publication()
             self._publication = self.store.publish(self.version, tensors)
@@ -292,14 +299,11 @@ class Trainer:
     def _checkpoint(self, *, may_fail: bool = True) -> None:
         """Write a checkpoint and tell the buffer. One that cannot be written is tried again after the next version."""
         try:
-            save_checkpoint(
+            self.networks.save(
                 self.checkpoints,
                 self.version,
-                self.policy,
-                self.critic,
-                base_path=Path(self.model_config.path),
-                dtype=getattr(torch, self.model_config.dtype),
-                state={"config": asdict(self.config)},
+                model=self.model_config,
+                state={"config": asdict(self.config), "algorithm": {"kl_coef": self._kl_coef}},
                 keep=self.config.keep_checkpoints,
             )
         except CheckpointWriteError as error:
@@ -325,7 +329,9 @@ class Trainer:
             raise CheckpointError(problem or "rank 0 found no sound checkpoint; its log names them")
         version = int(all_reduce_max(torch.tensor([found], device=self.device))[0])
         if version >= 0:
-            load_checkpoint(self.checkpoints / f"{version:08d}", self.policy, self.critic)
+            checkpoint = self.checkpoints / f"{version:08d}"
+            self.networks.restore(checkpoint)
+            self._kl_coef = float(read_state(checkpoint)["algorithm"]["kl_coef"])
         return version
 
     def _finish(self) -> None:
@@ -339,13 +345,3 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         """Whether one of the versions of the last batch was a multiple of `every`."""
         return every > 0 and self.version // every != (self.version - self.config.updates_per_batch) // every
-
-    def _engine(self, network: torch.nn.Module, optimizer: OptimizerConfig) -> TrainingEngine:
-        return TrainingEngine(
-            network,
-            optimizer,
-            zero_stage=self.config.zero_stage,
-            bfloat16=self.model_config.dtype == "bfloat16",
-            cpu_offload=self.config.cpu_offload,
-            device=self.device,
-        )

@@ -134,6 +134,113 @@ def icepop_weight(proximal: float, behavior: float, low: float, high: float) -> 
     return weight if low <= weight <= high else 0.0
 
 
+def sequence_ratio(numerators: list[float], denominators: list[float], mask: list[bool], kind: str) -> float:
+    """prod_t numerator_t/denominator_t over the unmasked tokens, or its root of as many (GSPO, equation 7)."""
+    value, count = 1.0, 0
+    for top, bottom, m in zip(numerators, denominators, mask, strict=True):
+        if m:
+            value, count = value * math.exp(top) / math.exp(bottom), count + 1
+    return value ** (1 / count) if kind == "geometric" and count else value
+
+
+def topr_weight(ratio: float, advantages: list[float], mask: list[bool]) -> float:
+    """1 for a completion that was good, [pi/mu] cut at 1 for a bad one (TOPR, its canonical taper [0, 1])."""
+    total = math.fsum(a for a, m in zip(advantages, mask, strict=True) if m)
+    return 1.0 if total >= 0 else min(ratio, 1.0)
+
+
+def vtrace_targets(
+    ratios: list[float],
+    rewards: list[float],
+    values: list[float],
+    mask: list[bool],
+    *,
+    gamma: float,
+    lam: float,
+    rho_bar: float,
+    c_bar: float,
+) -> tuple[list[float], list[float]]:
+    """(v_s, r_s + gamma v_{s+1} - V_s), v_s the sum of IMPALA's equation 1 with c_i = lam min(c_bar, ratio)."""
+    steps = [t for t, m in enumerate(mask) if m]
+    targets, advantages = [0.0] * len(mask), [0.0] * len(mask)
+    for k, s in enumerate(steps):
+        value = values[s]
+        for j in range(k, len(steps)):
+            t = steps[j]
+            following = values[steps[j + 1]] if j + 1 < len(steps) else 0.0
+            delta = min(rho_bar, ratios[t]) * (rewards[t] + gamma * following - values[t])
+            traces = math.prod(lam * min(c_bar, ratios[i]) for i in steps[k:j])
+            value += gamma ** (j - k) * traces * delta
+        targets[s] = value
+    for k, s in enumerate(steps):
+        following = targets[steps[k + 1]] if k + 1 < len(steps) else 0.0
+        advantages[s] = rewards[s] + gamma * following - values[s]
+    return targets, advantages
+
+
+def gspo_terms(
+    logprobs: Ragged,
+    denominators: list[list[float]],
+    weights: list[list[float]],
+    advantages: list[list[float]],
+    mask: Mask,
+    clip_low: float,
+    clip_high: float,
+) -> Ragged:
+    """-w_t min(s_t A_t, clip(s_t) A_t) with s_t = sg(s) pi_t/sg(pi_t) (GSPO, equations 13 and 14)."""
+    terms: Ragged = []
+    for i, row in enumerate(logprobs):
+        s = sequence_ratio([x.item() for x in row], denominators[i], mask[i], "geometric")
+        terms.append([])
+        for t, logprob in enumerate(row):
+            s_t = s * torch.exp(logprob - logprob.item())
+            advantage = advantages[i][t]
+            bounded = torch.tensor(min(max(s, 1 - clip_low), 1 + clip_high), dtype=torch.float64)
+            clips = bounded.item() * advantage < s * advantage
+            terms[-1].append(-weights[i][t] * (bounded if clips else s_t) * advantage)
+    return terms
+
+
+def gspo_objective(
+    logprobs: Ragged, denominators: Ragged, advantages: list[float], mask: Mask, clip_low: float, clip_high: float
+) -> Tensor:
+    """-1/G sum_i min(s_i A_i, clip(s_i) A_i), differentiated through s_i (GSPO, equations 5 and 7)."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for i, row in enumerate(logprobs):
+        kept = [x - float(y) for x, y, m in zip(row, denominators[i], mask[i], strict=True) if m]
+        if not kept:
+            continue
+        s, count = torch.exp(torch.stack(kept).sum() / len(kept)), count + 1
+        bounded = min(max(s.item(), 1 - clip_low), 1 + clip_high)
+        clips = bounded * advantages[i] < s.item() * advantages[i]
+        total = total - (torch.tensor(bounded, dtype=torch.float64) if clips else s) * advantages[i]
+    return total / count
+
+
+def cispo_terms(
+    logprobs: Ragged,
+    denominators: list[list[float]],
+    weights: list[list[float]],
+    advantages: list[list[float]],
+    clip_low: float,
+    clip_high: float,
+) -> Ragged:
+    """-w_t sg(clip(u_t, 1 - clip_low, 1 + clip_high)) A_t log pi_t (CISPO, equations 4 and 5, weighted)."""
+    terms: Ragged = []
+    for i, row in enumerate(logprobs):
+        terms.append([])
+        for t, logprob in enumerate(row):
+            u = math.exp(logprob.item() - denominators[i][t])
+            u = max(1 - clip_low, min(1 + clip_high, u))
+            terms[-1].append(-weights[i][t] * u * advantages[i][t] * logprob)
+    return terms
+
+
+def returns_to_go(rewards: list[float], gamma: float) -> list[float]:
+    """A_t = sum_{k >= t} gamma^(k - t) r_k (REINFORCE++, where the rewards hold the KL penalties)."""
+    return [math.fsum(gamma**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+
+
 def clipped_terms(
     logprobs: Ragged,
     denominators: Ragged,

@@ -14,16 +14,19 @@ import numpy as np
 import torch
 
 from learner.algorithm import AdvantageInputs
-from learner.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from learner.config import OptimizerConfig
+from learner.checkpoint import newest_checkpoint
+from learner.config import ModelConfig, OptimizerConfig
 from learner.engine import all_reduce_sum, init_distributed, rank_and_world_size, shut_down_distributed
 from learner.model import PolicyModel
+from learner.networks import Networks
 from learner.ppo import PPO
 from learner.steps import Annotations, critic_step, policy_step, score_batch
 from tests.learner.ranks import critic_engine, policy_engine
 from tests.learner.samples import CPU, make_batch, make_group
 
 TOTAL_STEPS = 4
+REFRESH_EVERY = 1
+"""The step after a checkpoint measures against the policy it was written with."""
 BUDGET = 60
 OPTIMIZER = OptimizerConfig(1e-2, schedule="cosine", warmup_steps=1)
 
@@ -35,12 +38,13 @@ class Run:
         self.folder, self.checkpoints = folder, checkpoints
         self.policy = policy_engine(folder, OPTIMIZER, stage, torch.float32)
         self.critic = critic_engine(folder, OPTIMIZER, stage, torch.float32)
-        self.reference = PolicyModel.load(folder, dtype=torch.float32, temperature=0.8, checkpointing=False)
+        reference = PolicyModel.load(folder, dtype=torch.float32, temperature=0.8, checkpointing=False)
+        self.networks = Networks(self.policy, self.critic, reference.requires_grad_(False), REFRESH_EVERY)
         self.algorithm = PPO(kl="loss", kl_coef=0.1)
         self.version = 0
         checkpoint = newest_checkpoint(checkpoints)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self.policy, self.critic)
+            self.networks.restore(checkpoint)
             self.version = int(checkpoint.name)
 
     def step(self) -> None:
@@ -48,7 +52,9 @@ class Run:
         rank, world_size = rank_and_world_size()
         noise = int(random.random() * 1e6) + int(np.random.rand() * 1e6) + int(torch.rand(()) * 1e6)
         batch = make_batch([make_group(f"{i}.0", i, seed=noise + self.version) for i in range(rank, 4, world_size)])
-        values, reference = score_batch(self.critic, batch, BUDGET), score_batch(self.reference, batch, BUDGET)
+        assert self.networks.reference is not None
+        values = score_batch(self.critic, batch, BUDGET)
+        reference = score_batch(self.networks.reference, batch, BUDGET)
         outputs = self.algorithm.advantages(
             AdvantageInputs(
                 batch.rewards,
@@ -67,19 +73,11 @@ class Run:
         for network in (self.critic, self.policy):
             network.step(OPTIMIZER.rate(self.version, TOTAL_STEPS))
         self.version += 1
+        self.networks.refresh_reference(self.version, 1)
 
     def save(self) -> None:
         """A checkpoint of the version reached."""
-        save_checkpoint(
-            self.checkpoints,
-            self.version,
-            self.policy,
-            self.critic,
-            base_path=self.folder,
-            dtype=torch.float32,
-            state={},
-            keep=9,
-        )
+        self.networks.save(self.checkpoints, self.version, model=ModelConfig(str(self.folder)), state={}, keep=9)
 
 
 def main(folder: Path, checkpoints: Path, stage: int, stops: list[int]) -> None:

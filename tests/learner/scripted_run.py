@@ -7,7 +7,7 @@ with it, so that its behavior log-probabilities are those of the version it name
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -67,11 +67,13 @@ class RecordingStore(WeightStore):
 class ScriptedActor:
     """Leases, makes random groups, delivers; evaluates when asked. Ends with the run or with `stop`."""
 
-    def __init__(self, folder: Path, buffer: str, weights: str, temperature: float, shift: float) -> None:
+    def __init__(
+        self, folder: Path, buffer: str, weights: str, temperature: float, shift: float, sizes: Sequence[int]
+    ) -> None:
         self._buffer = Connection(buffer, "actor-0", CREDENTIALS, timeout_seconds=60, resend_seconds=0.2)
         self._weights = Connection(weights, "actor-0", CREDENTIALS, timeout_seconds=1, resend_seconds=0.2)
         self._model = plain_model(folder)
-        self._temperature, self._shift = temperature, shift
+        self._temperature, self._shift, self._sizes = temperature, shift, sizes
         self._version, self._publication = -1, ""
         self.loaded: list[int] = []
         """Versions in the order they were loaded."""
@@ -126,6 +128,7 @@ class ScriptedActor:
             group = make_group(
                 lease.group_id,
                 lease.prompt_id,
+                size=self._sizes[int(lease.group_id.partition(".")[0]) % len(self._sizes)],
                 model=self._model,
                 temperature=self._temperature,
                 version=self._version,
@@ -209,10 +212,12 @@ class ScriptedRun:
         self._thread.start()
         self._actor: ScriptedActor | None = None
 
-    def start_actor(self, *, temperature: float = 1.0, shift: float = 0.0) -> ScriptedActor:
-        """One actor that stays until the run is closed."""
+    def start_actor(
+        self, *, temperature: float = 1.0, shift: float = 0.0, sizes: Sequence[int] = (4,)
+    ) -> ScriptedActor:
+        """One actor that stays until the run is closed; its groups have `sizes` in turn."""
         weights = f"ipc://{self._sockets}/weights"
-        self._actor = ScriptedActor(self._folder, self._address, weights, temperature, shift)
+        self._actor = ScriptedActor(self._folder, self._address, weights, temperature, shift, sizes)
         return self._actor
 
     def learn(

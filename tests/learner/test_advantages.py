@@ -79,6 +79,12 @@ def test_group_advantages_of_distinct_rewards_are_exact(seed: int) -> None:
     assert found.tolist() == pytest.approx(group_advantages(rewards, groups, True), abs=1e-12)
 
 
+def test_of_nothing_there_is_nothing() -> None:
+    nothing, index = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    assert group_relative(nothing, index, normalize_std=True).shape == leave_one_out(nothing, index).shape == (0,)
+    assert pad_mask(index, 0).shape == (0, 0)
+
+
 def test_equal_float32_rewards_give_no_advantage() -> None:
     rewards, groups = torch.full((7,), 0.1), torch.zeros(7, dtype=torch.int64)
     advantages = group_relative(rewards, groups, normalize_std=True)

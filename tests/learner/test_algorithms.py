@@ -4,31 +4,44 @@ from typing import Any
 import hydra.utils
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.advantages import whiten
-from learner.algorithm import AdvantageInputs, Algorithm, LossInputs, ValueLossInputs
+from learner.algorithm import Algorithm, LossInputs, ValueLossInputs
+from learner.cispo import CISPO
+from learner.corrections import (
+    TOPR,
+    Correction,
+    DecoupledTIS,
+    NoCorrection,
+    PPOBehavior,
+    SequenceMask,
+    SequenceTIS,
+    TokenMask,
+    VTrace,
+)
 from learner.grpo import GRPO
-from learner.importance import Correction, DecoupledTIS, NoCorrection, PPOBehavior, TokenMask
+from learner.gspo import GSPO
 from learner.losses import batch_counts
 from learner.metrics import summarize
 from learner.ppo import PPO
+from learner.reinforce_pp import ReinforcePP
 from tests.references import (
     Ragged,
     RaggedBatch,
     aggregate,
+    cispo_terms,
     clipped_terms,
     decoupled_weight,
-    gae_advantages,
     gradient,
-    group_advantages,
+    gspo_terms,
     icepop_weight,
     kl_term,
     ragged_batches,
+    sequence_ratio,
+    topr_weight,
     value_terms,
-    whitened,
 )
 
 KL_COEF, ENTROPY_COEF = 0.3, 0.05
@@ -37,40 +50,15 @@ CORRECTIONS: dict[str, Correction] = {
     "token_mask": TokenMask(low=0.5, high=2.0),
     "ppo_behavior": PPOBehavior(),
     "none": NoCorrection(),
+    "sequence_mask": SequenceMask(low=0.7, high=1.5),
+    "sequence_tis": SequenceTIS(max_importance_weight=1.5),
+    "topr": TOPR(),
+    "vtrace": VTrace(rho_bar=1.2),
 }
-
-
-def rewards_of(batch: RaggedBatch) -> list[float]:
-    return [row[0] for row in batch.rows["rewards"]]
-
-
-def groups_of(batch: RaggedBatch) -> list[int]:
-    return [i // 2 for i in range(len(batch.lengths))]
-
-
-def advantage_inputs(batch: RaggedBatch, **changes: Any) -> AdvantageInputs:
-    inputs = AdvantageInputs(
-        rewards=torch.tensor(rewards_of(batch), dtype=torch.float64),
-        group_index=torch.tensor(groups_of(batch)),
-        sequence_index=batch.sequence_index,
-        values=batch.packed("values"),
-        behavior_logprobs=batch.packed("behavior"),
-        proximal_logprobs=batch.packed("proximal"),
-        ref_logprobs=batch.packed("ref"),
-    )
-    return dataclasses.replace(inputs, **changes)
-
-
-def expected_token_rewards(batch: RaggedBatch, logprobs: str, kl_coef: float) -> list[list[float]]:
-    rows = []
-    for i, reward in enumerate(rewards_of(batch)):
-        row = [
-            -kl_coef * (x - ref) if kl_coef else 0.0
-            for x, ref in zip(batch.rows[logprobs][i], batch.rows["ref"][i], strict=True)
-        ]
-        row[-1] += reward
-        rows.append(row)
-    return rows
+SENSELESS = {("PPO", "topr"), ("GSPO", "ppo_behavior"), *((n, "vtrace") for n in ("GRPO", "GSPO", "CISPO"))}
+PAIRS = [
+    (make, name) for make in (PPO, GRPO, GSPO, CISPO) for name in CORRECTIONS if (make.__name__, name) not in SENSELESS
+]
 
 
 def loss_inputs(algorithm: Algorithm, batch: RaggedBatch, part: slice = slice(None)) -> LossInputs:
@@ -83,30 +71,51 @@ def loss_inputs(algorithm: Algorithm, batch: RaggedBatch, part: slice = slice(No
         behavior_logprobs=batch.packed("behavior")[part],
         advantages=batch.packed("advantages")[part],
         token_weights=weights[part],
+        sequence_index=index[part],
         proximal_logprobs=batch.packed("proximal")[part],
         ref_logprobs=batch.packed("ref")[part] if algorithm.needs_reference else None,
     )
 
 
+def reference_weights(correction: str, batch: RaggedBatch) -> list[list[float]]:
+    found = []
+    for i, mask in enumerate(batch.mask):
+        proximal, behavior = batch.rows["proximal"][i], batch.rows["behavior"][i]
+        pairs = list(zip(proximal, behavior, strict=True))
+        ratios = {kind: sequence_ratio(proximal, behavior, mask, kind) for kind in ("product", "geometric")}
+        geometric = ratios["geometric"] if 0.7 <= ratios["geometric"] <= 1.5 else 0.0
+        tapered = topr_weight(ratios["product"], batch.rows["advantages"][i], mask)
+        found.append(
+            {
+                "decoupled_tis": [decoupled_weight(p, b, 1.5) for p, b in pairs],
+                "token_mask": [icepop_weight(p, b, 0.5, 2.0) for p, b in pairs],
+                "vtrace": [decoupled_weight(p, b, 1.2) for p, b in pairs],
+                "sequence_mask": [geometric] * len(mask),
+                "sequence_tis": [min(ratios["product"], 1.5)] * len(mask),
+                "topr": [tapered] * len(mask),
+            }.get(correction, [1.0] * len(mask))
+        )
+    return found
+
+
 def reference_loss(algorithm: Algorithm, batch: RaggedBatch, correction: str) -> tuple[float, list[float]]:
-    denominator = "behavior" if correction == "ppo_behavior" else "proximal"
-    weigh = {
-        "decoupled_tis": lambda p, b: decoupled_weight(p, b, 1.5),
-        "token_mask": lambda p, b: icepop_weight(p, b, 0.5, 2.0),
-    }.get(correction, lambda p, b: 1.0)
+    denominator = batch.rows["behavior" if correction == "ppo_behavior" else "proximal"]
+    weights, advantages = reference_weights(correction, batch), batch.rows["advantages"]
+    clips = algorithm.clip_low, algorithm.clip_high
 
     def loss(logprobs: Ragged) -> Tensor:
-        weights = [
-            [weigh(p, b) for p, b in zip(*rows, strict=True)]
-            for rows in zip(batch.rows["proximal"], batch.rows["behavior"], strict=True)
-        ]
-        clips = algorithm.clip_low, algorithm.clip_high
-        terms = clipped_terms(logprobs, batch.scalars(denominator), weights, batch.scalars("advantages"), *clips)
+        if isinstance(algorithm, GSPO):
+            terms = gspo_terms(logprobs, denominator, weights, advantages, batch.mask, *clips)
+        elif isinstance(algorithm, CISPO):
+            terms = cispo_terms(logprobs, denominator, weights, advantages, *clips)
+        else:
+            terms = clipped_terms(logprobs, denominator, weights, advantages, *clips)
         for i, row in enumerate(terms):
             for t in range(len(row)):
                 row[t] = row[t] - ENTROPY_COEF * batch.rows["entropy"][i][t]
                 if algorithm.kl == "loss":
-                    row[t] = row[t] + KL_COEF * kl_term(logprobs[i][t], batch.rows["ref"][i][t], "k3")
+                    kind = algorithm.kl_kind or "k3"
+                    row[t] = row[t] + KL_COEF * kl_term(logprobs[i][t], batch.rows["ref"][i][t], kind)
         return aggregate(terms, batch.mask, algorithm.aggregation, 7)
 
     return gradient(loss, batch.rows["logprobs"])
@@ -114,15 +123,19 @@ def reference_loss(algorithm: Algorithm, batch: RaggedBatch, correction: str) ->
 
 @given(
     ragged_batches(),
-    st.sampled_from(sorted(CORRECTIONS)),
-    st.sampled_from(["off", "reward", "loss"]),
+    st.sampled_from(PAIRS),
+    st.sampled_from([("off", None), ("reward", "k1"), ("loss", None), ("loss", "k1"), ("loss", "k2"), ("loss", "k3")]),
     st.sampled_from(["token_mean", "sequence_mean", "constant"]),
 )
-def test_loss_agrees_with_the_equations(batch: RaggedBatch, correction: str, kl: Any, aggregation: Any) -> None:
-    algorithm = GRPO(
+@settings(max_examples=200)
+def test_loss_agrees_with_the_equations(batch: RaggedBatch, pair: Any, kl: Any, aggregation: Any) -> None:
+    make, correction = pair
+    algorithm = make(
         correction=CORRECTIONS[correction],
+        clip_low=0.1,
         clip_high=0.28,
-        kl=kl,
+        kl=kl[0],
+        kl_kind=kl[1],
         kl_coef=KL_COEF,
         entropy_coef=ENTROPY_COEF,
         aggregation=aggregation,
@@ -137,6 +150,15 @@ def test_loss_agrees_with_the_equations(batch: RaggedBatch, correction: str, kl:
     assert entropy_slope.tolist() == pytest.approx((-ENTROPY_COEF * inputs.token_weights).tolist(), abs=1e-12)
 
 
+def test_a_scheduled_coefficient_takes_the_place_of_the_fixed_one() -> None:
+    batch, fixed = RaggedBatch.random([4, 6], 0.3, 5), GRPO(kl="loss", kl_coef=0.7)
+    given = dataclasses.replace(loss_inputs(fixed, batch), kl_coef=0.7)
+    scheduled = GRPO(kl="loss", kl_coef=0.1).loss(given)
+    assert scheduled.loss.item() == fixed.loss(loss_inputs(fixed, batch)).loss.item()
+    shown = summarize(scheduled.metrics.totals())
+    assert shown["policy/kl_penalty"] == scheduled.metrics.sums["kl_penalty"].item() > 0
+
+
 @given(ragged_batches(), st.integers(0, 5), st.sampled_from(["token_mean", "sequence_mean", "constant"]))
 def test_microbatches_add_up_to_the_whole(batch: RaggedBatch, first_part: int, aggregation: Any) -> None:
     algorithm = PPO(kl="loss", kl_coef=KL_COEF, entropy_coef=0.1, aggregation=aggregation, constant_length=7)
@@ -147,52 +169,6 @@ def test_microbatches_add_up_to_the_whole(batch: RaggedBatch, first_part: int, a
     summed = summarize((parts[0].metrics + parts[1].metrics).totals())
     assert summed == pytest.approx(summarize(whole.metrics.totals()), rel=1e-9, abs=1e-9)
     assert summed["policy/total_loss"] == pytest.approx(whole.loss.item(), abs=1e-12)
-
-
-@given(ragged_batches(), st.sampled_from([0.0, KL_COEF]), st.booleans(), st.booleans())
-def test_ppo_advantages_agree(batch: RaggedBatch, kl_coef: float, whitening: bool, has_proximal: bool) -> None:
-    algorithm = PPO(
-        gamma=0.97,
-        lam=0.9,
-        kl="reward" if kl_coef else "off",
-        kl_coef=kl_coef,
-        whiten_advantages=whitening,
-    )
-    inputs = advantage_inputs(batch, **({} if has_proximal else {"proximal_logprobs": None}))
-    outputs = algorithm.advantages(inputs)
-    rewards = expected_token_rewards(batch, "proximal" if has_proximal else "behavior", kl_coef)
-    estimates = [
-        gae_advantages(r, v, [True] * len(v), 0.97, 0.9) for r, v in zip(rewards, batch.rows["values"], strict=True)
-    ]
-    advantages = [x for row, _ in estimates for x in row]
-    assert outputs.token_rewards.tolist() == pytest.approx([x for row in rewards for x in row], abs=1e-12)
-    assert outputs.returns is not None
-    assert outputs.returns.tolist() == pytest.approx([x for _, row in estimates for x in row], abs=1e-12)
-    if whitening:
-        advantages = whitened(advantages)
-    assert outputs.advantages.tolist() == pytest.approx(advantages, rel=1e-8, abs=1e-10 if whitening else 1e-12)
-
-
-def test_ppo_whitens_over_all_ranks() -> None:
-    batch = RaggedBatch.random([3, 5], 0.0, 3)
-    raw = PPO(whiten_advantages=False).advantages(advantage_inputs(batch)).advantages
-    ones = torch.ones_like(raw, dtype=torch.bool)
-    other_rank = torch.tensor([4.0, 10.0, 40.0], dtype=torch.float64)
-    shared = PPO().advantages(advantage_inputs(batch, reduce=lambda tensor: tensor + other_rank)).advantages
-    assert torch.equal(shared, whiten(raw, ones, reduce=lambda tensor: tensor + other_rank))
-    assert not torch.allclose(shared, whiten(raw, ones))
-
-
-@given(ragged_batches(), st.sampled_from([0.0, KL_COEF]), st.booleans())
-def test_grpo_advantages_agree(batch: RaggedBatch, kl_coef: float, normalize_std: bool) -> None:
-    algorithm = GRPO(kl="reward" if kl_coef else "off", kl_coef=kl_coef, normalize_std=normalize_std)
-    outputs = algorithm.advantages(advantage_inputs(batch))
-    token_rewards = expected_token_rewards(batch, "proximal", kl_coef)
-    expected = group_advantages([sum(row) for row in token_rewards], groups_of(batch), normalize_std)
-    per_token = [a for a, length in zip(expected, batch.lengths, strict=True) for _ in range(length)]
-    assert outputs.returns is None
-    assert outputs.advantages.tolist() == pytest.approx(per_token, rel=1e-9, abs=1e-11)
-    assert outputs.token_rewards.tolist() == pytest.approx([x for row in token_rewards for x in row], abs=1e-12)
 
 
 @given(ragged_batches())
@@ -242,10 +218,11 @@ def test_corrections_show_what_they_did() -> None:
     batch = RaggedBatch.random([50], 0.0, 5)
     shown = {}
     for name, correction in CORRECTIONS.items():
-        algorithm = GRPO(correction=correction)
+        algorithm = PPO(correction=correction) if name == "vtrace" else GRPO(correction=correction)
         shown[name] = summarize(algorithm.loss(loss_inputs(algorithm, batch)).metrics.totals())
     assert shown["decoupled_tis"]["importance/fraction_capped"] > 0
     assert shown["token_mask"]["importance/fraction_masked"] > 0
+    assert shown["sequence_tis"]["importance/fraction_capped"] in (0.0, 1.0)
     for name in ("none", "ppo_behavior"):
         assert shown[name]["importance/fraction_capped"] == shown[name]["importance/fraction_masked"] == 0
     assert len({metrics["importance/weight_mean"] for metrics in shown.values()}) == 1
@@ -255,7 +232,7 @@ def test_corrections_show_what_they_did() -> None:
 def test_hydra_builds_algorithms_from_plain_words() -> None:
     config = {
         "_target_": "learner.ppo.PPO",
-        "correction": {"_target_": "learner.importance.DecoupledTIS", "max_importance_weight": 3.0},
+        "correction": {"_target_": "learner.corrections.DecoupledTIS", "max_importance_weight": 3.0},
         "kl": "reward",
         "kl_coef": 0.01,
         "value_clip": None,
@@ -274,12 +251,8 @@ def test_what_algorithms_need() -> None:
     assert [GRPO(kl=kl, kl_coef=0.1).needs_reference for kl in ("off", "reward", "loss")] == [False, True, True]
 
 
-def test_missing_annotations_are_named() -> None:
+def test_a_missing_annotation_is_named() -> None:
     batch = RaggedBatch.random([3], 0.0, 1)
-    with pytest.raises(ValueError, match="PPO needs values"):
-        PPO().advantages(advantage_inputs(batch, values=None))
-    with pytest.raises(ValueError, match="GRPO needs ref_logprobs"):
-        GRPO(kl="reward", kl_coef=0.1).advantages(advantage_inputs(batch, ref_logprobs=None))
     algorithm = GRPO(kl="loss", kl_coef=0.1)
     with pytest.raises(ValueError, match="GRPO needs ref_logprobs"):
         algorithm.loss(dataclasses.replace(loss_inputs(algorithm, batch), ref_logprobs=None))
@@ -299,8 +272,28 @@ def test_missing_annotations_are_named() -> None:
         ({"aggregation": "constant"}, "constant_length=0"),
         ({"gamma": 1.01}, "gamma=1.01"),
         ({"lam": -0.5}, "lam=-0.5"),
+        ({"reward_scale": 0.0}, "reward_scale=0.0"),
+        ({"reward_clip": -1.0}, "reward_clip=-1.0"),
+        ({"correction": TOPR()}, "TOPR asks whether a completion as a whole was good.*critic of PPO.*algorithm=rloo"),
     ],
 )
 def test_contradictions_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PPO(**fields)
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "message"),
+    [
+        (GRPO, {"correction": VTrace()}, "GRPO has no critic whose targets VTrace could correct; .*algorithm=ppo"),
+        (GRPO, {"baseline": "mean"}, "baseline is 'mean'; choose group_mean or leave_one_out"),
+        (GRPO, {"baseline": "leave_one_out"}, "leave_one_out with normalize_std=True"),
+        (GSPO, {"correction": PPOBehavior()}, "1 - 0.0003 and 1 .* correction=decoupled_tis"),
+        (ReinforcePP, {"gamma": 1.5}, "gamma=1.5"),
+    ],
+)
+def test_pairs_that_make_no_sense_are_refused_with_the_reason(
+    make: type[Algorithm], fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**fields)

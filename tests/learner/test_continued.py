@@ -58,4 +58,4 @@ def test_two_steps_and_two_more_in_new_processes_are_four(
     # Weights and optimizers of both networks and the generators of each rank have moved; they are what was compared.
     moved = differing(expected, before)
     assert {"model.safetensors", *(f"rng/rank-{rank}.pt" for rank in range(num_ranks))} < moved
-    assert {name.partition("/")[0] for name in moved} >= {"policy_state", "critic_state"}
+    assert {name.partition("/")[0] for name in moved} >= {"policy_state", "critic_state", "reference.pt"}

@@ -70,7 +70,9 @@ def plain_training(folder: Path, clip_norm: float = 0.0) -> tuple[dict[str, Tens
         notes = annotate(algorithm, batch, values.detach())
         assert notes.returns is not None and notes.old_values is not None
         logprobs, entropy = policy(*inputs)
-        policy_loss = algorithm.loss(LossInputs(logprobs, entropy, batch.behavior_logprobs, notes.advantages, weights))
+        policy_loss = algorithm.loss(
+            LossInputs(logprobs, entropy, batch.behavior_logprobs, notes.advantages, weights, batch.sequence_index)
+        )
         value_loss = algorithm.value_loss(ValueLossInputs(values, notes.old_values, notes.returns, weights))
         for module, optimizer, loss in zip((critic, policy), optimizers, (value_loss, policy_loss), strict=True):
             optimizer.zero_grad()

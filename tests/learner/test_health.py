@@ -5,7 +5,7 @@ import pytest
 
 from buffer.trajectory import TrajectoryGroup
 from learner.batch import TrainingBatch
-from learner.health import WARN_AFTER, SignalWatch, StepWatch
+from learner.health import WARN_AFTER, DistanceWatch, SignalWatch, StepWatch
 from tests.learner.samples import CPU, make_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -90,3 +90,37 @@ def test_skipped_steps_are_counted_in_a_row_and_in_all(caplog: pytest.LogCapture
     assert watch.see(4, {"policy/skipped": 0.0, "value/skipped": 1.0}) == {"learner/bad_steps": 3.0}
     assert watch.exhausted and seen == [1.0, 1.0, 2.0]
     assert "policy 4: the step of the value was skipped" in caplog.records[-1].getMessage()
+
+
+NEAR = {
+    "importance/effective_sample_size": 0.3,
+    "importance/weight_mean": 2.0,
+    "importance/weight_std": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "phrase"),
+    [
+        ("effective_sample_size", 0.29, "effective sample size 0.29 is below 0.3"),
+        ("weight_mean", 0.49, "mean weight 0.49 is outside 0.5 to 2.0"),
+        ("weight_mean", 2.01, "mean weight 2 is outside 0.5 to 2.0"),
+        ("weight_std", 1.01, "weight deviation 1 is above 1.0"),
+    ],
+)
+def test_data_beyond_a_bound_is_said_once_and_so_is_its_return(
+    caplog: pytest.LogCaptureFixture, name: str, value: float, phrase: str
+):
+    caplog.set_level(logging.INFO)
+    watch, far = DistanceWatch(), NEAR | {f"importance/{name}": value}
+    seen = [watch.see(version, metrics) for version, metrics in enumerate([NEAR, far, far, NEAR, {}])]
+    assert seen == [{"importance/warning": count} for count in (0.0, 1.0, 1.0, 0.0)] + [{}]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"policy 1: this data is far off-policy: {phrase}",
+        "policy 3: the data is near enough to the policy again",
+    ]
+
+
+def test_all_bounds_may_be_crossed_at_once():
+    far = {"importance/effective_sample_size": 0.1, "importance/weight_mean": 0.2, "importance/weight_std": 4.0}
+    assert DistanceWatch().see(1, far) == {"importance/warning": 3.0}

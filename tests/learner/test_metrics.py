@@ -25,10 +25,10 @@ def policy_sums(batch: RaggedBatch, part: slice = slice(None)) -> MetricSums:
         advantages=take("advantages"),
         entropy=take("entropy"),
         importance_weights=weights * (weights > 0.5),
+        capped=weights > CAP,
         loss_mask=batch.packed_mask[part],
         clip_low=LOW,
         clip_high=HIGH,
-        cap=CAP,
     )
 
 
@@ -131,10 +131,10 @@ def test_metrics_do_not_hold_the_graph() -> None:
         advantages=fixed,
         entropy=logprobs,
         importance_weights=fixed,
+        capped=mask,
         loss_mask=mask,
         clip_low=0.2,
         clip_high=0.2,
-        cap=math.inf,
     )
     assert not any(value.requires_grad for value in (sums.sums | sums.maxima).values())
 

@@ -5,7 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buffer.trajectory import TrajectoryGroup
-from buffer.wire import EvaluationReport, Peer, Status, Wait
+from buffer.wire import EvaluationReport, Peer, StageStatus, Status, Wait
 from learner.batch import TrainingBatch
 from learner.report import Reporter, StepClock, batch_metrics
 from tests.learner.samples import CPU, make_trajectory
@@ -34,6 +34,7 @@ def test_batch_metrics_are_what_one_counts_by_hand():
             "reward/std": math.sqrt((1.375**2 + 0.125**2 + 2 * 0.625**2) / 4),
             "reward/completion_tokens_mean": 2.5,
             "reward/completion_tokens_max": 3.0,
+            "reward/turns_mean": 1.0,
             "reward/groups_without_signal": 0.5,
             "reward/part_answer": -0.375,
             "reward/fraction_correct": 0.25,
@@ -42,6 +43,7 @@ def test_batch_metrics_are_what_one_counts_by_hand():
             "reward/fraction_odd": 0.25,
             "reward/fraction_no_answer": 0.0,
             "reward/fraction_timeout": 0.0,
+            "reward/fraction_crash": 0.0,
             "reward/fraction_error": 0.0,
             "staleness/mean": 3.5,
             "staleness/max": 4.0,
@@ -86,24 +88,30 @@ def test_event_files_hold_everything_by_policy_version(tmp_path: Path):
         reporter.staleness(batch(), version)
     reporter.evaluation(EvaluationReport("actor-0", 3, 2, 100, 0.75, 0.5, 12.0, 1.5))
     peers = (peer("actor", 1, tokens=10.0), peer("actor", 0, tokens=30.0, idle=0.5), peer("learner", 2))
-    reporter.status(Status({"ready": 4, "dropped:late": 1}, 2, False, peers, ()), 2)
+    stage = StageStatus(2, 3, 0.75, 200, 11)
+    reporter.status(Status({"ready": 4, "dropped:late": 1}, 2, False, peers, (), stage=stage), 2)
     reporter.close()
     assert scalars(tmp_path, "reward/mean") == [(1, 0.5), (2, 1.0)]
     assert scalars(tmp_path, "evaluation/pass_at_1") == [(2, 0.75)]
     assert scalars(tmp_path, "buffer/ready") == [(2, 4.0)]
     assert scalars(tmp_path, "buffer/dropped_late") == [(2, 1.0)]
+    assert scalars(tmp_path, "buffer/stage") == [(2, 2.0)]
+    assert scalars(tmp_path, "buffer/success") == [(2, 0.75)]
+    assert scalars(tmp_path, "buffer/prompts_passed_over") == [(2, 11.0)]
     assert scalars(tmp_path, "actor/tokens") == [(2, 20.0)]
     assert scalars(tmp_path, "actor/idle") == [(2, 0.5)]
     assert scalars(tmp_path, "weights/actor_versions_behind") == [(2, 2.0)]
-    histograms = events(tmp_path).Histograms("staleness/groups")
-    assert [(event.step, event.histogram_value.num) for event in histograms] == [(1, 2), (2, 2)]
+    for name, num_values in (("groups", 2), ("in_flight", 4), ("queued", 4)):
+        histograms = events(tmp_path).Histograms(f"staleness/{name}")
+        assert [(event.step, event.histogram_value.num) for event in histograms] == [(1, num_values), (2, num_values)]
 
 
 def test_without_actors_nothing_is_said_about_them(tmp_path: Path):
     reporter = Reporter(tmp_path, 0)
     reporter.status(Status({"ready": 4}, 2, False, (peer("learner", 2, idle=0.1),), ()), 2)
     reporter.close()
-    assert events(tmp_path).Tags()["scalars"] == ["buffer/ready", "waiting/learner-2_seconds"]
+    names = ("ready", "stage", "success", "prompts_passed_over")
+    assert events(tmp_path).Tags()["scalars"] == [*(f"buffer/{name}" for name in names), "waiting/learner-2_seconds"]
 
 
 def test_who_waits_for_whom_is_a_curve_and_a_page_of_text(tmp_path: Path):

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from learner.batch import TrainingBatch
+from learner.corrections import NoCorrection
 from learner.grpo import GRPO
-from learner.importance import NoCorrection
 from learner.model import PolicyModel
 from learner.ppo import PPO
 from learner.steps import Annotations, critic_step, policy_step, score_batch

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from learner.agreement import LogprobMismatchError
 from learner.algorithm import Algorithm
 from learner.checkpoint import newest_checkpoint
+from learner.corrections import VTrace
 from learner.grpo import GRPO
 from learner.ppo import PPO
 from tests.learner.samples import plain_model
@@ -51,7 +52,7 @@ def assert_trained_once(run: ScriptedRun, num_batches: int, max_staleness: int) 
     assert ledger.staleness_max <= max_staleness
 
 
-@pytest.mark.parametrize("algorithm", [GRPO(), PPO()], ids=["grpo", "ppo"])
+@pytest.mark.parametrize("algorithm", [GRPO(), PPO(correction=VTrace())], ids=["grpo", "ppo-vtrace"])
 def test_a_run_trains_publishes_evaluates_and_ends_with_a_checkpoint(
     start_run: Runs, model_folder: Path, algorithm: Algorithm
 ):
@@ -86,6 +87,17 @@ def test_several_updates_per_batch_with_a_reference(start_run: Runs):
     assert sorted(scalars(run, "value/gradient_norm")) == [2, 4, 6]
     assert scalars(run, "policy/reference_kl_k3")[6] > scalars(run, "policy/reference_kl_k3")[2] > 0
     assert sorted(path.name for path in (run.directory / "checkpoints").iterdir()) == ["00000004", "00000006"]
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(), PPO(correction=VTrace())], ids=["grpo", "ppo-vtrace"])
+def test_a_batch_of_groups_of_two_sizes_trains(start_run: Runs, algorithm: Algorithm):
+    """As where the curriculum's next stage samples larger groups."""
+    run = start_run(max_staleness=2, updates=2)
+    run.start_actor(sizes=(2, 5))
+    run.learn(algorithm, 2)
+    assert_trained_once(run, 1, max_staleness=2)
+    norms = scalars(run, "policy/gradient_norm")
+    assert all(0 < norm < math.inf for norm in norms.values()) and norms
 
 
 def test_while_the_critic_warms_up_the_policy_stays(start_run: Runs):
@@ -144,14 +156,34 @@ def test_a_finished_run_that_is_started_again_only_ends(start_run: Runs):
     assert_trained_once(run, 2, max_staleness=2)
 
 
-def test_strictly_in_turn_the_same_seed_gives_the_same_weights(start_run: Runs):
-    finals = []
-    for name in ("one", "two"):
+def test_an_adaptive_penalty_and_a_moving_reference_go_on_where_they_stopped(start_run: Runs):
+    """Strictly in turn the same seed gives the same weights, also for a run that stopped at 3: all state is saved."""
+    algorithm = PPO(
+        **{"kl": "loss", "kl_coef": 0.1, "kl_schedule": "adaptive", "kl_target": 1e-4, "kl_horizon": 100.0},
+        reference_refresh_every=2,
+    )
+    finals, coefficients = [], []
+    for name, stops in (("straight", [5]), ("stopped", [3, 5])):
         run = start_run(name, max_staleness=0)
         run.start_actor()
-        finals.append(run.learn(PPO(), 3)[1][-1].tensors)
-        assert_trained_once(run, 3, max_staleness=0)
+        for stop in stops:
+
+            def stop_there(version: int, last: int = stop, run: ScriptedRun = run) -> None:
+                if version == last:
+                    run.stopping.set()
+
+            run.stopping.clear()
+            trainer, manifests = run.learn(algorithm, 5, on_publish=stop_there)
+            assert trainer.version == stop
+        finals.append(manifests[-1].tensors)
+        coefficients.append(scalars(run, "policy/kl_coef"))
+        assert (run.directory / "checkpoints" / "00000005" / "reference.pt").is_file()
     assert finals[0] == finals[1]
+    assert coefficients[0] == coefficients[1] and sorted(coefficients[0]) == [1, 2, 3, 4, 5]
+    assert coefficients[0][1] == pytest.approx(0.1) and len(set(coefficients[0].values())) == 5
+    distances = scalars(run, "policy/reference_kl_k3")
+    # The reference is the policy itself right after versions 2 and 4.
+    assert distances[1] == distances[3] == distances[5] == 0 < min(distances[2], distances[4])
 
 
 def test_log_probabilities_of_another_distribution_are_refused_with_the_largest_difference(start_run: Runs):

@@ -1,0 +1,35 @@
+"""Every algorithm of configs/ with every correction of configs/, and the pairs that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from learner.algorithm import Algorithm
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ALGORITHMS = sorted(path.stem for path in (CONFIGS / "algorithm").glob("*.yaml"))
+CORRECTIONS = sorted(path.stem for path in (CONFIGS / "correction").glob("*.yaml"))
+REFUSED = {
+    ("ppo", "topr"): "TOPR asks whether a completion as a whole was good",
+    ("gspo", "ppo_behavior"): "GSPO clips a completion's ratio",
+    **{(name, "vtrace"): "has no critic whose targets VTrace could correct" for name in ALGORITHMS if name != "ppo"},
+}
+SENSIBLE = [(a, c) for a in ALGORITHMS for c in CORRECTIONS if (a, c) not in REFUSED]
+
+
+def build(algorithm: str, correction: str, **changes: object) -> Algorithm:
+    """The algorithm as a run with `max_new_tokens=64` would have it, with some settings changed."""
+    config = OmegaConf.create(
+        {
+            "max_new_tokens": 64,
+            "correction": OmegaConf.load(CONFIGS / "correction" / f"{correction}.yaml"),
+            "algorithm": OmegaConf.load(CONFIGS / "algorithm" / f"{algorithm}.yaml"),
+        }
+    )
+    OmegaConf.resolve(config)
+    built = instantiate(OmegaConf.merge(config.algorithm, changes))
+    assert isinstance(built, Algorithm)
+    return built
