@@ -31,6 +31,7 @@ WARNINGS = {
     "verifier_skipped": (1, "{:.0f} completions that could not be scored were left out"),
     "bad_steps": (1, "{:.0f} steps were skipped, their loss or gradient was not finite"),
     "failed_checkpoints": (1, "{:.0f} checkpoints could not be written"),
+    "warning": (1, "the data is far off-policy: {:.0f} bounds crossed, its log says which"),
     "batches_without_signal": (3, "nothing to learn from {:.0f} batches in a row, its log says why"),
 }
 """Metrics that a person should hear of, and from which value on."""

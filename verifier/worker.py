@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -23,6 +24,8 @@ from verifier.base import Completion, RewardSpec, Score, Verdict
 from verifier.scoring import READY, Failure, serve
 
 START_SECONDS = 60.0
+NUM_START_TRIES = 3
+START_PAUSE_SECONDS = 0.2
 NUM_OUTSIDE_KILLS = 3
 """How often a completion is scored whose process is killed by somebody else."""
 _OUTSIDE = (-signal.SIGKILL, 255)
@@ -140,16 +143,22 @@ class Worker:
         """A new process, not yet ready, and our end of its pipe; call with the lock held."""
         if self._ended:
             raise WorkerStartError("the scoring pool is closed")
-        ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        process = context.Process(target=serve, args=(theirs, *self._arguments), name="scoring", daemon=True)
-        with theirs:
-            try:
-                process.start()
-            except OSError as error:
-                ours.close()
-                raise WorkerStartError(f"no process could be started: {error}") from error
+        for tries_left in reversed(range(NUM_START_TRIES)):
+            ours, theirs = multiprocessing.Pipe()
+            process = context.Process(target=serve, args=(theirs, *self._arguments), name="scoring", daemon=True)
+            with theirs:
+                try:
+                    process.start()
+                # A fork server that is dying at this moment refuses; the next try starts another one.
+                except (OSError, EOFError) as error:
+                    ours.close()
+                    if not tries_left:
+                        raise WorkerStartError(f"no process could be started: {error}") from error
+                    time.sleep(START_PAUSE_SECONDS)
+                    continue
+            break
         _bound_sending(ours, self._deadline_seconds)
         return process, ours
 

@@ -35,7 +35,7 @@ from actors.environments.grid import (
 
 OPTIONS = {
     "size": (4, 3, 8),
-    "holes": (3, 0, 20),
+    "holes": (2, 0, 20),
     "slip": (20, 0, 100),
     "actions_per_turn": (1, 1, 10),
     "words": (0, 0, 1),
