@@ -71,7 +71,7 @@ class Report:
     """CPU time of the slowest pair."""
     slowest: str
     peak_bytes: int
-    """Resident memory of the judging process at its largest."""
+    """Resident memory of the judging process at its largest, less what it began with."""
 
 
 class Found(AssertionError):
@@ -208,7 +208,8 @@ def _named(seed: int, index: int) -> str:
 
 def _judge_pairs(seed: int, seconds: float, at: Any, sending: Connection) -> None:
     slowest_seconds, slowest = 0.0, ""
-    soft = psutil.Process().memory_info().vms + MEMORY_BYTES
+    memory = psutil.Process().memory_info()
+    soft = memory.vms + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
     end = time.monotonic() + seconds
     try:
@@ -225,7 +226,7 @@ def _judge_pairs(seed: int, seconds: float, at: Any, sending: Connection) -> Non
         frame = traceback.extract_tb(error.__traceback__)[-1]
         sending.send(f"{type(error).__name__}: {str(error)[:500]} in {frame.name}, {frame.filename}:{frame.lineno}")
         return
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory.rss
     sending.send(Report(seed, index + 1, slowest_seconds, slowest, peak_bytes))
 
 
