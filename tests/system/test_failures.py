@@ -116,7 +116,7 @@ def test_everybody_may_die_or_freeze_while_the_run_goes_on(launch: Launch, tmp_p
     run.until_trained(3)
 
     frozen = run.process_of("--name", "actor-1")
-    frozen.suspend()
+    run.until(lambda: freeze_at_work(frozen, "actor-1", run_dir))
     run.until(lambda: re.search(r"actor-1\S* was silent", run.log("buffer")))
     frozen.resume()
     run.until_trained(3)
@@ -172,6 +172,19 @@ def contributions(run_dir: Path, actor: str) -> int:
     with closing(sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True)) as db:
         trained = "SELECT count(*) FROM occurrences WHERE state IN ('used', 'done') AND actor_id LIKE ?"
         return int(db.execute(trained, (f"%{actor}",)).fetchone()[0])
+
+
+def freeze_at_work(process: psutil.Process, actor: str, run_dir: Path) -> bool:
+    """Halts an actor; goes on where it held no leases, of which there would be nothing to see."""
+    process.suspend()
+    # What it has sent is on its way.
+    time.sleep(0.3)
+    with closing(sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True)) as db:
+        leased = "SELECT count(*) FROM occurrences WHERE state = 'leased' AND holder LIKE ?"
+        holds = bool(db.execute(leased, (f"{actor}%",)).fetchone()[0])
+    if not holds:
+        process.resume()
+    return holds
 
 
 def test_sigterm_ends_a_run_well(launch: Launch, tmp_path: Path) -> None:
