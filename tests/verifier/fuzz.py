@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
+import re
 import resource
 import sys
 import time
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -226,7 +228,9 @@ def _judge_pairs(seed: int, seconds: float, at: Any, sending: Connection) -> Non
         frame = traceback.extract_tb(error.__traceback__)[-1]
         sending.send(f"{type(error).__name__}: {str(error)[:500]} in {frame.name}, {frame.filename}:{frame.lineno}")
         return
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - memory.rss
+    # Not getrusage: its maximum is that of the parent too, in whose image this process began.
+    [peak_kib] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    peak_bytes = int(peak_kib) * 1024 - memory.rss
     sending.send(Report(seed, index + 1, slowest_seconds, slowest, peak_bytes))
 
 
