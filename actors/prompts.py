@@ -15,6 +15,9 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from actors.environments import (
     arithmetic,
     bandit,
@@ -71,6 +74,11 @@ class Task:
     def prompt(self, problem: Problem) -> str:
         """The text the model continues."""
         return self.template.render(problem.question)
+
+    @cached_property
+    def levels(self) -> NDArray[np.int64]:
+        """[training problems] the level of each."""
+        return np.fromiter((problem.level for problem in self.train), np.int64, len(self.train))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -176,9 +176,11 @@ def check_prompts_fit(
     Raises:
         PromptsTooLongError: with the shortest prompt's length and the way out.
     """
-    for number, stage in enumerate(stages or (Stage(),), start=1):
-        where = f" of curriculum stage {number}" if stages else ""
-        problems = [task.train[i] for i in prompts_of(stage, np.array([problem.level for problem in task.train]))]
+    if not stages:
+        _check_any_fits(task, task.train, tokenizer, max_tokens, max_new_tokens, "")
+    for number, stage in enumerate(stages, start=1):
+        problems = [task.train[i] for i in prompts_of(stage, task.levels)]
+        where = f" of curriculum stage {number}"
         _check_any_fits(task, problems, tokenizer, max_tokens, stage.max_new_tokens or max_new_tokens, where)
 
 

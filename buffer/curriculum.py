@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Curriculum:
-    """Deals the prompts of one run. Call `open` inside a transaction before anything else.
+    """Deals the prompts of one run. Call `open` inside a transaction, then `load`, before anything else.
 
     Raises:
         ValueError: when stages have levels and the run has none written down, or a stage has no prompts.
@@ -56,10 +56,8 @@ class Curriculum:
         """Names the stages and the prompts of each."""
 
     def open(self) -> None:
-        """Begin the first stage of a new ledger, or find the state of an old one."""
-        if self._file.one("SELECT COUNT(*) FROM stages"):
-            self.load()
-        else:
+        """Begin the first stage of a new ledger; `load` finds the state of an old one."""
+        if not self._file.one("SELECT COUNT(*) FROM stages"):
             self._begin_stage(1, 0, 0.0, 0)
 
     def load(self) -> None:

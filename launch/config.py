@@ -111,7 +111,7 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
     rewards = read_rewards(sections["reward"])
     check_rewards(rewards, is_multi_turn=task.is_multi_turn)
     sections["reward"] = [asdict(spec) for spec in rewards]
-    check_curriculum(run, [problem.level for problem in task.train])
+    check_curriculum(run, task.levels)
     # The folder of an embedded model is known once it is made.
     sections["actor"]["model_path"] = sections["model"]["path"] or "(embedded)"
     read_section(ActorConfig, sections["actor"], "actor")
@@ -236,8 +236,7 @@ def _choose_addresses(sections: dict[str, Any], cluster: ClusterConfig) -> None:
 
 def notices(plan: RunPlan) -> list[str]:
     """What is allowed but may not be meant, one sentence each."""
-    levels, groups = [problem.level for problem in plan.task.train], plan.sections["groups_per_batch"]
-    prompts = fewest_prompts(plan.stages, levels)
+    groups, prompts = plan.sections["groups_per_batch"], fewest_prompts(plan.stages, plan.task.levels)
     what = "a stage of the curriculum" if plan.stages else "the task"
     found = []
     if prompts < groups:
@@ -258,7 +257,7 @@ def notices(plan: RunPlan) -> list[str]:
 def write_config(plan: RunPlan) -> None:
     """RUN_DIR/config.yaml, as every process will read it, and beside it what a curriculum needs to know of prompts."""
     if plan.stages:
-        write_levels(plan.run_dir, [problem.level for problem in plan.task.train])
+        write_levels(plan.run_dir, plan.task.levels.tolist())
     target = plan.run_dir / "config.yaml"
     partial = target.with_suffix(".partial")
     OmegaConf.save(OmegaConf.create(plan.sections), partial)

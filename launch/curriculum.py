@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from buffer.config import read_section
 from buffer.curriculum_config import Stage, check_stages, prompts_of
@@ -27,12 +28,12 @@ def check_stage_settings(curriculum: Any) -> None:
         read_section(Stage, stage, f"curriculum stage {number}")
 
 
-def check_curriculum(run: RunConfig, levels: Sequence[int]) -> None:
+def check_curriculum(run: RunConfig, levels: NDArray[np.int64]) -> None:
     """Refuse stages that contradict each other, ask for more than the run offers, or have no prompts.
 
     Args:
         run: the settings at the top.
-        levels: of every training prompt.
+        levels: [training prompts] of each.
 
     Raises:
         ValueError: one sentence that names the stage, the value and the way out.
@@ -45,12 +46,12 @@ def check_curriculum(run: RunConfig, levels: Sequence[int]) -> None:
             # Engine, context and evaluation are sized by the run's own settings.
             if value > most:
                 raise ValueError(f"{where} has {name}={value}, more than the run's {name}={most}; raise that one to it")
-        if stage.has_levels and not any(levels):
+        if stage.has_levels and not levels.any():
             raise ValueError(
                 f"{where} deals {_described(stage)}, but the task's problems have no levels; choose a task with levels,"
                 " or name the field of a data set that holds them, task.level_field=NAME"
             )
-        if not prompts_of(stage, np.asarray(levels)).size:
+        if not prompts_of(stage, levels).size:
             raise ValueError(
                 f"{where} deals {_described(stage)}, but the task's are {_listed(levels)}; change its levels"
             )
@@ -78,9 +79,9 @@ def _check_reached(run: RunConfig) -> None:
             )
 
 
-def fewest_prompts(stages: Sequence[Stage], levels: Sequence[int]) -> int:
+def fewest_prompts(stages: Sequence[Stage], levels: NDArray[np.int64]) -> int:
     """Prompts of the smallest stage."""
-    return min(prompts_of(stage, np.asarray(levels)).size for stage in stages or [Stage()])
+    return min(prompts_of(stage, levels).size for stage in stages or [Stage()])
 
 
 def _described(stage: Stage) -> str:
@@ -89,6 +90,6 @@ def _described(stage: Stage) -> str:
     )
 
 
-def _listed(levels: Sequence[int]) -> str:
-    there = sorted(set(levels))
+def _listed(levels: NDArray[np.int64]) -> str:
+    there = np.unique(levels).tolist()
     return ", ".join(map(str, there)) if len(there) < 12 else f"{there[0]} to {there[-1]}"

@@ -143,11 +143,16 @@ def sequence_lengths(sequence_index: Tensor, num_sequences: int) -> Tensor:
 def pad_mask(sequence_index: Tensor, num_sequences: int) -> Tensor:
     """[num_sequences, longest] bool that maps packed to padded and back.
 
-    `padded[mask] = packed` and `padded[mask]` keep the packed order, because trajectories are contiguous and in order.
+    `pad(packed, mask)` and `padded[mask]` keep the packed order, because trajectories are contiguous and in order.
     """
     lengths = sequence_lengths(sequence_index, num_sequences)
     longest = int(lengths.max()) if num_sequences else 0
     return torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def pad(packed: Tensor, mask: Tensor) -> Tensor:
+    """[num_sequences, longest] of packed [N], 0 where `pad_mask` is False."""
+    return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
 
 
 def _group_sums(values: Tensor, group_index: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from learner.advantages import pad_mask
+from learner.advantages import pad, pad_mask
 from learner.algorithm import AdvantageInputs, AdvantageOutputs, Algorithm, LossOutputs, ValueLossInputs
 from learner.losses import value_loss
 from learner.metrics import MetricSums, value_metrics
@@ -38,19 +37,15 @@ class PPO(Algorithm):
         """GAE or V-trace per trajectory, then whitening over all ranks; the returns are not whitened."""
         token_rewards = self.token_rewards(batch)
         mask = pad_mask(batch.sequence_index, len(batch.rewards))
-
-        def padded(packed: Tensor) -> Tensor:
-            return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
-
         proximal = batch.proximal_logprobs
         advantages, returns = self.correction.estimate(
-            padded(token_rewards),
-            padded(self._given(batch.values, "values")),
+            pad(token_rewards, mask),
+            pad(self._given(batch.values, "values"), mask),
             mask,
             gamma=self.gamma,
             lam=self.lam,
-            proximal_logprobs=None if proximal is None else padded(proximal),
-            behavior_logprobs=padded(batch.behavior_logprobs),
+            proximal_logprobs=None if proximal is None else pad(proximal, mask),
+            behavior_logprobs=pad(batch.behavior_logprobs, mask),
         )
         return AdvantageOutputs(self.whitened(advantages[mask], batch), returns[mask], token_rewards)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from learner.advantages import gae, pad_mask
+from learner.advantages import gae, pad, pad_mask
 from learner.algorithm import AdvantageInputs, AdvantageOutputs, Algorithm
 
 
@@ -30,8 +30,7 @@ class ReinforcePP(Algorithm):
         """A_t = sum_{k >= t} gamma^(k - t) r_k, then whitened over all ranks."""
         token_rewards = self.token_rewards(batch)
         mask = pad_mask(batch.sequence_index, len(batch.rewards))
-        rewards = torch.zeros(mask.shape, dtype=token_rewards.dtype, device=mask.device)
-        rewards = rewards.masked_scatter(mask, token_rewards)
+        rewards = pad(token_rewards, mask)
         # Without values, GAE at lambda 1 is the sum of what follows.
         sums, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=self.gamma, lam=1.0)
         return AdvantageOutputs(self.whitened(sums[mask], batch), None, token_rewards)
