@@ -1,12 +1,17 @@
-"""Starting whole runs and waiting for them: the real vLLM, the real DeepSpeed and real sockets."""
+"""Whole runs: how they are started, waited for, and what they leave behind. Real vLLM, DeepSpeed and sockets."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+
+from launch.family import marked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL_RUN = (
@@ -20,6 +25,34 @@ SMALL_RUN = (
 """A base model that knows the format and little else, and small batches."""
 
 Launch = Callable[..., "subprocess.Popen[str]"]
+
+
+@dataclass
+class Traces:
+    """What the processes of a run hold outside of its directory."""
+
+    run_mark: str
+    files: set[Path]
+
+    @classmethod
+    def of(cls, family: list[psutil.Process]) -> Traces:
+        """Their mark, their temporary folder and their shared memory."""
+        run_mark, files = "", set()
+        for process in family:
+            environment = process.environ()
+            if "SLIPSTREAM_PROCESS" in environment:
+                run_mark = environment["SLIPSTREAM_PROCESS"].partition(".")[0]
+                files.add(Path(environment["TMPDIR"]))
+                maps = Path(f"/proc/{process.pid}/maps").read_text()
+                files |= {Path(name) for name in re.findall(r" (/dev/shm/\S+)$", maps, re.MULTILINE)}
+        assert run_mark
+        assert all(path.exists() for path in files)
+        # vLLM's engine and its workers share memory, and everybody has the temporary folder.
+        assert len(files) >= 2
+        return cls(run_mark, files)
+
+    def left(self) -> list[object]:
+        return [*marked(self.run_mark), *(path for path in self.files if path.exists())]
 
 
 def finish(process: subprocess.Popen[str], run_dir: Path, timeout_seconds: float = 300.0) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import signal
 import sqlite3
 import subprocess
 import time
@@ -18,8 +17,7 @@ import pytest
 
 from benchmarks.chaos import account
 from buffer.audit import audit
-from launch.family import marked
-from tests.system.runs import Launch, finish, reward_curve
+from tests.system.runs import Launch, Traces, finish, reward_curve
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
 
@@ -59,34 +57,6 @@ class Run:
     @property
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
-
-
-@dataclass
-class Traces:
-    """What the processes of a run hold outside of its directory."""
-
-    run_mark: str
-    files: set[Path]
-
-    @classmethod
-    def of(cls, family: list[psutil.Process]) -> Traces:
-        """Their mark, their temporary folder and their shared memory."""
-        run_mark, files = "", set()
-        for process in family:
-            environment = process.environ()
-            if "SLIPSTREAM_PROCESS" in environment:
-                run_mark = environment["SLIPSTREAM_PROCESS"].partition(".")[0]
-                files.add(Path(environment["TMPDIR"]))
-                maps = Path(f"/proc/{process.pid}/maps").read_text()
-                files |= {Path(name) for name in re.findall(r" (/dev/shm/\S+)$", maps, re.MULTILINE)}
-        assert run_mark
-        assert all(path.exists() for path in files)
-        # vLLM's engine and its workers share memory, and everybody has the temporary folder.
-        assert len(files) >= 2
-        return cls(run_mark, files)
-
-    def left(self) -> list[object]:
-        return [*marked(self.run_mark), *(path for path in self.files if path.exists())]
 
 
 def assert_nothing_lost(run_dir: Path, steps: int) -> None:
@@ -185,19 +155,6 @@ def freeze_at_work(process: psutil.Process, actor: str, run_dir: Path) -> bool:
     if not holds:
         process.resume()
     return holds
-
-
-def test_sigterm_ends_a_run_well(launch: Launch, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run = Run(launch(run_dir, *SMALL_AND_QUICK, "total_steps=100000"), run_dir)
-    run.until_trained(3)
-    traces = Traces.of(run.family)
-    run.process.send_signal(signal.SIGTERM)
-    output, _ = run.process.communicate(timeout=30)
-    assert run.process.returncode == 0, output
-    assert re.search(rf"stopped by SIGTERM; at checkpoint \d+, continue with: .* resume={run_dir}", output)
-    assert not traces.left()
-    assert "Exception ignored" not in run.log("actor-0")
 
 
 def test_a_removed_run_directory_ends_everything_with_one_sentence(launch: Launch, tmp_path: Path) -> None:

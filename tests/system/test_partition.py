@@ -7,6 +7,7 @@ has another. Nothing but the cable joins them: the sockets are encrypted TCP, th
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -132,6 +133,8 @@ def test_a_run_outlives_a_slow_a_leaky_and_a_cut_cable(cable: Cable, cache_dir: 
         *(f"run_dir={run.run_dir}", f"cluster.host={cable.home_address}", "total_steps=100000"),
         *(f"buffer.lease_seconds={LEASE_SECONDS}", "actor.share_files=false", "algorithm=grpo"),
         *("learner.checkpoint_every=20", "learner.evaluate_every=0", "actor.max_groups_in_flight=8"),
+        # Weights that come through the slow cable must still be new enough to sample with.
+        "max_staleness=8",
     ]
 
     def start(namespace: str, *command: str) -> subprocess.Popen[str]:
@@ -146,11 +149,12 @@ def test_a_run_outlives_a_slow_a_leaky_and_a_cut_cable(cable: Cable, cache_dir: 
     try:
         wait_until(lambda: run.version >= 1, "the first step", processes, 240)
         processes.append(start(cable.far, "-m", "actors", str(run.run_dir), "--name", "far"))
-        wait_until(lambda: run.far_groups >= 8, "the far actor's first groups", processes, 180)
+        wait_until(lambda: run.far_groups >= 4, "the far actor's first groups", processes, 180)
 
-        cable.quality = Quality(delay_seconds=0.08, jitter_seconds=0.02, loss=0.05)
-        groups = run.far_groups
-        wait_until(lambda: run.far_groups >= groups + 8, "groups through a slow and leaky cable", processes, 120)
+        cable.quality = Quality(delay_seconds=0.04, jitter_seconds=0.01, loss=0.03)
+        lost, groups = cable.num_lost, run.far_groups
+        wait_until(lambda: run.far_groups >= groups + 4, "groups through a slow and leaky cable", processes, 180)
+        assert cable.num_lost > lost
 
         wait_until(lambda: run.far_leases > 0, "leases at the far actor", processes, 60)
         expired = run.expired
@@ -162,13 +166,15 @@ def test_a_run_outlives_a_slow_a_leaky_and_a_cut_cable(cable: Cable, cache_dir: 
 
         cable.quality = Quality()
         groups = run.far_groups
-        wait_until(lambda: run.far_groups >= groups + 8, "groups after the cable was mended", processes, 120)
+        wait_until(lambda: run.far_groups >= groups + 4, "groups after the cable was mended", processes, 180)
         home.send_signal(signal.SIGTERM)
-        home.wait(timeout=60)
+        assert home.wait(timeout=60) == 0
     finally:
         for process in processes:
             process.terminate()
             process.wait(timeout=60)
+    said = (tmp_path / f"{cable.home}.out").read_text()
+    assert re.search(rf"stopped by SIGTERM; at checkpoint \d+, continue with: .* resume={run.run_dir}", said), said
     assert audit(run.run_dir).holds, audit(run.run_dir).problems
     figures = account(run.run_dir)
     assert figures["trained"] > 0
