@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from actors.config import ActorConfig
+from actors.fetch import WeightClient
 from actors.prompts import Task, TaskConfig, load_task
 from actors.rollout import PromptsTooLongError, check_prompts_fit
 from buffer.client import Connection, host_id
@@ -23,6 +24,7 @@ from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, client_credentials
 from buffer.curriculum_config import Stage
 from buffer.schema import check_name
+from buffer.weights_config import WeightsConfig
 from verifier.base import RewardSpec
 from verifier.config import VerifierConfig
 
@@ -76,7 +78,6 @@ async def _run(
 
     from actors.actor import Actor
     from actors.engine import Engine
-    from actors.weights import WeightClient
     from verifier.pool import ScoringPool
 
     verifier = read_section(VerifierConfig, run["verifier"], "verifier")
@@ -101,23 +102,27 @@ async def _run(
     engine = Engine(config)
     # The connection resends until it is answered; a lease may be long in coming.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
-    learner = Connection(run["weights"]["address"], name, credentials)
+    settings = read_section(WeightsConfig, run["weights"], "weights")
+    learner = Connection(settings.address, name, credentials)
+    weights = WeightClient(
+        learner,
+        host_id=host_id() if config.share_files else "",
+        published=run_dir / "weights",
+        chunk_bytes=config.chunk_bytes,
+        deltas=settings.deltas,
+        relays=run_dir / "relays",
+        connect=lambda address: Connection(address, name, credentials),
+    )
     spool = run_dir / "actors" / name
     try:
         checksums = await engine.start()
         pin_process_tree(config.cpu_affinity)
-        weights = WeightClient(
-            learner,
-            host_id=host_id() if config.share_files else "",
-            published=run_dir / "weights",
-            spool=spool / "weights",
-            chunk_bytes=config.chunk_bytes,
-        )
         actor = Actor(name, config, task, tokenizer, engine, pool, buffer, weights, spool)
         logger.info("%s is ready", name)
         await actor.run(checksums)
     finally:
         buffer.close()
+        weights.close()
         learner.close()
         if pool is not None:
             pool.close()

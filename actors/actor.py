@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.config import ActorConfig
+from actors.fetch import WeightClient
+from actors.local_weights import LocalWeights
 from actors.meter import Meter
 from actors.play import play
 from actors.prompts import Problem, Task
@@ -50,7 +52,6 @@ from verifier.pool import ScoringPool
 
 if TYPE_CHECKING:
     from actors.engine import Engine, SampledCompletion
-    from actors.weights import LocalWeights, WeightClient
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ class Actor:
             # From the first sign of life on: whoever falls silent after it counts as hung.
             tasks.create_task(self._keep_beating())
             await self._verify_first_load(loaded, engine_checksums)
+            loaded.release()
             tasks.create_task(self._keep_weights_fresh())
             tasks.create_task(self._spend_credit(tasks))
 
@@ -178,7 +180,7 @@ class Actor:
         receipt = await self._call(GroupDelivery(self.actor_id, pack_group(group)))
         if not isinstance(receipt, GroupReceipt):
             raise RuntimeError(f"the buffer answered {receipt} to a delivered group")
-        if receipt.outcome != "stored":
+        if receipt.outcome not in ("stored", "dropped"):
             logger.warning("group %s was %s", receipt.group_id, receipt.outcome)
 
     async def _give_back_unscored(self, lease: Lease) -> None:
@@ -266,7 +268,9 @@ class Actor:
     async def _keep_weights_fresh(self) -> None:
         """Load every version as it is published; one that is overtaken while it is fetched is skipped."""
         while True:
-            await self._load_next()
+            loaded = await self._load_next()
+            if loaded is not None:
+                loaded.release()
 
     async def _load_next(self) -> LocalWeights | None:
         """Load the next version; None when there was none in time, or it was overtaken while it was fetched.
@@ -382,7 +386,7 @@ class Actor:
     async def _beat(self, waiting_for: str) -> None:
         metrics = (
             self.meter.metrics()
-            | {"groups_leased": float(self._leased)}
+            | {"groups_leased": float(self._leased), "weight_pulled_bytes": float(self.weights.pulled_bytes)}
             | {f"verifier_{name}": number for name, number in (self.pool.counts() if self.pool else {}).items()}
         )
         reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics))

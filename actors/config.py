@@ -42,6 +42,8 @@ class ActorConfig:
     """How long to wait for the learner's first weights."""
     sample_timeout_seconds: float = 1800.0
     """How long a group may be in the engine before the engine counts as hung and the actor ends."""
+    kv_cache: str = "keep"
+    """keep | recompute: what requests in flight attend to after new weights, the old ones' cache or a new one."""
     chunk_bytes: int = 1 << 20
     """Size of one pulled piece where the weights cannot be mapped."""
     share_files: bool = True
@@ -57,6 +59,8 @@ class ActorConfig:
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")
+        if self.kv_cache not in ("keep", "recompute"):
+            raise ValueError(f"actor.kv_cache={self.kv_cache} is unknown; use keep or recompute")
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"actor.{name}={getattr(self, name)} must be at least 1")

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from actors.config import ActorConfig
 from actors.lifeline import name_actor
-from actors.weights import TRANSFER_BACKEND, WORKER_EXTENSION, LocalWeights
+from actors.local_weights import LocalWeights
+from actors.weights import TRANSFER_BACKEND, WORKER_EXTENSION
 from buffer.trajectory import FinishReason, VersionSpan
 
 MIN_BATCHED_TOKENS = 2048
@@ -63,6 +64,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         on_cpu = current_platform.is_cpu()
+        self._recomputes = config.kv_cache == "recompute"
         self._llm = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=config.model_path,
@@ -131,11 +133,15 @@ class Engine:
     async def load(self, weights: LocalWeights) -> None:
         """Replace the weights in the middle of generation; sampled tokens keep their version.
 
-        Requests in flight are frozen, not aborted, and go on with the new weights and their old key-value cache.
+        Requests in flight are frozen, not aborted. They go on with the new weights, and with their old key-value cache
+        or, where the configuration says so, with one that the new weights compute from their tokens.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._llm.pause_generation(mode="keep", clear_cache=False)
+        if self._recomputes:
+            # Every request goes back to the waiting queue without its cache, none is aborted.
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
         try:
             await self._llm.start_weight_update()
             await self._llm.update_weights(WeightTransferUpdateRequest(update_info=weights.update_info()))

@@ -1,22 +1,15 @@
-"""Weights on their way in: pulled from the learner's store, checked, and loaded inside the vLLM worker.
+"""Weights on their way into vLLM: its weight-transfer interface over a file on this host.
 
-Two halves. `WeightClient` runs in the actor: it waits for a new manifest, and brings the bytes to a local file (mapped
-where the learner's own file is reachable, pulled in chunks where not) before generation pauses. `FileTransferEngine`
-runs in vLLM's worker processes, registered under `TRANSFER_BACKEND` by importing this module: it maps that file and
-hands the tensors to vLLM's layerwise reload, so tensor parallelism and weight repacking keep working.
+`FileTransferEngine` runs in vLLM's worker processes, registered under `TRANSFER_BACKEND` by importing this module: it
+maps the file that `actors/fetch.py` has brought here and checked, and hands the tensors to vLLM's layerwise reload, so
+tensor parallelism and weight repacking keep working.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import math
-import mmap
 import shutil
-import time
-import zlib
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,168 +21,10 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from actors.lifeline import end_with_actor
-from buffer.client import Connection
-from buffer.wire import Chunk, ChunkRequest, Manifest, ManifestRequest, NoNewVersion
-
-logger = logging.getLogger(__name__)
+from actors.local_weights import LocalWeights
 
 TRANSFER_BACKEND = "slipstream_file"
 WORKER_EXTENSION = "actors.weights.WorkerExtension"
-CHUNKS_IN_FLIGHT = 8
-LONGEST_PARK_SECONDS = 10.0
-"""How long one request for a manifest stays with the store, which knows nothing of longer waits."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalWeights:
-    """A version whose bytes are on this host, checked against its manifest."""
-
-    manifest: Manifest
-    path: Path
-
-    @property
-    def policy_version(self) -> int:
-        """Completed optimizer steps behind these weights."""
-        return self.manifest.policy_version
-
-    def update_info(self) -> dict[str, Any]:
-        """What `FileTransferEngine` needs, in types that cross to the worker process."""
-        tensors = self.manifest.tensors
-        return {
-            "path": str(self.path),
-            "names": [entry.name for entry in tensors],
-            "dtypes": [entry.dtype for entry in tensors],
-            "shapes": [list(entry.shape) for entry in tensors],
-            "offsets": [entry.offset for entry in tensors],
-        }
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of all tensors by name."""
-        info = FileUpdateInfo(**self.update_info())
-        return {name: tensor.clone() for name, tensor in info.map_tensors()}
-
-
-class WeightClient:
-    """Pulls versions from the learner's weight store.
-
-    Args:
-        connection: to the store; not closed here.
-        host_id: this host's kernel; equal to the learner's when files can be shared.
-        published: the only folder whose files are mapped, whatever path a manifest names.
-        spool: folder for pulled versions.
-        chunk_bytes: size of one pulled piece.
-    """
-
-    def __init__(self, connection: Connection, *, host_id: str, published: Path, spool: Path, chunk_bytes: int) -> None:
-        self._connection = connection
-        self._host_id = host_id
-        self._published = published.resolve()
-        self._spool = spool
-        self._chunk_bytes = chunk_bytes
-
-    async def wait_for_new(self, known_publication: str, wait_seconds: float) -> Manifest | None:
-        """The newest manifest unless it is `known_publication`.
-
-        Waits for: the learner's next publication. Unblocked by: the learner. Gives up after: `wait_seconds`, with a
-        TimeoutError when the store has not answered in that time and a minute more.
-        """
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            remaining = max(deadline - time.monotonic(), 0.0)
-            request = ManifestRequest(known_publication, min(remaining, LONGEST_PARK_SECONDS))
-            reply = await asyncio.wrap_future(self._connection.request(request, timeout_seconds=remaining + 60.0))
-            if isinstance(reply, Manifest):
-                return reply
-            if not isinstance(reply, NoNewVersion):
-                raise RuntimeError(f"the weight store answered {type(reply).__name__} to a request for a manifest")
-            if not remaining:
-                return None
-
-    async def fetch(self, manifest: Manifest) -> LocalWeights:
-        """Bring a version to this host and compare every tensor's checksum.
-
-        Raises:
-            RuntimeError: bytes that are not what the learner published, or a manifest that contradicts itself, naming
-                the tensor.
-            RequestRefused: the version is gone; ask for the newest manifest.
-        """
-        _check_manifest(manifest)
-        if manifest.host_id == self._host_id and Path(manifest.path).resolve().is_relative_to(self._published):
-            # Where the folder is not visible here, or the version is gone from it, the store is asked instead.
-            with contextlib.suppress(FileNotFoundError):
-                return await self._checked(manifest, Path(manifest.path))
-        return await self._checked(manifest, await self._pull(manifest))
-
-    async def _checked(self, manifest: Manifest, path: Path) -> LocalWeights:
-        await asyncio.to_thread(_check, manifest, path)
-        return LocalWeights(manifest, path)
-
-    async def _pull(self, manifest: Manifest) -> Path:
-        self._spool.mkdir(parents=True, exist_ok=True)
-        for old in self._spool.glob("v*.weights"):
-            old.unlink()
-        path = self._spool / f"v{manifest.policy_version:08d}.weights"
-        waiting: deque[tuple[ChunkRequest, asyncio.Future[Any]]] = deque()
-        try:
-            with path.open("wb") as file:
-                for offset in range(0, manifest.num_bytes, self._chunk_bytes):
-                    size = min(self._chunk_bytes, manifest.num_bytes - offset)
-                    request = ChunkRequest(manifest.policy_version, offset, size)
-                    answer = asyncio.wrap_future(self._connection.request(request, timeout_seconds=60.0))
-                    waiting.append((request, answer))
-                    if len(waiting) == CHUNKS_IN_FLIGHT:
-                        await _write_chunk(file, *waiting.popleft())
-                while waiting:
-                    await _write_chunk(file, *waiting.popleft())
-        finally:
-            for _, future in waiting:
-                future.cancel()
-        return path
-
-
-async def _write_chunk(file: Any, request: ChunkRequest, answer: asyncio.Future[Any]) -> None:
-    reply = await answer
-    if not isinstance(reply, Chunk):
-        raise RuntimeError(f"the weight store answered {type(reply).__name__} to a request for a chunk")
-    if (reply.offset, len(reply.data)) != (request.offset, request.num_bytes):
-        raise RuntimeError(
-            f"the weight store answered with {len(reply.data)} bytes at {reply.offset} to a request for"
-            f" {request.num_bytes} at {request.offset}"
-        )
-    file.seek(reply.offset)
-    file.write(reply.data)
-
-
-def _check_manifest(manifest: Manifest) -> None:
-    """Every tensor has a type that torch knows, as many bytes as its shape says, and lies inside the file."""
-    for entry in manifest.tensors:
-        dtype = getattr(torch, entry.dtype, None)
-        if not isinstance(dtype, torch.dtype) or math.prod(entry.shape) * dtype.itemsize != entry.num_bytes:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: tensor {entry.name} of type {entry.dtype} and shape {entry.shape}"
-                f" cannot have {entry.num_bytes} bytes"
-            )
-        if entry.offset + entry.num_bytes > manifest.num_bytes:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: tensor {entry.name} ends at byte {entry.offset + entry.num_bytes}"
-                f" of a file of {manifest.num_bytes}"
-            )
-
-
-def _check(manifest: Manifest, path: Path) -> None:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if len(mapped) != manifest.num_bytes:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: {path} has {len(mapped)} bytes, the learner published"
-                f" {manifest.num_bytes}"
-            )
-        for entry in manifest.tensors:
-            checksum = zlib.crc32(memoryview(mapped)[entry.offset : entry.offset + entry.num_bytes])
-            if checksum != entry.checksum:
-                raise RuntimeError(
-                    f"policy {manifest.policy_version}: tensor {entry.name} arrived with checksum {checksum:08x}, the"
-                    f" learner published {entry.checksum:08x}"
-                )
 
 
 def export_folder(weights: LocalWeights, base: Path, folder: Path) -> Path:
@@ -199,7 +34,9 @@ def export_folder(weights: LocalWeights, base: Path, folder: Path) -> Path:
     for path in base.iterdir():
         if path.is_file() and path.suffix == ".json" and "index" not in path.name:
             shutil.copy2(path, folder / path.name)
-    save_file(weights.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    info = FileUpdateInfo(**weights.update_info())
+    tensors = {name: tensor.clone() for name, tensor in info.map_tensors()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -6,7 +6,7 @@ is over the run may finish. Then the ledger is audited, and held against a secon
 down about every batch it trained on. Beside it stands the same run, undisturbed.
 
 lost: prompts issued that are in no state, or that no weights of the last lineage of checkpoints contain although the
-ledger calls them done. trained_twice: groups that the last lineage contains more than once.
+ledger calls them done. trained_twice: uses of groups in the last lineage that the ledger does not have.
 """
 
 from __future__ import annotations
@@ -201,18 +201,20 @@ def account(run_dir: Path) -> dict[str, Any]:
     inspect = [sys.executable, "-m", "buffer", "inspect", str(run_dir), "--json"]
     found = json.loads(subprocess.run(inspect, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout)
     with closing(sqlite3.connect(f"file:{run_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as db:
-        done = dict(db.execute("SELECT occurrence, used_version FROM occurrences WHERE state = 'done'"))
+        sql = "SELECT used_version, occurrence FROM uses JOIN occurrences USING (occurrence) WHERE state = 'done'"
+        uses = set(db.execute(sql))
     trained = lineage((run_dir / "logs" / "learner.log").read_text(errors="replace"))
-    times = Counter(occurrence for groups in trained.values() for occurrence in groups)
-    witnessed = {occurrence: number for number, groups in trained.items() for occurrence in groups}
+    witnessed = [(number, occurrence) for number, groups in trained.items() for occurrence in groups]
+    times = Counter(occurrence for _, occurrence in witnessed)
+    allowed = Counter(occurrence for _, occurrence in uses)
     in_no_state = found["issued"] - sum(found["counts"].values()) - sum(found["dropped"].values())
     return {
         "issued": found["issued"],
-        "trained": len(done),
+        "trained": len(allowed),
         "dropped": found["dropped"],
         "counters": found["counters"],
-        "lost": abs(in_no_state) + sum(witnessed.get(occurrence) != number for occurrence, number in done.items()),
-        "trained_twice": sum(number - 1 for number in times.values()),
+        "lost": abs(in_no_state) + len(uses - set(witnessed)),
+        "trained_twice": sum(max(0, number - max(1, allowed[occurrence])) for occurrence, number in times.items()),
         "invariant_holds": found["holds"],
         "problems": found["problems"],
         "staleness_max": found["staleness_max"],

@@ -72,7 +72,7 @@ def _describe(found: Audit) -> str:
     rows += [(f"dropped: {reason}", number) for reason, number in sorted(found.dropped.items())]
     rows += sorted(found.counters.items())
     rows += [(f"evaluations {state}", number) for state, number in sorted(found.evaluations.items())]
-    rows += [("policy_version", found.policy_version), ("staleness_max", found.staleness_max)]
+    rows += [("policy_version", found.policy_version), ("uses", found.uses), ("staleness_max", found.staleness_max)]
     lines = [f"{name:<24}{number:>10}" for name, number in rows]
     lines.append(f"{'staleness_mean':<24}{found.staleness_mean:>10.2f}")
     lines += [_describe_stage(stage) for stage in found.stages]

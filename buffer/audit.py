@@ -16,9 +16,13 @@ from buffer.states import STATES
 KEPT_STATES = tuple(state for state in STATES if state != "dropped")
 
 _BROKEN_RULES = {
-    "used or done groups whose staleness is not used_version - oldest_version": (
+    "used or done groups that were in no batch": (
         "SELECT COUNT(*) FROM occurrences WHERE state IN ('used', 'done')"
-        " AND staleness IS NOT used_version - oldest_version"
+        " AND occurrence NOT IN (SELECT occurrence FROM uses)"
+    ),
+    "places in a batch of groups that are neither used nor done": (
+        "SELECT COUNT(*) FROM uses WHERE occurrence NOT IN"
+        " (SELECT occurrence FROM occurrences WHERE state IN ('used', 'done'))"
     ),
     "ready or used groups without contents": (
         "SELECT COUNT(*) FROM occurrences WHERE state IN ('ready', 'used')"
@@ -28,9 +32,8 @@ _BROKEN_RULES = {
         "SELECT COUNT(*) FROM payloads WHERE occurrence NOT IN"
         " (SELECT occurrence FROM occurrences WHERE state IN ('ready', 'used'))"
     ),
-    "places in a batch taken twice": (
-        "SELECT COUNT(*) FROM (SELECT 1 FROM occurrences WHERE state IN ('used', 'done')"
-        " GROUP BY used_version, batch_order HAVING COUNT(*) > 1)"
+    "batches with an empty place": (
+        "SELECT COUNT(*) FROM (SELECT 1 FROM uses GROUP BY used_version HAVING COUNT(*) != MAX(batch_order) + 1)"
     ),
     "occurrences beyond the number issued": (
         "SELECT COUNT(*) FROM occurrences WHERE occurrence < 0"
@@ -83,8 +86,10 @@ class Audit:
     stages: tuple[StageRow, ...]
     """Those begun, oldest first."""
     policy_version: int
+    uses: int
+    """Places in batches that groups were given; more than the groups where max_uses is above 1."""
     staleness_max: int
-    """Over the groups handed out to the learner; 0 before the first."""
+    """Over the uses; 0 before the first."""
     staleness_mean: float
     problems: tuple[str, ...]
     """What does not hold; empty when the ledger is sound."""
@@ -129,8 +134,9 @@ def _audit(db: sqlite3.Connection, path: Path) -> Audit:
         number = db.execute(sql).fetchone()[0]
         if number:
             problems.append(f"{number} {rule}")
-    highest, mean = db.execute(
-        "SELECT MAX(staleness), AVG(staleness) FROM occurrences WHERE state IN ('used', 'done')"
+    uses, highest, mean = db.execute(
+        "SELECT COUNT(*), MAX(used_version - oldest_version), AVG(used_version - oldest_version)"
+        " FROM uses CROSS JOIN occurrences USING (occurrence)"
     ).fetchone()
     return Audit(
         issued=issued,
@@ -140,6 +146,7 @@ def _audit(db: sqlite3.Connection, path: Path) -> Audit:
         evaluations=dict(db.execute("SELECT state, COUNT(*) FROM evaluations GROUP BY state")),
         stages=tuple(StageRow(*row) for row in db.execute(_STAGES)),
         policy_version=meta.get("policy_version", 0),
+        uses=uses,
         staleness_max=highest or 0,
         staleness_mean=mean or 0.0,
         problems=tuple(problems),

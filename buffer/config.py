@@ -15,11 +15,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from buffer.admission import Limits
 from buffer.curriculum_config import Skip, Stage, check_skips, check_stages
+from buffer.sampler import SAMPLERS
 
 T = TypeVar("T")
 
 DURABILITIES = ("full", "normal", "memory")
+ON_STALE = ("wait", "drop", "mask")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,19 @@ class BufferConfig:
     """Optimizer steps the learner takes with one batch."""
     num_batches: int = 0
     """Batches the run needs in all; 0 = endless."""
+    max_uses: int = 1
+    """Batches that one group may be in, within max_staleness."""
+    sampler: str = "fifo"
+    """Which groups a batch takes beyond those that would become too stale: fifo, uniform, freshest, prioritized."""
+    on_stale: str = "wait"
+    """A group that would exceed max_staleness: wait = the learner waits for it, drop = it is dropped and its prompt
+    sampled again, mask = its tokens that are too old are left out of the loss."""
+    max_reissues: int = 1
+    """How often a prompt is sampled again because its group was too stale; then it is dropped. Not under wait."""
+    drop_no_signal: bool = False
+    """Whether a group whose rewards are all equal is dropped on delivery, and another prompt sampled instead."""
+    max_no_signal: int = 1000
+    """So many such groups in a row end the run; 0 = never."""
     lease_seconds: float = 60.0
     """Silence after which an actor loses its leases."""
     durability: str = "normal"
@@ -60,10 +76,10 @@ class BufferConfig:
     """Every so many epochs of a stage all its prompts are dealt again; 0: never."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "groups_per_batch", "updates_per_batch"):
+        for name in ("num_prompts", "groups_per_batch", "updates_per_batch", "max_uses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"buffer.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_batches", "seed"):
+        for name in ("num_batches", "seed", "max_reissues", "max_no_signal"):
             if getattr(self, name) < 0:
                 raise ValueError(f"buffer.{name} is {getattr(self, name)}; it must be at least 0")
         if self.max_staleness < 0:
@@ -77,8 +93,32 @@ class BufferConfig:
             raise ValueError(f"buffer.lease_seconds is {self.lease_seconds}; it must be above 0")
         if self.durability not in DURABILITIES:
             raise ValueError(f"buffer.durability is {self.durability!r}; choose one of {', '.join(DURABILITIES)}")
+        self._check_replay()
         check_stages(self.stages)
         check_skips(self.skip_solved, self.skip_unsolved, self.revisit_epochs)
+
+    def _check_replay(self) -> None:
+        for name, choices in (("sampler", tuple(SAMPLERS)), ("on_stale", ON_STALE)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"buffer.{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        num_slots = self.limits.num_slots
+        if self.max_uses > num_slots:
+            raise ValueError(
+                f"buffer.max_uses is {self.max_uses}, but with max_staleness {self.max_staleness} and updates_per_batch"
+                f" {self.updates_per_batch} a group is fresh enough for {num_slots} batches at most; lower max_uses, or"
+                f" raise max_staleness to {(self.max_uses - 1) * self.updates_per_batch} or more"
+            )
+        for name, inert in (("sampler", "fifo"), ("on_stale", "wait")):
+            if self.max_staleness == 0 and getattr(self, name) != inert:
+                raise ValueError(
+                    f"buffer.{name} is {getattr(self, name)!r}, but with max_staleness 0 (or mode=sync) every batch is"
+                    f" all the groups there are, none too stale; leave it at {inert}, or raise max_staleness"
+                )
+
+    @property
+    def limits(self) -> Limits:
+        """The constants of the schedule."""
+        return Limits(self.max_staleness, self.groups_per_batch, self.updates_per_batch, self.max_uses)
 
 
 def read_section(cls: type[T], mapping: Mapping[str, Any], section: str) -> T:

@@ -17,7 +17,6 @@ import json
 import logging
 import time
 from bisect import bisect_right
-from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,12 +72,6 @@ class Curriculum:
         # One bit per prompt, zeros where the column is shorter; NumPy fills with them only after a first byte.
         skipped = np.unpackbits(np.frombuffer(packed or b"\0", np.uint8), count=len(prompts)).astype(np.bool_)
         self._set_epoch(prompts, skipped)
-        newest = self._file.rows(
-            f"SELECT {SUCCESS} FROM occurrences WHERE occurrence >= ? AND state IN ('used', 'done')"
-            " ORDER BY used_version DESC, batch_order DESC LIMIT ?",
-            *(self._firsts[-1], self._stage.over_groups),
-        )
-        self._successes = deque((row[0] for row in reversed(newest)), maxlen=self._stage.over_groups)
         delivered = "occurrence >= ? AND num_samples IS NOT NULL"
         sql = f"SELECT occurrence, prompt_id, {SUCCESS} FROM occurrences WHERE {delivered} ORDER BY occurrence"
         groups = self._file.rows(sql, self._firsts[-1]) if self._num_recent else []
@@ -99,14 +92,11 @@ class Curriculum:
         if self._num_recent and occurrence >= self._firsts[-1]:
             self._recent.add(occurrence, prompt_id, success)
 
-    def used(self, occurrence: int, success: float) -> None:
-        """A group was handed out to the learner; those of earlier stages do not count for this one."""
-        if occurrence >= self._firsts[-1]:
-            self._successes.append(success)
-
     def advance(self, next_version: int) -> None:
         """A batch was cut, and the next one is for `next_version`: begin the next stage if this one is over."""
-        while self._number < len(self._stages) and self._stage.ends(next_version, self._began_version, self._successes):
+        while self._number < len(self._stages) and self._stage.ends(
+            next_version, self._began_version, self._successes()
+        ):
             before = self.status()
             self._begin_stage(self._number + 1, next_version, before.success, before.num_groups)
             log.info(
@@ -116,11 +106,23 @@ class Curriculum:
 
     def status(self) -> StageStatus:
         """For the display, the event files and `inspect`."""
-        groups = len(self._successes)
-        success = sum(self._successes) / groups if groups else 0.0
+        successes = self._successes()
+        groups = len(successes)
+        success = sum(successes) / groups if groups else 0.0
         return StageStatus(self._number, len(self._stages), success, groups, self._num_passed_over)
 
     # --- inside ---
+
+    def _successes(self) -> list[float]:
+        """Of the stage's groups dealt last, as far as the learner has had them or they were dropped for having no
+        signal: without these a stage whose prompts are all solved would never end.
+        """
+        rows = self._file.rows(
+            f"SELECT {SUCCESS} FROM occurrences WHERE occurrence >= ? AND (state IN ('used', 'done')"
+            " OR state = 'dropped' AND num_samples IS NOT NULL) ORDER BY occurrence DESC LIMIT ?",
+            *(self._firsts[-1], self._stage.over_groups),
+        )
+        return [row[0] for row in rows]
 
     def _begin_stage(self, number: int, policy_version: int, success_before: float, groups_before: int) -> None:
         occurrence = self._file.meta("issued", 0)

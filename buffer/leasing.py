@@ -11,11 +11,11 @@ the first time, from memory or, after a restart of the buffer, from the ledger, 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 from buffer import wire
-from buffer.admission import Limits, room, slot
+from buffer.admission import in_time, room, slot, wanted
 from buffer.config import BufferConfig
 from buffer.ledger import Holder, Ledger
 from buffer.progress import Progress
@@ -64,7 +64,7 @@ class Leasing:
         self._config = config
         self._ledger = ledger
         self._progress = progress
-        self._limits = Limits(config.max_staleness, config.groups_per_batch, config.updates_per_batch)
+        self._limits = config.limits
         self._clients: dict[bytes, _Client] = {}
 
     def heard(self, identity: bytes, now: float) -> None:
@@ -139,7 +139,7 @@ class Leasing:
             return "the last evaluation"
         if slot(policy_version, next_version, self._limits) < 0:
             return f"newer weights: it has policy {policy_version}, the next batch is for policy {next_version}"
-        if self._config.num_batches and not self._still_wanted():
+        if self._batches_ahead() < self._limits.num_slots and not self._wanted(policy_version):
             return "the end of the run: all groups it needs were given out"
         outstanding = f"{counts['leased']} leased and {counts['ready']} ready groups"
         return f"room: the batches within max_staleness are full, with {outstanding}"
@@ -159,15 +159,27 @@ class Leasing:
 
     def _admissible(self, policy_version: int) -> int:
         """How many groups an actor at `policy_version` may start now."""
-        outstanding = self._ledger.leased + self._ledger.ready
-        admissible = room(outstanding, policy_version, self._progress.next_version, self._limits)
-        return min(admissible, self._still_wanted()) if self._config.num_batches else admissible
+        number = room(self._outstanding(), policy_version, self._progress.next_version, self._limits)
+        return min(number, self._wanted(policy_version)) if number else 0
 
-    def _still_wanted(self) -> int:
-        """How many groups more than those begun all batches of the run need."""
-        counts = self._ledger.counts
-        begun = counts["leased"] + counts["ready"] + counts["used"] + counts["done"]
-        return max(0, self._config.num_batches * self._config.groups_per_batch - begun)
+    def _outstanding(self) -> Counter[int]:
+        """Leased and ready groups by oldest version; of the leased those that will not be waited for do not count."""
+        leased = self._ledger.leased
+        if self._config.on_stale != "wait":
+            leased = in_time(leased, self._progress.next_version, self._limits)
+        return leased + self._ledger.ready
+
+    def _wanted(self, policy_version: int) -> int:
+        """How many groups more the batches under way need."""
+        outstanding, reusable = self._outstanding(), self._ledger.uses.reusable
+        where = policy_version, self._progress.next_version, self._limits, self._batches_ahead()
+        return wanted(outstanding, reusable, *where)
+
+    def _batches_ahead(self) -> int:
+        """Batches that groups are sampled for now: as many as may be under way at once, and the run still needs."""
+        done = self._progress.next_version // self._limits.updates_per_batch
+        left = self._config.num_batches - done if self._config.num_batches else self._limits.num_slots
+        return max(0, min(left, self._limits.num_slots))
 
     def _granted_before(self, identity: bytes, request: wire.LeaseRequest, number: int) -> wire.LeaseReply | None:
         """The answer to a repeat whose first answer was committed before a restart of the buffer."""

@@ -3,21 +3,23 @@
 An occurrence is one dealing of a prompt id. It is always in exactly one state, and changes it only inside
 `transaction`, together with the group's contents; which changes there are stands in `buffer/states.py`:
 
-    pending -> leased -> ready -> used(version) -> done        dropped(reason) from leased
+    pending -> leased -> ready -> used -> done        dropped(reason) from leased and ready
 
     issued = pending + leased + ready + used + done + sum(dropped by reason)
 
 A group is named `occurrence.attempt`; each new lease of an occurrence is a new attempt, so a late copy of an older one
 is told apart and counted. Contents of done and dropped groups are deleted, their rows stay. Which prompt a new
-occurrence deals says `buffer/curriculum.py`. Called by `buffer/service.py` only. `now` is always seconds of a monotonic
-clock; deadlines are kept in memory, and on reopening every holder of a lease gets a full one.
+occurrence deals says `buffer/curriculum.py`; which batches a group was in, `buffer/uses.py`. Called by
+`buffer/service.py` only. `now` is always seconds of a monotonic clock; deadlines are kept in memory, and on reopening
+every holder of a lease gets a full one.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,17 @@ from pathlib import Path
 from buffer.config import BufferConfig
 from buffer.curriculum import Curriculum
 from buffer.evaluations import Evaluations
-from buffer.ledger_file import SUCCESS, LedgerFile
-from buffer.sampler import ReadyGroup
+from buffer.ledger_file import LedgerFile
+from buffer.masking import newest_sampled_version
+from buffer.no_signal import REASON as NO_SIGNAL
+from buffer.no_signal import NoSignal
+from buffer.sampler import Candidate
 from buffer.states import FIRST_STATE
+from buffer.uses import Uses
 from buffer.wire import GroupHeader, PackedGroup, read_group_header
 
+STALE = "stale"
+_THESE = "occurrence IN (SELECT value FROM json_each(?))"
 _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 
 
@@ -41,15 +49,6 @@ class Holder:
     """Unique per process, so that a restarted actor is not taken for its predecessor."""
     actor_id: str
     request_number: int
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRow:
-    """One group of a batch that was handed out."""
-
-    occurrence: int
-    staleness: int
-    num_tokens: int
 
 
 class Ledger:
@@ -68,12 +67,13 @@ class Ledger:
         self.leased: Counter[int] = Counter()
         """Leased groups by the version of the actor that leased them."""
         self.ready: Counter[int] = Counter()
-        """Ready groups by oldest version."""
+        """Ready groups, which were never used, by oldest version."""
         self._deadlines: dict[str, float] = {}
         self._headers: dict[int, GroupHeader] = {}
         """Of ready groups delivered to this process: what was checked on the way in is not decoded on the way out."""
         try:
             self.curriculum = Curriculum(config, self.file)
+            self.uses, self.no_signal = Uses(config, self.file), NoSignal(config, self.file)
             with self.file.transaction():
                 self._check_identity()
                 self.curriculum.open()
@@ -112,6 +112,8 @@ class Ledger:
         self.leased = Counter(dict(self.file.rows(by_version.format("leased"))))
         self.ready = Counter(dict(self.file.rows(by_version.format("ready"))))
         self.curriculum.load()
+        self.uses.load()
+        self.no_signal.load()
 
     def _holder_names(self) -> set[str]:
         rows = self.file.rows("SELECT DISTINCT holder FROM occurrences WHERE state = 'leased'")
@@ -177,37 +179,48 @@ class Ledger:
         )
         return [(group_id, prompt_id) for group_id, prompt_id in rows]
 
-    def deliver(self, group: PackedGroup) -> str:
-        """Store a group that was leased.
+    def deliver(self, group: PackedGroup, next_version: int) -> str:
+        """Take in a group that was leased; the next batch is for `next_version`.
 
         Returns:
-            stored; duplicate: this attempt is known already; late: its lease was given up or issued again; unknown:
-            never issued.
+            stored; dropped: it is too stale, or has no signal; duplicate: this attempt is known already; late: its
+            lease was given up or issued again; unknown: never issued.
         """
         header = group.header
         row = self._find(header.group_id)
         if row is None or row.prompt_id != header.prompt_id:
             outcome = "unknown"
-        elif row.is_older_attempt or row.state in ("pending", "dropped"):
+        elif row.is_older_attempt or row.state == "pending" or (row.state == "dropped" and not row.is_judged):
             outcome = "late"
         else:
             outcome = "stored" if row.state == "leased" else "duplicate"
         if row is None or outcome != "stored":
             self.file.count(outcome)
             return outcome
-        version = header.oldest_version
-        if version < row.oldest_version:
+        if header.oldest_version < row.oldest_version:
             self.file.count("older_than_leased")
+        masks = self._config.on_stale == "mask"
+        useful_version = newest_sampled_version(group) if masks else header.oldest_version
+        if self._config.on_stale != "wait" and useful_version + self._config.max_staleness < next_version:
+            self._end_lease(row.occurrence, row.oldest_version, self._stale(row.occurrence))
+            return "dropped"
+        reason = NO_SIGNAL if self.no_signal.drops(header) else ""
+        state = "dropped" if reason else "ready"
+        success = header.num_correct / len(header.details)
+        spread = _spread(header.rewards) if self._config.sampler == "prioritized" else None
         self.file.write(
-            "UPDATE OR FAIL occurrences SET state = 'ready', oldest_version = ?, num_tokens = ?, num_samples = ?,"
-            " num_correct = ? WHERE occurrence = ?",
-            *(version, sum(header.num_tokens), len(header.details), header.num_correct, row.occurrence),
+            "UPDATE OR FAIL occurrences SET state = ?, reason = ?, oldest_version = ?, useful_version = ?,"
+            " num_tokens = ?, num_samples = ?, num_correct = ?, reward_spread = ? WHERE occurrence = ?",
+            *(state, reason, header.oldest_version, useful_version, sum(header.num_tokens), len(header.details)),
+            *(header.num_correct, spread, row.occurrence),
         )
-        self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
-        self._move("leased", "ready")
-        self.curriculum.delivered(row.occurrence, row.prompt_id, header.num_correct / len(header.details))
+        self._move("leased", _count_key(state, reason))
+        self.curriculum.delivered(row.occurrence, row.prompt_id, success)
         _take(self.leased, row.oldest_version)
-        self.ready[version] += 1
+        if reason:
+            return "dropped"
+        self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
+        self.ready[header.oldest_version] += 1
         self._headers[row.occurrence] = header
         return outcome
 
@@ -260,40 +273,31 @@ class Ledger:
 
     # --- batches ---
 
-    def candidates(self, limit: int) -> list[ReadyGroup]:
-        """The first `limit` ready groups by (oldest_version, occurrence)."""
+    def candidates(self, policy_version: int) -> list[Candidate]:
+        """What the batch for `policy_version` may be made of: all of it, or under fifo at least what comes first."""
+        size = self._config.groups_per_batch
+        if self.ready.total() + self.uses.num_reusable(policy_version) < size:
+            return []
         rows = self.file.rows(
-            "SELECT occurrence, oldest_version FROM occurrences WHERE state = 'ready'"
+            "SELECT occurrence, oldest_version, 0, COALESCE(reward_spread, 0) FROM occurrences WHERE state = 'ready'"
             " ORDER BY oldest_version, occurrence LIMIT ?",
-            limit,
+            size if self._config.sampler == "fifo" else -1,
         )
-        return [ReadyGroup(occurrence, version) for occurrence, version in rows]
+        return [Candidate(*row) for row in rows] + self.uses.candidates(policy_version)
 
-    def use(self, occurrences: Iterable[int], policy_version: int) -> None:
-        """Hand ready groups out as the batch for `policy_version`, in the given order."""
-        for position, occurrence in enumerate(occurrences):
-            version, success = self.file.rows(
-                f"SELECT oldest_version, {SUCCESS} FROM occurrences WHERE occurrence = ?", occurrence
-            )[0]
-            changed = self.file.write(
-                "UPDATE OR FAIL occurrences SET state = 'used', used_version = ?, staleness = ?, batch_order = ?"
-                " WHERE occurrence = ? AND state = 'ready'",
-                *(policy_version, policy_version - version, position, occurrence),
-            )
-            if not changed:
-                raise RuntimeError(f"occurrence {occurrence} is not ready")
-            self._move("ready", "used")
-            _take(self.ready, version)
-            self.curriculum.used(occurrence, success)
-
-    def batch(self, policy_version: int) -> list[BatchRow]:
-        """The groups handed out for `policy_version` whose effect is not committed, in order; empty when none were."""
-        rows = self.file.rows(
-            "SELECT occurrence, staleness, num_tokens FROM occurrences WHERE state = 'used' AND used_version = ?"
-            " ORDER BY batch_order",
-            policy_version,
-        )
-        return [BatchRow(*row) for row in rows]
+    def use(self, occurrences: Sequence[int], policy_version: int) -> None:
+        """Hand groups out as the batch for `policy_version`, in the given order."""
+        listed = json.dumps(occurrences)
+        sql = f"SELECT occurrence, oldest_version, state FROM occurrences WHERE {_THESE}"
+        for occurrence, version, state in self.file.rows(sql, listed):
+            if state == "ready":
+                self._move("ready", "used")
+                _take(self.ready, version)
+            elif state != "used":
+                raise RuntimeError(f"occurrence {occurrence} is {state}, neither ready nor used")
+        self.file.write(f"UPDATE OR FAIL occurrences SET state = 'used' WHERE state = 'ready' AND {_THESE}", listed)
+        self.uses.add(policy_version, listed)
+        self.uses.load()
 
     def payload(self, occurrence: int) -> PackedGroup:
         """The contents of a ready or used group."""
@@ -301,40 +305,70 @@ class Ledger:
         header = self._headers.pop(occurrence, None)
         return read_group_header(*frames) if header is None else PackedGroup(header, *frames)
 
-    def commit(self, policy_version: int) -> int:
-        """Groups used before `policy_version` are done and their contents deleted. Returns how many."""
-        self.file.write(
-            "DELETE FROM payloads WHERE occurrence IN"
-            " (SELECT occurrence FROM occurrences WHERE state = 'used' AND used_version < ?)",
-            policy_version,
+    def commit(self, policy_version: int, next_version: int) -> int:
+        """The effect of all batches before `policy_version` is durable. Returns how many groups are done.
+
+        Done are those that can be in no batch from `next_version` on; their contents are deleted.
+        """
+        last = self._config.num_batches * self._config.updates_per_batch
+        done, expired = self.uses.finished(policy_version, next_version, is_over=0 < last <= next_version)
+        self.file.write(f"DELETE FROM payloads WHERE {_THESE}", json.dumps(done))
+        self.file.write(f"UPDATE OR FAIL occurrences SET state = 'done' WHERE {_THESE}", json.dumps(done))
+        if expired:
+            self.file.count("uses_expired", expired)
+        self._move("used", "done", len(done))
+        self.uses.load()
+        return len(done)
+
+    def drop_stale(self, next_version: int) -> int:
+        """Ready groups that no batch from `next_version` on can use are sampled again or dropped. Returns how many."""
+        rows = self.file.rows(
+            "SELECT occurrence FROM occurrences WHERE state = 'ready' AND useful_version < ?",
+            next_version - self._config.max_staleness,
         )
-        number = self.file.write(
-            "UPDATE OR FAIL occurrences SET state = 'done' WHERE state = 'used' AND used_version < ?", policy_version
-        )
-        self._move("used", "done", number)
-        return number
+        for (occurrence,) in rows:
+            reason = self._stale(occurrence)
+            self.file.write("DELETE FROM payloads WHERE occurrence = ?", occurrence)
+            self.file.write(
+                "UPDATE OR FAIL occurrences SET state = ?, reason = ?, num_samples = NULL, num_correct = NULL"
+                " WHERE occurrence = ?",
+                *("dropped" if reason else "pending", reason, occurrence),
+            )
+            self._headers.pop(occurrence, None)
+        if rows:
+            self._load()
+        return len(rows)
 
     def roll_back(self, policy_version: int) -> int:
-        """The learner is back at `policy_version`: what was used from there on is ready again. Returns how many.
+        """The learner is back at `policy_version`: uses from there on are undone. Returns how many will be made again.
 
-        Done groups from there on (the learner went back behind a committed checkpoint) have no contents any more;
-        their prompts are pending, so that none is skipped.
+        Groups without any other use are ready again. Done ones (the learner went back behind a committed checkpoint)
+        have no contents any more; their prompts are pending, so that none is skipped.
         """
-        number = self.file.write(
-            "UPDATE OR FAIL occurrences SET state = 'ready', used_version = NULL, staleness = NULL, batch_order = NULL"
-            " WHERE state = 'used' AND used_version >= ?",
+        undone = "occurrence IN (SELECT occurrence FROM uses WHERE used_version >= ?)"
+        only_use = undone + " AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.occurrence = occurrences.occurrence"
+        only_use += " AND used_version < ?)"
+        number = self.file.one(
+            "SELECT COUNT(*) FROM uses CROSS JOIN occurrences USING (occurrence)"
+            " WHERE used_version >= ? AND state = 'used'",
             policy_version,
+        )
+        self.file.write(
+            f"UPDATE OR FAIL occurrences SET state = 'ready' WHERE state = 'used' AND {only_use}",
+            *(policy_version, policy_version),
         )
         resampled = self.file.write(
-            "UPDATE OR FAIL occurrences SET state = 'pending', used_version = NULL, staleness = NULL,"
-            " batch_order = NULL, num_samples = NULL, num_correct = NULL WHERE state = 'done' AND used_version >= ?",
-            policy_version,
+            "UPDATE OR FAIL occurrences SET state = 'pending', num_samples = NULL, num_correct = NULL"
+            f" WHERE state = 'done' AND {only_use}",
+            *(policy_version, policy_version),
         )
+        self.file.write("DELETE FROM uses WHERE used_version >= ?", policy_version)
         self.evaluations.roll_back(policy_version)
+        self.no_signal.begin_anew()
         self.file.count("rolled_back", number)
         self.file.count("resampled", resampled)
         self._load()
-        return number
+        return int(number)
 
     # --- inside ---
 
@@ -343,13 +377,14 @@ class Ledger:
         if match is None:
             return None
         rows = self.file.rows(
-            "SELECT occurrence, prompt_id, attempt, state, oldest_version FROM occurrences WHERE occurrence = ?",
+            "SELECT occurrence, prompt_id, attempt, state, oldest_version, num_samples IS NOT NULL FROM occurrences"
+            " WHERE occurrence = ?",
             int(match[1]),
         )
         if not rows or int(match[2]) > rows[0][2]:
             return None
-        occurrence, prompt_id, attempt, state, oldest_version = rows[0]
-        return _Row(occurrence, prompt_id, int(match[2]) < attempt, state, oldest_version)
+        occurrence, prompt_id, attempt, state, oldest_version, is_judged = rows[0]
+        return _Row(occurrence, prompt_id, int(match[2]) < attempt, state, oldest_version, bool(is_judged))
 
     def _end_lease(self, occurrence: int, version: int, reason: str) -> None:
         state = "dropped" if reason else "pending"
@@ -358,6 +393,13 @@ class Ledger:
         )
         self._move("leased", _count_key(state, reason))
         _take(self.leased, version)
+
+    def _stale(self, occurrence: int) -> str:
+        """Count one more group of it that came too late: why it is dropped, or "" when it is to be sampled again."""
+        num_stale = self.file.one("SELECT num_stale FROM occurrences WHERE occurrence = ?", occurrence) + 1
+        self.file.write("UPDATE OR FAIL occurrences SET num_stale = ? WHERE occurrence = ?", num_stale, occurrence)
+        self.file.count(STALE)
+        return STALE if num_stale > self._config.max_reissues else ""
 
     def _move(self, origin: str, target: str, number: int = 1) -> None:
         self.counts[origin] -= number
@@ -371,10 +413,18 @@ class _Row:
     is_older_attempt: bool
     state: str
     oldest_version: int
+    is_judged: bool
+    """Whether this attempt came in, or came in and was dropped for what it holds."""
 
 
 def _count_key(state: str, reason: str) -> str:
     return f"dropped:{reason}" if state == "dropped" else state
+
+
+def _spread(rewards: Sequence[float]) -> float:
+    """Mean |reward - mean reward|: the mean |advantage| under the group's mean as the baseline."""
+    mean = sum(rewards) / len(rewards)
+    return sum(abs(reward - mean) for reward in rewards) / len(rewards)
 
 
 def _take(counts: Counter[int], version: int) -> None:

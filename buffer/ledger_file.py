@@ -22,7 +22,7 @@ from typing import Any
 
 from buffer.states import STATES, enforcing_triggers
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FILE_NAME = "ledger.sqlite"
 PAGE_BYTES = 1 << 15
 WAL_BYTES = 1 << 26
@@ -50,16 +50,23 @@ CREATE TABLE occurrences (
     request_number INTEGER NOT NULL,
     oldest_version INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL DEFAULT 0,
-    used_version INTEGER,
-    staleness INTEGER,
-    batch_order INTEGER,
+    useful_version INTEGER,
+    reward_spread REAL,
+    num_stale INTEGER NOT NULL DEFAULT 0,
     num_samples INTEGER,
     num_correct INTEGER
 ) STRICT;
 CREATE INDEX pending ON occurrences (occurrence) WHERE state = 'pending';
 CREATE INDEX leased ON occurrences (holder, request_number) WHERE state = 'leased';
 CREATE INDEX ready ON occurrences (oldest_version, occurrence) WHERE state = 'ready';
-CREATE INDEX used ON occurrences (used_version, batch_order) WHERE state = 'used';
+CREATE INDEX used ON occurrences (occurrence) WHERE state = 'used';
+CREATE TABLE uses (
+    used_version INTEGER NOT NULL,
+    batch_order INTEGER NOT NULL,
+    occurrence INTEGER NOT NULL REFERENCES occurrences,
+    PRIMARY KEY (used_version, batch_order),
+    UNIQUE (occurrence, used_version)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE payloads (
     occurrence INTEGER PRIMARY KEY REFERENCES occurrences,
     header BLOB NOT NULL,

@@ -14,12 +14,14 @@ import logging
 from dataclasses import dataclass
 
 from buffer import wire
-from buffer.admission import Limits
+from buffer.admission import in_time
 from buffer.config import BufferConfig
 from buffer.leasing import Leasing, Outgoing, holder_name
 from buffer.ledger import Ledger
+from buffer.masking import mask_older_tokens
 from buffer.progress import Progress
-from buffer.sampler import balance, fifo
+from buffer.sampler import SAMPLERS, balance, next_batch
+from buffer.uses import BatchRow
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Service:
     def __init__(self, config: BufferConfig, ledger: Ledger) -> None:
         self._config = config
         self._ledger = ledger
-        self._limits = Limits(config.max_staleness, config.groups_per_batch, config.updates_per_batch)
+        self._limits = config.limits
         self._progress = Progress(ledger.file)
         self._leasing = Leasing(config, ledger, self._progress)
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
@@ -120,7 +122,8 @@ class Service:
 
     def _what_a_batch_lacks(self, request: wire.BatchRequest) -> str:
         ledger = self._ledger
-        missing = self._limits.groups_per_batch - ledger.counts["ready"]
+        available = ledger.ready.total() + ledger.uses.num_reusable(request.policy_version)
+        missing = self._limits.groups_per_batch - available
         holders = ", ".join(f"{number} at {actor}" for actor, number in ledger.leased_by_actor().items())
         where = f"leased: {holders}" if holders else "none is leased"
         if missing > 0:
@@ -131,8 +134,8 @@ class Service:
         match message:
             case wire.GroupDelivery():
                 group_id = message.group.header.group_id
-                outcome = self._ledger.deliver(message.group)
-                if outcome != "stored":
+                outcome = self._ledger.deliver(message.group, self._progress.next_version)
+                if outcome not in ("stored", "dropped"):
                     log.info("group %s of %s is %s", group_id, message.actor_id, outcome)
                 return wire.GroupReceipt(group_id, outcome)
             case wire.LeaseReturn():
@@ -149,7 +152,7 @@ class Service:
     def _from_learner(self, message: wire.Message) -> wire.Message:
         match message:
             case wire.CheckpointCommitted():
-                done = self._ledger.commit(message.policy_version)
+                done = self._ledger.commit(message.policy_version, self._progress.next_version)
                 log.info("policy %d is committed: %d groups done", message.policy_version, done)
                 return wire.Done()
             case wire.EvaluationRequest():
@@ -180,20 +183,28 @@ class Service:
                 f"rank {request.rank} of {world_size} cannot have an equal share of {self._limits.groups_per_batch}"
                 " groups; make buffer.groups_per_batch a multiple of the number of learner ranks"
             )
-        rows = self._ledger.batch(version)
+        rows = self._ledger.uses.batch(version)
         if not rows:
             refused = self._refuse_batch(version)
             if refused is not None or not self._cut(version, waited_seconds):
                 return refused
-            rows = self._ledger.batch(version)
+            rows = self._ledger.uses.batch(version)
         mine = [rows[index] for index in balance([row.num_tokens for row in rows], world_size)[request.rank]]
-        groups = tuple(self._ledger.payload(row.occurrence) for row in mine)
+        groups = tuple(self._contents(row, version) for row in mine)
         return wire.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
 
-    def _refuse_batch(self, version: int) -> wire.Refused | None:
-        counts, wanted, next_version = self._ledger.counts, self._config.num_batches, self._progress.next_version
-        if wanted and counts["used"] + counts["done"] >= wanted * self._limits.groups_per_batch:
+    def _contents(self, row: BatchRow, version: int) -> wire.PackedGroup:
+        """A group as the learner is to see it."""
+        packed, most = self._ledger.payload(row.occurrence), self._config.max_staleness
+        masks = self._config.on_stale == "mask" and row.staleness > most
+        return mask_older_tokens(packed, version - most) if masks else packed
+
+    def _refuse_batch(self, version: int) -> wire.Refused | wire.NoMoreBatches | None:
+        wanted, next_version = self._config.num_batches, self._progress.next_version
+        if wanted and next_version >= wanted * self._limits.updates_per_batch:
             return wire.Refused(f"all {wanted} batches were handed out; raise buffer.num_batches to go on")
+        if self._ledger.no_signal.stop_reason is not None:
+            return wire.NoMoreBatches(self._ledger.no_signal.stop_reason)
         if version != next_version:
             return wire.Refused(
                 f"the next batch is for policy {next_version}, not {version}; a learner that starts or goes back says"
@@ -202,15 +213,24 @@ class Service:
         return None
 
     def _cut(self, version: int, waited_seconds: float) -> bool:
-        ledger = self._ledger
-        candidates = ledger.candidates(self._limits.groups_per_batch)
-        chosen = fifo(candidates, ledger.leased, ledger.ready, version, self._limits)
+        ledger, config = self._ledger, self._config
+        candidates = ledger.candidates(version)
+        waits = config.on_stale == "wait"
+        following = version + self._limits.updates_per_batch
+        leased = ledger.leased if waits else in_time(ledger.leased, following, self._limits)
+        groups = candidates, leased, ledger.ready
+        chosen = next_batch(SAMPLERS[config.sampler], *groups, version, self._limits, seed=config.seed, waits=waits)
         if not chosen:
             return False
         ledger.use(chosen, version)
-        self._progress.set(next_version=version + self._limits.updates_per_batch)
-        ledger.curriculum.advance(self._progress.next_version)
-        staleness = [row.staleness for row in ledger.batch(version)]
+        self._progress.set(next_version=following)
+        if not waits:
+            ledger.drop_stale(following)
+        ledger.curriculum.advance(following)
+        staleness = [row.staleness for row in ledger.uses.batch(version)]
+        too_old = sum(number > self._limits.max_staleness for number in staleness)
+        if too_old and config.on_stale == "mask":
+            ledger.file.count("masked", too_old)
         log.info(
             "batch for policy %d: %d groups, staleness mean %.2f max %d, waited %.1f s",
             *(version, len(chosen), sum(staleness) / len(staleness), max(staleness), waited_seconds),
@@ -232,7 +252,7 @@ class Service:
         file.set_meta("hello_rolled_back", rolled_back)
         outstanding = self._ledger.counts["leased"] + self._ledger.counts["ready"]
         file.set_meta("hello_outstanding", outstanding)
-        log.info("the learner starts at policy %d: %d groups ready again", version, rolled_back)
+        log.info("the learner starts at policy %d: %d uses of groups are undone", version, rolled_back)
         return wire.LearnerWelcome(rolled_back, outstanding)
 
     def _heartbeat(self, identity: bytes, heartbeat: wire.Heartbeat, number: int, now: float) -> wire.Message:

@@ -12,10 +12,12 @@ FIRST_STATE = "leased"
 TRANSITIONS = {
     ("pending", "leased"): "an actor asks, and admission has room",
     ("leased", "ready"): "its group is delivered",
-    ("leased", "pending"): "its actor is silent, comes back as a new process, or gives the lease back",
-    ("leased", "dropped"): "its actor gives the lease back with a reason",
-    ("ready", "used"): "a batch is cut",
-    ("used", "done"): "a checkpoint that contains its effect is committed",
+    ("leased", "pending"): "its actor is silent, new or gives the lease back, or its group comes too stale",
+    ("leased", "dropped"): "its actor gives the lease back with a reason, or its group has no signal or is too stale",
+    ("ready", "pending"): "it has become too stale, and is sampled again",
+    ("ready", "dropped"): "it has become too stale once too often",
+    ("ready", "used"): "it is in a batch for the first time",
+    ("used", "done"): "a checkpoint that contains its effect is committed, and it can be in no later batch",
     ("used", "ready"): "the learner is back at an older version",
     ("done", "pending"): "the learner is back behind a committed checkpoint; the contents are gone",
 }

@@ -109,6 +109,15 @@ class Trajectory:
         return self.policy_versions[0].version
 
     @property
+    def token_versions(self) -> NDArray[np.int64]:
+        """[T] int64: the version that sampled each token; meaningless where `loss_mask` is False."""
+        starts = [span.start for span in self.policy_versions]
+        numbers = np.array([span.version for span in self.policy_versions], dtype=np.int64)
+        runs = np.searchsorted(starts, np.arange(self.num_tokens), side="right") - 1
+        versions: NDArray[np.int64] = numbers[np.maximum(runs, 0)]
+        return versions
+
+    @property
     def newest_version(self) -> int:
         """The version that sampled the last token."""
         return self.policy_versions[-1].version

@@ -40,7 +40,7 @@ from buffer.schema import (
 )
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
@@ -137,7 +137,11 @@ class GroupDelivery:
 
 @dataclass(frozen=True, slots=True)
 class GroupReceipt:
-    """`outcome`: stored, duplicate (known already), late (the lease was issued again) or unknown (never issued)."""
+    """What became of a delivered group.
+
+    `outcome`: stored, dropped (too stale, or without signal), duplicate (known already), late (the lease was issued
+    again) or unknown (never issued).
+    """
 
     group_id: Name
     outcome: Name
@@ -202,14 +206,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class LearnerHello:
-    """The learner starts at `policy_version`: groups used after it become ready again."""
+    """The learner starts at `policy_version`: what was used from there on will be handed out again."""
 
     policy_version: Version
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerWelcome:
-    """How many groups were rolled back to ready, and how many are leased or ready in all."""
+    """How many uses of groups were undone, and how many groups are leased or ready in all."""
 
     num_rolled_back: Count
     num_outstanding: Count
@@ -235,8 +239,15 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class NoMoreBatches:
+    """There is no batch to wait for, and the run must not go on; `reason` is one sentence for a person."""
+
+    reason: Line
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointCommitted:
-    """The checkpoint of `policy_version` is durable: groups used before it are done."""
+    """The checkpoint of `policy_version` is durable: groups used before it, and not to be used again, are done."""
 
     policy_version: Version
 
@@ -307,7 +318,8 @@ class StageStatus:
     stage: SmallCount = 1
     num_stages: SmallCount = 1
     success: Number = 0.0
-    """Share of correct completions in the stage's last groups that went to the learner, `num_groups` of them."""
+    """Share of correct completions in the stage's last groups that went to the learner or were dropped as no_signal,
+    `num_groups` of them."""
     num_groups: Count = 0
     num_passed_over: Count = 0
     """Prompts that the difficulty filter leaves out of the epoch under way."""
@@ -336,6 +348,8 @@ class ManifestRequest:
 
     known_publication: Name
     wait_seconds: Seconds
+    host_id: Name = ""
+    """Of an actor that would take the version from a relay on its host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +361,8 @@ class TensorEntry:
     shape: tuple[Count, ...]
     offset: Count
     num_bytes: Count
-    checksum: Count
-    """CRC-32 of the tensor's bytes."""
+    checksum: Name
+    """XXH3 of the tensor's bytes, 16 hexadecimal digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +376,8 @@ class Manifest:
     host_id: Name
     num_bytes: Count
     tensors: tuple[TensorEntry, ...]
+    relay: Line = ""
+    """Address of a relay on the asker's host, which has the version or is getting it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,10 +386,43 @@ class NoNewVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkRequest:
-    """`num_bytes` bytes at `offset` of a version's file."""
+class RelayHello:
+    """A relay on `host_id` serves at `address`; said again every few seconds, as a sign of life."""
 
-    policy_version: Version
+    address: Line
+    host_id: Name
+
+
+@dataclass(frozen=True, slots=True)
+class RelayPlace:
+    """Where in the tree the relay is: the address of the relay it pulls from; empty: the store itself."""
+
+    parent: Line
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaRequest:
+    """Ask what turns `base`, which the actor has, into `publication`. Waits for: the comparison of the two."""
+
+    publication: Name
+    base: Name
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaReply:
+    """The size of that delta, to be pulled in chunks; 0: pull the whole version, it is cheaper or the base is gone."""
+
+    num_bytes: Count
+    checksum: Name
+    """XXH3 of the delta."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRequest:
+    """`num_bytes` bytes at `offset` of a publication's file, or of its delta against `base` where that is given."""
+
+    publication: Name
+    base: Name
     offset: Count
     num_bytes: Count
 
@@ -382,8 +431,9 @@ class ChunkRequest:
 class Chunk:
     """The bytes asked for."""
 
-    policy_version: Version
     offset: Count
+    checksum: Name
+    """XXH3 of the bytes."""
     data: bytes
 
 
@@ -402,6 +452,7 @@ Message = (
     | LearnerWelcome
     | BatchRequest
     | Shard
+    | NoMoreBatches
     | CheckpointCommitted
     | EvaluationRequest
     | EvaluationQuery
@@ -412,6 +463,10 @@ Message = (
     | ManifestRequest
     | Manifest
     | NoNewVersion
+    | RelayHello
+    | RelayPlace
+    | DeltaRequest
+    | DeltaReply
     | ChunkRequest
     | Chunk
 )

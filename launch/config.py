@@ -21,6 +21,7 @@ from actors.config import ActorConfig
 from actors.prompts import Task, TaskConfig, load_task
 from buffer.config import BufferConfig, load_run_config, read_section
 from buffer.curriculum_config import Stage, write_levels
+from buffer.weights_config import WeightsConfig
 from launch.checks import absolute_files, check_folder, check_model_folder, check_space, free_address
 from launch.compose import choices, compose_config, own_sections, unknown_setting
 from launch.curriculum import check_curriculum, check_stage_settings, fewest_prompts
@@ -59,6 +60,7 @@ SECTIONS: dict[str, type[Any]] = {
     "buffer": BufferConfig,
     "actor": ActorConfig,
     "verifier": VerifierConfig,
+    "weights": WeightsConfig,
     "cluster": ClusterConfig,
 }
 OPTIONAL = ("data", "embedded", "pretraining")
@@ -66,7 +68,7 @@ OPEN_SECTIONS = ("algorithm", "correction")
 """Their settings are those of the class in `_target_`."""
 TOP_LEVEL = tuple(f.name for f in fields(RunConfig))
 KNOWN = (*TOP_LEVEL, *SECTIONS, *OPEN_SECTIONS)
-COMPUTED = ("choices", "weights")
+COMPUTED = ("choices",)
 """Written here, for the processes and for a person."""
 
 
@@ -130,8 +132,8 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
         "stages": sections["curriculum"],
     }
     _choose_addresses(sections, cluster)
-    read_section(BufferConfig, sections["buffer"], "buffer")
-    _check_algorithm(sections, learner, run.curriculum)
+    buffer = read_section(BufferConfig, sections["buffer"], "buffer")
+    _check_algorithm(sections, learner, buffer)
     check_folder(run_dir, "run_dir")
     check_space(run_dir, "run_dir", cluster.min_free_bytes)
     if embedded is not None:
@@ -201,7 +203,7 @@ def _check_model(sections: dict[str, Any]) -> EmbeddedConfig | None:
     return None
 
 
-def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig, stages: Sequence[Stage]) -> None:
+def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig, buffer: BufferConfig) -> None:
     from hydra.utils import get_class, instantiate
 
     try:
@@ -217,8 +219,13 @@ def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig, stages: S
         cause = error.__cause__ or error
         raise ValueError(str(cause).splitlines()[0]) from error
     smallest = min(
-        [learner.samples_per_group, *(stage.samples_per_group for stage in stages if stage.samples_per_group)]
+        [learner.samples_per_group, *(stage.samples_per_group for stage in buffer.stages if stage.samples_per_group)]
     )
+    if smallest < 2 and buffer.drop_no_signal:
+        raise ValueError(
+            f"samples_per_group={smallest} with buffer.drop_no_signal=true drops every group, since a completion alone"
+            " differs from none; use 2 or more"
+        )
     if smallest < algorithm.min_group_size:
         raise ValueError(
             f"samples_per_group={smallest} is too few for {type(algorithm).__name__}, which compares"
@@ -229,7 +236,8 @@ def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig, stages: S
 def _choose_addresses(sections: dict[str, Any], cluster: ClusterConfig) -> None:
     host = cluster.host
     sections["buffer"]["address"] = free_address(cluster.buffer_port, "cluster.buffer_port", host)
-    sections["weights"] = {"address": free_address(cluster.weights_port, "cluster.weights_port", host)}
+    sections["weights"] |= {"address": free_address(cluster.weights_port, "cluster.weights_port", host)}
+    read_section(WeightsConfig, sections["weights"], "weights")
     if cluster.tensorboard:
         free_address(cluster.tensorboard_port, "cluster.tensorboard_port")
 

@@ -31,7 +31,7 @@ WARNINGS = {
     "verifier_skipped": (1, "{:.0f} completions that could not be scored were left out"),
     "bad_steps": (1, "{:.0f} steps were skipped, their loss or gradient was not finite"),
     "failed_checkpoints": (1, "{:.0f} checkpoints could not be written"),
-    "warning": (1, "the data is far off-policy: {:.0f} bounds crossed, its log says which"),
+    "far_batches": (1, "batches far off-policy so far: {:.0f}, its log says by which bound"),
     "batches_without_signal": (3, "nothing to learn from {:.0f} batches in a row, its log says why"),
 }
 """Metrics that a person should hear of, and from which value on."""
@@ -133,8 +133,7 @@ def _table(status: Status) -> Table:
         table.add_row("pass@1", reports, "now", f"{newest.pass_at_1:.3f} at policy {newest.policy_version}")
     counts = status.counts
     ledger = ", ".join(f"{state} {counts.get(state, 0)}" for state in ("pending", "leased", "ready", "used", "done"))
-    dropped = {name: count for name, count in counts.items() if name.startswith("dropped:")}
-    table.add_row("ledger", ledger, *(["dropped", str(sum(dropped.values()))] if dropped else []))
+    table.add_row("ledger", ledger, *(["dropped", dropped] if (dropped := _dropped(status)) else []))
     for text in _stage(status.stage):
         table.add_row("curriculum", text)
     for peer in status.peers:
@@ -143,6 +142,12 @@ def _table(status: Status) -> Table:
         if wait.seconds >= LONG_WAIT_SECONDS and wait.who not in {peer.name for peer in status.peers}:
             table.add_row(wait.who, f"waits for {wait.for_what}{_since(wait.seconds)}")
     return table
+
+
+def _dropped(status: Status) -> str:
+    """`12 no_signal, 3 stale`; empty when nothing was dropped."""
+    reasons = {name.partition(":")[2]: n for name, n in sorted(status.counts.items()) if name.startswith("dropped:")}
+    return ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
 
 
 def _stage(stage: StageStatus) -> list[str]:

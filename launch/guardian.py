@@ -18,6 +18,7 @@ import time
 import uuid
 from pathlib import Path
 
+from buffer.weights_config import MEMORY_VARIABLE
 from launch.family import MARK, kill, marked
 
 TICK_SECONDS = 0.05
@@ -28,7 +29,7 @@ LONGEST_TEMPORARY_PATH = 40
 
 
 class Guardian:
-    """The launcher's hold on a run: its mark, its temporary folder, and the process that clears both away.
+    """The launcher's hold on a run: its mark, its temporary folders, and the process that clears all away.
 
     Args:
         grace_seconds: how long the run may take to end after the launcher has been killed.
@@ -39,15 +40,29 @@ class Guardian:
         self.run_mark = uuid.uuid4().hex
         short = len(tempfile.gettempdir()) <= LONGEST_TEMPORARY_PATH
         self.folder = tempfile.mkdtemp(prefix="slipstream-", dir=None if short else "/tmp")
+        # Some containers have no shared memory; versions of the weights then lie in the run directory.
+        memory = Path("/dev/shm")
+        usable = memory.is_dir() and os.access(memory, os.W_OK)
+        self.memory = tempfile.mkdtemp(prefix="slipstream-", dir=memory) if usable else ""
         self.environment = {
             MARK: self.run_mark,
             "TMPDIR": self.folder,
+            MEMORY_VARIABLE: self.memory,
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled)),
         }
         """What every process of the run must inherit."""
         root = str(Path(__file__).resolve().parent.parent)
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-m", "launch.guardian", self.run_mark, str(grace_seconds), self.folder],
+            [
+                sys.executable,
+                "-S",
+                "-m",
+                "launch.guardian",
+                self.run_mark,
+                str(grace_seconds),
+                self.folder,
+                self.memory,
+            ],
             cwd=root,
             stdin=subprocess.PIPE,
             start_new_session=True,
@@ -58,7 +73,7 @@ class Guardian:
         self._process.communicate()
 
 
-def guard(run_mark: str, grace_seconds: float, folder: str) -> None:
+def guard(run_mark: str, grace_seconds: float, *folders: str) -> None:
     """Wait for the launcher's end, then for the run's, then clean up."""
     # Whoever ends all of a person's processes politely asks the launcher too, and that one decides.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -72,8 +87,9 @@ def guard(run_mark: str, grace_seconds: float, folder: str) -> None:
     while time.monotonic() < deadline and (left := marked(run_mark)):
         kill(left)
         time.sleep(TICK_SECONDS)
-    shutil.rmtree(folder, ignore_errors=True)
+    for folder in filter(None, folders):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    guard(sys.argv[1], float(sys.argv[2]), sys.argv[3])
+    guard(sys.argv[1], float(sys.argv[2]), *sys.argv[3:])

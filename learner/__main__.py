@@ -9,11 +9,15 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from buffer.client import Connection
 from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, server_credentials
+from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
+
+if TYPE_CHECKING:
+    from learner.publisher import WeightStore
 
 
 def main() -> int:
@@ -43,7 +47,6 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     from learner.config import LearnerConfig, ModelConfig
     from learner.engine import init_distributed, shut_down_distributed
     from learner.health import RunStoppedError
-    from learner.publisher import WeightStore
     from learner.train import Trainer
 
     config = read_section(LearnerConfig, run["learner"], "learner")
@@ -59,7 +62,9 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     torch.manual_seed(config.seed)
     init_distributed(device)
     rank = int(os.environ["RANK"])
-    store = WeightStore(run_dir / "weights", run["weights"]["address"], credentials) if rank == 0 else None
+    store = (
+        _open_store(run_dir, read_section(WeightsConfig, run["weights"], "weights"), credentials) if not rank else None
+    )
     buffer = Connection(run["buffer"]["address"], f"learner-{rank}", credentials.for_client())
     try:
         trainer = Trainer(
@@ -86,6 +91,15 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
             store.close()
         shut_down_distributed()
     return 0
+
+
+def _open_store(run_dir: Path, settings: WeightsConfig, credentials: Credentials) -> WeightStore:
+    from learner.publisher import WeightStore
+
+    memory = os.environ.get(MEMORY_VARIABLE) if settings.shared_memory else None
+    # Without a launcher nobody would clear the memory after kill -9, so versions then lie in the run directory.
+    folder = Path(memory) / "weights" if memory else None
+    return WeightStore(run_dir / "weights", settings, credentials, folder)
 
 
 def _ended(error: Exception, status: int) -> int:

@@ -2,21 +2,22 @@
 
 Scored tokens (those with `loss_mask` True) of all trajectories lie on one axis [M], in trajectory order. Everything
 that is per token (log-probabilities, advantages, values) lives on it. A microbatch is a run of whole trajectories that
-fits a token budget; its scored tokens are a slice of [M].
+fits a token budget; its scored tokens are a slice of [M]. Where to cut is known on the host: no device is waited for.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from buffer.trajectory import Trajectory, TrajectoryGroup
+from learner.packing import even_cuts, fewest_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,10 @@ class TrainingBatch:
     """[M] int64: the version that sampled each token."""
     of_one_version: Tensor
     """[M] bool: whether one version sampled the whole trajectory."""
+    group_offsets: tuple[int, ...]
+    """[num_groups + 1] the first trajectory of every group, and their number."""
+    scored_offsets: tuple[int, ...]
+    """[num_sequences + 1] the first scored token of every trajectory on [M], and M."""
 
     @classmethod
     def from_groups(
@@ -65,7 +70,7 @@ class TrainingBatch:
         group_index = [index for index, group in enumerate(groups) for _ in group.trajectories]
         lengths = [int(t.loss_mask.sum()) for t in trajectories]
         behavior = np.concatenate([t.behavior_logprobs[t.loss_mask] for t in trajectories])
-        versions = np.concatenate([_versions(t)[t.loss_mask] for t in trajectories])
+        versions = np.concatenate([t.token_versions[t.loss_mask] for t in trajectories])
         return cls(
             policy_version=policy_version,
             trajectories=trajectories,
@@ -78,6 +83,8 @@ class TrainingBatch:
             of_one_version=torch.repeat_interleave(
                 torch.tensor([len(t.policy_versions) == 1 for t in trajectories]), torch.tensor(lengths)
             ).to(device),
+            group_offsets=tuple(accumulate((len(group.trajectories) for group in groups), initial=0)),
+            scored_offsets=tuple(accumulate(lengths, initial=0)),
         )
 
     @property
@@ -92,32 +99,39 @@ class TrainingBatch:
 
     def split(self, num_parts: int) -> list[range]:
         """Trajectory ranges of `num_parts` minibatches of equally many groups."""
-        num_groups = len(self.staleness)
-        firsts = [0, *(np.flatnonzero(np.diff(self.group_index.cpu().numpy())) + 1).tolist(), len(self.trajectories)]
-        per_part = num_groups // num_parts
-        return [range(firsts[i * per_part], firsts[(i + 1) * per_part]) for i in range(num_parts)]
+        per_part = len(self.staleness) // num_parts
+        return [range(*self.group_offsets[i * per_part :: per_part][:2]) for i in range(num_parts)]
 
-    def microbatches(self, part: range, tokens_per_microbatch: int) -> list[MicroBatch]:
-        """Whole trajectories of `part`, in order, packed up to the token budget; a longer one stands alone."""
-        cuts, used = [part.start], 0
-        for index in part:
-            length = self.trajectories[index].num_tokens
-            if used and used + length > tokens_per_microbatch:
-                cuts.append(index)
-                used = 0
-            used += length
-        cuts.append(part.stop)
-        return [self._pack(range(start, stop)) for start, stop in pairwise(cuts)]
+    def num_microbatches(self, part: range, tokens_per_microbatch: int) -> int:
+        """How few microbatches of whole trajectories hold `part`; a trajectory above the budget stands alone."""
+        return fewest_parts(self._lengths(part), tokens_per_microbatch)
+
+    def microbatches(
+        self, part: range, tokens_per_microbatch: int, at_least: int = 1, tokens_at_par: float = math.inf
+    ) -> list[MicroBatch]:
+        """`part` in order, packed into few microbatches of about equal cost.
+
+        Args:
+            part: trajectories.
+            tokens_per_microbatch: budget of each.
+            at_least: how many, although fewer would do; more than there are trajectories count as so many.
+            tokens_at_par: as `even_cuts` has it; infinite: cost is tokens.
+        """
+        number = max(self.num_microbatches(part, tokens_per_microbatch), at_least)
+        cuts = even_cuts(self._lengths(part), tokens_per_microbatch, number, tokens_at_par)
+        return [self._pack(range(part.start + start, part.start + stop)) for start, stop in pairwise(cuts)]
 
     def scored_slice(self, part: range) -> slice:
         """Where the scored tokens of the trajectories in `part` lie on [M]."""
-        bounds = torch.searchsorted(self.sequence_index, torch.tensor([part.start, part.stop]).to(self.device))
-        return slice(int(bounds[0]), int(bounds[1]))
+        return slice(self.scored_offsets[part.start], self.scored_offsets[part.stop])
 
     @property
     def device(self) -> torch.device:
         """Where the tensors live."""
         return self.sequence_index.device
+
+    def _lengths(self, part: range) -> list[int]:
+        return [trajectory.num_tokens for trajectory in self.trajectories[part.start : part.stop]]
 
     def _pack(self, part: range) -> MicroBatch:
         chosen = self.trajectories[part.start : part.stop]
@@ -141,12 +155,3 @@ def occurrence_ranges(groups: Sequence[TrajectoryGroup]) -> str:
     starts = sorted(number for number in numbers if number - 1 not in numbers)
     ends = sorted(number for number in numbers if number + 1 not in numbers)
     return ",".join(f"{start}-{end}" if end > start else f"{start}" for start, end in zip(starts, ends, strict=True))
-
-
-def _versions(trajectory: Trajectory) -> NDArray[np.int64]:
-    """[T] the version that sampled each token; meaningless where the loss mask is False."""
-    starts = [span.start for span in trajectory.policy_versions]
-    numbers = np.array([span.version for span in trajectory.policy_versions], dtype=np.int64)
-    runs = np.searchsorted(starts, np.arange(trajectory.num_tokens), side="right") - 1
-    versions: NDArray[np.int64] = numbers[np.maximum(runs, 0)]
-    return versions

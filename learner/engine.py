@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from learner.batch import MicroBatch
 from learner.config import OptimizerConfig
+from learner.model import PolicyModel, ValueModel
 from learner.state_file import read_state_file, write_state
 
 GATHER_ELEMENTS = 1 << 26
@@ -64,7 +65,7 @@ class TrainingEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PolicyModel | ValueModel,
         optimizer: OptimizerConfig,
         *,
         zero_stage: int,
@@ -73,6 +74,8 @@ class TrainingEngine:
         device: torch.device,
     ) -> None:
         self.device = device
+        self.tokens_at_par = model.tokens_at_par
+        """As `learner.packing.even_cuts` has it."""
         # DeepSpeed's replicated bfloat16 optimizer starts Adam's bias correction at the second step; stage 1 does not.
         self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage
         self._engine, *_ = deepspeed.initialize(
@@ -133,14 +136,16 @@ class TrainingEngine:
         Every rank must iterate to the end; only rank 0 receives tensors (the others get empty ones). Tied parameters
         appear once.
         """
+        for name, parameter in self.gathered():
+            yield name, parameter.to("cpu", dtype, copy=True)
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """As `gather`, but the parameters themselves, each whole only until the next one is asked for."""
         for bucket in self._buckets():
             parameters = [parameter for _, parameter in bucket]
             with deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
                 for name, parameter in bucket:
-                    if dist.get_rank() == 0:
-                        yield name, parameter.detach().to("cpu", dtype, copy=True)
-                    else:
-                        yield name, torch.empty(0, dtype=dtype)
+                    yield name, parameter.detach() if dist.get_rank() == 0 else torch.empty(0)
 
     def copy_to(self, module: nn.Module) -> None:
         """Give `module`, which has the same parameters by name, the values these have now. Every rank must call it."""

@@ -12,6 +12,7 @@ import torch
 
 from learner.advantages import group_relative, leave_one_out
 from learner.algorithm import AdvantageInputs, AdvantageOutputs, Algorithm
+from learner.importance import sum_per_sequence
 
 Baseline = Literal["group_mean", "leave_one_out"]
 
@@ -41,8 +42,7 @@ class GRPO(Algorithm):
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
         """Of the completions' total rewards, KL penalty included if it is in the reward."""
         token_rewards = self.token_rewards(batch)
-        totals = torch.zeros_like(batch.rewards, dtype=token_rewards.dtype)
-        totals = totals.index_add(0, batch.sequence_index, token_rewards)
+        totals = sum_per_sequence(token_rewards, batch.sequence_index)
         if self.baseline == "leave_one_out":
             compared = leave_one_out(totals, batch.group_index)
         else:

@@ -22,6 +22,13 @@ MIN_EFFECTIVE_SAMPLE_SIZE = 0.3
 WEIGHT_MEAN_BOUNDS = (0.5, 2.0)
 MAX_WEIGHT_STD = 1.0
 """Outside these data is so off-policy that the estimates of any correction are mostly noise or mostly bias."""
+BOUNDS = {
+    "importance/bound_effective_sample_size": MIN_EFFECTIVE_SAMPLE_SIZE,
+    "importance/bound_weight_mean_low": WEIGHT_MEAN_BOUNDS[0],
+    "importance/bound_weight_mean_high": WEIGHT_MEAN_BOUNDS[1],
+    "importance/bound_weight_std": MAX_WEIGHT_STD,
+}
+"""The same as lines beside the curves."""
 NO_JUDGEMENT = frozenset({"timeout", "crash", "error"})
 """Verdicts that say nothing about the completion."""
 
@@ -73,10 +80,12 @@ class DistanceWatch:
 
     def __init__(self) -> None:
         self._crossed: list[str] = []
+        self._num_far = 0
 
     def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a batch that led to `policy_version`; returns what to show: how many bounds are crossed.
+        """The metrics of a batch that led to `policy_version`; returns what to show.
 
+        How many bounds are crossed, how many batches crossed one so far, and the bounds as lines beside the curves.
         A step of the critic alone has no importance weights, and nothing is shown.
         """
         if "importance/weight_mean" not in metrics:
@@ -84,11 +93,16 @@ class DistanceWatch:
         crossed = bounds_crossed(metrics)
         if rank_and_world_size()[0] == 0 and bool(crossed) != bool(self._crossed):
             if crossed:
-                logger.warning("policy %d: this data is far off-policy: %s", policy_version, "; ".join(crossed))
+                logger.warning(
+                    "policy %d: this data is far off-policy: %s; lower max_staleness or the learning rate, or choose"
+                    " another correction",
+                    *(policy_version, "; ".join(crossed)),
+                )
             else:
                 logger.info("policy %d: the data is near enough to the policy again", policy_version)
         self._crossed = crossed
-        return {"importance/warning": float(len(crossed))}
+        self._num_far += bool(crossed)
+        return {"importance/warning": float(len(crossed)), "importance/far_batches": float(self._num_far), **BOUNDS}
 
 
 def bounds_crossed(metrics: Mapping[str, float]) -> list[str]:

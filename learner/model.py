@@ -1,8 +1,8 @@
 """The networks the learner trains: a Hugging Face decoder over packed sequences, with a language-model or a value head.
 
 Sequences are concatenated to one axis and no padding is computed: position ids restart with every sequence, and an
-attention function registered with transformers keeps attention inside each one. The [tokens x vocabulary] matrix is
-never held whole: log-probabilities and entropy are computed in chunks that are recomputed in the backward pass.
+attention function registered with transformers keeps attention inside each one. Only the scored tokens go through the
+head, and their [tokens x vocabulary] matrix is never held whole.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from learner.head import ScoringHead
+
 PACKED_ATTENTION = "slipstream_packed"
-TOKENS_PER_CHUNK = 1024
-"""Scored tokens whose logits exist at the same time."""
 
 
 def packed_attention(
@@ -50,18 +49,14 @@ def packed_attention(
     grouped = query.shape[1] != key.shape[1]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen_attention(query, key, value, scaling, boundaries, grouped), None
+    lengths = [end - start for start, end in pairwise(boundaries)]
+    # Split at once: the gradient of a slice is as long as what it was cut from.
+    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
-        scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        for start, end in pairwise(boundaries)
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).transpose(1, 2)
+        for q, k, v in parts
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=1), None
 
 
 def _varlen_attention(
@@ -96,8 +91,10 @@ class PolicyModel(nn.Module):
 
     def __init__(self, causal_lm: PreTrainedModel, temperature: float) -> None:
         super().__init__()
+        causal_lm.set_output_embeddings(ScoringHead.of(causal_lm.get_output_embeddings()))
         self.causal_lm = causal_lm
         self.temperature = temperature
+        self.tokens_at_par = _tokens_at_par(causal_lm.get_decoder())
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: torch.dtype, temperature: float, checkpointing: bool) -> PolicyModel:
@@ -119,19 +116,9 @@ class PolicyModel(nn.Module):
             logprobs [M] float32 and entropy [M] float32 in nats.
         """
         hidden = _hidden_states(self.causal_lm.get_decoder(), token_ids, position_ids, boundaries)
-        predicting, scored = hidden[targets - 1], token_ids[targets]
-        chunks = zip(torch.split(predicting, TOKENS_PER_CHUNK), torch.split(scored, TOKENS_PER_CHUNK), strict=True)
-        parts = [checkpoint(self._score, states, tokens, use_reentrant=False) for states, tokens in chunks]
-        logprobs, entropies = zip(*parts, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-    def _score(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.causal_lm.get_output_embeddings()(hidden).float() / self.temperature
-        log_normalizer = logits.logsumexp(dim=-1)
-        logprobs = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - log_normalizer
-        # H = log Z - E[logit]; equal to -sum p log p without a second [M x vocabulary] tensor of log-probabilities.
-        entropy = log_normalizer - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-        return logprobs, entropy
+        head = self.causal_lm.get_output_embeddings()
+        scores: tuple[Tensor, Tensor] = head(_predicting(hidden, targets), token_ids[targets], self.temperature)
+        return scores
 
 
 class ValueModel(nn.Module):
@@ -140,6 +127,7 @@ class ValueModel(nn.Module):
     def __init__(self, decoder: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.decoder = decoder
+        self.tokens_at_par = _tokens_at_par(decoder)
         self.value_head = nn.Linear(hidden_size, 1)
         # Zero values at the start: the first advantages are then the returns, not the noise of a random head.
         nn.init.zeros_(self.value_head.weight)
@@ -154,7 +142,7 @@ class ValueModel(nn.Module):
     def forward(self, token_ids: Tensor, position_ids: Tensor, boundaries: Sequence[int], targets: Tensor) -> Tensor:
         """Values [M] float32 of the states before the scored tokens; arguments as in `PolicyModel.forward`."""
         hidden = _hidden_states(self.decoder, token_ids, position_ids, boundaries)
-        values: Tensor = self.value_head(hidden[targets - 1]).squeeze(-1)
+        values: Tensor = self.value_head(_predicting(hidden, targets)).squeeze(-1)
         return values.float()
 
 
@@ -177,3 +165,19 @@ def _hidden_states(decoder: nn.Module, token_ids: Tensor, position_ids: Tensor, 
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def _predicting(hidden: Tensor, targets: Tensor) -> Tensor:
+    """[M, hidden_size] the states that the scored tokens were sampled from."""
+    # An index's gradient assumes that rows repeat and sorts them; this one's only adds.
+    return hidden.index_select(0, targets - 1)
+
+
+def _tokens_at_par(decoder: Any) -> float:
+    """Length in tokens at which a sequence's attention costs as many operations as its linear layers.
+
+    Per token 2 for each parameter of a layer against 2 x hidden_size x length: scores and values, their causal half.
+    """
+    embedding = decoder.get_input_embeddings().weight
+    parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter is not embedding)
+    return float(parameters / (decoder.config.num_hidden_layers * decoder.config.hidden_size))

@@ -35,7 +35,7 @@ class Networks:
         dtype = getattr(torch, model.dtype)
         load = {"dtype": dtype, "checkpointing": model.gradient_checkpointing}
 
-        def engine(network: torch.nn.Module, optimizer: OptimizerConfig) -> TrainingEngine:
+        def engine(network: PolicyModel | ValueModel, optimizer: OptimizerConfig) -> TrainingEngine:
             return TrainingEngine(
                 network,
                 optimizer,

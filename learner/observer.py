@@ -33,7 +33,7 @@ TROUBLES = (
     "learner/bad_steps",
     "learner/failed_checkpoints",
     "reward/batches_without_signal",
-    "importance/warning",
+    "importance/far_batches",
 )
 """Metrics that the display is told of while they are not 0."""
 

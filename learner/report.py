@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
 from buffer.trajectory import Trajectory
@@ -30,9 +31,18 @@ LAYOUT = {
             ["staleness/in_flight_mean", "staleness/queued_mean"],
         ],
         "bounds crossed below (0: none)": ["Multiline", ["importance/warning"]],
-        "effective sample size (below 0.3: warning)": ["Multiline", ["importance/effective_sample_size"]],
-        "mean weight (outside 0.5 to 2: warning)": ["Multiline", ["importance/weight_mean"]],
-        "weight deviation (above 1: warning)": ["Multiline", ["importance/weight_std"]],
+        "effective sample size (below 0.3: warning)": [
+            "Multiline",
+            ["importance/effective_sample_size", "importance/bound_effective_sample_size"],
+        ],
+        "mean weight (outside 0.5 to 2: warning)": [
+            "Multiline",
+            ["importance/weight_mean", "importance/bound_weight_mean_low", "importance/bound_weight_mean_high"],
+        ],
+        "weight deviation (above 1: warning)": [
+            "Multiline",
+            ["importance/weight_std", "importance/bound_weight_std"],
+        ],
         "KL(mu || pi)": ["Multiline", ["importance/behavior_kl_k1", "importance/behavior_kl_k3"]],
         "tokens capped, masked": ["Multiline", ["importance/fraction_capped", "importance/fraction_masked"]],
         "tokens clipped": ["Multiline", ["policy/fraction_clipped_low", "policy/fraction_clipped_high"]],
@@ -66,14 +76,16 @@ class Reporter:
 
     def scalars(self, metrics: Mapping[str, float], policy_version: int) -> None:
         """One value per name."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, policy_version)
+        # One event for all of them; an event each costs ten times the processor time.
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.file_writer.add_summary(Summary(value=values), policy_version)  # type: ignore[attr-defined]
 
     def staleness(self, batch: TrainingBatch, policy_version: int) -> None:
         """Histograms of staleness: over groups, and its two parts over trajectories."""
         in_flight, queued = _staleness_parts(batch)
         for name, values in (("groups", np.asarray(batch.staleness)), ("in_flight", in_flight), ("queued", queued)):
-            self._writer.add_histogram(f"staleness/{name}", values, policy_version)
+            edges = np.arange(int(values.max()) + 2) - 0.5
+            self._writer.add_histogram(f"staleness/{name}", values, policy_version, bins=edges)
 
     def evaluation(self, report: EvaluationReport) -> None:
         """A held-out evaluation, at the version that was really evaluated."""

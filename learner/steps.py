@@ -1,9 +1,9 @@
 """Passes over a batch: annotation without gradients, and the optimizer steps of the policy and of the critic.
 
 Called by the training loop on every rank. Each pass cuts its part of the batch into microbatches; every rank makes
-equally many, because sharded parameters are gathered by all ranks together: a rank with fewer repeats one with
-weight 0. Between microbatches a pass can be abandoned, by all ranks together; its gradients are left behind, so the
-process must not train on.
+equally many, because sharded parameters are gathered by all ranks together: a rank that could do with fewer cuts
+smaller ones, and one with too few trajectories repeats one with weight 0. Between microbatches a pass can be abandoned,
+by all ranks together; its gradients are left behind, so the process must not train on.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def score_batch(
     """
     outputs: list[Tensor] = []
     everything, agree = range(len(batch.trajectories)), isinstance(network, TrainingEngine)
-    for micro, counts, _ in _microbatches(batch, everything, tokens_per_microbatch, stopping, agree=agree):
+    at_par = network.tokens_at_par
+    for micro, counts, _ in _microbatches(batch, everything, tokens_per_microbatch, at_par, stopping, agree=agree):
         if isinstance(network, TrainingEngine):
             output = network.forward(micro)
         else:
@@ -146,7 +147,8 @@ def _accumulate(
     stopping: Stopping,
 ) -> MetricSums:
     metrics = MetricSums()
-    for micro, counts, last in _microbatches(batch, part, tokens_per_microbatch, stopping, agree=True):
+    at_par = engine.tokens_at_par
+    for micro, counts, last in _microbatches(batch, part, tokens_per_microbatch, at_par, stopping, agree=True):
         outputs = loss(micro)
         engine.backward(outputs.loss if counts else outputs.loss * 0.0, last=last)
         if counts:
@@ -155,13 +157,19 @@ def _accumulate(
 
 
 def _microbatches(
-    batch: TrainingBatch, part: range, tokens_per_microbatch: int, stopping: Stopping, *, agree: bool
+    batch: TrainingBatch,
+    part: range,
+    tokens_per_microbatch: int,
+    tokens_at_par: float,
+    stopping: Stopping,
+    *,
+    agree: bool,
 ) -> Iterator[tuple[MicroBatch, bool, bool]]:
     """(microbatch, whether it counts, whether it is the last)."""
-    own = batch.microbatches(part, tokens_per_microbatch)
-    total = len(own)
+    total = batch.num_microbatches(part, tokens_per_microbatch)
     if agree:
-        total = int(all_reduce_max(torch.tensor([len(own)], device=batch.device))[0])
+        total = int(all_reduce_max(torch.tensor([total], device=batch.device))[0])
+    own = batch.microbatches(part, tokens_per_microbatch, total, tokens_at_par)
     for index in range(total):
         if agree and any_rank(stopping(), batch.device):
             raise PassAbandonedError

@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,11 +18,11 @@ from pathlib import Path
 import torch
 
 from buffer.client import Connection
-from buffer.wire import BatchRequest, CheckpointCommitted, Manifest, Shard, unpack_group
+from buffer.wire import CheckpointCommitted, Manifest, NoMoreBatches, Shard
 from learner.agreement import LogprobCheck, OlderGroups, say_hello
 from learner.algorithm import AdvantageInputs, Algorithm
 from learner.bad_batch import save_bad_batch
-from learner.batch import TrainingBatch, occurrence_ranges
+from learner.batch import TrainingBatch
 from learner.checkpoint import (
     POLICY_PREFIX,
     CheckpointError,
@@ -36,6 +37,7 @@ from learner.metrics import MetricSums, summarize
 from learner.model import PolicyModel
 from learner.networks import Networks
 from learner.observer import Observer
+from learner.prefetch import Prefetch
 from learner.publisher import WeightStore
 from learner.report import batch_metrics
 from learner.steps import Annotations, PassAbandonedError, critic_step, policy_step, score_batch
@@ -86,6 +88,7 @@ class Trainer:
         self.observer = Observer(
             buffer, run_dir / "tensorboard", self.version, rank=self.rank, world_size=self.world_size
         )
+        self._prefetch = Prefetch(buffer, self.rank, self.world_size, device, config.batch_timeout_seconds)
         self._publication: Future[Manifest] | None = None
         self._logprobs = LogprobCheck(config.logprob_tolerance, OlderGroups())
         self._step_watch, self._distance_watch = StepWatch(config.max_bad_steps), DistanceWatch()
@@ -115,6 +118,7 @@ class Trainer:
                     self._checkpoint()
             self._finish()
         finally:
+            self._prefetch.close()
             self.observer.close()
 
     def _make_version(self, batch: TrainingBatch, started: float) -> bool:
@@ -126,6 +130,9 @@ class Trainer:
             logger.info("policy %d: the batch under way is abandoned; a resumed run trains on it", self.version)
             return False
         trained = time.monotonic()
+        if self.version < self.config.total_steps:
+            # It comes while this version is published, reported and saved.
+            self._prefetch.ask(self.version)
         self._publish()
         metrics["learner/wait_seconds"] = wait_seconds
         metrics["learner/train_seconds"] = trained - started - wait_seconds
@@ -164,22 +171,25 @@ class Trainer:
         Waits for: the buffer to have a full batch. Unblocked by: actors delivering groups, or `stopping`. Gives up
         after: `batch_timeout_seconds`.
         """
-        request = BatchRequest(self.version, self.rank, self.world_size)
-        future = self.buffer.request(request, timeout_seconds=self.config.batch_timeout_seconds)
+        future = self._prefetch.ask(self.version)
         while not self.stopping.is_set():
             if wait([future], timeout=0.5).done:
                 break
             self.observer.heartbeat(self.version, "groups from the actors")
-        shard = future.result() if future.done() else None
+        received = future.result() if future.done() else None
         # All ranks or none: a rank that stopped would leave the others waiting in their first collective.
-        if any_rank(shard is None, self.device):
+        if any_rank(received is None, self.device):
             return None
-        assert isinstance(shard, Shard), shard
-        self._shard = shard
-        groups = [unpack_group(packed) for packed in shard.groups]
+        assert received is not None
+        if isinstance(received, NoMoreBatches):
+            # Every rank is told the same, so all of them write the checkpoint.
+            if self._saved_version != self.version:
+                self._checkpoint(may_fail=False)
+            raise NoSignalError(f"policy {self.version}: {received.reason}")
+        self._shard = received.shard
         # A second witness beside the ledger of what these weights were trained on.
-        logger.info("policy %d trains on groups %s", self.version, occurrence_ranges(groups))
-        return TrainingBatch.from_groups(groups, shard.staleness, self.version, self.device)
+        logger.info("policy %d trains on groups %s", self.version, received.occurrences)
+        return received.batch
 
     def _train_on(self, batch: TrainingBatch) -> dict[str, float]:
         """All optimizer steps of one batch; returns the metrics of the last one, and whether any was skipped.
@@ -281,12 +291,13 @@ class Trainer:
             self.observer.request_evaluation(0)
 
     def _publish(self) -> None:
-        """Every rank gathers; rank 0 hands the copies to the store, which writes them while training goes on."""
-        dtype = getattr(torch, self.config.publish_dtype)
-        tensors = [(name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in self.networks.policy.gather(dtype)]
-        if self.store is not None:
-            self._await_publication()
-            self._publication = self.store.publish(self.version, tensors)
+        """Every rank gathers; rank 0 copies into the store, which announces the version while training goes on."""
+        policy = ((name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in self.networks.policy.gathered())
+        if self.store is None:
+            deque(policy, maxlen=0)
+            return
+        self._await_publication()
+        self._publication = self.store.publish(self.version, policy, getattr(torch, self.config.publish_dtype))
 
     def _await_publication(self) -> None:
         """One version is written at a time, and one that can't be written ends the run instead of starving the actors.

@@ -260,11 +260,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         killed_there = partial(is_killed, Path(parent))
         if any(map(killed_there, unchanged)):
             parser.error("the tests fail without any change; mend them first")
+        killed = []
         with ProcessPoolExecutor(options.workers, mp_context=get_context("fork")) as pool:
-            killed = list(pool.map(killed_there, made))
-    for mutant, dead in zip(made, killed, strict=True):
-        if not dead:
-            print(f"survived: {mutant.path}:{mutant.line}: {mutant.change}")
+            for mutant, dead in zip(made, pool.map(killed_there, made), strict=True):
+                killed.append(dead)
+                if not dead:
+                    print(f"survived: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)
     for path in options.paths:
         fates = [dead for mutant, dead in zip(made, killed, strict=True) if mutant.path == path]
         print(f"{path}: {sum(fates)} of {len(fates)} mutants killed")

@@ -108,7 +108,7 @@ def token_counts(mask: Mask) -> tuple[int, int]:
 
 
 def aggregate(terms: Ragged, mask: Mask, aggregation: str, constant_length: int = 1) -> Tensor:
-    """Mean over tokens; mean over tokens then over sequences; or sum over sequences * constant length (Dr. GRPO)."""
+    """Mean over tokens (DAPO, equation 8), over tokens and then sequences (GRPO, 3), or constant length (Dr. GRPO)."""
     num_tokens, num_sequences = token_counts(mask)
     total = torch.zeros((), dtype=torch.float64)
     for row, row_mask in zip(terms, mask, strict=True):
@@ -289,7 +289,7 @@ def value_terms(values: Ragged, old_values: Ragged, returns: Ragged, value_clip:
 
 
 def kl_term(logprob: Tensor, ref_logprob: float, kind: str) -> Tensor:
-    """The k1, k2, k3 estimators of KL(pi||ref) with r = ref/pi (Schulman, Approximating KL Divergence)."""
+    """k1, k2, k3 of KL(pi||ref) with r = ref/pi (Schulman, Approximating KL Divergence; k3: GRPO, equation 4)."""
     log_r = ref_logprob - logprob
     if kind == "k1":
         return -log_r

@@ -26,7 +26,7 @@ ONLY_IN = {
         "buffer/doorkeeper.py",
         "buffer/gate.py",
         "buffer/client.py",
-        "learner/publisher.py",
+        "buffer/weight_server.py",
     ),
     "pickle": (),
     "marshal": (),

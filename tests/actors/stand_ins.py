@@ -52,6 +52,11 @@ def sampled(text: str, *versions: tuple[int, int], finish_reason: FinishReason =
 @dataclass
 class Local:
     manifest: Manifest
+    released: list[int]
+    """Versions whose memory the learner may write again."""
+
+    def release(self) -> None:
+        self.released.append(self.policy_version)
 
     @property
     def policy_version(self) -> int:
@@ -103,10 +108,13 @@ class FakeEngine:
 class FakeWeights:
     """A store of which the test says what it publishes; `gone` versions cannot be fetched any more."""
 
+    pulled_bytes = 0
+
     def __init__(self) -> None:
         self.newest: Manifest | None = None
         self.gone: set[int] = set()
         self.fetched: list[int] = []
+        self.released: list[int] = []
         self._published = asyncio.Event()
 
     def publish(self, version: int) -> None:
@@ -130,7 +138,7 @@ class FakeWeights:
             self.publish(manifest.policy_version + 1)
             raise RequestRefused(f"version {manifest.policy_version} is not the newest any more")
         self.fetched.append(manifest.policy_version)
-        return Local(manifest)
+        return Local(manifest, self.released)
 
 
 def sums(num_train: int = 8, num_held_out: int = 3, long_prompt: int | None = None) -> Task:

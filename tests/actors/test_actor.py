@@ -278,6 +278,7 @@ def test_a_version_that_is_gone_before_it_was_fetched_is_passed_over(loop: Loope
             running.weights.publish(2)
             await running.until(lambda: running.actor.policy_version == 3)
             assert running.weights.fetched == [1, 3]
+            await running.until(lambda: running.weights.released == [1, 3])
 
     with pytest.MonkeyPatch.context() as patch:
         # Verifying a later version than 0 writes a folder and needs vLLM.

@@ -24,6 +24,7 @@ def test_the_least_that_must_be_said():
         ({"tensor_parallel_size": 0}, "actor.tensor_parallel_size=0 must be at least 1"),
         ({"evaluation_prompts": 0}, "actor.evaluation_prompts=0 must be at least 1"),
         ({"chunk_bytes": 0}, "actor.chunk_bytes=0 must be at least 1"),
+        ({"kv_cache": "drop"}, "actor.kv_cache=drop is unknown; use keep or recompute"),
         ({"evaluation_temperature": -1.0}, "actor.evaluation_temperature=-1.0 must not be below 0"),
         ({"evaluation_max_new_tokens": -1}, "actor.evaluation_max_new_tokens=-1 must not be below 0"),
     ],

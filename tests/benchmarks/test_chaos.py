@@ -97,8 +97,8 @@ def test_ranges_are_read(text, numbers):
     assert chaos.occurrences(text) == numbers
 
 
-def make_run(run_dir: Path, learner_log: str) -> dict:
-    """A ledger in which occurrences 0 and 1 were trained on at version 0 and are done; what it and the log say."""
+def make_run(run_dir: Path, learner_log: str, uses: int = 1) -> dict:
+    """A ledger in which occurrences 0 and 1 were trained on from version 0 on and are done; what it and the log say."""
     config = BufferConfig(
         run_dir=str(run_dir),
         address=f"ipc://{run_dir}/unused",
@@ -106,14 +106,16 @@ def make_run(run_dir: Path, learner_log: str) -> dict:
         data_fingerprint="prompts",
         groups_per_batch=2,
         max_staleness=1,
+        max_uses=uses,
     )
     ledger = Ledger(config, now=0.0)
     with ledger.transaction():
         for _ in range(2):
             group_id, prompt_id = ledger.issue(Holder("actor-aa", "actor", 1), 0, now=0.0)
-            ledger.deliver(wire.pack_group(make_group(group_id, prompt_id)))
-        ledger.use([0, 1], 0)
-        ledger.commit(1)
+            ledger.deliver(wire.pack_group(make_group(group_id, prompt_id)), 0)
+        for version in range(uses):
+            ledger.use([0, 1], version)
+        ledger.commit(uses, uses)
     ledger.close()
     (run_dir / "logs").mkdir()
     (run_dir / "logs" / "learner.log").write_text(learner_log)
@@ -135,3 +137,10 @@ def test_a_group_that_no_weights_contain_is_lost(tmp_path):
 def test_a_group_in_two_batches_of_one_lineage_is_trained_twice(tmp_path):
     log = "policy 0 trains on groups 0-1\npolicy 1 trains on groups 1-2\n"
     assert make_run(tmp_path, log)["trained_twice"] == 1
+
+
+@pytest.mark.parametrize(("third", "expected"), [("2-3", 0), ("1-2", 1)])
+def test_a_group_may_be_trained_on_as_often_as_the_ledger_says(tmp_path, third, expected):
+    log = f"policy 0 trains on groups 0-1\npolicy 1 trains on groups 0-1\npolicy 2 trains on groups {third}\n"
+    figures = make_run(tmp_path, log, uses=2)
+    assert (figures["trained"], figures["lost"], figures["trained_twice"]) == (2, 0, expected)

@@ -139,7 +139,7 @@ class Buffer:
         group = group_of(lease.group_id, lease.prompt_id, version)
         report = wire.EvaluationReport("actor-0", version, version, 10, 0.5, 0.2, 12.0, 1.0)
         peer = wire.Peer("actor", "actor-0", version, "", 0.5, {"actor/tokens": 1.0})
-        tensor = wire.TensorEntry("layer.0", "float32", (2, 3), 64, 24, 123)
+        tensor = wire.TensorEntry("layer.0", "float32", (2, 3), 64, 24, "0123456789abcdef")
         return [
             wire.LeaseRequest("actor-0", version, chance.randrange(9), "abc"),
             wire.LeaseReply((lease,), -1, False),
@@ -165,8 +165,12 @@ class Buffer:
             wire.ManifestRequest("abc:1", 1.0),
             wire.Manifest(version, "abc:1", "/run/weights/v1.weights", "host", 88, (tensor,)),
             wire.NoNewVersion(),
-            wire.ChunkRequest(version, 0, 24),
-            wire.Chunk(version, 0, b"bytes"),
+            wire.RelayHello("tcp://127.0.0.1:5556", "host"),
+            wire.RelayPlace("tcp://127.0.0.1:5557"),
+            wire.DeltaRequest("abc:2", "abc:1"),
+            wire.DeltaReply(24, "0123456789abcdef"),
+            wire.ChunkRequest("abc:2", "abc:1", 0, 24),
+            wire.Chunk(0, "0123456789abcdef", b"bytes"),
         ]
 
 

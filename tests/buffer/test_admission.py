@@ -2,13 +2,14 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.admission import Limits, is_schedulable, must_wait, room, slot
-from buffer.sampler import ReadyGroup, fifo
+from buffer.admission import Limits, is_schedulable, must_wait, room, slot, wanted
+from buffer.sampler import Candidate, fifo, next_batch
 
 
 def schedulable_by_definition(versions: list[int], next_version: int, limits: Limits) -> bool:
@@ -67,6 +68,26 @@ def test_room_of_one_run(outstanding: dict[int, int], actor_version: int, next_v
     assert room(outstanding, actor_version, next_version, Limits(2, 4)) == expected
 
 
+@settings(max_examples=200, deadline=None)
+@given(LIMITS, st.data(), st.integers(0, 14), st.integers(0, 14))
+def test_no_more_groups_are_wanted_than_are_used_and_never_fewer_than_the_next_batch_lacks(
+    limits: Limits, data: st.DataObject, next_version: int, actor_version: int
+):
+    versions = Counter(data.draw(st.lists(st.integers(0, 14), max_size=12)))
+    once = wanted(versions, {}, actor_version, next_version, limits, limits.num_slots)
+    free = room(versions, actor_version, next_version, limits)
+    assert min(free, once) == free, "with one use each, all that fit in time"
+    often = replace(limits, max_uses=data.draw(st.integers(1, limits.num_slots)))
+    ahead = data.draw(st.integers(1, limits.num_slots))
+    used = Counter(data.draw(st.lists(st.tuples(st.integers(0, 14), st.integers(1, often.max_uses)), max_size=9)))
+    reusable = {(version, uses): n for (version, uses), n in used.items() if uses < often.max_uses}
+    here = versions.total() + sum(n for (v, _), n in reusable.items() if slot(v, next_version, limits) >= 0)
+    number = wanted(versions, reusable, actor_version, next_version, often, ahead)
+    assert number >= limits.groups_per_batch - here
+    assert versions.total() + number <= ahead * limits.groups_per_batch or not number
+    assert wanted(versions, reusable, actor_version, next_version, often, 0) == 0
+
+
 def test_in_sync_mode_nothing_is_leased_while_a_batch_trains():
     limits = Limits(0, 4)
     assert room({}, 7, 7, limits) == 4
@@ -113,8 +134,8 @@ class Run:
 
     def hand_out(self) -> bool:
         leased, ready = self.versions()
-        candidates = [ReadyGroup(occurrence, version) for occurrence, version in self.ready.items()]
-        chosen = fifo(candidates, leased, ready, self.next_version, self.limits)
+        candidates = [Candidate(occurrence, version) for occurrence, version in self.ready.items()]
+        chosen = next_batch(fifo, candidates, leased, ready, self.next_version, self.limits)
         for occurrence in chosen:
             self.staleness.append(self.next_version - self.ready.pop(occurrence))
         if chosen:

@@ -66,6 +66,15 @@ def test_a_wrong_section_gives_one_sentence(values: dict[str, Any], sentence: st
         ({"num_prompts": 0}, "buffer.num_prompts is 0"),
         ({"num_batches": -1}, "buffer.num_batches is -1"),
         ({"lease_seconds": 0.0}, "buffer.lease_seconds is 0.0"),
+        ({"max_uses": 0}, "buffer.max_uses is 0"),
+        ({"max_uses": 3}, "fresh enough for 2 batches at most; lower max_uses, or raise max_staleness to 2 or more"),
+        ({"max_uses": 2, "max_staleness": 0}, "for 1 batches at most"),
+        ({"sampler": "lifo"}, "buffer.sampler is 'lifo'; choose one of fifo, uniform, freshest, prioritized"),
+        ({"on_stale": "skip"}, "choose one of wait, drop, mask"),
+        ({"on_stale": "mask", "max_staleness": 0}, r"on_stale is 'mask', but with max_staleness 0 \(or mode=sync\)"),
+        ({"sampler": "uniform", "max_staleness": 0}, "leave it at fifo, or raise max_staleness"),
+        ({"max_reissues": -1}, "buffer.max_reissues is -1"),
+        ({"max_no_signal": -1}, "buffer.max_no_signal is -1"),
     ],
 )
 def test_rules_between_the_settings(make_config: Any, changes: dict[str, Any], sentence: str):

@@ -1,7 +1,8 @@
-"""The buffer dies at any instruction, again and again, and nothing is lost, trained twice or skipped."""
+"""The buffer dies at any instruction, again and again, and nothing is lost, skipped or trained too often."""
 
 import random
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,25 @@ class Run:
 
 
 @pytest.mark.parametrize(
-    ("seed", "durability", "stages"), [(0, "full", STAGES), (1, "normal", []), (2, "normal", STAGES), (3, "memory", [])]
+    ("seed", "durability", "stages", "replay"),
+    [
+        (0, "full", STAGES, {}),
+        (1, "normal", [], {"max_uses": 2, "sampler": "uniform"}),
+        (2, "normal", STAGES, {}),
+        (3, "memory", [], {}),
+    ],
 )
 def test_a_buffer_that_dies_at_any_instruction_loses_nothing(
-    make_config: Any, make_group: Any, run_dir: Path, seed: int, durability: str, stages: list[Stage]
+    make_config: Any,
+    make_group: Any,
+    run_dir: Path,
+    seed: int,
+    durability: str,
+    stages: list[Stage],
+    replay: dict[str, Any],
 ):
     write_levels(run_dir, LEVELS)
-    how = {"durability": durability, "stages": stages, "num_prompts": NUM_PROMPTS, "max_staleness": 2}
+    how = {"durability": durability, "stages": stages, "num_prompts": NUM_PROMPTS, "max_staleness": 2} | replay
     config = make_config(groups_per_batch=GROUPS_PER_BATCH, **how)
     buffer = KilledBuffer(config, random.Random(seed), max_deaths=60)
     run = Run(buffer, seed, make_group)
@@ -133,17 +146,20 @@ def test_a_buffer_that_dies_at_any_instruction_loses_nothing(
     assert buffer.deaths >= 20
     found = audit(run_dir)
     assert found.problems == ()
-    assert found.counts["done"] == BATCHES * GROUPS_PER_BATCH
+    assert found.uses == BATCHES * GROUPS_PER_BATCH
     in_file: dict[int, list[str]] = {}
     for version, occurrence, attempt in rows(
         run_dir,
-        "SELECT used_version, occurrence, attempt FROM occurrences WHERE state = 'done'"
+        "SELECT used_version, occurrence, attempt FROM uses JOIN occurrences USING (occurrence)"
         " ORDER BY used_version, batch_order",
     ):
         in_file.setdefault(version, []).append(f"{occurrence}.{attempt}")
     assert {version: tuple(groups) for version, groups in in_file.items()} == run.lineage, "what the learner trained on"
-    trained = [group for groups in run.lineage.values() for group in groups]
-    assert len(trained) == len(set(trained))
+    trained = Counter(group for groups in run.lineage.values() for group in groups)
+    assert max(trained.values()) == config.max_uses
+    assert all(len(set(groups)) == GROUPS_PER_BATCH for groups in run.lineage.values())
+    assert found.counts["done"] + found.counts["used"] == len(trained)
+    assert config.max_uses > 1 or not found.counts["used"]
     assert len(found.stages) == max(1, len(stages))
     assert all(row.policy_version == reached for row, reached in zip(found.stages, (0, 10, 50, 100), strict=False))
     dealing, begun = Dealing(config, LEVELS), 1

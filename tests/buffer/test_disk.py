@@ -103,7 +103,7 @@ def test_a_damaged_end_of_the_log_costs_the_last_transactions_only(
     for _ in range(12):
         group_id, prompt_id = lease(ledger)
         with ledger.transaction():
-            assert ledger.deliver(make_group(group_id, prompt_id, num_tokens=2_000)) == "stored"
+            assert ledger.deliver(make_group(group_id, prompt_id, num_tokens=2_000), 0) == "stored"
     chance = random.Random(damage)
     log = (run_dir / f"{FILE_NAME}-wal").read_bytes()
     kept = set()
@@ -287,9 +287,9 @@ def test_the_file_stays_as_large_as_what_is_outstanding(make_config: Any, make_g
     for version in range(300):
         group_id, prompt_id = lease(ledger)
         with ledger.transaction():
-            ledger.deliver(make_group(group_id, prompt_id, version, num_tokens=4_096, size=8))
+            ledger.deliver(make_group(group_id, prompt_id, version, num_tokens=4_096, size=8), version)
             ledger.use([version], version)
-            ledger.commit(version)
+            ledger.commit(version, version + 1)
         sizes.append(sum(path.stat().st_size for path in run_dir.iterdir()))
     ledger.close()
     assert max(sizes) < 2 * ledger_file.WAL_BYTES, "300 groups are 88 MB"
@@ -304,9 +304,9 @@ def test_the_log_is_cut_back_after_a_reader_held_it_up(make_config: Any, make_gr
         for version in range(first, first + number):
             group_id, prompt_id = lease(ledger)
             with ledger.transaction():
-                ledger.deliver(make_group(group_id, prompt_id, version, num_tokens=4_096, size=8))
+                ledger.deliver(make_group(group_id, prompt_id, version, num_tokens=4_096, size=8), version)
                 ledger.use([version], version)
-                ledger.commit(version)
+                ledger.commit(version, version + 1)
         return (run_dir / f"{FILE_NAME}-wal").stat().st_size
 
     work(0, 3)

@@ -167,7 +167,7 @@ def test_a_message_larger_than_allowed_is_dropped(gate: Gate, monkeypatch: pytes
         dealer.curve_publickey, dealer.curve_secretkey = RUN.client_public, RUN.client_secret
         dealer.setsockopt(zmq.IDENTITY, b"big")
         dealer.connect(gate.address)
-        dealer.send_multipart([*wire.encode(wire.Chunk(1, 0, b"x" * 300), 0, "run"), *[b"x" * 300] * 4])
+        dealer.send_multipart([*wire.encode(wire.Chunk(0, "", b"x" * 300), 0, "run"), *[b"x" * 300] * 4])
         until(lambda: gate.receive(10, 0.0) == ([], False) and gate.take_counts().get("wire_errors"))
         dealer.send_multipart(wire.encode(wire.Close(), 7, "run"))
         until(lambda: [incoming.number for incoming in gate.receive(10, 0.0)[0]] == [7])

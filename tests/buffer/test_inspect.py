@@ -20,13 +20,13 @@ def ledger(make_config: Any, make_group: Any):
     with opened.transaction():
         leases = [opened.issue(Holder("a-1", "a", 1), 0, 0.0) for _ in range(6)]
         for group_id, prompt_id in leases[:3]:
-            opened.deliver(make_group(group_id, prompt_id))
+            opened.deliver(make_group(group_id, prompt_id), 0)
         opened.use([0], 0)
         opened.use([1], 1)
-        opened.commit(1)
+        opened.commit(1, 2)
         opened.give_back("4.0", "too_long")
         opened.give_back("5.0", "")
-        opened.deliver(make_group("5.0", leases[5][1]))
+        opened.deliver(make_group("5.0", leases[5][1]), 0)
         opened.evaluations.request(0)
     yield opened
     opened.close()
@@ -37,7 +37,7 @@ def test_inspect_prints_a_running_ledger(ledger: Ledger, run_dir: Path, capsys: 
     lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[:-1])
     expected = ("pending", "leased", "ready", "used", "done", "dropped: too_long", "late", "evaluations pending")
     assert [lines[name] for name in expected] == ["1"] * len(expected)
-    assert (lines["issued"], lines["staleness_max"], lines["staleness_mean"]) == ("6", "1", "0.50")
+    assert (lines["issued"], lines["uses"], lines["staleness_max"], lines["staleness_mean"]) == ("6", "2", "1", "0.50")
 
 
 def test_inspect_prints_json(ledger: Ledger, run_dir: Path, capsys: pytest.CaptureFixture[str]):
@@ -90,8 +90,9 @@ def test_a_closed_ledger_is_read_too(ledger: Ledger, run_dir: Path):
         ("DELETE FROM occurrences WHERE occurrence = 3", "6 occurrences were issued, the states hold 5"),
         ("DELETE FROM payloads WHERE occurrence = 2", "1 ready or used groups without contents"),
         ("INSERT INTO payloads VALUES (3, '', '')", "1 contents without a ready or used group"),
-        ("UPDATE occurrences SET staleness = 0 WHERE occurrence = 1", "1 used or done groups whose staleness"),
-        ("UPDATE occurrences SET used_version = 1, staleness = 1 WHERE occurrence = 0", "1 places in a batch"),
+        ("DELETE FROM uses WHERE occurrence = 1", "1 used or done groups that were in no batch"),
+        ("UPDATE uses SET occurrence = 2 WHERE occurrence = 0", "1 places in a batch of groups that are neither"),
+        ("UPDATE uses SET batch_order = 1 WHERE occurrence = 0", "1 batches with an empty place"),
         ("UPDATE occurrences SET occurrence = 77 WHERE occurrence = 3", "1 occurrences beyond the number issued"),
     ],
 )

@@ -28,7 +28,7 @@ def issue(ledger: Ledger, version: int = 0, holder: Holder = HOLDER, now: float 
 
 def deliver(ledger: Ledger, group: PackedGroup) -> str:
     with ledger.transaction():
-        return ledger.deliver(group)
+        return ledger.deliver(group, 0)
 
 
 def report(version: int) -> EvaluationReport:
@@ -59,11 +59,11 @@ def test_a_group_goes_through_all_states(ledger: Ledger, config: BufferConfig, m
     assert (stored.header, stored.arrays_frame) == (group.header, group.arrays_frame)
     with ledger.transaction():
         ledger.use([0], 6)
-    assert [(row.occurrence, row.staleness, row.num_tokens) for row in ledger.batch(6)] == [(0, 2, 10)]
+    assert [(row.occurrence, row.staleness, row.num_tokens) for row in ledger.uses.batch(6)] == [(0, 2, 10)]
     with ledger.transaction():
-        assert ledger.commit(6) == 0
-        assert ledger.commit(7) == 1
-    assert (ledger.counts["done"], ledger.batch(6)) == (1, [])
+        assert ledger.commit(6, 7) == 0
+        assert ledger.commit(7, 7) == 1
+    assert (ledger.counts["done"], ledger.uses.batch(6)) == (1, [])
     found = audit(config.run_dir)
     assert (found.counts["done"], found.staleness_max, found.holds) == (1, 2, True)
 
@@ -127,19 +127,19 @@ def test_a_rollback_makes_used_groups_ready_and_resamples_what_was_committed(
         with ledger.transaction():
             ledger.use([version], version)
     with ledger.transaction():
-        ledger.commit(1)
+        ledger.commit(1, 3)
         assert ledger.roll_back(2) == 1
     assert (ledger.ready, ledger.counts["used"], ledger.counts["done"]) == (Counter({2: 1}), 1, 1)
     with ledger.transaction():
         assert ledger.roll_back(0) == 1
     assert (ledger.counts["pending"], ledger.counts["ready"], ledger.counts["done"]) == (1, 2, 0)
     assert issue(ledger)[0] == "0.1"
-    assert [c.occurrence for c in ledger.candidates(5)] == [1, 2]
+    assert [c.occurrence for c in ledger.candidates(0)] == [1, 2]
 
 
 def test_only_ready_groups_are_used(ledger: Ledger):
     issue(ledger)
-    with pytest.raises(RuntimeError, match="not ready"), ledger.transaction():
+    with pytest.raises(RuntimeError, match="is leased, neither ready nor used"), ledger.transaction():
         ledger.use([0], 1)
     assert ledger.counts["leased"] == 1
 

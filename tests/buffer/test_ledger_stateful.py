@@ -3,14 +3,22 @@
 import contextlib
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from buffer import wire
 from buffer.audit import StageRow, audit
@@ -21,6 +29,7 @@ from buffer.ledger import Ledger
 from buffer.service import Service
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 from tests.buffer.dealing import Dealing
+from tests.buffer.slow_batch import Group, expected_batch
 
 NUM_PROMPTS, GROUPS_PER_BATCH, MAX_STALENESS, LEASE_SECONDS = 5, 2, 2, 14.0
 ACTORS = ("actor-0", "actor-1")
@@ -32,28 +41,56 @@ STAGES = [
 ]
 
 
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"max_uses": 2},
+    {"max_uses": 3, "sampler": "uniform"},
+    {"max_uses": 2, "sampler": "freshest", "drop_no_signal": True},
+    {"max_uses": 2, "sampler": "prioritized"},
+    {"sampler": "prioritized", "drop_no_signal": True},
+    {"on_stale": "drop", "max_reissues": 1},
+    {"on_stale": "drop", "max_reissues": 0, "max_uses": 2, "sampler": "uniform"},
+    {"on_stale": "mask", "max_uses": 2},
+]
+
+
 def success(occurrence: int, attempt: int) -> float:
-    """Of two groups in three the completion is correct."""
+    """Of two groups in three the completions are correct."""
     return float((occurrence + attempt) % 3 != 0)
 
 
+def rewards(occurrence: int, attempt: int) -> tuple[float, float]:
+    """Every fifth group has no signal, the others have more or less."""
+    return 1.0, 1.0 - (3 * occurrence + attempt) % 5 / 4
+
+
+def newest(occurrence: int, version: int) -> int:
+    """The version of the second completion's last token."""
+    return version + occurrence % 2
+
+
 def group(group_id: str, prompt_id: int, version: int) -> wire.PackedGroup:
-    """A group whose tokens name it."""
+    """A group whose tokens name it; the second completion ends under a version of its own."""
     occurrence, attempt = map(int, group_id.split("."))
-    trajectory = Trajectory(
-        trajectory_id=group_id,
-        group_id=group_id,
-        prompt_id=prompt_id,
-        token_ids=np.array([occurrence, attempt], np.int32),
-        loss_mask=np.array([False, True]),
-        behavior_logprobs=np.array([0, -1], np.float32),
-        policy_versions=(VersionSpan(0, version),),
-        reward=1.0,
-        reward_breakdown={},
-        verdict="correct" if success(occurrence, attempt) else "wrong",
-        finish_reason=FinishReason.STOP,
+    ending = newest(occurrence, version)
+    spans = (VersionSpan(0, version),), (VersionSpan(0, version), VersionSpan(2, ending))
+    trajectories = tuple(
+        Trajectory(
+            trajectory_id=f"{group_id}.{number}",
+            group_id=group_id,
+            prompt_id=prompt_id,
+            token_ids=np.array([occurrence, attempt, number], np.int32),
+            loss_mask=np.array([False, True, True]),
+            behavior_logprobs=np.array([0, -1, -2], np.float32),
+            policy_versions=spans[number],
+            reward=reward,
+            reward_breakdown={},
+            verdict="correct" if success(occurrence, attempt) else "wrong",
+            finish_reason=FinishReason.STOP,
+        )
+        for number, reward in enumerate(rewards(occurrence, attempt))
     )
-    return wire.pack_group(TrajectoryGroup(group_id, prompt_id, (trajectory,)))
+    return wire.pack_group(TrajectoryGroup(group_id, prompt_id, trajectories))
 
 
 @dataclass
@@ -65,10 +102,18 @@ class Occurrence:
     holder: bytes
     version: int
     """The actor's at the lease, then the group's oldest."""
-    used_version: int = -1
+    num_stale: int = 0
+    used: list[int] = field(default_factory=list)
+    """The versions of the batches it was in."""
+    is_judged: bool = False
+    """Whether its group came in and counts for the curriculum."""
 
 
 class BufferMachine(RuleBasedStateMachine):
+    def __init__(self, way: dict[str, Any]) -> None:
+        super().__init__()
+        self.way = way
+
     @initialize()
     def open(self) -> None:
         self.directory = tempfile.TemporaryDirectory(prefix="run-")
@@ -80,6 +125,7 @@ class BufferMachine(RuleBasedStateMachine):
             skip_solved=Skip(success=1.0, seen=1),
             skip_unsolved=Skip(success=0.0, seen=2),
             revisit_epochs=3,
+            **self.way,
         )
         write_levels(Path(self.directory.name), LEVELS)
         self.now, self.number, self.processes = 0.0, 0, 0
@@ -97,7 +143,7 @@ class BufferMachine(RuleBasedStateMachine):
         """Answers the buffer has in memory."""
         self.lineage: dict[int, list[str]] = {}
         self.shards: dict[int, wire.Shard] = {}
-        self.next_version, self.committed, self.has_rolled_back = 0, 0, False
+        self.next_version, self.committed, self.has_rolled_back, self.num_expired = 0, 0, False, 0
         self.batch_is_asked_for = False
         self.start_learner(0)
 
@@ -109,6 +155,26 @@ class BufferMachine(RuleBasedStateMachine):
 
     def having(self, *states: str) -> list[int]:
         return sorted(k for k, occurrence in self.model.items() if occurrence.state in states)
+
+    def is_useful(self, k: int, version: int) -> bool:
+        """Whether its group, once delivered, may be in the batch for `version`."""
+        masks = self.config.on_stale == "mask"
+        decisive = newest(k, self.model[k].version) if masks else self.model[k].version
+        return decisive + MAX_STALENESS >= version
+
+    def reusable(self) -> list[int]:
+        return [
+            k
+            for k in self.having("used")
+            if len(self.model[k].used) < self.config.max_uses and self.is_useful(k, self.next_version)
+        ]
+
+    def become_stale(self, k: int) -> None:
+        """Sampled again, or dropped when that was done often enough."""
+        self.model[k].num_stale += 1
+        again = self.model[k].num_stale <= self.config.max_reissues
+        self.model[k].state, self.model[k].is_judged = ("pending" if again else "dropped"), False
+        self.successes.pop(k, None)
 
     def tell(self, identity: bytes, message: wire.Message, number: int = -1) -> list[Outgoing]:
         """Send one message, and hold all answers against the model."""
@@ -168,33 +234,55 @@ class BufferMachine(RuleBasedStateMachine):
         assert (lease.group_id, lease.prompt_id) == (f"{k}.{attempt}", prompt)
         stage = self.dealing.stage_of(k)
         assert (lease.samples_per_group, lease.max_new_tokens) == (stage.samples_per_group, stage.max_new_tokens)
-        self.model[k] = Occurrence("leased", attempt, identity, self.told[identity])
+        num_stale = self.model[k].num_stale if pending else 0
+        self.model[k] = Occurrence("leased", attempt, identity, self.told[identity], num_stale)
         self.deadlines[identity] = self.now + LEASE_SECONDS
 
     def absorb_shard(self, shard: wire.Shard) -> None:
-        """The groups due first, in the order of their prompts, with the contents that were delivered."""
+        """The groups that the slow writing chooses, in the order of their prompts, with what was delivered."""
         version = shard.policy_version
         if version in self.shards:
             assert shard == self.shards[version], "a repeat"
             return
         assert (version, self.batch_is_asked_for) == (self.next_version, True)
-        due_first = sorted(self.having("ready"), key=lambda k: (self.model[k].version, k))[:GROUPS_PER_BATCH]
-        chosen = sorted(due_first)
-        groups = [wire.unpack_group(packed) for packed in shard.groups]
-        assert [g.group_id for g in groups] == [f"{k}.{self.model[k].attempt}" for k in chosen]
-        assert [tuple(g.trajectories[0].token_ids) for g in groups] == [(k, self.model[k].attempt) for k in chosen]
+        candidates = [
+            Group(k, self.model[k].version, bool(self.model[k].used), np.ptp(rewards(k, self.model[k].attempt)) / 2)
+            for k in self.having("ready") + self.reusable()
+        ]
+        leased = [self.model[k].version for k in self.having("leased")]
+        chosen = expected_batch(self.config, candidates, leased, version)
+        assert [packed.header.group_id for packed in shard.groups] == [f"{k}.{self.model[k].attempt}" for k in chosen]
         assert shard.staleness == tuple(version - self.model[k].version for k in chosen)
-        assert self.has_rolled_back or max(shard.staleness) <= MAX_STALENESS
-        for k in chosen:
-            self.model[k].state, self.model[k].used_version = "used", version
-        self.lineage[version], self.shards[version] = [g.group_id for g in groups], shard
+        if self.config.on_stale == "drop" or not (self.has_rolled_back or self.config.on_stale == "mask"):
+            assert max(shard.staleness) <= MAX_STALENESS
+        for k, packed in zip(chosen, shard.groups, strict=True):
+            self.check_contents(k, wire.unpack_group(packed), version)
+            self.model[k].state = "used"
+            self.model[k].used.append(version)
+        self.lineage[version] = [packed.header.group_id for packed in shard.groups]
+        self.shards[version] = shard
         self.next_version, self.batch_is_asked_for = version + 1, False
+        for k in self.having("ready") if self.config.on_stale != "wait" else ():
+            if not self.is_useful(k, self.next_version):
+                self.become_stale(k)
         self.dealing.advance(self.next_version, self.trained_in_stage())
 
     def trained_in_stage(self) -> list[float]:
         """Successes of the newest stage's groups that the learner has, oldest first."""
-        mine = [k for k in self.having("used", "done") if k >= self.dealing.firsts[-1]]
-        return [self.successes[k] for k in sorted(mine, key=lambda k: (self.model[k].used_version, k))]
+        had = [k for k in self.having("used", "done", "dropped") if self.model[k].is_judged]
+        return [self.successes[k] for k in had if k >= self.dealing.firsts[-1]]
+
+    def check_contents(self, k: int, received: TrajectoryGroup, version: int) -> None:
+        """What was delivered; under `mask` without the tokens that are too old."""
+        oldest = version - MAX_STALENESS if self.config.on_stale == "mask" else 0
+        sampled = wire.unpack_group(group(received.group_id, received.prompt_id, self.model[k].version)).trajectories
+        kept = []
+        for trajectory in sampled:
+            ending = newest(k, self.model[k].version) if trajectory.token_ids[2] else self.model[k].version
+            mask = (False, self.model[k].version >= oldest, ending >= oldest)
+            if any(mask):
+                kept.append((tuple(trajectory.token_ids), mask, trajectory.reward))
+        assert [(tuple(t.token_ids), tuple(t.loss_mask), t.reward) for t in received.trajectories] == kept
 
     # --- actors ---
 
@@ -221,25 +309,34 @@ class BufferMachine(RuleBasedStateMachine):
         known = self.model[k]
         attempt = max(0, known.attempt - back)
         version = known.version + ahead
-        is_late = attempt < known.attempt or known.state in ("pending", "dropped")
-        expected = "late" if is_late else "stored" if known.state == "leased" else "duplicate"
-        if expected == "stored":
-            self.model[k] = Occurrence("ready", attempt, known.holder, version)
-            self.successes[k] = success(k, attempt)
+        is_late = attempt < known.attempt or known.state == "pending"
+        is_late |= known.state == "dropped" and not known.is_judged
+        expected = "late" if is_late else self.take_in(k, version) if known.state == "leased" else "duplicate"
         packed = group(f"{k}.{attempt}", self.dealing.prompts[k], version)
         actor = known.holder.decode().rsplit("-", 1)[0]
         answers = self.tell(self.identity[actor], wire.GroupDelivery(actor, packed))
         assert [answer.message.outcome for answer in answers] == [expected]
 
+    def take_in(self, k: int, version: int) -> str:
+        """The group of a lease comes in: what is to become of it."""
+        known = self.model[k]
+        known.version = version
+        if self.config.on_stale != "wait" and not self.is_useful(k, self.next_version):
+            self.become_stale(k)
+            return "dropped"
+        has_none = len(set(rewards(k, known.attempt))) == 1
+        known.state = "dropped" if self.config.drop_no_signal and has_none else "ready"
+        known.is_judged, self.successes[k] = True, success(k, known.attempt)
+        return "stored" if known.state == "ready" else "dropped"
+
     def finish(self, k: int, ahead: int) -> None:
         """The holder of a lease delivers."""
         known = self.model[k]
-        version, identity = known.version + ahead, known.holder
-        self.model[k] = Occurrence("ready", known.attempt, identity, version)
-        self.successes[k] = success(k, known.attempt)
-        packed = group(f"{k}.{known.attempt}", self.dealing.prompts[k], version)
+        version, identity, attempt = known.version + ahead, known.holder, known.attempt
+        expected = self.take_in(k, version)
+        packed = group(f"{k}.{attempt}", self.dealing.prompts[k], version)
         answers = self.tell(identity, wire.GroupDelivery("x", packed))
-        assert [answer.message.outcome for answer in answers] == ["stored"]
+        assert [answer.message.outcome for answer in answers] == [expected]
 
     @rule(actor=st.sampled_from(ACTORS), ahead=st.lists(st.integers(0, 2), min_size=6, max_size=6))
     def work_ahead(self, actor: str, ahead: list[int]) -> None:
@@ -257,6 +354,16 @@ class BufferMachine(RuleBasedStateMachine):
                 if self.model[k].holder == self.identity[actor] and self.model[k].state == "leased":
                     self.finish(k, 0)
             self.train()
+
+    @rule(actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), times=st.integers(2, 4))
+    def come_late(self, actor: str, credit: int, times: int) -> None:
+        """One actor takes long for what it has leased, while the other one works."""
+        self.ask_for_leases(actor, credit, 0)
+        other = ACTORS[actor == ACTORS[0]]
+        self.work_and_train(other, 2, times)
+        for k in self.having("leased"):
+            if self.model[k].holder == self.identity[actor] and self.model[k].state == "leased":
+                self.finish(k, 0)
 
     @rule()
     def deliver_what_was_never_issued(self) -> None:
@@ -291,9 +398,11 @@ class BufferMachine(RuleBasedStateMachine):
         self.learner = self.new_process("learner")
         for k in self.having("used", "done"):
             occurrence = self.model[k]
-            if occurrence.used_version >= version:
+            occurrence.used = [v for v in occurrence.used if v < version]
+            if not occurrence.used:
                 if occurrence.state == "done":
                     del self.successes[k]
+                    occurrence.is_judged = False
                 occurrence.state = "ready" if occurrence.state == "used" else "pending"
         self.lineage = {v: groups for v, groups in self.lineage.items() if v < version}
         self.shards = {v: shard for v, shard in self.shards.items() if v < version}
@@ -321,8 +430,10 @@ class BufferMachine(RuleBasedStateMachine):
         self.tell(self.learner, wire.CheckpointCommitted(version))
         self.committed = version
         for k in self.having("used"):
-            if self.model[k].used_version < version:
+            if max(self.model[k].used) < version and k not in self.reusable():
                 self.model[k].state = "done"
+                self.num_expired += len(self.model[k].used) < self.config.max_uses
+        assert self.ledger.file.counters().get("uses_expired", 0) == self.num_expired
 
     @precondition(lambda self: self.has_rolled_back or len(self.lineage) > 3)
     @rule(behind_commit=st.integers(0, 1))
@@ -391,30 +502,50 @@ class BufferMachine(RuleBasedStateMachine):
         assert [row.policy_version for row in found] == self.dealing.began
 
     @invariant()
-    def each_is_trained_on_once_in_a_lineage(self) -> None:
+    def each_is_trained_on_as_often_as_it_may_be_in_a_lineage(self) -> None:
         if hasattr(self, "ledger"):
-            trained = [group_id for groups in self.lineage.values() for group_id in groups]
-            in_model = {f"{k}.{self.model[k].attempt}" for k in self.having("used", "done")}
+            trained = [(v, group_id) for v, groups in self.lineage.items() for group_id in groups]
+            had = self.having("used", "done")
+            in_model = {(v, f"{k}.{self.model[k].attempt}") for k in had for v in self.model[k].used}
             assert len(trained) == len(set(trained))
             assert set(trained) == in_model
+            assert max(Counter(group_id for _, group_id in trained).values(), default=0) <= self.config.max_uses
 
     @invariant()
     def outstanding_groups_are_bounded_and_the_learner_is_served(self) -> None:
         if not hasattr(self, "ledger"):
             return
-        outstanding = len(self.having("leased", "ready"))
-        assert self.has_rolled_back or outstanding <= (MAX_STALENESS + 1) * GROUPS_PER_BATCH
-        if self.batch_is_asked_for and not self.having("leased"):
-            assert len(self.having("ready")) < GROUPS_PER_BATCH
+        waits = self.config.on_stale == "wait"
+        if waits and not self.has_rolled_back:
+            assert len(self.having("leased", "ready")) <= (MAX_STALENESS + 1) * GROUPS_PER_BATCH
+        if self.batch_is_asked_for and not (waits and self.having("leased")):
+            assert len(self.having("ready") + self.reusable()) < GROUPS_PER_BATCH
 
     def teardown(self) -> None:
-        if hasattr(self, "ledger"):
+        if not hasattr(self, "ledger"):
+            return
+        try:
+            self.go_on()
+        finally:
             self.ledger.close()
             self.directory.cleanup()
 
+    def go_on(self) -> None:
+        """Whatever happened: with one actor that works, batches come out."""
+        self.now += 2 * LEASE_SECONDS
+        self.tell(b"nobody-0", wire.StatusRequest())
+        goal, turns = self.next_version + 3, 0
+        while self.next_version < goal:
+            turns += 1
+            assert turns < 20, "the run is stuck"
+            self.train()
+            self.ask_for_leases("actor-0", 6, 0)
+            for k in self.having("leased"):
+                if self.model[k].state == "leased":
+                    self.finish(k, 0)
 
-BufferMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
-
-class TestBufferMachine(BufferMachine.TestCase):
-    pass
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_any_order_of_events(way: dict[str, Any]) -> None:
+    bounds = settings(max_examples=7, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(lambda: BufferMachine(way), settings=bounds)

@@ -1,22 +1,62 @@
+from collections import Counter
+from typing import Any
+
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from buffer.admission import Limits
-from buffer.sampler import ReadyGroup, balance, fifo
+from buffer.sampler import SAMPLERS, Candidate, balance, fifo, next_batch, prioritized
+from tests.buffer.slow_batch import Group, expected_batch
 
 
 def test_fifo_takes_the_groups_due_first_and_returns_issue_order():
-    ready = [ReadyGroup(9, 4), ReadyGroup(3, 5), ReadyGroup(1, 5), ReadyGroup(7, 4)]
-    assert fifo(ready, {}, {4: 2, 5: 2}, 5, Limits(4, 3)) == [1, 7, 9]
+    ready = [Candidate(9, 4), Candidate(3, 5), Candidate(1, 5), Candidate(7, 4)]
+    assert next_batch(fifo, ready, {}, {4: 2, 5: 2}, 5, Limits(4, 3)) == [1, 7, 9]
 
 
 def test_fifo_waits_for_enough_groups_and_for_leases_that_are_due():
     limits = Limits(1, 2)
-    assert fifo([ReadyGroup(0, 5)], {}, {5: 1}, 5, limits) == []
-    ready = [ReadyGroup(0, 5), ReadyGroup(1, 5)]
-    assert fifo(ready, {4: 1}, {5: 2}, 5, limits) == []
-    assert fifo(ready, {5: 1}, {5: 2}, 5, limits) == [0, 1]
+    assert next_batch(fifo, [Candidate(0, 5)], {}, {5: 1}, 5, limits) == []
+    ready = [Candidate(0, 5), Candidate(1, 5)]
+    assert next_batch(fifo, ready, {4: 1}, {5: 2}, 5, limits) == []
+    assert next_batch(fifo, ready, {5: 1}, {5: 2}, 5, limits) == [0, 1]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), next_version=st.integers(4, 9), waits=st.booleans())
+def test_every_sampler_chooses_as_its_slow_writing(
+    make_config: Any, sampler: str, data: st.DataObject, next_version: int, waits: bool
+):
+    config = make_config(
+        groups_per_batch=3, max_staleness=3, sampler=sampler, max_uses=2, seed=5, on_stale="wait" if waits else "drop"
+    )
+    versions = st.integers(next_version - 3, next_version)
+    described = data.draw(st.lists(st.tuples(versions, st.booleans(), st.sampled_from([0.0, 0.25, 0.5])), max_size=9))
+    leased = data.draw(st.lists(st.integers(next_version - 4, next_version), max_size=4))
+    groups = [Group(k, *values) for k, values in enumerate(described)]
+    candidates = [Candidate(g.occurrence, g.version, int(g.was_used), g.spread) for g in groups]
+    in_time = [v for v in leased if waits or v + 3 >= next_version + 1]
+    ready = Counter(g.version for g in groups if not g.was_used)
+    ways = {"seed": 5, "waits": waits}
+    chosen = next_batch(SAMPLERS[sampler], candidates, Counter(in_time), ready, next_version, config.limits, **ways)
+    if chosen:
+        assert chosen == expected_batch(config, groups, leased, next_version)
+        again = next_batch(
+            SAMPLERS[sampler], candidates[::-1], Counter(in_time), ready, next_version, config.limits, **ways
+        )
+        assert again == chosen, "the order in which the file gives them is of no matter"
+    else:
+        assert len(groups) < 3 or (waits and leased)
+
+
+def test_priority_is_the_spread_of_rewards():
+    candidates = [Candidate(k, 0, 0, spread) for k, spread in enumerate((0.1, 0.0, 0.3, 0.6))]
+    firsts = Counter(prioritized(candidates, np.random.default_rng(seed))[0].occurrence for seed in range(2000))
+    assert [firsts[k] / 2000 for k in range(4)] == pytest.approx([0.1, 0, 0.3, 0.6], abs=0.03)
+    assert prioritized(candidates, np.random.default_rng(0))[-1].occurrence == 1, "no spread comes last"
 
 
 @given(st.integers(1, 4).flatmap(lambda r: st.tuples(st.just(r), st.integers(1, 6))), st.data())

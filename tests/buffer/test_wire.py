@@ -185,7 +185,7 @@ def header(*fields: Any) -> list[bytes]:
         (header(wire.SCHEMA, "run", "LearnerHello", 0, [2**63]), "is not between"),
         (header(wire.SCHEMA, "run", "Heartbeat", 0, ["a", "b", 0, "", {"x": "y"}]), "expected"),
         (header(wire.SCHEMA, "run", "GroupDelivery", 0, ["a", None]), "frames are missing"),
-        (header(wire.SCHEMA, "run", "Chunk", 0, [1, 2, None]), "frame of bytes is missing"),
+        (header(wire.SCHEMA, "run", "Chunk", 0, [1, "", None]), "frame of bytes is missing"),
     ],
 )
 def test_what_is_wrong_is_named(frames: list[bytes], complaint: str):

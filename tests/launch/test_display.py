@@ -86,7 +86,7 @@ def test_a_terminal_shows_a_bar_and_who_waits_for_whom():
     lines = text_of(stream)
     for expected in ("training", "12/40", "0.625", "1.25", "4321", "0.410 at policy 0", "0.875 at policy 10"):
         assert expected in lines
-    assert re.search(r"pending 0, leased 3, ready 5, used 16, done 192 +dropped +2", lines)
+    assert re.search(r"pending 0, leased 3, ready 5, used 16, done 192 +dropped +2 prompt_too_long", lines)
     assert re.search(r"learner-0 +waits for a batch +policy +12", lines)
     assert re.search(r"actor-1 +working", lines)
 

@@ -29,9 +29,11 @@ STUBBORN = """
 import os, signal, socket, tempfile, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 socket.socket(socket.AF_UNIX).bind(tempfile.mkdtemp() + "/socket")
+memory = os.environ["SLIPSTREAM_MEMORY"]
+open(memory + "/v1.weights", "wb").write(bytes(1 << 16))
 if not os.fork():
     os.setsid()
-print("up", flush=True)
+print(memory, flush=True)
 time.sleep(60)
 """
 
@@ -62,12 +64,12 @@ def kill(launcher: subprocess.Popen[str]) -> None:
 
 
 def test_nothing_is_left_of_a_run_whose_launcher_was_killed():
-    launcher, mark, folder, pid, _ = launch(STUBBORN)
+    launcher, mark, folder, pid, memory = launch(STUBBORN)
     assert len(marked(mark)) == 2
     assert pid in marked(mark)
-    assert list(folder.rglob("socket"))
+    assert list(folder.rglob("socket")) and memory.startswith("/dev/shm/") and list(Path(memory).iterdir())
     kill(launcher)
-    wait_for(lambda: not marked(mark) and not folder.exists())
+    wait_for(lambda: not marked(mark) and not folder.exists() and not Path(memory).exists())
 
 
 def test_a_process_that_is_frozen_while_the_launcher_dies_does_not_stay():

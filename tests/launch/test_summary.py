@@ -40,7 +40,7 @@ def trained(tmp_path: Path) -> Path:
     with ledger.transaction():
         for used, oldest in enumerate((0, 1, 1, 1)):
             group_id, prompt_id = ledger.issue(Holder("actor-0", "actor-0", used), oldest, 0.0)
-            assert ledger.deliver(group(group_id, prompt_id, oldest)) == "stored"
+            assert ledger.deliver(group(group_id, prompt_id, oldest), 0) == "stored"
             ledger.use([used], used)
     ledger.close()
     return tmp_path

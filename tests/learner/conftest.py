@@ -1,7 +1,6 @@
 """One thread, one rank, and models of a few thousand parameters for every test of the learner."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,10 +42,3 @@ def one_rank(_process_group: None) -> Iterator[None]:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: two layers, two heads that share one key head, tied embeddings, character tokenizer."""
     return save_tiny_model(tmp_path_factory.mktemp("model"), heads=2, key_value_heads=1)
-
-
-@pytest.fixture
-def socket_folder() -> Iterator[Path]:
-    # Shorter than tmp_path: an ipc socket's path may have 107 characters.
-    with tempfile.TemporaryDirectory(prefix="sock-") as directory:
-        yield Path(directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from learner.algorithm import Algorithm
 
@@ -20,13 +20,21 @@ REFUSED = {
 SENSIBLE = [(a, c) for a in ALGORITHMS for c in CORRECTIONS if (a, c) not in REFUSED]
 
 
+def algorithm_section(name: str) -> DictConfig:
+    """The settings in an algorithm's file, which may set some of other sections too."""
+    loaded = OmegaConf.load(CONFIGS / "algorithm" / f"{name}.yaml")
+    section = loaded.get("algorithm", loaded)
+    assert isinstance(section, DictConfig)
+    return section
+
+
 def build(algorithm: str, correction: str, **changes: object) -> Algorithm:
     """The algorithm as a run with `max_new_tokens=64` would have it, with some settings changed."""
     config = OmegaConf.create(
         {
             "max_new_tokens": 64,
             "correction": OmegaConf.load(CONFIGS / "correction" / f"{correction}.yaml"),
-            "algorithm": OmegaConf.load(CONFIGS / "algorithm" / f"{algorithm}.yaml"),
+            "algorithm": algorithm_section(algorithm),
         }
     )
     OmegaConf.resolve(config)

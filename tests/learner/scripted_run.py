@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from buffer.client import Connection
 from buffer.config import BufferConfig
 from buffer.credentials import Credentials
 from buffer.server import Server
+from buffer.slots import hold
+from buffer.weights_config import WeightsConfig
 from buffer.wire import (
     EvaluationReport,
     GroupDelivery,
@@ -48,14 +51,14 @@ class RecordingStore(WeightStore):
     """Remembers what was published, and calls `on_publish` with each version first."""
 
     def __init__(self, directory: Path, address: str, on_publish: Callable[[int], None]) -> None:
-        super().__init__(directory, address, CREDENTIALS)
+        super().__init__(directory, WeightsConfig(address), CREDENTIALS)
         self.on_publish = on_publish
         self.published: list[Future[Manifest]] = []
 
-    def publish(self, policy_version: int, tensors: NamedTensors) -> Future[Manifest]:
+    def publish(self, policy_version: int, tensors: NamedTensors, dtype: torch.dtype | None = None) -> Future[Manifest]:
         """As in the weight store."""
         self.on_publish(policy_version)
-        self.published.append(super().publish(policy_version, tensors))
+        self.published.append(super().publish(policy_version, tensors, dtype))
         return self.published[-1]
 
     @property
@@ -107,7 +110,8 @@ class ScriptedActor:
             reply = self._weights.call(ManifestRequest(self._publication, 0.02))
         if isinstance(reply, Manifest):
             try:
-                data = np.fromfile(reply.path, dtype=np.uint8)
+                with hold(Path(reply.path)) as file:
+                    data = np.fromfile(file, dtype=np.uint8)
             except FileNotFoundError:
                 # A learner that was started again has removed the versions of the one before.
                 return
@@ -191,7 +195,14 @@ class ScriptedRun:
     """The buffer's server in a thread over `directory`, and learners and an actor on demand. Close it."""
 
     def __init__(
-        self, directory: Path, sockets: Path, folder: Path, *, max_staleness: int = 2, updates: int = 1
+        self,
+        directory: Path,
+        sockets: Path,
+        folder: Path,
+        *,
+        max_staleness: int = 2,
+        updates: int = 1,
+        **replay: Any,
     ) -> None:
         self.directory, self._sockets, self._folder = directory, sockets, folder
         self.stopping = threading.Event()
@@ -205,6 +216,7 @@ class ScriptedRun:
             max_staleness=max_staleness,
             updates_per_batch=updates,
             durability="memory",
+            **replay,
         )
         self._server = Server(buffer, CREDENTIALS)
         self._address = buffer.address

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from learner.algorithm import AdvantageInputs, Algorithm, LossInputs
 from learner.corrections import Distance
 from tests.learner.pairs import ALGORITHMS, CORRECTIONS, build
 
-PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
+ROOT = Path(__file__).parents[2]
+PAGE, CONTRIBUTING = ROOT / "docs" / "algorithms.md", ROOT / "CONTRIBUTING.md"
 MU, PROXIMAL, PI = (
     torch.tensor(p, dtype=torch.float64).log() for p in ([0.5, 0.2, 0.4], [0.5, 0.5, 0.2], [0.65, 0.5, 0.14])
 )
@@ -42,7 +48,7 @@ def row_of_algorithm(name: str) -> str:
 
 
 def build_fields(name: str) -> str:
-    return (Path(__file__).parents[2] / "configs" / "algorithm" / f"{name}.yaml").read_text()
+    return (ROOT / "configs" / "algorithm" / f"{name}.yaml").read_text()
 
 
 def row_of_correction(name: str) -> str:
@@ -66,6 +72,18 @@ def test_the_page_shows_what_the_algorithm_computes(name: str) -> None:
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_the_page_shows_what_the_correction_computes(name: str) -> None:
     assert row_of_correction(name) in PAGE.read_text().splitlines()
+
+
+def test_the_algorithm_that_the_contributors_page_adds_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two files, as they stand there; of the group's three tokens two have reward 1."""
+    blocks = dict(re.findall(r"^```(yaml|python)\n(.*?)^```", CONTRIBUTING.read_text(), re.DOTALL | re.MULTILINE))
+    module = ModuleType("learner.opo")
+    monkeypatch.setitem(sys.modules, "learner.opo", module)
+    exec(compile(blocks["python"], "learner/opo.py", "exec"), module.__dict__)
+    config = OmegaConf.create({"correction": {"_target_": "learner.corrections.DecoupledTIS"}, "algorithm": {}})
+    config.algorithm = OmegaConf.create(blocks["yaml"])
+    advantages, _ = annotated(instantiate(config.algorithm))
+    torch.testing.assert_close(advantages, torch.tensor([1 / 3, 1 / 3, -2 / 3], dtype=torch.float64))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 import pytest
 
 from buffer.trajectory import TrajectoryGroup
+from launch.display import WARNINGS
 from learner.batch import TrainingBatch
-from learner.health import WARN_AFTER, DistanceWatch, SignalWatch, StepWatch
+from learner.health import BOUNDS, WARN_AFTER, DistanceWatch, SignalWatch, StepWatch
+from learner.observer import TROUBLES
 from tests.learner.samples import CPU, make_trajectory
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -114,13 +116,19 @@ def test_data_beyond_a_bound_is_said_once_and_so_is_its_return(
     caplog.set_level(logging.INFO)
     watch, far = DistanceWatch(), NEAR | {f"importance/{name}": value}
     seen = [watch.see(version, metrics) for version, metrics in enumerate([NEAR, far, far, NEAR, {}])]
-    assert seen == [{"importance/warning": count} for count in (0.0, 1.0, 1.0, 0.0)] + [{}]
+    counted = [(metrics.get("importance/warning"), metrics.get("importance/far_batches")) for metrics in seen]
+    assert counted == [(0, 0), (1, 1), (1, 2), (0, 2), (None, None)]
     assert [record.getMessage() for record in caplog.records] == [
-        f"policy 1: this data is far off-policy: {phrase}",
+        f"policy 1: this data is far off-policy: {phrase}; lower max_staleness or the learning rate, or choose another"
+        " correction",
         "policy 3: the data is near enough to the policy again",
     ]
 
 
 def test_all_bounds_may_be_crossed_at_once():
     far = {"importance/effective_sample_size": 0.1, "importance/weight_mean": 0.2, "importance/weight_std": 4.0}
-    assert DistanceWatch().see(1, far) == {"importance/warning": 3.0}
+    assert DistanceWatch().see(1, far) == {"importance/warning": 3.0, "importance/far_batches": 1.0, **BOUNDS}
+
+
+def test_the_display_has_words_for_every_trouble_it_is_told_of():
+    assert {name.partition("/")[2] for name in TROUBLES} <= WARNINGS.keys()

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-import learner.model
+import learner.head
 from learner.batch import MicroBatch
 from learner.model import PolicyModel, ValueModel
-from tests.learner.samples import make_batch, make_group, plain_model, plain_scores, save_tiny_model
+from tests.learner.samples import VOCABULARY, make_batch, make_group, plain_model, plain_scores, save_tiny_model
 
 SHAPES = {
     "one_head_tied": {"heads": 1, "key_value_heads": 1, "tied": True},
@@ -25,7 +25,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch):
     # The scored tokens do not divide into chunks of seven, so the last one is short.
-    monkeypatch.setattr(learner.model, "TOKENS_PER_CHUNK", 7)
+    monkeypatch.setattr(learner.head, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
 
 
 def packed() -> MicroBatch:

@@ -1,7 +1,8 @@
 """The same batch through other projects' loss functions: equal where the definitions are; see docs/algorithms.md.
 
-Skipped where they are not installed, which no part of this project asks for. What differs is asserted too, so that
-the list of differences stays true.
+Skipped where they are not installed, which no part of this project asks for. In an environment of their own that has
+torch for the CPU: `pip install trl==1.16.0 verl==0.9.1 hypothesis pytest pytest-timeout`, then `python -m pytest
+tests/learner/test_peers.py`. What differs is asserted too, so that the list of differences stays true.
 """
 
 from collections import defaultdict
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from learner.advantages import gae, group_relative, leave_one_out, whiten
+from learner.corrections import Correction, DecoupledTIS, Distance, SequenceMask, SequenceTIS, TokenMask
 from learner.importance import truncated_weights
 from learner.losses import batch_counts, cispo_loss, kl_estimate, policy_loss, sequence_denominator, value_loss
 from learner.losses import token_weights as weights_of
@@ -31,6 +33,8 @@ ADVANTAGES = TOKEN_ADVANTAGES[:, :1].expand_as(MASK)
 WEIGHTS = truncated_weights(PROXIMAL, BEHAVIOR, MASK, max_importance_weight=2.0)
 REWARDS, GROUPS = torch.tensor([1.0, -0.5, 0.25, 1.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
 LONGEST = MASK.shape[1]
+NEAR = PROXIMAL - 0.5 * torch.sin(torch.arange(1.0, MASK.numel() + 1, dtype=torch.float64)).view_as(PROXIMAL)
+"""Another log mu, whose sequences lie on both sides of pi_prox."""
 
 
 def token_weights(aggregation: Any) -> Tensor:
@@ -170,6 +174,34 @@ def test_the_policy_losses_are_verls(kind: str, name: str, low: float, high: flo
         return theirs(PROXIMAL, leaf, ADVANTAGES, MASK.double(), VERLS[aggregation], config, WEIGHTS)[0]
 
     assert_equal(lambda leaf: ours(kind, aggregation, leaf), loss)
+
+
+@pytest.mark.parametrize(
+    ("correction", "level", "threshold"),
+    [
+        (DecoupledTIS(max_importance_weight=1.2), "token", "1.2"),
+        (TokenMask(low=0.8, high=1.2), "token", "0.8_1.2"),
+        (SequenceTIS(max_importance_weight=1.2), "sequence", "1.2"),
+        (SequenceMask(ratio="product", low=0.5, high=1.4), "sequence", "0.5_1.4"),
+    ],
+)
+def test_the_weights_of_the_corrections_are_verls(correction: Correction, level: str, threshold: str) -> None:
+    peer = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
+    theirs, _ = peer.compute_rollout_correction_weights(PROXIMAL - NEAR, MASK.double(), level, threshold)
+    found = correction.weights(Distance(PROXIMAL, NEAR, ADVANTAGES, MASK))
+    uncut = correction.ratios(Distance(PROXIMAL, NEAR, ADVANTAGES, MASK))[MASK]
+    assert not torch.allclose(found[MASK], uncut)
+    assert not torch.allclose(found[MASK], torch.zeros(()).double())
+    torch.testing.assert_close(found, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_verl_leaves_out_the_same_sequences_by_their_geometric_mean() -> None:
+    peer = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
+    kept, _ = peer.compute_rollout_rejection_mask(PROXIMAL - NEAR, MASK.double(), "seq_mean_k1", "0.7_1.4")
+    correction = SequenceMask(ratio="geometric", low=0.7, high=1.4)
+    found = correction.weights(Distance(PROXIMAL, NEAR, ADVANTAGES, MASK)) > 0
+    assert 0 < int(found.sum()) < int(MASK.sum())
+    assert torch.equal(found, kept.bool())
 
 
 def test_verl_bounds_a_negative_advantage_a_second_time_and_this_project_does_not() -> None:

@@ -1,7 +1,6 @@
-import errno
+import resource
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,6 +13,9 @@ from torch import Tensor
 
 from buffer.client import Connection, RequestRefused
 from buffer.credentials import Credentials
+from buffer.layout import checksum
+from buffer.slots import hold
+from buffer.weights_config import WeightsConfig
 from buffer.wire import Chunk, ChunkRequest, Close, Manifest, ManifestRequest, Message, NoNewVersion
 from learner.publisher import ALIGNMENT_BYTES, WeightStore
 
@@ -30,7 +32,8 @@ def open_store(tmp_path: Path, address: str) -> Iterator[Stores]:
     stores: list[WeightStore] = []
 
     def start(**settings: int) -> WeightStore:
-        stores.append(WeightStore(tmp_path / "weights", address, Credentials.plain("test"), **settings))
+        config = WeightsConfig(address, **settings)
+        stores.append(WeightStore(tmp_path / "weights", config, Credentials.plain("test")))
         return stores[-1]
 
     yield start
@@ -64,7 +67,7 @@ def manifest_of(actor: Connection, known: str = "", wait_seconds: float = 10.0) 
 def pull(actor: Connection, manifest: Manifest, chunk_bytes: int = 50) -> bytes:
     offsets = range(0, manifest.num_bytes, chunk_bytes)
     sizes = [min(chunk_bytes, manifest.num_bytes - offset) for offset in offsets]
-    requests = [ChunkRequest(manifest.policy_version, *pair) for pair in zip(offsets, sizes, strict=True)]
+    requests = [ChunkRequest(manifest.publication, "", *pair) for pair in zip(offsets, sizes, strict=True)]
     replies = [future.result() for future in [actor.request(request) for request in requests]]
     chunks = [reply for reply in replies if isinstance(reply, Chunk)]
     assert [chunk.offset for chunk in chunks] == list(offsets)
@@ -101,14 +104,14 @@ def test_every_tensor_has_a_checksum_and_lies_aligned(open_store: Stores, actor:
     for entry in manifest.tensors:
         span = data[entry.offset : entry.offset + entry.num_bytes]
         assert entry.offset % ALIGNMENT_BYTES == 0
-        assert zlib.crc32(span) == entry.checksum
-        assert zlib.crc32(bytes([span[0] ^ 1]) + span[1:]) != entry.checksum
+        assert checksum(span) == entry.checksum
+        assert checksum(bytes([span[0] ^ 1]) + span[1:]) != entry.checksum
 
 
 def test_a_parked_request_wakes_when_a_version_is_published(
     open_store: Stores, actor: Connection, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("learner.publisher.TICK_SECONDS", 3.0)
+    monkeypatch.setattr("buffer.weight_server.TICK_SECONDS", 3.0)
     store = open_store()
     waiting: Future[Message] = actor.request(ManifestRequest("", 30.0))
     with pytest.raises(TimeoutError):
@@ -135,7 +138,7 @@ def test_a_request_is_answered_when_nothing_new_came_in_time(open_store: Stores,
 def test_a_late_joiner_gets_the_newest_version(open_store: Stores, actor: Connection):
     store = open_store()
     for version in range(3):
-        store.publish(version, weights(version))
+        store.publish(version, weights(version)).result(10)
     store.publish(3, weights(3)).result(10)
     manifest = manifest_of(actor)
     assert manifest.policy_version == 3
@@ -147,17 +150,17 @@ def test_kept_versions_are_served_until_the_end_and_older_ones_refused(
 ):
     store = open_store(keep_versions=2)
     manifests = [store.publish(version, weights(version)).result(10) for version in range(4)]
-    assert sorted(path.name[:9] for path in (tmp_path / "weights").iterdir()) == ["v00000002", "v00000003"]
+    assert sorted(path.name[:9] for path in (tmp_path / "weights").glob("*.weights")) == ["v00000002", "v00000003"]
     assert read(manifests[2], pull(actor, manifests[2]))["scale"].item() == 2.0
-    with pytest.raises(RequestRefused, match="version 1 is not kept here; ask for the manifest again"):
-        actor.call(ChunkRequest(1, 0, 10))
+    with pytest.raises(RequestRefused, match="is not kept here; ask for the manifest again"):
+        actor.call(ChunkRequest(manifests[1].publication, "", 0, 10))
 
 
 @pytest.mark.parametrize(("offset", "num_bytes"), [(0, 0), (10, 10_000), (10_000, 1), (2**62, 2**62)])
 def test_chunks_outside_the_file_are_refused(open_store: Stores, actor: Connection, offset: int, num_bytes: int):
-    open_store().publish(0, weights()).result(10)
+    manifest = open_store().publish(0, weights()).result(10)
     with pytest.raises(RequestRefused, match="lie outside"):
-        actor.call(ChunkRequest(0, offset, num_bytes))
+        actor.call(ChunkRequest(manifest.publication, "", offset, num_bytes))
 
 
 def test_other_messages_are_refused_by_name(open_store: Stores, actor: Connection):
@@ -184,7 +187,7 @@ def test_a_restarted_store_publishes_the_same_version_under_another_name(
     first = open_store()
     before = first.publish(4, weights(1)).result(10)
     first.close()
-    (tmp_path / "weights" / "v00000005-dead.weights.tmp").write_bytes(b"half")
+    (tmp_path / "weights" / "slot-1.part").write_bytes(b"half")
     second = open_store()
     assert list((tmp_path / "weights").iterdir()) == []
     second.publish(4, weights(2)).result(10)
@@ -217,25 +220,61 @@ def test_an_address_in_use_is_one_sentence(open_store: Stores, tmp_path: Path):
     blocker = context.socket(zmq.ROUTER)
     port = blocker.bind_to_random_port("tcp://127.0.0.1")
     with pytest.raises(ValueError, match=f"tcp://127.0.0.1:{port} is in use"):
-        WeightStore(tmp_path / "other", f"tcp://127.0.0.1:{port}", Credentials.plain("test"))
+        WeightStore(tmp_path / "other", WeightsConfig(f"tcp://127.0.0.1:{port}"), Credentials.plain("test"))
     context.destroy(linger=0)
 
 
-def test_a_full_disk_leaves_no_half_version_and_the_older_ones_are_served(
+def test_where_there_is_no_room_nothing_is_left_behind_and_the_next_attempt_may_work(
     open_store: Stores, actor: Connection, tmp_path: Path
 ):
-    """The second tensor cannot be written any more."""
     store = open_store()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"policy 1 cannot be published to .*/weights: File too large; make room"):
+            store.publish(1, weights())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "weights").iterdir()) == []
     store.publish(1, weights()).result(10)
-
-    class Unwritable(Tensor):
-        def contiguous(self) -> Tensor:  # type: ignore[override]
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    half = [weights()[0], ("late", torch.zeros(4).as_subclass(Unwritable))]
-    with pytest.raises(
-        OSError, match=r"policy 2 cannot be published to .*/weights: No space left on device; make room"
-    ):
-        store.publish(2, half).result(10)
-    assert [path.name[:9] for path in (tmp_path / "weights").iterdir()] == ["v00000001"]
     assert manifest_of(actor).policy_version == 1
+
+
+def test_the_memory_of_a_retired_version_is_written_again_unless_somebody_reads_it(open_store: Stores):
+    store = open_store(keep_versions=1)
+    manifests = [store.publish(version, weights(version)).result(10) for version in range(2)]
+    inodes = [Path(manifests[1].path).stat().st_ino]
+    with hold(Path(manifests[1].path)) as reading:
+        for version in (2, 3, 4):
+            manifests.append(store.publish(version, weights(version)).result(10))
+            inodes.append(Path(manifests[-1].path).stat().st_ino)
+        reading.seek(manifests[1].tensors[-1].offset)
+        assert np.frombuffer(reading.read(4), np.float32) == 1.0
+    # Version 1 is being read, so two other slots take turns.
+    assert inodes[0] not in inodes[1:] and inodes[1] == inodes[3]
+    for version in (5, 6):
+        manifests.append(store.publish(version, weights(version)).result(10))
+    assert Path(manifests[-1].path).stat().st_ino in inodes[:2]
+    with pytest.raises(FileNotFoundError):
+        hold(Path(manifests[0].path))
+
+
+def test_other_tensors_than_before_are_refused(open_store: Stores):
+    store = open_store()
+    store.publish(0, weights()).result(10)
+    with pytest.raises(ValueError, match=r"tensor embed of shape \(3,\) is not what was published before"):
+        store.publish(1, [("embed", torch.zeros(3))])
+    with pytest.raises(ValueError, match="tensor head was published before and is missing now"):
+        store.publish(1, weights()[:1])
+
+
+def test_versions_lie_in_shared_memory_where_there_is_a_folder_for_them(tmp_path: Path, address: str):
+    memory = tmp_path / "memory" / "weights"
+    (tmp_path / "weights").mkdir()
+    for _ in range(2):
+        store = WeightStore(tmp_path / "weights", WeightsConfig(address), Credentials.plain("test"), memory)
+        manifest = store.publish(0, weights(), torch.bfloat16).result(10)
+        assert Path(manifest.path).parent == memory and (tmp_path / "weights").resolve() == memory
+        assert {entry.dtype for entry in manifest.tensors} == {"bfloat16"}
+        store.close()
+        assert list(memory.iterdir()) == []

@@ -1,7 +1,9 @@
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from learner.checkpoint import newest_checkpoint
 from learner.corrections import VTrace
 from learner.grpo import GRPO
 from learner.ppo import PPO
+from learner.prefetch import Prefetch
+from learner.report import LAYOUT
 from tests.learner.samples import plain_model
 from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
 
@@ -39,9 +43,11 @@ def start_run(tmp_path: Path, socket_folder: Path, model_folder: Path) -> Iterat
 
 
 def scalars(run: ScriptedRun, name: str) -> dict[int, float]:
-    events = EventAccumulator(str(run.directory / "tensorboard"))
-    events.Reload()
-    return {event.step: event.value for event in events.Scalars(name)}
+    return {event.step: event.value for event in event_file(run).Scalars(name)}
+
+
+def event_file(run: ScriptedRun) -> EventAccumulator:
+    return EventAccumulator(str(run.directory / "tensorboard")).Reload()
 
 
 def assert_trained_once(run: ScriptedRun, num_batches: int, max_staleness: int) -> None:
@@ -68,6 +74,9 @@ def test_a_run_trains_publishes_evaluates_and_ends_with_a_checkpoint(
     assert all(0 < norm < math.inf for norm in norms.values())
     assert scalars(run, "evaluation/pass_at_1").keys() >= {0, 5}
     assert max(scalars(run, "staleness/max").values()) == run.audit().staleness_max
+    shown = event_file(run).Tags()["scalars"]
+    charts = [tag for page in LAYOUT.values() for _, tags in page.values() for tag in tags]
+    assert [tag for tag in charts if not any(re.fullmatch(tag, name) for name in shown)] == []
     names = {entry.name for entry in manifests[0].tensors}
     assert names == {name for name, _ in plain_model(model_folder).named_parameters()}
     trained = AutoModelForCausalLM.from_pretrained(run.directory / "checkpoints" / "00000005" / "policy").state_dict()
@@ -75,12 +84,30 @@ def test_a_run_trains_publishes_evaluates_and_ends_with_a_checkpoint(
     assert any(not torch.equal(trained[name], base[name]) for name in base)
 
 
-def test_several_updates_per_batch_with_a_reference(start_run: Runs):
+def test_several_updates_per_batch_with_a_reference(start_run: Runs, monkeypatch: pytest.MonkeyPatch):
     run = start_run(max_staleness=4, updates=2)
+    events: list[str] = []
+
+    class Recorded(Prefetch):
+        def ask(self, policy_version: int) -> Any:
+            events.append(f"ask {policy_version}")
+            return super().ask(policy_version)
+
+    monkeypatch.setattr("learner.train.Prefetch", Recorded)
     run.start_actor(temperature=0.7)
     algorithm = PPO(kl="reward", kl_coef=0.01)
-    trainer, manifests = run.learn(algorithm, 6, temperature=0.7, checkpoint_every=2)
+    trainer, manifests = run.learn(
+        algorithm,
+        6,
+        temperature=0.7,
+        checkpoint_every=2,
+        on_publish=lambda version: events.append(f"publish {version}"),
+    )
     assert trainer.version == 6
+    # A batch is asked for once its version exists and before that is published.
+    assert list(dict.fromkeys(events)) == [
+        *("publish 0", "ask 0", "ask 2", "publish 2", "ask 4", "publish 4", "publish 6"),
+    ]
     # Published once per batch; both optimizer steps count.
     assert [manifest.policy_version for manifest in manifests] == [0, 2, 4, 6]
     assert_trained_once(run, 3, max_staleness=4)

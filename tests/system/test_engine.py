@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from actors.prompts import TaskConfig, load_task
 from actors.rollout import task_prompt_ids
 from buffer.client import Connection, host_id
 from buffer.credentials import Credentials
+from buffer.weights_config import WeightsConfig
 from learner.publisher import WeightStore
 from learner.sft import SftSettings, train
 
@@ -86,30 +87,34 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
     from transformers import AutoModelForCausalLM
 
     from actors.engine import Engine
-    from actors.weights import WeightClient
+    from actors.fetch import WeightClient
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     address = f"ipc://{tmp_path}/weights.ipc"
     credentials = Credentials.plain("test")
     store, connection = (
-        WeightStore(tmp_path / "weights", address, credentials),
+        WeightStore(tmp_path / "weights", WeightsConfig(address, keep_versions=1), credentials),
         Connection(address, "test", credentials),
     )
     engine = Engine(config)
-    client = WeightClient(
-        connection, host_id=host_id(), published=tmp_path / "weights", spool=tmp_path / "spool", chunk_bytes=1 << 16
-    )
+    where = {"published": tmp_path / "weights", "chunk_bytes": 1 << 16}
+    mapping, pulling = (WeightClient(connection, host_id=host, **where) for host in (host_id(), "another host"))
+
+    async def update(version: int, named: list[tuple[str, torch.Tensor]]) -> None:
+        """Versions are mapped and pulled in turns; their memory is reused at once."""
+        manifest = await asyncio.wrap_future(store.publish(version, named))
+        local = await (pulling if version % 2 else mapping).fetch(manifest)
+        await engine.load(local)
+        local.release()
+
     try:
         loaded_from_folder = await engine.start()
         # The same weights through our transfer are the same weights, parameter by parameter.
-        published = store.publish(0, [(name, p.detach().clone()) for name, p in model.named_parameters()])
-        manifest = await asyncio.wrap_future(published)
-        await engine.load(await client.fetch(manifest))
+        await update(0, list(model.named_parameters()))
         assert await engine.checksums() == loaded_from_folder
         # Every later version is what samples: also the output head, which is tied to the embedding.
         for version in (1, 2):
-            manifest = await asyncio.wrap_future(store.publish(version, perturb(model, seed=version)))
-            await engine.load(await client.fetch(manifest))
+            await update(version, perturb(model, seed=version))
             completions = await sample(engine, f"fresh-{version}", 4, 40)
             assert_agree(model, completions)
             assert {span.version for c in completions for span in c.versions} == {version}
@@ -118,8 +123,7 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
         newest = 2
         while not running.done():
             newest += 1
-            manifest = await asyncio.wrap_future(store.publish(newest, perturb(model, seed=newest)))
-            await engine.load(await client.fetch(manifest))
+            await update(newest, perturb(model, seed=newest))
             await asyncio.sleep(0.1)
         completions = [completion for group in await running for completion in group]
         assert len(completions) == 64
@@ -136,10 +140,28 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
             assert len(completion.logprobs) == len(completion.token_ids)
         assert_agree(model, await sample(engine, "after", 4, 40))
         await _check_turns(engine, base, model)
+        await _check_recomputed(engine, model, update, newest + 1)
     finally:
         engine.close()
         connection.close()
         store.close()
+
+
+async def _check_recomputed(engine: Engine, model: PreTrainedModel, update: Any, version: int) -> None:
+    """With a cache of its own the new version samples the rest as if it had read the beginning itself."""
+    engine._recomputes = True
+    running = asyncio.ensure_future(sample(engine, "recomputed", 4, 200))
+    await asyncio.sleep(0.15)
+    await update(version, perturb(model, seed=version))
+    completions = [c for c in await running if len(c.versions) > 1]
+    assert completions, "the update came too late"
+    for completion in completions:
+        assert [span.version for span in completion.versions] == [version - 1, version]
+        start = completion.versions[1].start
+        found, expected = torch.from_numpy(completion.logprobs), logprobs_of(model, completion, 0.7)
+        torch.testing.assert_close(found[start:], expected[start:], atol=1e-4, rtol=0)
+        # With the old cache kept they would differ by much more.
+        assert (found[:start] - expected[:start]).abs().max() > 1e-3
 
 
 async def _check_turns(engine: Engine, base: Path, model: PreTrainedModel) -> None:

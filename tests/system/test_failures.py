@@ -66,7 +66,8 @@ def assert_nothing_lost(run_dir: Path, steps: int) -> None:
     assert found["invariant_holds"], found["problems"]
     with closing(sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True)) as db:
         batches = db.execute(
-            "SELECT used_version, count(*) FROM occurrences WHERE state = 'done' GROUP BY 1"
+            "SELECT used_version, count(*) FROM uses JOIN occurrences USING (occurrence)"
+            " WHERE state = 'done' GROUP BY 1"
         ).fetchall()
         issued = [row[0] for row in db.execute("SELECT occurrence FROM occurrences ORDER BY 1")]
     assert batches == [(version, GROUPS_PER_BATCH) for version in range(steps)]

@@ -20,11 +20,11 @@ from tests.system.runs import ROOT, Launch, Traces, finish, reward_curve
 pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
 
 
-def used_rows(run_dir: Path) -> list[tuple[int, int, int]]:
-    """(used_version, oldest_version, staleness) of every group that was trained on."""
+def used_rows(run_dir: Path) -> list[tuple[int, int]]:
+    """(used_version, oldest_version) of every group that was trained on."""
     with sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True) as db:
         rows = db.execute(
-            "SELECT used_version, oldest_version, staleness FROM occurrences WHERE state IN ('used', 'done')"
+            "SELECT used_version, oldest_version FROM uses JOIN occurrences USING (occurrence)"
         ).fetchall()
     db.close()
     return rows
@@ -35,10 +35,10 @@ def assert_sound(run_dir: Path, *, steps: int, groups_per_batch: int, max_stalen
     ledger = audit(run_dir)
     assert ledger.holds, ledger.problems
     rows = used_rows(run_dir)
-    assert sorted({version for version, _, _ in rows}) == list(range(steps))
+    assert sorted({version for version, _ in rows}) == list(range(steps))
     for version in range(steps):
-        assert sum(used == version for used, _, _ in rows) == groups_per_batch
-    assert all(staleness == used - oldest and 0 <= staleness <= max_staleness for used, oldest, staleness in rows)
+        assert sum(used == version for used, _ in rows) == groups_per_batch
+    assert all(0 <= used - oldest <= max_staleness for used, oldest in rows)
     assert ledger.counts["done"] == steps * groups_per_batch
     assert ledger.counts["used"] == 0
     assert not ledger.dropped
@@ -71,7 +71,7 @@ def test_ppo_trains_with_stale_data_and_reports(launch: Launch, tmp_path: Path) 
     run_dir = tmp_path / "ppo"
     output = finish(launch(run_dir, "total_steps=8", "max_staleness=2", "learner.evaluate_every=4"), run_dir)
     assert_sound(run_dir, steps=8, groups_per_batch=8, max_staleness=2)
-    assert max(staleness for _, _, staleness in used_rows(run_dir)) > 0
+    assert max(used - oldest for used, oldest in used_rows(run_dir)) > 0
     assert_checkpoint_loads(run_dir, 8)
 
     summary = json.loads((run_dir / "summary.json").read_text())

@@ -1,0 +1,232 @@
+"""The ways of `benchmarks/learner.py` that need no more than this project: `learner_ways.py NAME WORK.json`.
+
+ours: the learner's own functions, from received groups to metrics. packed and padded: what one would write by hand with
+PyTorch and transformers, the loss and nothing beside it. limit: the matrix products of the linear layers alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+# Before this folder, which has files with the names of packages.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.learner_work import GROUP_SIZE, LEARNING_RATE, Sequences, Turns, Work, save_gradient, sequences
+
+
+def ours(work: Work, data: Sequences) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+    from buffer.wire import pack_group, unpack_group
+    from learner.algorithm import AdvantageInputs
+    from learner.batch import TrainingBatch
+    from learner.config import OptimizerConfig
+    from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, init_distributed
+    from learner.grpo import GRPO
+    from learner.metrics import summarize
+    from learner.model import PolicyModel
+    from learner.report import batch_metrics
+    from learner.steps import Annotations, policy_step, score_batch
+
+    def groups(behavior: list[np.ndarray]) -> list[TrajectoryGroup]:
+        """`behavior`: log mu of the completions' tokens."""
+        made = []
+        for index in range(work.num_groups):
+            members = []
+            for i in range(GROUP_SIZE * index, GROUP_SIZE * (index + 1)):
+                mask = np.arange(len(data.token_ids[i])) >= data.prompt_lengths[i]
+                logprobs = np.zeros(len(mask), dtype=np.float32)
+                logprobs[mask] = behavior[i]
+                members.append(
+                    Trajectory(
+                        trajectory_id=f"{index}.0.{i}",
+                        group_id=f"{index}.0",
+                        prompt_id=index,
+                        token_ids=data.token_ids[i].astype(np.int32),
+                        loss_mask=mask,
+                        behavior_logprobs=logprobs,
+                        policy_versions=(VersionSpan(0, 0),),
+                        reward=float(data.rewards[i]),
+                        reward_breakdown={"answer": float(data.rewards[i])},
+                        verdict="wrong",
+                        finish_reason=FinishReason.STOP,
+                        actor_id="actor-0",
+                    )
+                )
+            made.append(TrajectoryGroup(f"{index}.0", index, tuple(members)))
+        return made
+
+    device = torch.device("cpu")
+    init_distributed(device)
+    algorithm = GRPO()
+    engine = TrainingEngine(
+        PolicyModel.load(work.folder, dtype=torch.float32, temperature=1.0, checkpointing=False),
+        OptimizerConfig(learning_rate=LEARNING_RATE),
+        zero_stage=0,
+        bfloat16=False,
+        cpu_offload=False,
+        device=device,
+    )
+    # Sampled by the policy itself, as the others' losses have it: nothing is corrected, the distance only looked at.
+    lengths = [len(ids) - prompt for ids, prompt in zip(data.token_ids, data.prompt_lengths, strict=True)]
+    unsampled = groups([np.zeros(length) for length in lengths])
+    batch = TrainingBatch.from_groups(unsampled, [0] * work.num_groups, 0, device)
+    logprobs = score_batch(engine, batch, work.tokens_per_microbatch).numpy()
+    received = [pack_group(group) for group in groups(np.split(logprobs, np.cumsum(lengths)[:-1]))]
+    turns = Turns(parameters=sum(p.numel() for p in engine._engine.module.parameters()))
+    while turns.wait():
+        unpacked = [unpack_group(group) for group in received]
+        batch = TrainingBatch.from_groups(unpacked, [0] * work.num_groups, 0, device)
+        outputs = algorithm.advantages(
+            AdvantageInputs(batch.rewards, batch.group_index, batch.sequence_index, batch.behavior_logprobs)
+        )
+        annotations = Annotations(outputs.advantages, None, None, None, None)
+        everything = range(len(batch.trajectories))
+        sums = policy_step(engine, algorithm, batch, everything, annotations, work.tokens_per_microbatch)
+        if turns.number == 1:
+            names = engine._engine.module.causal_lm.named_parameters()
+            save_gradient(work, "ours", [(name, parameter.grad) for name, parameter in names])
+        engine.step(LEARNING_RATE)
+        metrics = batch_metrics(batch) | summarize(sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max))
+        assert metrics["policy/num_tokens"] == batch.num_scored_tokens
+        turns.done()
+
+
+def packed(work: Work, data: Sequences) -> None:
+    """Sequences laid end to end up to a budget of tokens, attention inside each."""
+    from transformers import AttentionInterface
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **named: Any) -> tuple[Any, None]:
+        parts = zip(*(tensor.split(named["lengths"], dim=2) for tensor in (query, key, value)), strict=True)
+        outputs = [scaled_dot_product_attention(*part, is_causal=True) for part in parts]
+        return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+    AttentionInterface.register("packed_by_hand", attention)
+    model = _model(work, "packed_by_hand")
+    advantages, scored = torch.from_numpy(data.advantages).float(), _scored(data)
+
+    def losses() -> Any:
+        for start, stop in pairwise(_cuts(data, work.tokens_per_microbatch)):
+            ids = torch.from_numpy(np.concatenate(data.token_ids[start:stop]))
+            lengths = [len(x) for x in data.token_ids[start:stop]]
+            positions = torch.cat([torch.arange(length) for length in lengths])
+            body = model.model(ids[None], position_ids=positions[None], use_cache=False, lengths=lengths)
+            mask = np.concatenate(
+                [np.arange(n) >= p for n, p in zip(lengths, data.prompt_lengths[start:], strict=False)]
+            )
+            targets = torch.from_numpy(np.flatnonzero(mask))
+            logits = model.lm_head(body.last_hidden_state[0][targets - 1])
+            logprobs = logits.log_softmax(-1).gather(-1, ids[targets, None])[:, 0]
+            completions = torch.tensor(lengths) - torch.tensor(data.prompt_lengths[start:stop])
+            yield _loss(logprobs, advantages[start:stop].repeat_interleave(completions)).sum() / scored
+
+    _train(work, "packed", model, losses)
+
+
+def padded(work: Work, data: Sequences) -> None:
+    """Rows of the longest sequence of their microbatch."""
+    model = _model(work, "sdpa")
+    advantages, scored = torch.from_numpy(data.advantages).float(), _scored(data)
+
+    def losses() -> Any:
+        for start in range(0, work.num_sequences, work.rows_per_microbatch):
+            rows = slice(start, start + work.rows_per_microbatch)
+            lengths = [len(x) for x in data.token_ids[rows]]
+            ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+            mask, completion = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+            for row, tokens in enumerate(data.token_ids[rows]):
+                ids[row, : len(tokens)] = torch.from_numpy(tokens)
+                mask[row, : len(tokens)] = 1
+                completion[row, data.prompt_lengths[start + row] : len(tokens)] = True
+            logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            yield (_loss(logprobs, advantages[rows, None]) * completion[:, 1:]).sum() / scored
+
+    _train(work, "padded", model, losses)
+
+
+def limit(work: Work, data: Sequences) -> None:
+    """Forward and backward matrix products of every linear layer at the packed shapes, no attention."""
+    hidden, wide = work.hidden_size, work.intermediate_size
+    shapes = [(hidden, hidden)] * 4 + [(hidden, wide)] * 2 + [(wide, hidden)]
+    weights = [torch.randn(shape) for shape in shapes]
+    head = torch.randn(hidden, work.vocabulary)
+    cuts = list(pairwise(_cuts(data, work.tokens_per_microbatch)))
+    lengths, prompts = [len(x) for x in data.token_ids], data.prompt_lengths
+
+    def products(x: Tensor, weight: Tensor) -> None:
+        y = x @ weight
+        y @ weight.T
+        x.T @ y
+
+    turns = Turns()
+    while turns.wait():
+        for start, stop in cuts:
+            tokens = sum(lengths[start:stop])
+            inputs = {width: torch.ones(tokens, width) for width in (hidden, wide)}
+            for _ in range(work.num_layers):
+                for weight in weights:
+                    products(inputs[weight.shape[0]], weight)
+            products(inputs[hidden][: tokens - sum(prompts[start:stop])], head)
+        turns.done()
+
+
+def _loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    u = (logprobs - logprobs.detach()).exp()
+    return -torch.minimum(u * advantages, u.clamp(0.8, 1.2) * advantages)
+
+
+def _model(work: Work, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(work.folder, attn_implementation=attention).train()
+
+
+def _train(work: Work, name: str, model: Any, losses: Any) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    turns = Turns()
+    while turns.wait():
+        for loss in losses():
+            loss.backward()
+        if turns.number == 1:
+            save_gradient(work, name, [(key, parameter.grad) for key, parameter in model.named_parameters()])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.done()
+
+
+def _scored(data: Sequences) -> int:
+    return data.num_tokens - sum(data.prompt_lengths)
+
+
+def _cuts(data: Sequences, budget: int) -> list[int]:
+    """Bounds of the runs of whole sequences that fit `budget` tokens."""
+    cuts, used = [0], 0
+    for index, tokens in enumerate(data.token_ids):
+        if used and used + len(tokens) > budget:
+            cuts.append(index)
+            used = 0
+        used += len(tokens)
+    return [*cuts, len(data.token_ids)]
+
+
+def main() -> None:
+    name, work = sys.argv[1], Work.read(Path(sys.argv[2]))
+    torch.set_num_threads(work.num_threads)
+    {"ours": ours, "packed": packed, "padded": padded, "limit": limit}[name](work, sequences(work))
+    # Threads of gloo may abort a teardown.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What does staleness cost, and which correction pays it back? The default task and model at every staleness.
+
+    python benchmarks/offpolicy.py                      # the whole grid: hours on one core; goes on where it was ended
+    python benchmarks/offpolicy.py --staleness 0 8 --corrections none decoupled_tis --seeds 1
+    python benchmarks/offpolicy.py --plot-only --plots docs/images
+
+Batch v is sampled by policy max(0, v - staleness), exactly: learner and actor work in turn in one process (see
+`offpolicy_run.py`). `unbounded` samples every batch from policy 0. Each run is a line of `--json`, written as it ends;
+a run that is there already is not repeated. Exit status: 0, or 2 with one sentence when an argument is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rich.console import Console
+
+from benchmarks.offpolicy_cells import CORRECTIONS, STALENESS, Cell, Scale, add_line, grid, missing, read_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+ALGORITHMS = ("ppo", "grpo")
+QUICK = Scale(updates=4, groups=4, samples=4, evaluate_every=2, evaluation_prompts=20)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("offpolicy.jsonl"), metavar="FILE", help="one line per run")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw offpolicy_*.svg there")
+    parser.add_argument("--plot-only", action="store_true", help="run nothing: tables and figures of what is in --json")
+    parser.add_argument("--quick", action="store_true", help="two short runs, in under two minutes")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="ppo")
+    parser.add_argument("--staleness", nargs="+", metavar="S", help="versions, or unbounded; default: all of the study")
+    parser.add_argument("--corrections", nargs="+", choices=CORRECTIONS, help="default: all the algorithm allows")
+    parser.add_argument("--seeds", type=int, default=3, help="of every cell; the first seed of all cells comes first")
+    parser.add_argument("--updates", type=int, default=Scale.updates)
+    parser.add_argument("--rate", type=float, default=Scale.rate, help="factor on the default learning rates")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, then show and draw. Returns the exit status."""
+    options = parse(arguments)
+    console = Console()
+    try:
+        scale = (
+            QUICK if options.quick else Scale(updates=options.updates, rate=options.rate, settings=tuple(options.set))
+        )
+        cells = wanted(options)
+        done = read_lines(options.json)
+        if not options.plot_only:
+            run(missing(cells, scale, done), scale, options.json, console)
+        lines = [line for line in read_lines(options.json) if scale.made(line)]
+        if not lines:
+            raise ValueError(f"{options.json} holds no run of this size; leave --plot-only out to make them")
+        if options.plots is not None and not options.plots.is_dir():
+            raise ValueError(f"--plots {options.plots} is not a folder; make it first")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from benchmarks.offpolicy_report import draw, show
+
+    show(lines, options.algorithm, console)
+    if options.plots is not None:
+        for path in draw(lines, options.algorithm, options.plots):
+            console.print(str(path), markup=False)
+    return 0
+
+
+def wanted(options: argparse.Namespace) -> list[Cell]:
+    """The cells asked for.
+
+    Raises:
+        ValueError: a staleness that is no number of versions.
+    """
+    if options.quick and options.staleness is None:
+        return [Cell(options.algorithm, "none", staleness, 0) for staleness in (0, 2)]
+    stale: list[int | None] = list(STALENESS)
+    if options.staleness is not None:
+        stale = [_staleness(text) for text in options.staleness]
+    corrections = options.corrections or [c for c in CORRECTIONS if c != "vtrace" or options.algorithm == "ppo"]
+    return list(grid(options.algorithm, stale, corrections, options.seeds))
+
+
+def _staleness(text: str) -> int | None:
+    if text == "unbounded":
+        return None
+    if not text.isdigit():
+        raise ValueError(f"--staleness {text} is no number of versions; give 0, 1, 2, ... or unbounded")
+    return int(text)
+
+
+def run(cells: Sequence[Cell], scale: Scale, path: Path, console: Console) -> None:
+    """Every cell, each a line in `path` as it ends."""
+    if not cells:
+        return
+    from benchmarks.offpolicy_run import Study
+
+    study = Study.start(scale)
+    for number, cell in enumerate(cells, start=1):
+        line = study.run(cell)
+        add_line(path, line)
+        start, end = line["pass_at_1"][0][1], line["pass_at_1"][-1][1]
+        console.print(
+            f"{number} of {len(cells)}: {cell.algorithm} {cell.correction}, staleness {cell.staleness}, seed"
+            f" {cell.seed}: pass@1 {start:.3f} to {end:.3f} in {line['seconds']:.0f} s",
+            markup=False,
+            highlight=False,
+        )
+    study.close()
+
+
+if __name__ == "__main__":
+    # Workers of vLLM and of the verifier import this file again, and find the project by this path.
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The stand-in for the buffer in `offpolicy.py`: trainer and actor in turn, at a staleness that is exact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from buffer.credentials import Credentials
+from buffer.weights_config import WeightsConfig
+from buffer.wire import (
+    BatchRequest,
+    Done,
+    EvaluationQuery,
+    EvaluationReport,
+    EvaluationReports,
+    EvaluationRequest,
+    Heartbeat,
+    HeartbeatReply,
+    LearnerHello,
+    LearnerWelcome,
+    Manifest,
+    Message,
+    PackedGroup,
+    Shard,
+    Status,
+    StatusRequest,
+)
+from learner.publisher import NamedTensors, WeightStore
+
+
+class Sampler(Protocol):
+    """What the stand-in for the buffer needs of the actor's side."""
+
+    def load(self, manifest: Manifest) -> None:
+        """Sample from this version from now on."""
+
+    def groups(self, first_occurrence: int) -> tuple[PackedGroup, ...]:
+        """One batch: the prompts from `first_occurrence` on, sampled and scored."""
+
+    def evaluate(self) -> float:
+        """pass@1 on held-out prompts."""
+
+
+class History(WeightStore):
+    """A weight store that keeps every version and knows where each is."""
+
+    def __init__(self, directory: Path, address: str, num_versions: int) -> None:
+        config = WeightsConfig(address, keep_versions=num_versions + 1)
+        super().__init__(directory, config, Credentials.plain("offpolicy"))
+        self._published: dict[int, Future[Manifest]] = {}
+
+    def publish(self, policy_version: int, tensors: NamedTensors, dtype: torch.dtype | None = None) -> Future[Manifest]:
+        """As in the weight store."""
+        self._published[policy_version] = super().publish(policy_version, tensors, dtype)
+        return self._published[policy_version]
+
+    def manifest(self, policy_version: int) -> Manifest:
+        """Of a version that was published. Waits for: its file."""
+        return self._published[policy_version].result(60.0)
+
+
+class InTurn:
+    """Answers the trainer as the buffer does, and lets the actor's side work only while the trainer waits.
+
+    Args:
+        sampler: the actor's side.
+        manifest: where a published version is.
+        staleness: batch v is sampled by version max(0, v - staleness); None: always by version 0.
+        groups_per_batch: prompts of one batch.
+    """
+
+    def __init__(
+        self, sampler: Sampler, manifest: Callable[[int], Manifest], staleness: int | None, groups_per_batch: int
+    ) -> None:
+        self._sampler, self._manifest = sampler, manifest
+        self._staleness, self._groups_per_batch = staleness, groups_per_batch
+        self.reports: list[EvaluationReport] = []
+
+    def sampled_by(self, version: int) -> int:
+        """The version that samples the batch of `version`."""
+        return 0 if self._staleness is None else max(0, version - self._staleness)
+
+    def request(self, message: Message, timeout_seconds: float | None = None) -> Future[Message]:
+        """The answer, which is there already."""
+        answer: Future[Message] = Future()
+        answer.set_result(self._answer(message))
+        return answer
+
+    def call(self, message: Message, timeout_seconds: float | None = None) -> Message:
+        """The answer."""
+        return self._answer(message)
+
+    def _answer(self, message: Message) -> Message:
+        match message:
+            case BatchRequest(policy_version=version):
+                return self._batch(version)
+            case EvaluationRequest(policy_version=version):
+                return self._evaluate(version)
+            case EvaluationQuery():
+                return EvaluationReports(tuple(self.reports))
+            case Heartbeat(policy_version=version):
+                return HeartbeatReply(version, False)
+            case StatusRequest():
+                return Status({"issued": 0}, 0, False, (), ())
+            case LearnerHello():
+                return LearnerWelcome(0, 0)
+        return Done()
+
+    def _batch(self, version: int) -> Message:
+        source = self.sampled_by(version)
+        self._sampler.load(self._manifest(source))
+        groups = self._sampler.groups(version * self._groups_per_batch)
+        found = {group.header.oldest_version for group in groups}
+        if found != {source}:
+            raise RuntimeError(f"batch {version} was to be sampled by version {source} and was by {sorted(found)}")
+        return Shard(version, len(groups), (version - source,) * len(groups), groups)
+
+    def _evaluate(self, version: int) -> Message:
+        started = time.monotonic()
+        self._sampler.load(self._manifest(version))
+        pass_at_1 = self._sampler.evaluate()
+        seconds = time.monotonic() - started
+        self.reports.append(EvaluationReport("actor-0", version, version, 1, pass_at_1, 0.0, 0.0, seconds))
+        return Done()

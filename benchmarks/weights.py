@@ -1,0 +1,329 @@
+"""How long a version of the weights takes from the end of a training step to the last actor, and who waits how long.
+
+A learner's process holds parameters in the shapes of Qwen2.5-0.5B (0.9 GiB in bfloat16) or 1.5B (2.9 GiB); one or
+four actors take every version. Ours over shared memory, over the network whole, and as differences (3 % of the numbers
+move by one unit between versions, as at a learning rate of 1e-6); beside it, in turns: safetensors on disk, a gloo
+broadcast, raw ZeroMQ, and a plain copy in memory. Everything on one machine: the network is its loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from multiprocessing.connection import Connection as Pipe
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.weights_deltas import measure_deltas
+from benchmarks.weights_ways import WAYS, Arrival, Place, Tensors, act
+from buffer.weights_config import MEMORY_VARIABLE
+from launch.guardian import Guardian
+
+PROCESSES = multiprocessing.get_context("spawn")
+MODELS = {
+    "0.5B": {"vocab": 151_936, "hidden": 896, "inner": 4864, "layers": 24, "key_value": 128},
+    "1.5B": {"vocab": 151_936, "hidden": 1536, "inner": 8960, "layers": 28, "key_value": 256},
+    "tiny": {"vocab": 4_096, "hidden": 128, "inner": 512, "layers": 4, "key_value": 32},
+}
+MOVED_SHARE = 0.03
+WARM_UP = 3
+"""Versions until all memory that is reused has been written once."""
+ARRIVAL_SECONDS = 600.0
+GIB = 1 << 30
+MOST_OF_MEMORY = 0.7
+"""Of what is free: others may want some meanwhile."""
+
+
+def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Qwen2 with tied embeddings."""
+    sizes = MODELS[model]
+    hidden, inner, narrow = sizes["hidden"], sizes["inner"], sizes["key_value"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes["vocab"], hidden)}
+    for layer in range(sizes["layers"]):
+        name = f"model.layers.{layer}"
+        for part, width in (("q", hidden), ("k", narrow), ("v", narrow)):
+            shapes[f"{name}.self_attn.{part}_proj.weight"] = (width, hidden)
+            shapes[f"{name}.self_attn.{part}_proj.bias"] = (width,)
+        shapes[f"{name}.self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[f"{name}.mlp.gate_proj.weight"] = shapes[f"{name}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{name}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{name}.input_layernorm.weight"] = shapes[f"{name}.post_attention_layernorm.weight"] = (hidden,)
+    return shapes | {"model.norm.weight": (hidden,)}
+
+
+def parameters(shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    """Random numbers of a trained model's size; a stretch of them over and over, because making them takes time."""
+    stretch = (torch.randn(1 << 20) * 0.02).to(torch.bfloat16)
+    made = {}
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel()
+        made[name] = stretch.repeat(-(-size // len(stretch)))[:size].reshape(shape)
+    return made
+
+
+def step(tensors: Tensors, seed: int) -> None:
+    """What an optimizer step does to bfloat16 at a small learning rate: a few numbers move by one unit."""
+    generator = torch.Generator().manual_seed(seed)
+    stretch = (torch.rand(1 << 20, generator=generator) < MOVED_SHARE).to(torch.int16)
+    for tensor in tensors.values():
+        flat = tensor.view(-1).view(torch.int16)
+        for start in range(0, len(flat), len(stretch)):
+            part = flat[start : start + len(stretch)]
+            part += stretch[: len(part)]
+
+
+@contextmanager
+def actors(name: str, place: Place, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[list[Pipe], list[int]]]:
+    """Their pipes and process ids; they are up when this is entered."""
+    pipes, processes = [], []
+    for number in range(place.num_actors):
+        ours, theirs = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=act, args=(name, place, number, shapes, theirs), daemon=True)
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        for pipe in pipes:
+            assert hear(pipe) == "up"
+        yield pipes, [process.pid or 0 for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+def hear(pipe: Pipe) -> Any:
+    """Waits for: an actor. Gives up after: `ARRIVAL_SECONDS`."""
+    if not pipe.poll(ARRIVAL_SECONDS):
+        raise TimeoutError(f"an actor said nothing for {ARRIVAL_SECONDS:.0f} s")
+    return pipe.recv()
+
+
+def memory_of(processes: list[int]) -> int:
+    """Bytes that these processes have in memory, what they share counted once."""
+    return sum(psutil.Process(pid).memory_full_info().pss for pid in processes)
+
+
+def measure(name: str, tensors: Tensors, num_actors: int, versions: int) -> list[dict[str, float]]:
+    """One row per version, after those that warm up."""
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    folder = Path(tempfile.mkdtemp(prefix="weights-", dir=os.environ["TMPDIR"]))
+    memory = Path(tempfile.mkdtemp(prefix="weights-", dir=os.environ[MEMORY_VARIABLE]))
+    place = Place(folder, memory, f"tcp://127.0.0.1:{free_port()}", num_actors)
+    rows = []
+    try:
+        with actors(name, place, {key: tuple(tensor.shape) for key, tensor in tensors.items()}) as (pipes, children):
+            before = memory_of([os.getpid(), *children])
+            sender = WAYS[name].sender(place)
+            for number in range(WARM_UP + versions):
+                step(tensors, number)
+                started = time.monotonic()
+                finish = sender.send(number, tensors)
+                stalled = time.monotonic()
+                arrivals: list[Arrival] = [hear(pipe) for pipe in pipes]
+                finish()
+                rows.append(
+                    {
+                        "ready_seconds": max(arrival.ready_at for arrival in arrivals) - started,
+                        "stall_seconds": stalled - started,
+                        "pause_seconds": statistics.median(arrival.pause_seconds for arrival in arrivals),
+                        "link_bytes": float(sum(arrival.pulled_bytes for arrival in arrivals)),
+                        "extra_bytes": float(memory_of([os.getpid(), *children]) - before),
+                    }
+                )
+                rows[-1]["gb_per_second"] = num_bytes / 1e9 / rows[-1]["ready_seconds"]
+        sender.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(memory, ignore_errors=True)
+    peak = max(row["extra_bytes"] for row in rows)
+    return [row | {"extra_bytes": peak} for row in rows[WARM_UP:]]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def limits(tensors: Tensors, repeats: int) -> dict[str, list[float]]:
+    """Seconds of a copy into memory that is there already, and of the bare gather: a copy of every tensor."""
+    target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    found: dict[str, list[float]] = {"copy_seconds": [], "gather_seconds": []}
+    for _ in range(repeats):
+        started = time.monotonic()
+        for name, tensor in tensors.items():
+            target[name].copy_(tensor)
+        copied = time.monotonic()
+        gathered = [tensor.to("cpu", torch.bfloat16, copy=True) for tensor in tensors.values()]
+        found["gather_seconds"].append(time.monotonic() - copied)
+        found["copy_seconds"].append(copied - started)
+        del gathered
+    return found
+
+
+def room_for(name: str, num_bytes: int, num_actors: int) -> str:
+    """Why a measurement is left out; nothing when there is memory for it."""
+    # The learner's parameters and what it keeps of them, and whole copies in the actors.
+    kept = 5 if name.startswith("Slipstream") else 1
+    needed = num_bytes * (kept + num_actors * WAYS[name].copies)
+    available = psutil.virtual_memory().available
+    if needed < MOST_OF_MEMORY * available:
+        return ""
+    return f"needs {needed / GIB:.0f} GiB of memory, {available / GIB:.0f} GiB are free"
+
+
+def compare(models: list[str], actor_counts: list[int], versions: int) -> list[dict[str, Any]]:
+    """Every way for every model and number of actors."""
+    results = []
+    for model in models:
+        tensors = parameters(shapes_of(model))
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        base = {"model": model, "gib": num_bytes / GIB}
+        results.append(
+            base | {"way": "copy in memory", "actors": 0, "skipped": ""} | spread(limits(tensors, versions + 2))
+        )
+        cases = [(count, name) for count in actor_counts for name in WAYS]
+        for count, name in track(cases, description=f"{model}, {num_bytes / GIB:.1f} GiB"):
+            skipped = room_for(name, num_bytes, count)
+            rows = [] if skipped else measure(name, tensors, count, versions)
+            columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+            results.append(base | {"way": name, "actors": count, "skipped": skipped} | spread(columns))
+    return results
+
+
+def spread(columns: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median, least and most of each column."""
+    return {
+        key: {"median": statistics.median(values), "least": min(values), "most": max(values)}
+        for key, values in columns.items()
+    }
+
+
+# --- the report ---
+
+
+def show(figures: dict[str, Any], console: Console) -> None:
+    table = Table(title="one version, from the end of a step to the last actor; medians")
+    for column in ("", "GiB", "actors", "ready s", "spread", "GB/s", "stall s", "pause s", "extra GiB", "link GB"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in figures["ways"]:
+        name = [row["way"], f"{row['gib']:.2f}", str(row["actors"] or "")]
+        if row["skipped"]:
+            table.add_row(*name, f"skipped: {row['skipped']}")
+        elif "copy_seconds" in row:
+            copy = row["copy_seconds"]
+            speed = row["gib"] * GIB / 1e9 / copy["median"]
+            gather = row["gather_seconds"]["median"]
+            width = f"{copy['least']:.3f} to {copy['most']:.3f}"
+            table.add_row(*name, f"{copy['median']:.3f}", width, f"{speed:.1f}", f"gather {gather:.3f}")
+        else:
+            ready = row["ready_seconds"]
+            table.add_row(
+                *name,
+                f"{ready['median']:.3f}",
+                f"{ready['least']:.3f} to {ready['most']:.3f}",
+                f"{row['gb_per_second']['median']:.2f}",
+                *(f"{row[key]['median']:.3f}" for key in ("stall_seconds", "pause_seconds")),
+                f"{row['extra_bytes']['median'] / GIB:.2f}",
+                f"{row['link_bytes']['median'] / 1e9:.3f}",
+            )
+    console.print(table)
+    table = Table(title="differences after real training steps")
+    for column in ("", "learning rate", "versions behind", "changed", "times fewer bytes", "encode GB/s", "apply GB/s"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in figures["deltas"]:
+        table.add_row(
+            row["dtype"],
+            f"{row['learning_rate']:g}",
+            str(row["versions_behind"]),
+            f"{100 * row['changed_share']:.1f} %",
+            f"{row['times_fewer_bytes']:.1f}",
+            f"{row['encode_gb_per_second']:.2f}",
+            f"{row['apply_gb_per_second']:.2f}",
+        )
+    console.print(table)
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in figures["ways"] if "ready_seconds" in row]
+    labels = [f"{row['way']}, {row['gib']:.1f} GiB, {row['actors']}" for row in rows][::-1]
+    ready = [row["ready_seconds"]["median"] for row in rows][::-1]
+    stall = [row["stall_seconds"]["median"] for row in rows][::-1]
+    figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(rows) + 1.5))
+    axes.barh(labels, ready, color=["#1f6f8b" if label.startswith("Slip") else "#b8b8b8" for label in labels])
+    axes.barh(labels, stall, height=0.3, color="#d1495b", label="of it the learner waits")
+    axes.set_xlabel("seconds from the end of a step until the last actor has the version (actors: last number)")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--plot", type=Path, help="write a plot here (.png or .svg)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one actor, one version: seconds")
+    parser.add_argument("--versions", type=int, default=5, help="measured versions of each way")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["0.5B", "1.5B"])
+    parser.add_argument("--actors", type=int, nargs="+", default=[1, 4])
+    options = parser.parse_args()
+    if options.quick:
+        options.models, options.actors, options.versions = ["tiny"], [1], 1
+    torch.set_num_threads(1)
+    console = Console()
+    # Gigabytes in shared memory must not outlive a benchmark that is killed.
+    guardian = Guardian(0.0, Path(tempfile.gettempdir()) / "compiled")
+    os.environ.update(guardian.environment)
+    try:
+        _measure_all(options, console)
+    finally:
+        guardian.close()
+
+
+def _measure_all(options: argparse.Namespace, console: Console) -> None:
+    figures: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, 1 thread each",
+        "versions": {name: version(name) for name in ("torch", "pyzmq", "safetensors", "xxhash", "zstandard", "numpy")},
+        "ways": compare(options.models, options.actors, options.versions),
+        "deltas": measure_deltas(options.quick),
+    }
+    show(figures, console)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.plot:
+        plot(figures, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Files in shared memory that hold one version each, written by one process, mapped by any on this host, and reused.
+
+Fresh shared memory is several times slower to write than memory that was written before, so a slot whose version has
+retired takes a later one. Nobody is overwritten while reading: a reader holds a shared lock on the file, the writer an
+exclusive one, and the kernel lets go of both when their process ends, however it ends. A slot has its version's name
+only while it is whole; before that it is called `*.part`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPARE_SLOTS = 2
+"""Retired slots that are kept for reuse; of more than these the memory is given back."""
+
+
+class Slot:
+    """`num_bytes` of memory under a name in `folder`, locked for writing until `publish`.
+
+    Raises:
+        OSError: when there is no room; nothing is left behind.
+    """
+
+    def __init__(self, folder: Path, name: str, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.path = self._unfinished = folder / f"{name}.part"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            # Taken now: a mapped page for which there is no room later would be a bus error.
+            os.posix_fallocate(self._descriptor, 0, num_bytes)
+            mapped = mmap.mmap(self._descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError:
+            self.remove()
+            raise
+        self.array: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
+        """[num_bytes] uint8: the slot's memory."""
+
+    def publish(self, name: str) -> Path:
+        """Give the finished contents their name and let readers in."""
+        self.path = self.path.rename(self.path.with_name(name))
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        return self.path
+
+    def reclaim(self) -> bool:
+        """Take the slot back for writing. False when somebody still reads it."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        self.path = self.path.rename(self._unfinished)
+        return True
+
+    def remove(self) -> None:
+        """Give the memory back as soon as nobody maps it; the slot is of no use afterwards."""
+        self.path.unlink(missing_ok=True)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class SlotPool:
+    """The slots of one writer in `folder`, which is emptied of an earlier one's. Used by one thread at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._retired: list[Slot] = []
+        self._num_made = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.glob("*.weights"), *folder.glob("*.part")):
+            leftover.unlink()
+
+    def take(self, num_bytes: int) -> Slot:
+        """A slot to write: a retired one that nobody reads any more, or a fresh one.
+
+        Raises:
+            OSError: when there is no room for a fresh one.
+        """
+        for slot in self._retired:
+            if slot.num_bytes == num_bytes and slot.reclaim():
+                self._retired.remove(slot)
+                return slot
+        self._num_made += 1
+        return Slot(self._folder, f"slot-{self._num_made}", num_bytes)
+
+    def retire(self, slot: Slot) -> None:
+        """The version in `slot` is not wanted any more; whoever reads it may finish."""
+        self._retired.append(slot)
+        while len(self._retired) > SPARE_SLOTS:
+            self._retired.pop(0).remove()
+
+    def close(self) -> None:
+        """Remove the retired slots."""
+        while self._retired:
+            self._retired.pop().remove()
+
+
+def let_go(file: BinaryIO) -> None:
+    """End what `hold` began, also where the file is still mapped: a mapping keeps the file's lock."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
+
+
+def hold(path: Path) -> BinaryIO:
+    """The finished file at `path`, locked so that its contents stay until `let_go`, or until this process ends.
+
+    Raises:
+        FileNotFoundError: it is gone, or its memory is being reused.
+    """
+    file = path.open("rb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # Between opening and locking it may have become another version's.
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise FileNotFoundError(f"{path} was replaced")
+    except BlockingIOError as error:
+        file.close()
+        raise FileNotFoundError(f"{path} is being reused") from error
+    except FileNotFoundError:
+        file.close()
+        raise
+    return file

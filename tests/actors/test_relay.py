@@ -1,0 +1,165 @@
+"""Relays between the learner's real store and actors on hosts of their own."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from actors.fetch import WeightClient
+from actors.local_weights import LocalWeights
+from actors.relay import Relay, make_folder
+from buffer.client import Connection
+from buffer.credentials import Credentials
+from buffer.weight_server import WeightServer
+from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
+from buffer.wire import Manifest, Refused
+from learner.publisher import WeightStore
+
+CREDENTIALS = Credentials.plain("test")
+SECONDS = 20.0
+
+
+class Cluster:
+    """A learner's store, and hosts by name with a relay or an actor each."""
+
+    def __init__(self, run_dir: Path, sockets: Path, stack: AsyncExitStack, fanout: int) -> None:
+        self.run_dir, self._sockets, self._stack = run_dir, sockets, stack
+        config = WeightsConfig(f"ipc://{sockets}/store", relay_fanout=fanout)
+        self.store = WeightStore(run_dir / "weights", config, CREDENTIALS)
+        self._stack.callback(self.store.close)
+        self._config = config
+
+    def client(self, host: str, *, maps: bool) -> WeightClient:
+        connection = self._stack.enter_context(Connection(self._config.address, f"on-{host}", CREDENTIALS))
+        client = WeightClient(
+            connection,
+            host_id=host if maps else "",
+            published=self.run_dir / "weights",
+            chunk_bytes=4_000,
+            relays=self.run_dir / "relays",
+            connect=lambda address: Connection(address, f"on-{host}", CREDENTIALS),
+        )
+        self._stack.callback(client.close)
+        return client
+
+    async def relay(self, host: str) -> tuple[Relay, WeightClient, asyncio.Task[None]]:
+        """One that has said hello."""
+        client = self.client(host, maps=False)
+        server = WeightServer(f"ipc://{self._sockets}/{host}", CREDENTIALS, keep_versions=2)
+        store = self._stack.enter_context(Connection(self._config.address, f"relay-{host}", CREDENTIALS))
+        relay = Relay(make_folder(self.run_dir, host), store, server, client, host)
+        task = asyncio.create_task(relay.run())
+        self._stack.callback(relay.close)
+        self._stack.callback(task.cancel)
+        await until(lambda: self.store._server._relays.at(host, 0.0))
+        return relay, client, task
+
+    async def publish(self, version: int) -> Manifest:
+        tensors = [("weight", torch.full((5_000,), float(version)))]
+        return await asyncio.wrap_future(self.store.publish(version, tensors))
+
+    async def take(self, client: WeightClient) -> LocalWeights:
+        manifest = await client.wait_for_new("", SECONDS)
+        assert manifest is not None
+        return await client.fetch(manifest)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def start(tmp_path: Path, socket_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], object]:
+    monkeypatch.delenv(MEMORY_VARIABLE, raising=False)
+
+    @asynccontextmanager
+    async def cluster(fanout: int = 0) -> AsyncIterator[Cluster]:
+        async with AsyncExitStack() as stack:
+            yield Cluster(tmp_path, socket_folder, stack, fanout)
+
+    return cluster
+
+
+def holds(local: LocalWeights, version: int) -> bool:
+    return bool((torch.frombuffer(bytearray(local.path.read_bytes()), dtype=torch.float32) == version).all())
+
+
+def test_a_version_comes_to_a_host_once_however_many_actors_there_are(start):
+    async def check() -> None:
+        async with start() as cluster:
+            relay, pulling, _ = await cluster.relay("far")
+            for version in (1, 2):
+                manifest = await cluster.publish(version)
+                actors = [cluster.client("far", maps=True) for _ in range(2)]
+                taken = [await cluster.take(actor) for actor in actors]
+                assert all(holds(local, version) for local in taken)
+                # Both map the relay's file.
+                assert {local.path.parent for local in taken} == {(cluster.run_dir / "relays" / "far")}
+                assert [actor.pulled_bytes for actor in actors] == [0, 0]
+                assert relay.policy_version == version
+                if version == 1:
+                    assert pulling.pulled_bytes == manifest.num_bytes
+                for local in taken:
+                    local.release()
+            # An actor elsewhere hears nothing of it.
+            other = cluster.client("near", maps=True)
+            assert holds(await cluster.take(other), 2) and other.pulled_bytes == manifest.num_bytes
+
+    asyncio.run(check())
+
+
+def test_with_a_fanout_of_one_relays_form_a_chain(start):
+    async def check() -> None:
+        async with start(1) as cluster:
+            await cluster.relay("first")
+            second, pulling, _ = await cluster.relay("second")
+            asked = []
+            answer = cluster.store._server._chunk
+            cluster.store._server._chunk = lambda request: asked.append(request.offset) or answer(request)
+            await cluster.publish(1)
+            await until(lambda: second.policy_version == 1)
+            assert pulling.pulled_bytes == 20_000
+            # The learner has sent every chunk once.
+            assert sorted(asked) == list(range(0, 20_000, 4_000))
+
+    asyncio.run(check())
+
+
+def test_where_the_relay_has_died_the_learner_is_asked(start, monkeypatch: pytest.MonkeyPatch):
+    async def check() -> None:
+        async with start() as cluster:
+            relay, _, task = await cluster.relay("far")
+            await cluster.publish(1)
+            await until(lambda: relay.policy_version == 1)
+            actor = cluster.client("far", maps=True)
+            task.cancel()
+            relay.close()
+            monkeypatch.setattr("actors.fetch.RELAY_SECONDS", 0.2)
+            assert holds(await cluster.take(actor), 1) and actor.pulled_bytes == 20_000
+
+    asyncio.run(check())
+
+
+def test_a_relay_that_breaks_off_is_replaced_by_the_learner_at_that_chunk(start):
+    async def check() -> None:
+        async with start() as cluster:
+            relay, _, _ = await cluster.relay("far")
+            await cluster.publish(1)
+            await until(lambda: relay.policy_version == 1)
+            # Of another folder than actors may map, so that they pull; and half of it is refused.
+            actor = cluster.client("far", maps=True)
+            actor._relays = None
+            answer = relay._server._chunk
+            relay._server._chunk = lambda request: answer(request) if request.offset < 8_000 else Refused("no more")
+            asked = []
+            learners = cluster.store._server._chunk
+            cluster.store._server._chunk = lambda request: asked.append(request.offset) or learners(request)
+            assert holds(await cluster.take(actor), 1)
+            assert sorted(asked) == [8_000, 12_000, 16_000]
+
+    asyncio.run(check())
