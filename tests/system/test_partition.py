@@ -96,8 +96,9 @@ class Run:
     run_dir: Path
 
     def number(self, sql: str) -> int:
-        """The one number that a query of the ledger gives; 0 before there is a ledger."""
-        if not (self.run_dir / "ledger.sqlite").exists():
+        """The one number that a query of the ledger gives; 0 before the buffer has listened, and so made its ledger."""
+        log = self.run_dir / "logs" / "buffer.log"
+        if not log.exists() or "buffer listens" not in log.read_text():
             return 0
         with closing(sqlite3.connect(f"file:{self.run_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as db:
             found = db.execute(sql).fetchone()
