@@ -10,7 +10,7 @@ from typing import Any
 
 STALENESS: tuple[int | None, ...] = (0, 1, 2, 4, 8, 16, 32, None)
 """None: every batch is sampled by version 0, however old that gets."""
-CORRECTIONS = ("decoupled_tis", "ppo_behavior", "token_mask", "vtrace", "none")
+CORRECTIONS = ("clipped_tis", "decoupled_tis", "ppo_behavior", "token_mask", "vtrace", "none")
 
 
 @dataclass(frozen=True)

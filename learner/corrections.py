@@ -119,6 +119,35 @@ class DecoupledTIS(Correction):
 
 
 @dataclass(frozen=True, slots=True)
+class ClippedTIS(Correction):
+    """PPO's clip against mu as a weight: w = min(pi_prox/mu, C), 0 once pi_prox is where the advantage wants it.
+
+    That is above `high` for A > 0 and below `low` for A < 0. A token on the wrong side keeps its weight, so that what
+    went too far can come back. u = pi/pi_prox.
+    """
+
+    low: float = 0.6
+    high: float = 2.0
+    max_importance_weight: float = 5.0
+    """C."""
+
+    def __post_init__(self) -> None:
+        _check_interval("clipped_tis", self.low, self.high)
+        _check_cap("clipped_tis", "max_importance_weight", self.max_importance_weight)
+
+    def weights(self, distance: Distance) -> Tensor:
+        """min(pi_prox/mu, C), or 0."""
+        ratios = distance.ratios()
+        arrived = torch.where(distance.advantages < 0, ratios < self.low, ratios > self.high)
+        return distance.truncated(self.max_importance_weight) * ~arrived
+
+    @property
+    def cap(self) -> float:
+        """C."""
+        return self.max_importance_weight
+
+
+@dataclass(frozen=True, slots=True)
 class TokenMask(Correction):
     """IcePop: a token whose pi_prox/mu lies outside [low, high] is left out; inside, w = pi_prox/mu. u = pi/pi_prox."""
 

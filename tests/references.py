@@ -128,6 +128,13 @@ def decoupled_weight(proximal: float, behavior: float, cap: float) -> float:
     return min(math.exp(proximal - behavior), cap)
 
 
+def clipped_weight(proximal: float, behavior: float, advantage: float, low: float, high: float, cap: float) -> float:
+    """w = min(pi_prox/mu, C), 0 where PPO's clipped objective against mu is flat."""
+    ratio = math.exp(proximal - behavior)
+    flat = ratio < low if advantage < 0 else ratio > high
+    return 0.0 if flat else min(ratio, cap)
+
+
 def icepop_weight(proximal: float, behavior: float, low: float, high: float) -> float:
     """w = pi_prox/mu inside [low, high], 0 outside (IcePop)."""
     weight = math.exp(proximal - behavior)

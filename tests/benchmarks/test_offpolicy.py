@@ -103,7 +103,7 @@ def line(
 def test_a_run_that_is_in_the_file_is_not_repeated(tmp_path: Path):
     path, cells = tmp_path / "runs.jsonl", list(grid("ppo", STALENESS, CORRECTIONS, seeds=2))
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    assert len(cells) == len(set(cells)) == 2 * (1 + 7 * 5)
+    assert len(cells) == len(set(cells)) == 2 * (1 + 7 * 6)
     assert missing(cells, Scale(), read_lines(path)) == cells
     for cell in cells[:3]:
         add_line(path, {**cell.line(), **Scale().line()})

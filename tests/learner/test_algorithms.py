@@ -12,6 +12,7 @@ from learner.algorithm import Algorithm, LossInputs, ValueLossInputs
 from learner.cispo import CISPO
 from learner.corrections import (
     TOPR,
+    ClippedTIS,
     Correction,
     DecoupledTIS,
     NoCorrection,
@@ -33,6 +34,7 @@ from tests.references import (
     aggregate,
     cispo_terms,
     clipped_terms,
+    clipped_weight,
     decoupled_weight,
     gradient,
     gspo_terms,
@@ -47,6 +49,7 @@ from tests.references import (
 KL_COEF, ENTROPY_COEF = 0.3, 0.05
 CORRECTIONS: dict[str, Correction] = {
     "decoupled_tis": DecoupledTIS(max_importance_weight=1.5),
+    "clipped_tis": ClippedTIS(low=0.7, high=1.3, max_importance_weight=1.5),
     "token_mask": TokenMask(low=0.5, high=2.0),
     "ppo_behavior": PPOBehavior(),
     "none": NoCorrection(),
@@ -82,12 +85,14 @@ def reference_weights(correction: str, batch: RaggedBatch) -> list[list[float]]:
     for i, mask in enumerate(batch.mask):
         proximal, behavior = batch.rows["proximal"][i], batch.rows["behavior"][i]
         pairs = list(zip(proximal, behavior, strict=True))
+        triples = zip(proximal, behavior, batch.rows["advantages"][i], strict=True)
         ratios = {kind: sequence_ratio(proximal, behavior, mask, kind) for kind in ("product", "geometric")}
         geometric = ratios["geometric"] if 0.7 <= ratios["geometric"] <= 1.5 else 0.0
         tapered = topr_weight(ratios["product"], batch.rows["advantages"][i], mask)
         found.append(
             {
                 "decoupled_tis": [decoupled_weight(p, b, 1.5) for p, b in pairs],
+                "clipped_tis": [clipped_weight(*triple, 0.7, 1.3, 1.5) for triple in triples],
                 "token_mask": [icepop_weight(p, b, 0.5, 2.0) for p, b in pairs],
                 "vtrace": [decoupled_weight(p, b, 1.2) for p, b in pairs],
                 "sequence_mask": [geometric] * len(mask),

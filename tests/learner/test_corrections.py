@@ -6,6 +6,7 @@ from hypothesis import given
 
 from learner.corrections import (
     TOPR,
+    ClippedTIS,
     Correction,
     DecoupledTIS,
     Distance,
@@ -18,6 +19,7 @@ from learner.corrections import (
 )
 from tests.references import (
     RaggedBatch,
+    clipped_weight,
     decoupled_weight,
     gae_advantages,
     icepop_weight,
@@ -29,6 +31,7 @@ from tests.references import (
 
 ALL = (
     DecoupledTIS(),
+    ClippedTIS(),
     TokenMask(),
     PPOBehavior(),
     NoCorrection(),
@@ -57,6 +60,10 @@ def test_token_weights_agree_with_the_equations(batch: RaggedBatch) -> None:
     expected_mask = [icepop_weight(p, b, 0.6, 2.5) for p, b in pairs]
     assert weights_of(DecoupledTIS(max_importance_weight=1.5), batch) == pytest.approx(expected_tis, rel=1e-12)
     assert weights_of(VTrace(rho_bar=1.5, c_bar=0.5), batch) == pytest.approx(expected_tis, rel=1e-12)
+    triples = zip(batch.select("proximal"), batch.select("behavior"), batch.select("advantages"), strict=True)
+    expected_clipped = [clipped_weight(*triple, 0.7, 1.3, 1.5) for triple in triples]
+    clipped = ClippedTIS(low=0.7, high=1.3, max_importance_weight=1.5)
+    assert weights_of(clipped, batch) == pytest.approx(expected_clipped, rel=1e-12, abs=0)
     assert weights_of(TokenMask(low=0.6, high=2.5), batch) == pytest.approx(expected_mask, rel=1e-12, abs=0)
     assert weights_of(PPOBehavior(), batch) == weights_of(NoCorrection(), batch) == [1.0] * len(pairs)
 
@@ -99,7 +106,7 @@ def test_what_each_correction_asks_and_caps() -> None:
     assert [c for c in ALL if c.clips_behavior] == [PPOBehavior()]
     assert [c for c in ALL if c.corrects_targets] == [VTrace()]
     assert [c for c in ALL if c.judges_completions] == [TOPR()]
-    assert [c.cap for c in ALL] == [2.0, math.inf, math.inf, math.inf, math.inf, 2.0, 1.0, 1.0]
+    assert [c.cap for c in ALL] == [2.0, 5.0, math.inf, math.inf, math.inf, math.inf, 2.0, 1.0, 1.0]
     assert DecoupledTIS(max_importance_weight=3.0).cap == SequenceTIS(max_importance_weight=3.0).cap == 3.0
     assert VTrace(rho_bar=3.0).cap == 3.0
 
@@ -158,6 +165,8 @@ def test_vtrace_without_the_learners_logprobs_is_refused() -> None:
 def test_a_cap_that_removes_everything_is_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="decoupled_tis: max_importance_weight is"):
         DecoupledTIS(max_importance_weight=bad)
+    with pytest.raises(ValueError, match="clipped_tis: max_importance_weight is"):
+        ClippedTIS(max_importance_weight=bad)
     with pytest.raises(ValueError, match="sequence_tis: max_importance_weight is"):
         SequenceTIS(max_importance_weight=bad)
     with pytest.raises(ValueError, match="vtrace: rho_bar is"):
