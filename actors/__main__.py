@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,7 @@ async def _run(
     check_prompts_fit(task, tokenizer, **limits, stages=stages)
     # The environment of a multi-turn task keeps its rewards itself.
     pool = (
-        None
-        if task.is_multi_turn
-        else ScoringPool(
-            [RewardSpec(**spec) for spec in run["reward"]],
-            num_workers=verifier.num_workers,
-            deadline_seconds=verifier.deadline_seconds,
-            memory_bytes=verifier.memory_bytes,
-            on_timeout=verifier.on_timeout,
-            on_error=verifier.on_error,
-            max_retries=verifier.max_retries,
-        )
+        None if task.is_multi_turn else ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))
     )
     engine = Engine(config)
     # The connection resends until it is answered; a lease may be long in coming.

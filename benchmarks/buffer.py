@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import signal
 import sqlite3
 import statistics
@@ -26,7 +24,6 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_any
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks.figures import command, machine, versions, write
 from buffer import wire
 from buffer.client import Connection
 from buffer.config import BufferConfig
@@ -390,13 +388,12 @@ def main() -> None:
         figures = compare(repeats, groups, options.peers_python)
         show(figures, console)
     figures |= {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("pyzmq", "msgpack", "numpy")}
+        "command": command(),
+        "machine": machine(),
+        "versions": versions(("pyzmq", "msgpack", "numpy"))
         | {"sqlite": sqlite3.sqlite_version, "zeromq": zmq.zmq_version()},
     }
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write(options.json, figures)
     if options.plot:
         plot(figures, options.plot)
 

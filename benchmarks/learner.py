@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks.figures import command, machine, versions, write
 from benchmarks.learner_report import PRODUCTS, plot, show
 from benchmarks.learner_work import MARK, Work, forward_flops, save_model, sequences
 
@@ -232,12 +231,11 @@ def main() -> None:
     console = Console()
     show(figures, console)
     figures |= {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        "command": command(),
+        "machine": machine(),
+        "versions": versions(("torch", "transformers", "deepspeed")),
     }
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write(options.json, figures)
     if options.plot:
         plot(figures, options.plot)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Coroutine, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,12 +41,7 @@ class Generator:
         self._groups_per_batch = int(run["groups_per_batch"])
         prepare_environment(self._config)
         verifier = read_section(VerifierConfig, run["verifier"], "verifier")
-        self._pool = ScoringPool(
-            [RewardSpec(**spec) for spec in run["reward"]],
-            num_workers=1,
-            deadline_seconds=verifier.deadline_seconds,
-            memory_bytes=verifier.memory_bytes,
-        )
+        self._pool = ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))
         self._tokenizer = AutoTokenizer.from_pretrained(self._config.model_path)
         self._runner = asyncio.Runner()
         self._engine = self._wait_for(self._start())

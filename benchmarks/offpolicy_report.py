@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.offpolicy_cells import CORRECTIONS, STALENESS
-from benchmarks.plot_run import COLORS
+from benchmarks.plot_run import COLORS, STYLE
 
 LAST = 3
 """Evaluations whose mean is the final pass@1."""
@@ -129,17 +129,8 @@ def _updates(found: Sequence[Measures]) -> str:
 def draw(lines: Sequence[Line], algorithm: str, folder: Path, suffix: str = ".svg") -> list[Path]:
     """One figure per question; the same lines give the same files. Returns them."""
     runs = by_cell(lines, algorithm)
-    style = {
-        "svg.hashsalt": "slipstream",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-        "grid.linewidth": 0.6,
-    }
     drawn = []
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         for name, figure in (
             ("final", _against(runs, "final pass@1, held out", lambda m: m.final)),
             ("speed", _against(runs, f"updates to pass@1 {GOAL}", lambda m: m.to_goal, runs_end=True)),

@@ -29,6 +29,16 @@ Series = tuple[tuple[int, float], ...]
 """(policy_version, value) pairs, versions rising, one value per version."""
 
 FORMATS = (".svg", ".png", ".pdf")
+STYLE = {
+    "svg.hashsalt": "slipstream",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+}
+"""Of every figure of a run; with it the same runs give the same file."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Told apart by color-blind readers too (Okabe and Ito)."""
 
@@ -93,16 +103,7 @@ def _series(events: Sequence[Any]) -> Series:
 
 def draw(runs: Sequence[Run], output: Path, title: str) -> None:
     """Write the figure; the same runs give the same file."""
-    style = {
-        "svg.hashsalt": "slipstream",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#dddddd",
-        "grid.linewidth": 0.6,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
         for panel, axis in zip(PANELS, axes.flat, strict=True):
             _draw_panel(panel, axis, runs)

@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.figures import command, machine, versions, write
 from benchmarks.verifier_asking import DIED, HANG, NOT_ASKED, Item, Outcome, Unavailable, ask
 from benchmarks.verifier_data import distinct_golds, own_solutions, rewritten
 from benchmarks.verifier_graders import GRADERS, LABELS
@@ -201,13 +200,12 @@ def main() -> None:
         options.per_set, options.golds, options.repeats = 10, min(options.golds, 60), 1
         options.pool_answers = min(options.pool_answers, 400)
     figures = compare(options) | {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("sympy", "mpmath", "latex2sympy2_extended")},
+        "command": command(),
+        "machine": machine(),
+        "versions": versions(("sympy", "mpmath", "latex2sympy2_extended")),
     }
     show(figures, Console(width=None if sys.stdout.isatty() else 190))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write(options.json, figures)
     if options.plot:
         plot(figures, options.plot)
 

@@ -9,10 +9,8 @@ broadcast, raw ZeroMQ, and a plain copy in memory. Everything on one machine: th
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -20,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.figures import command, machine, versions, write
 from benchmarks.weights_deltas import measure_deltas
 from benchmarks.weights_ways import WAYS, Arrival, Place, Tensors, act
 from buffer.weights_config import MEMORY_VARIABLE
@@ -312,15 +310,14 @@ def main() -> None:
 
 def _measure_all(options: argparse.Namespace, console: Console) -> None:
     figures: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, 1 thread each",
-        "versions": {name: version(name) for name in ("torch", "pyzmq", "safetensors", "xxhash", "zstandard", "numpy")},
+        "command": command(),
+        "machine": f"{machine()}, 1 thread each",
+        "versions": versions(("torch", "pyzmq", "safetensors", "xxhash", "zstandard", "numpy")),
         "ways": compare(options.models, options.actors, options.versions),
         "deltas": measure_deltas(options.quick),
     }
     show(figures, console)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    write(options.json, figures)
     if options.plot:
         plot(figures, options.plot)
 

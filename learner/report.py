@@ -132,7 +132,7 @@ def batch_metrics(batch: TrainingBatch) -> dict[str, float]:
     """Rewards, verdicts, lengths and staleness of this rank's share of a batch."""
     trajectories = batch.trajectories
     rewards = np.array([t.reward for t in trajectories])
-    scored = np.array([int(t.loss_mask.sum()) for t in trajectories])
+    scored = np.diff(batch.scored_offsets)
     in_flight, queued = _staleness_parts(batch)
     metrics = {
         "reward/mean": float(rewards.mean()),

@@ -1,0 +1,33 @@
+"""What every benchmark says of itself beside its figures, and the file that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def command() -> str:
+    """The command line of this process."""
+    return " ".join(["python", *sys.argv])
+
+
+def machine() -> str:
+    """What this runs on."""
+    return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of installed distributions, by name."""
+    return {name: version(name) for name in packages}
+
+
+def write(path: Path | None, figures: Mapping[str, Any]) -> None:
+    """As indented JSON, where a path was given."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
