@@ -34,6 +34,7 @@ from actors.rollout import (
     task_prompt_ids,
 )
 from buffer.client import Connection, RequestRefused
+from buffer.packed_group import pack_group
 from buffer.wire import (
     EvaluationReport,
     GroupDelivery,
@@ -45,7 +46,6 @@ from buffer.wire import (
     LeaseRequest,
     LeaseReturn,
     Message,
-    pack_group,
 )
 from verifier.base import Completion, Score, Verdict
 from verifier.pool import ScoringPool

@@ -43,6 +43,7 @@ from buffer import wire
 from buffer.client import Connection
 from buffer.config import BufferConfig
 from buffer.credentials import Credentials
+from buffer.packed_group import PackedGroup, pack_group
 from buffer.server import Server
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 
@@ -55,7 +56,7 @@ WARM_UP_BATCHES = 6
 PROCESSES = multiprocessing.get_context("spawn")
 
 
-def pattern(num_trajectories: int, num_tokens: int) -> wire.PackedGroup:
+def pattern(num_trajectories: int, num_tokens: int) -> PackedGroup:
     """A group whose contents every group of the measurement has."""
     chance = np.random.default_rng(0)
     mask = np.arange(num_tokens) >= min(64, num_tokens // 2)
@@ -76,10 +77,10 @@ def pattern(num_trajectories: int, num_tokens: int) -> wire.PackedGroup:
         )
         for i in range(num_trajectories)
     )
-    return wire.pack_group(TrajectoryGroup("0.0", 0, trajectories))
+    return pack_group(TrajectoryGroup("0.0", 0, trajectories))
 
 
-def named(group: wire.PackedGroup, lease: wire.Lease, policy_version: int) -> wire.PackedGroup:
+def named(group: PackedGroup, lease: wire.Lease, policy_version: int) -> PackedGroup:
     """The same contents under a lease."""
     details = tuple((detail[0], *detail[1:7], ((0, policy_version),)) for detail in group.header.details)
     header = replace(
@@ -90,7 +91,7 @@ def named(group: wire.PackedGroup, lease: wire.Lease, policy_version: int) -> wi
         details=details,
     )
     fields = [header.group_id, header.prompt_id, policy_version, header.num_tokens, header.rewards, details]
-    return wire.PackedGroup(header, msgpack.packb(fields, use_bin_type=True), group.arrays_frame)
+    return PackedGroup(header, msgpack.packb(fields, use_bin_type=True), group.arrays_frame)
 
 
 # --- the processes ---

@@ -18,8 +18,11 @@ from actors.fetch import LocalWeights
 from actors.prompts import Problem
 from actors.rollout import build_group, completions_to_score, single_turn, task_prompt_ids
 from buffer.config import read_section
+from buffer.packed_group import PackedGroup, pack_group
 from buffer.prompt_order import epoch_order
-from buffer.wire import Manifest, PackedGroup, pack_group
+from buffer.wire import (
+    Manifest,
+)
 from launch.config import RunPlan
 from verifier.base import RewardSpec, Score, Verdict
 from verifier.config import VerifierConfig

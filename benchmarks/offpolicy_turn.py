@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from buffer.credentials import Credentials
+from buffer.packed_group import PackedGroup
 from buffer.weights_config import WeightsConfig
 from buffer.wire import (
     BatchRequest,
@@ -25,7 +26,6 @@ from buffer.wire import (
     LearnerWelcome,
     Manifest,
     Message,
-    PackedGroup,
     Shard,
     Status,
     StatusRequest,

@@ -19,6 +19,7 @@ from buffer.client import bounded_socket
 from buffer.credentials import Credentials
 from buffer.doorkeeper import Doorkeeper
 from buffer.offenders import Offenders
+from buffer.packed_group import check_group
 from buffer.schema import WireError
 from buffer.wire import (
     MAX_FRAMES,
@@ -26,7 +27,6 @@ from buffer.wire import (
     ForeignRunError,
     GroupDelivery,
     Message,
-    check_group,
     decode,
     encode,
 )

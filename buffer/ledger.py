@@ -31,10 +31,10 @@ from buffer.ledger_file import LedgerFile
 from buffer.masking import newest_sampled_version
 from buffer.no_signal import REASON as NO_SIGNAL
 from buffer.no_signal import NoSignal
+from buffer.packed_group import GroupHeader, PackedGroup, read_group_header
 from buffer.sampler import Candidate
 from buffer.states import FIRST_STATE
 from buffer.uses import Uses
-from buffer.wire import GroupHeader, PackedGroup, read_group_header
 
 STALE = "stale"
 _THESE = "occurrence IN (SELECT value FROM json_each(?))"

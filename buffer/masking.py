@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from buffer.packed_group import PackedGroup, pack_group, unpack_group
 from buffer.trajectory import Trajectory, TrajectoryGroup
-from buffer.wire import PackedGroup, pack_group, unpack_group
 
 
 def newest_sampled_version(packed: PackedGroup) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from buffer.config import BufferConfig
 from buffer.ledger_file import LedgerFile
-from buffer.wire import GroupHeader
+from buffer.packed_group import GroupHeader
 
 REASON = "no_signal"
 

@@ -19,6 +19,7 @@ from buffer.config import BufferConfig
 from buffer.leasing import Leasing, Outgoing, holder_name
 from buffer.ledger import Ledger
 from buffer.masking import mask_older_tokens
+from buffer.packed_group import PackedGroup
 from buffer.progress import Progress
 from buffer.sampler import SAMPLERS, balance, next_batch
 from buffer.uses import BatchRow
@@ -193,7 +194,7 @@ class Service:
         groups = tuple(self._contents(row, version) for row in mine)
         return wire.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
 
-    def _contents(self, row: BatchRow, version: int) -> wire.PackedGroup:
+    def _contents(self, row: BatchRow, version: int) -> PackedGroup:
         """A group as the learner is to see it."""
         packed, most = self._ledger.payload(row.occurrence), self._config.max_staleness
         masks = self._config.on_stale == "mask" and row.staleness > most

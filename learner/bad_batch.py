@@ -14,8 +14,13 @@ from pathlib import Path
 
 import msgpack
 
+from buffer.packed_group import unpack_group
 from buffer.trajectory import TrajectoryGroup
-from buffer.wire import Shard, decode, encode, unpack_group
+from buffer.wire import (
+    Shard,
+    decode,
+    encode,
+)
 
 SAVED = "saved batch"
 """Stands where a message on the wire names its run."""

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from buffer.client import Connection
-from buffer.wire import BatchRequest, Message, NoMoreBatches, Shard, unpack_group
+from buffer.packed_group import unpack_group
+from buffer.wire import (
+    BatchRequest,
+    Message,
+    NoMoreBatches,
+    Shard,
+)
 from learner.batch import TrainingBatch, occurrence_ranges
 
 

@@ -21,6 +21,7 @@ from buffer.client import Connection
 from buffer.config import BufferConfig
 from buffer.credentials import Credentials
 from buffer.curriculum_config import Stage
+from buffer.packed_group import unpack_group
 from buffer.server import Server
 from tests.actors.stand_ins import CORRIDOR, PARAMETERS, TURNS, Characters, FakeEngine, FakeWeights, sampled, sums
 from verifier.base import RewardSpec
@@ -124,7 +125,7 @@ def test_prompts_come_back_as_scored_groups(loop: Looper):
             shard = await running.batch(0)
             assert len(shard.groups) == 2
             for packed in shard.groups:
-                group = wire.unpack_group(packed)
+                group = unpack_group(packed)
                 right, wrong = group.trajectories
                 assert (right.verdict, wrong.verdict) == ("correct", "wrong")
                 assert right.reward > wrong.reward
@@ -179,7 +180,7 @@ def test_weights_that_arrive_while_sampling_show_in_the_group(loop: Looper):
             running.weights.publish(1)
             await running.until(lambda: running.engine.version == 1)
             running.engine.open.set()
-            group = wire.unpack_group((await running.batch(0)).groups[0])
+            group = unpack_group((await running.batch(0)).groups[0])
             spans = group.trajectories[0].policy_versions
             assert [(span.start, span.version) for span in spans] == [(4, 0), (6, 1)]
 
@@ -427,7 +428,7 @@ def test_a_verifier_that_always_hangs_is_counted_and_the_run_goes_on(loop: Loope
             running.engine.sample = hang  # type: ignore[assignment,method-assign]
             running.weights.publish(0)
             for packed in (await running.batch(0)).groups:
-                found = wire.unpack_group(packed).trajectories
+                found = unpack_group(packed).trajectories
                 # on_timeout: whose reward they get is configured, wrong by default.
                 assert [(t.verdict, t.reward) for t in found] == [("timeout", -0.5)] * 2
             async with asyncio.timeout(SECONDS):
@@ -464,7 +465,7 @@ def test_what_cannot_be_scored_is_left_out_of_its_group_and_an_empty_group_is_gi
 
             running.engine.sample = misbehave  # type: ignore[assignment,method-assign]
             running.weights.publish(0)
-            groups = [wire.unpack_group(packed) for packed in (await running.batch(0)).groups]
+            groups = [unpack_group(packed) for packed in (await running.batch(0)).groups]
             assert sorted(len(group.trajectories) for group in groups) == [1, 2]
             assert {(t.verdict, t.reward) for group in groups for t in group.trajectories} == {("wrong", -0.5)}
             assert running.counts()["dropped:unscored"] == 2
@@ -565,7 +566,7 @@ def test_episodes_are_played_turn_by_turn_and_rewarded_by_their_environment(loop
         settings = {"max_new_tokens": 30, "max_tokens": 200, "seeded_sampling": True, "evaluation_prompts": 1}
         async with loop(corridors(), engine=Puzzler(), **settings) as running:
             running.weights.publish(0)
-            group = wire.unpack_group((await running.batch(0)).groups[0])
+            group = unpack_group((await running.batch(0)).groups[0])
             solved, boasted = group.trajectories
             assert (solved.verdict, solved.num_turns, solved.reward) == ("correct", 2, pytest.approx(10.8))
             assert (boasted.verdict, boasted.num_turns, boasted.reward) == ("no_answer", 3, -3.0)

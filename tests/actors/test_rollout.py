@@ -17,8 +17,8 @@ from actors.rollout import (
     task_prompt_ids,
 )
 from buffer.curriculum_config import Stage
+from buffer.packed_group import pack_group, unpack_group
 from buffer.trajectory import FinishReason, VersionSpan
-from buffer.wire import pack_group, unpack_group
 from tests.actors.stand_ins import Characters, sampled, sums
 from verifier.base import Completion, Score, Verdict
 

@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from benchmarks import chaos
-from buffer import wire
 from buffer.config import BufferConfig
 from buffer.ledger import Holder, Ledger
+from buffer.packed_group import pack_group
 from tests.learner.samples import make_group
 
 STAND_IN = "import subprocess, sys, time; print('started'); time.sleep(600)"
@@ -112,7 +112,7 @@ def make_run(run_dir: Path, learner_log: str, uses: int = 1) -> dict:
     with ledger.transaction():
         for _ in range(2):
             group_id, prompt_id = ledger.issue(Holder("actor-aa", "actor", 1), 0, now=0.0)
-            ledger.deliver(wire.pack_group(make_group(group_id, prompt_id)), 0)
+            ledger.deliver(pack_group(make_group(group_id, prompt_id)), 0)
         for version in range(uses):
             ledger.use([0, 1], version)
         ledger.commit(uses, uses)

@@ -9,6 +9,7 @@ from benchmarks.offpolicy import main
 from benchmarks.offpolicy_cells import CORRECTIONS, STALENESS, Cell, Scale, add_line, grid, missing, read_lines
 from benchmarks.offpolicy_report import by_cell, draw, measure, updates_to
 from benchmarks.offpolicy_turn import InTurn
+from buffer.packed_group import PackedGroup, pack_group
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 from buffer.wire import (
     BatchRequest,
@@ -16,9 +17,7 @@ from buffer.wire import (
     EvaluationReports,
     EvaluationRequest,
     Manifest,
-    PackedGroup,
     Shard,
-    pack_group,
 )
 
 ROOT = Path(__file__).parents[2]

@@ -24,6 +24,7 @@ from buffer.audit import audit
 from buffer.config import BufferConfig
 from buffer.gate import Incoming, read_incoming
 from buffer.ledger import Ledger
+from buffer.packed_group import PackedGroup, pack_group, unpack_group
 from buffer.schema import WireError
 from buffer.service import Service
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
@@ -55,7 +56,7 @@ CLAIMS = (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\x
 """An array, a map, a text and bytes that claim to be 4 GiB long."""
 
 
-def group_of(group_id: str, prompt_id: int, version: int, size: int = 2) -> wire.PackedGroup:
+def group_of(group_id: str, prompt_id: int, version: int, size: int = 2) -> PackedGroup:
     mask = np.arange(6) >= 2
     trajectories = tuple(
         Trajectory(
@@ -74,7 +75,7 @@ def group_of(group_id: str, prompt_id: int, version: int, size: int = 2) -> wire
         )
         for number in range(size)
     )
-    return wire.pack_group(TrajectoryGroup(group_id, prompt_id, trajectories))
+    return pack_group(TrajectoryGroup(group_id, prompt_id, trajectories))
 
 
 class Buffer:
@@ -316,7 +317,7 @@ def finish(buffer: Buffer) -> None:
         assert receipt == wire.GroupReceipt(lease.group_id, "stored")
     (shard,) = buffer.ask(b"learner-9", wire.BatchRequest(0, 0, 1))
     assert isinstance(shard, wire.Shard), shard
-    assert [wire.unpack_group(group).group_id for group in shard.groups]
+    assert [unpack_group(group).group_id for group in shard.groups]
     found = audit(buffer.run_dir)
     buffer.ledger.close()
     assert found.holds, found.problems

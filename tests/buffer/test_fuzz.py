@@ -15,6 +15,7 @@ import zmq
 from buffer import wire
 from buffer.client import Connection
 from buffer.credentials import Credentials
+from buffer.packed_group import check_group, read_group_header, unpack_group
 from buffer.schema import WireError
 from buffer.server import Server
 from tests.buffer.fuzz import Buffer, fuzz, group_of, mutant
@@ -36,9 +37,9 @@ def test_check_group_refuses_exactly_what_unpack_group_refuses():
         for _ in range(chance.randint(0, 2)):
             at = chance.randrange(len(arrays))
             arrays[at] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
-        group = wire.read_group_header(packed.header_frame, bytes(arrays))
+        group = read_group_header(packed.header_frame, bytes(arrays))
         verdicts = []
-        for check in (wire.check_group, wire.unpack_group):
+        for check in (check_group, unpack_group):
             try:
                 check(group)
                 verdicts.append(True)

@@ -14,8 +14,11 @@ import pytest
 from buffer.audit import audit
 from buffer.config import BufferConfig
 from buffer.ledger import Holder, Ledger
+from buffer.packed_group import PackedGroup
 from buffer.states import STATES, TRANSITIONS
-from buffer.wire import EvaluationReport, PackedGroup
+from buffer.wire import (
+    EvaluationReport,
+)
 from tests.buffer.dealing import Dealing
 
 HOLDER = Holder("actor-0-aa", "actor-0", 1)

@@ -26,6 +26,7 @@ from buffer.config import BufferConfig
 from buffer.curriculum_config import Skip, Stage, write_levels
 from buffer.leasing import Outgoing
 from buffer.ledger import Ledger
+from buffer.packed_group import PackedGroup, pack_group, unpack_group
 from buffer.service import Service
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 from tests.buffer.dealing import Dealing
@@ -69,7 +70,7 @@ def newest(occurrence: int, version: int) -> int:
     return version + occurrence % 2
 
 
-def group(group_id: str, prompt_id: int, version: int) -> wire.PackedGroup:
+def group(group_id: str, prompt_id: int, version: int) -> PackedGroup:
     """A group whose tokens name it; the second completion ends under a version of its own."""
     occurrence, attempt = map(int, group_id.split("."))
     ending = newest(occurrence, version)
@@ -90,7 +91,7 @@ def group(group_id: str, prompt_id: int, version: int) -> wire.PackedGroup:
         )
         for number, reward in enumerate(rewards(occurrence, attempt))
     )
-    return wire.pack_group(TrajectoryGroup(group_id, prompt_id, trajectories))
+    return pack_group(TrajectoryGroup(group_id, prompt_id, trajectories))
 
 
 @dataclass
@@ -256,7 +257,7 @@ class BufferMachine(RuleBasedStateMachine):
         if self.config.on_stale == "drop" or not (self.has_rolled_back or self.config.on_stale == "mask"):
             assert max(shard.staleness) <= MAX_STALENESS
         for k, packed in zip(chosen, shard.groups, strict=True):
-            self.check_contents(k, wire.unpack_group(packed), version)
+            self.check_contents(k, unpack_group(packed), version)
             self.model[k].state = "used"
             self.model[k].used.append(version)
         self.lineage[version] = [packed.header.group_id for packed in shard.groups]
@@ -275,7 +276,7 @@ class BufferMachine(RuleBasedStateMachine):
     def check_contents(self, k: int, received: TrajectoryGroup, version: int) -> None:
         """What was delivered; under `mask` without the tokens that are too old."""
         oldest = version - MAX_STALENESS if self.config.on_stale == "mask" else 0
-        sampled = wire.unpack_group(group(received.group_id, received.prompt_id, self.model[k].version)).trajectories
+        sampled = unpack_group(group(received.group_id, received.prompt_id, self.model[k].version)).trajectories
         kept = []
         for trajectory in sampled:
             ending = newest(k, self.model[k].version) if trajectory.token_ids[2] else self.model[k].version

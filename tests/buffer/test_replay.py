@@ -8,6 +8,7 @@ import pytest
 
 from buffer import wire
 from buffer.audit import audit
+from buffer.packed_group import PackedGroup, pack_group, unpack_group
 from buffer.trajectory import TrajectoryGroup, VersionSpan
 from tests.buffer.test_service import ACTOR, LEARNER, OTHER, Buffer, credit, ids, start
 
@@ -19,7 +20,7 @@ def train(buffer: Buffer, version: int) -> list[str]:
     return [group.header.group_id for group in buffer.ask(LEARNER, wire.BatchRequest(version, 0, 1)).groups]
 
 
-def hand_in(buffer: Buffer, group: wire.PackedGroup, actor: bytes = ACTOR) -> str:
+def hand_in(buffer: Buffer, group: PackedGroup, actor: bytes = ACTOR) -> str:
     outcome: str = buffer.ask(actor, wire.GroupDelivery("actor-0", group)).outcome
     return outcome
 
@@ -87,9 +88,9 @@ def test_a_group_without_signal_is_dropped_and_replaced_by_another_prompt(start:
     buffer = start(drop_no_signal=True, max_staleness=0)
     first = buffer.ask(ACTOR, credit()).leases
     silent = buffer.make_group(first[0].group_id, first[0].prompt_id, size=3, verdicts=["correct"] * 3)
-    equal = wire.unpack_group(silent)
+    equal = unpack_group(silent)
     same = tuple(replace(trajectory, reward=1.0) for trajectory in equal.trajectories)
-    silent = wire.pack_group(TrajectoryGroup(equal.group_id, equal.prompt_id, same))
+    silent = pack_group(TrajectoryGroup(equal.group_id, equal.prompt_id, same))
     assert [hand_in(buffer, silent), hand_in(buffer, silent)] == ["dropped", "duplicate"]
     alone = buffer.make_group(first[1].group_id, first[1].prompt_id, size=1)
     assert hand_in(buffer, alone) == "dropped", "whose other completions were skipped"
@@ -176,17 +177,17 @@ def test_mask_trains_on_the_tokens_that_are_new_enough(start: Any):
     for version in (0, 1, 2):
         buffer.deliver(buffer.ask(ACTOR, credit(version, 2)).leases, version)
         assert len(train(buffer, version)) == 2
-    group = wire.unpack_group(buffer.make_group(slow[0].group_id, slow[0].prompt_id, 0))
+    group = unpack_group(buffer.make_group(slow[0].group_id, slow[0].prompt_id, 0))
     spans = (VersionSpan(0, 0), VersionSpan(2, 1), VersionSpan(3, 2))
     old, long = group.trajectories
     trajectories = (old, replace(long, policy_versions=spans))
-    mixed = wire.pack_group(TrajectoryGroup(group.group_id, group.prompt_id, trajectories))
+    mixed = pack_group(TrajectoryGroup(group.group_id, group.prompt_id, trajectories))
     assert hand_in(buffer, mixed, OTHER) == "stored"
     assert hand_in(buffer, buffer.make_group(slow[1].group_id, slow[1].prompt_id, 0), OTHER) == "dropped"
     buffer.deliver(buffer.ask(ACTOR, credit(3, 1)).leases, 3)
     shard = buffer.ask(LEARNER, wire.BatchRequest(3, 0, 1))
     assert shard.staleness == (3, 0)
-    (kept,) = wire.unpack_group(shard.groups[0]).trajectories
+    (kept,) = unpack_group(shard.groups[0]).trajectories
     assert kept.trajectory_id == long.trajectory_id, "of the other one nothing is left"
     assert kept.loss_mask.tolist() == [False, False, False, True, True]
     assert kept.behavior_logprobs.tolist() == [0, 0, 0, -0.5, -0.5]

@@ -20,6 +20,7 @@ from buffer import wire
 from buffer.audit import audit
 from buffer.client import Connection
 from buffer.credentials import Credentials, ensure_credentials
+from buffer.packed_group import unpack_group
 from buffer.server import Server
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def test_leases_deliveries_and_batches_over_tcp(server: Server, make_group: Any)
             assert set(finish(actor, granted.leases, version, make_group)) == {"stored"}
             shard = waiting.result()
             assert isinstance(shard, wire.Shard)
-            group = wire.unpack_group(shard.groups[0])
+            group = unpack_group(shard.groups[0])
             assert [t.num_tokens for t in group.trajectories] == [20_000, 20_000]
             assert max(shard.staleness) <= 1
             learner.call(wire.CheckpointCommitted(version))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer import schema, wire
+from buffer.packed_group import PackedGroup, pack_group, read_group_header, unpack_group
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 
 NAME = st.from_regex(r"([a-zA-Z0-9_][a-zA-Z0-9_.:@-]{0,7})?", fullmatch=True)
@@ -54,8 +55,8 @@ def groups(draw: st.DrawFn) -> TrajectoryGroup:
 
 def values(wanted: Any) -> st.SearchStrategy[Any]:
     """Values of one field annotation."""
-    if wanted is wire.PackedGroup:
-        return groups().map(wire.pack_group)
+    if wanted is PackedGroup:
+        return groups().map(pack_group)
     arguments = typing.get_args(wanted)
     if typing.get_origin(wanted) is typing.Annotated:
         kind, limit = arguments
@@ -84,7 +85,7 @@ MESSAGES = st.one_of([messages_of(cls) for cls in typing.get_args(wire.Message)]
 
 
 def same(left: Any, right: Any) -> bool:
-    if isinstance(left, wire.PackedGroup):
+    if isinstance(left, PackedGroup):
         return left.header_frame == right.header_frame and left.arrays_frame == right.arrays_frame
     return bool(left == right)
 
@@ -100,8 +101,8 @@ def test_every_message_comes_back_as_it_was(message: Any, number: int):
 @settings(max_examples=60, deadline=None)
 @given(groups())
 def test_a_group_comes_back_with_equal_arrays(group: TrajectoryGroup):
-    packed = wire.pack_group(group)
-    again = wire.unpack_group(wire.read_group_header(packed.header_frame, packed.arrays_frame))
+    packed = pack_group(group)
+    again = unpack_group(read_group_header(packed.header_frame, packed.arrays_frame))
     assert (again.group_id, again.prompt_id, again.oldest_version) == (
         group.group_id,
         group.prompt_id,
@@ -159,7 +160,7 @@ def test_a_mutated_message_raises_a_wire_error_or_nothing(message: Any, seed: in
         with contextlib.suppress(wire.WireError):
             decoded, _ = decode(mutate(frames, chance))
             if isinstance(decoded, wire.GroupDelivery):
-                wire.unpack_group(decoded.group)
+                unpack_group(decoded.group)
 
 
 def header(*fields: Any) -> list[bytes]:
@@ -207,11 +208,11 @@ def test_a_group_must_not_pretend_to_be_younger_than_its_tokens(make_group: Any)
     fields = msgpack.unpackb(packed.header_frame)
     fields[2] = 9
     with pytest.raises(wire.WireError, match="oldest_version 9"):
-        wire.read_group_header(msgpack.packb(fields), packed.arrays_frame)
+        read_group_header(msgpack.packb(fields), packed.arrays_frame)
 
 
 def test_a_mask_that_is_no_mask_is_refused(make_group: Any):
     packed = make_group("0.0", 3)
     arrays = packed.arrays_frame[:-1] + b"\x02"
     with pytest.raises(wire.WireError, match="loss mask holds 2"):
-        wire.unpack_group(wire.read_group_header(packed.header_frame, arrays))
+        unpack_group(read_group_header(packed.header_frame, arrays))

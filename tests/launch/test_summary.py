@@ -10,8 +10,8 @@ from rich.console import Console
 
 from buffer.config import BufferConfig
 from buffer.ledger import Holder, Ledger
+from buffer.packed_group import PackedGroup, pack_group
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
-from buffer.wire import PackedGroup, pack_group
 from launch.summary import print_summary, summarize_run, write_summary
 from tests.launch.statuses import LEARNER, peer, report, status
 

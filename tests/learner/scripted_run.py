@@ -20,6 +20,7 @@ from buffer.audit import Audit, audit
 from buffer.client import Connection
 from buffer.config import BufferConfig
 from buffer.credentials import Credentials
+from buffer.packed_group import pack_group
 from buffer.server import Server
 from buffer.slots import hold
 from buffer.weights_config import WeightsConfig
@@ -32,7 +33,6 @@ from buffer.wire import (
     Manifest,
     ManifestRequest,
     Message,
-    pack_group,
 )
 from learner.algorithm import Algorithm
 from learner.config import LearnerConfig, ModelConfig, OptimizerConfig

@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from buffer.wire import Shard, pack_group
+from buffer.packed_group import pack_group
+from buffer.wire import (
+    Shard,
+)
 from learner.bad_batch import load_bad_batch, main, save_bad_batch
 from tests.learner.samples import make_group
 

@@ -3,7 +3,13 @@ from concurrent.futures import Future
 
 import pytest
 
-from buffer.wire import BatchRequest, Message, NoMoreBatches, Shard, pack_group
+from buffer.packed_group import pack_group
+from buffer.wire import (
+    BatchRequest,
+    Message,
+    NoMoreBatches,
+    Shard,
+)
 from learner.prefetch import Prefetch, Received
 from tests.learner.samples import CPU, make_batch, make_group
 
