@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import msgpack
 
-from buffer.wire import check_group, read_group_header
+from buffer.packed_group import check_group, read_group_header
 
 GROUPS_PER_BATCH = 32
 COMMIT_EVERY = 4
