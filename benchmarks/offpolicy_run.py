@@ -83,6 +83,7 @@ class Study:
             directory = Path(name)
             store = History(directory / "weights", f"ipc://{name}/socket", self.scale.updates)
             buffer = InTurn(self.generator, store.manifest, cell.staleness, int(plan.sections["groups_per_batch"]))
+            store.on_publication = buffer.go_on
             self.generator.begin(cell.seed)
             try:
                 stopped = self._train(plan, directory, buffer, store)

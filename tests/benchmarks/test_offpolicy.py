@@ -74,6 +74,19 @@ def test_every_batch_is_sampled_by_the_version_that_the_staleness_says(staleness
         assert [group.header.group_id for group in shard.groups] == [f"{2 * version}.0", f"{2 * version + 1}.0"]
 
 
+def test_a_batch_waits_for_the_version_that_samples_it():
+    published = {0: manifest(0)}
+    buffer = InTurn(Recorder(), published.get, 0, groups_per_batch=2)
+    coming = buffer.request(BatchRequest(1, 0, 1))
+    assert not coming.done()
+    assert buffer.request(EvaluationQuery(0)).done()
+    published[1] = manifest(1)
+    buffer.go_on()
+    shard = coming.result(0)
+    assert isinstance(shard, Shard)
+    assert {group.header.oldest_version for group in shard.groups} == {1}
+
+
 def test_a_batch_of_another_version_ends_the_run():
     buffer = InTurn(Recorder(ignores_loads=True), manifest, 1, groups_per_batch=2)
     buffer.call(BatchRequest(1, 0, 1))
