@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from actors.config import ActorConfig
+from actors.device_fetch import DeviceClient, rank_offset
 from actors.fetch import WeightClient
 from actors.prompts import Task, TaskConfig, load_task
 from actors.rollout import PromptsTooLongError, check_prompts_fit
@@ -46,6 +47,10 @@ def main() -> int:
         run = load_run_config(arguments.run_dir)
         config = read_section(ActorConfig, run["actor"], "actor")
         credentials = client_credentials(arguments.run_dir)
+        settings = read_section(WeightsConfig, run["weights"], "weights")
+        offset = 0
+        if settings.transport == "nccl":
+            offset = rank_offset(arguments.name, config.tensor_parallel_size, settings.group_size)
         task = load_task(read_section(TaskConfig, run["task"], "task"))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,7 +59,7 @@ def main() -> int:
 
     prepare_environment(config)
     try:
-        asyncio.run(_run(arguments.name, arguments.run_dir, run, config, credentials, task))
+        asyncio.run(_run(arguments.name, arguments.run_dir, run, config, credentials, task, settings, offset))
     except asyncio.CancelledError:
         logger.info("stopped")
     except ExceptionGroup as failed:
@@ -69,7 +74,14 @@ def main() -> int:
 
 
 async def _run(
-    name: str, run_dir: Path, run: dict[str, Any], config: ActorConfig, credentials: Credentials, task: Task
+    name: str,
+    run_dir: Path,
+    run: dict[str, Any],
+    config: ActorConfig,
+    credentials: Credentials,
+    task: Task,
+    settings: WeightsConfig,
+    offset: int,
 ) -> None:
     own_task = asyncio.current_task()
     assert own_task is not None
@@ -78,6 +90,7 @@ async def _run(
     from transformers import AutoTokenizer
 
     from actors.actor import Actor
+    from actors.adapters import Merger
     from actors.engine import Engine
     from verifier.pool import ScoringPool
 
@@ -90,25 +103,39 @@ async def _run(
     pool = (
         None if task.is_multi_turn else ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))
     )
-    engine = Engine(config)
+    engine = Engine(config, settings.transport, settings.meeting_seconds)
     # The connection resends until it is answered; a lease may be long in coming.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
-    settings = read_section(WeightsConfig, run["weights"], "weights")
     learner = Connection(settings.address, name, credentials)
-    weights = WeightClient(
-        learner,
-        host_id=host_id() if config.share_files else "",
-        published=run_dir / "weights",
-        chunk_bytes=config.chunk_bytes,
-        deltas=settings.deltas,
-        relays=run_dir / "relays",
-        connect=lambda address: Connection(address, name, credentials),
-    )
+    if settings.transport == "file":
+        weights = WeightClient(
+            learner,
+            host_id=host_id() if config.share_files else "",
+            published=run_dir / "weights",
+            chunk_bytes=config.chunk_bytes,
+            deltas=settings.deltas,
+            relays=run_dir / "relays",
+            connect=lambda address: Connection(address, name, credentials),
+            whole=Merger(Path(config.model_path), config.dtype).whole,
+        )
+    else:
+        weights = DeviceClient(learner, host_id=host_id(), published=run_dir / "weights", rank_offset=offset)
     spool = run_dir / "actors" / name
     try:
         checksums = await engine.start()
         pin_process_tree(config.cpu_affinity)
-        actor = Actor(name, config, task, tokenizer, engine, pool, buffer, weights, spool)
+        actor = Actor(
+            name,
+            config,
+            task,
+            tokenizer,
+            engine,
+            pool,
+            buffer,
+            weights,
+            spool,
+            max_staleness=run["buffer"]["max_staleness"],
+        )
         logger.info("%s is ready", name)
         await actor.run(checksums)
     finally:

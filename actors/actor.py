@@ -73,6 +73,7 @@ class Actor:
         buffer: connection to the buffer.
         weights: pulls versions from the learner.
         spool: folder for this actor's files.
+        max_staleness: the run's, in versions: with older weights the buffer gives out no prompts.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Actor:
         buffer: Connection,
         weights: WeightClient,
         spool: Path,
+        max_staleness: int,
     ) -> None:
         self.actor_id, self.config, self.task, self.tokenizer = actor_id, config, task, tokenizer
         self.engine, self.pool, self.buffer, self.weights, self.spool = engine, pool, buffer, weights, spool
@@ -93,6 +95,11 @@ class Actor:
         self.policy_version = -1
         self.publication = ""
         self.meter = Meter()
+        self._max_staleness = max_staleness
+        self._learner_version = -1
+        """As the last heartbeat's answer had it."""
+        self._lateness = ""
+        """Why it may have no prompts: the last version took too long to come here."""
         self._closing = False
         self._leased = self._num_unscored = 0
         self._credit_changed = asyncio.Event()
@@ -283,12 +290,13 @@ class Actor:
         # An evaluation measures one version, so a newer one waits until it is through; the store may not keep it that
         # long, so it is fetched afterwards.
         async with self._loading:
-            fetched_from = time.monotonic()
+            fetched_from, learner_then = time.monotonic(), self._learner_version
             try:
                 local = await self.weights.fetch(manifest)
             # Overtaken by a newer version, or the learner died on the way and will publish anew.
             except (RequestRefused, TimeoutError) as error:
                 logger.info("policy %d was not fetched: %s", manifest.policy_version, error)
+                self._note_lateness(manifest.policy_version, time.monotonic() - fetched_from, learner_then)
                 return None
             # Pulled weights need room; there may be some again, and meanwhile the older weights serve.
             except OSError as error:
@@ -304,7 +312,30 @@ class Actor:
         self.meter.loaded(paused_from - fetched_from, paused)
         logger.info("policy %d loaded, generation paused for %.3f s", self.policy_version, paused)
         await self._beat("")
+        self._note_lateness(self.policy_version, paused_from - fetched_from, learner_then)
         return local
+
+    def _note_lateness(self, version: int, seconds: float, learner_then: int) -> None:
+        """A version that the learner leaves more than `max_staleness` behind on its way is of no use when it is here.
+
+        Args:
+            version: that was fetched, or broken off.
+            seconds: it took.
+            learner_then: the learner's version when that began.
+        """
+        made, before = self._learner_version - learner_then, self._lateness
+        self._lateness = ""
+        if learner_then >= 0 and made > self._max_staleness:
+            self._lateness = (
+                f"weights in time: policy {version} was {seconds:.0f} s on its way, in which the learner made"
+                f" {made} versions, more than max_staleness={self._max_staleness}"
+            )
+        if self._lateness and not before:
+            logger.warning(
+                "waits for %s; a faster link, a relay on this host, weights.deltas=true, a higher"
+                " weights.bytes_per_second or max_staleness, or longer steps (groups_per_batch) give it prompts",
+                self._lateness,
+            )
 
     async def _verify_first_load(self, local: LocalWeights, engine_checksums: dict[str, str]) -> None:
         """Compare the weights as loaded by us with the same weights as loaded by vLLM's own loader.
@@ -312,6 +343,9 @@ class Actor:
         Version 0 is the folder the engine started from. A later version is written out as a folder and loaded again.
         """
         version = local.policy_version
+        if version > 0 and not local.on_host:
+            logger.info("policy %d stays on the learner's device and is not compared after the first load", version)
+            return
         if version > 0:
             from actors.weights import export_folder
 
@@ -379,7 +413,7 @@ class Actor:
 
     async def _keep_beating(self) -> None:
         while True:
-            waiting_for = "" if self.meter.num_in_flight else "prompts from the buffer"
+            waiting_for = "" if self.meter.num_in_flight else self._lateness or "prompts from the buffer"
             await self._beat(waiting_for)
             await asyncio.sleep(self.config.heartbeat_seconds)
 
@@ -391,7 +425,7 @@ class Actor:
         )
         reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics))
         if isinstance(reply, HeartbeatReply):
-            self._closing = reply.closing
+            self._closing, self._learner_version = reply.closing, reply.policy_version
             self._credit_changed.set()
 
     async def _call(self, message: Message) -> Message:

@@ -38,6 +38,7 @@ class WeightClient:
         deltas: whether to ask for the difference to the version that was pulled before.
         relays: the folder whose folders hold relays' files, which may be mapped too.
         connect: opens a connection to a relay's address; None: relays are not used.
+        whole: what a version becomes once it is here, in a thread (`actors/adapters.py`); None: it stays as it is.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class WeightClient:
         deltas: bool = True,
         relays: Path | None = None,
         connect: Callable[[str], Connection] | None = None,
+        whole: Callable[[LocalWeights], LocalWeights] | None = None,
     ) -> None:
-        self._connection, self._connect = connection, connect
+        self._connection, self._connect, self._whole = connection, connect, whole
         self._host_id, self._published, self._relays = host_id, published, relays
         self._puller = Puller(chunk_bytes, deltas)
         self._mapped = Mappings()
@@ -85,7 +87,7 @@ class WeightClient:
                 return None
 
     async def fetch(self, manifest: Manifest) -> LocalWeights:
-        """Bring a version to this host and compare every tensor's checksum.
+        """Bring a version to this host, compare every tensor's checksum, and make whole weights of it.
 
         Waits for: the relay, for `RELAY_SECONDS` and a minute per chunk, or the store, a minute per chunk.
 
@@ -97,6 +99,10 @@ class WeightClient:
             OSError: there is no room.
         """
         check_manifest(manifest)
+        local = await self._bring(manifest)
+        return local if self._whole is None else await asyncio.to_thread(self._whole, local)
+
+    async def _bring(self, manifest: Manifest) -> LocalWeights:
         mapped = await self._mapped_file(manifest)
         if mapped is not None:
             return mapped

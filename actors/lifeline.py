@@ -1,7 +1,7 @@
 """Ties the engine's worker processes to their actor: vLLM's processes would outlive an actor that was killed.
 
 The actor names itself in the environment before it starts an engine; a worker, which imports this through
-`actors/weights.py`, then ends with it. The engine's own process ends when it finds its workers dead.
+`actors/weights.py`, then ends with it. An engine whose workers are other processes ends when it finds them dead.
 """
 
 from __future__ import annotations

@@ -47,6 +47,15 @@ class LocalWeights:
             "offsets": [entry.offset for entry in tensors],
         }
 
+    def init_info(self) -> dict[str, Any] | None:
+        """What vLLM's engine must be told before its first load; None: nothing."""
+        return None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the bytes can be read here, and not only by the engine's workers."""
+        return True
+
     def release(self) -> None:
         """The version is loaded, or not wanted any more; the learner may reuse its memory."""
         if self.held is not None:

@@ -17,6 +17,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, client_credentials, server_credentials
 from buffer.relay_tree import HELLO_SECONDS
 from buffer.schema import check_name
-from buffer.slots import SlotPool
+from buffer.slots import SlotPool, lead_to
 from buffer.weight_server import WeightServer
 from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
 from buffer.wire import Manifest, RelayHello, RelayPlace
@@ -103,14 +104,23 @@ class Relay:
 
 def make_folder(run_dir: Path, name: str) -> Path:
     """RUN_DIR/relays/NAME, which leads to shared memory where there is somebody who will clear it."""
-    folder, memory = run_dir / "relays" / name, os.environ.get(MEMORY_VARIABLE)
-    folder.parent.mkdir(exist_ok=True)
-    if folder.is_symlink():
-        folder.unlink()
-    if memory:
-        (Path(memory) / name).mkdir(parents=True, exist_ok=True)
-        folder.symlink_to(Path(memory) / name)
-    return folder
+    memory = os.environ.get(MEMORY_VARIABLE)
+    return lead_to(run_dir / "relays" / name, Path(memory) / name if memory else None)
+
+
+def own_address(store: str, fanout: int) -> str:
+    """Where to listen, at any free port: for this host alone, or for all that reach the store where relays form a tree.
+
+    Args:
+        store: the address of the learner's store.
+        fanout: as `WeightsConfig.relay_fanout`.
+    """
+    if not fanout:
+        return "tcp://127.0.0.1:*"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Nothing is sent: it only looks for the way there.
+        probe.connect((urlsplit(store).hostname, urlsplit(store).port))
+        return f"tcp://{probe.getsockname()[0]}:*"
 
 
 def main() -> int:
@@ -118,14 +128,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m actors.relay", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="the run's folder; its config.yaml says the rest")
     parser.add_argument("--name", default=f"relay-{socket.gethostname()}-{os.getpid()}", help="unique in the run")
-    parser.add_argument("--address", default="tcp://127.0.0.1:*", help="where to listen; below other relays: this host")
+    parser.add_argument("--address", default="", help="where to listen; left out, where those who pull from here can")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         check_name(arguments.name, "--name")
         config = read_section(WeightsConfig, load_run_config(arguments.run_dir)["weights"], "weights")
+        if config.transport != "file":
+            raise ValueError(f"weights={config.transport} sends nothing that could be relayed; use weights=file")
         own, others = client_credentials(arguments.run_dir), server_credentials(arguments.run_dir)
-        server = WeightServer(arguments.address, others, keep_versions=config.keep_versions)
+        address = arguments.address or own_address(config.address, config.relay_fanout)
+        server = WeightServer(address, others, keep_versions=config.keep_versions)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -140,13 +153,15 @@ async def _run(run_dir: Path, name: str, config: WeightsConfig, own: Credentials
 
     task = asyncio.current_task()
     assert task is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # A hangup is how a remote shell's end is told.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with connect(config.address) as store:
         client = WeightClient(
             store, host_id="", published=run_dir, chunk_bytes=CHUNK_BYTES, deltas=config.deltas, connect=connect
         )
         relay = Relay(make_folder(run_dir, name), store, server, client, host_id())
+        logger.info("%s serves at %s", name, server.address)
         try:
             await relay.run()
         finally:

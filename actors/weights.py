@@ -1,4 +1,4 @@
-"""Weights on their way into vLLM: its weight-transfer interface over a file on this host.
+"""Weights on their way into vLLM: its weight-transfer interface over a file on this host, and the names of the others.
 
 `FileTransferEngine` runs in vLLM's worker processes, registered under `TRANSFER_BACKEND` by importing this module: it
 maps the file that `actors/fetch.py` has brought here and checked, and hands the tensors to vLLM's layerwise reload, so
@@ -8,7 +8,6 @@ tensor parallelism and weight repacking keep working.
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,14 @@ from safetensors.torch import save_file
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from actors.adapters import tensor_at
 from actors.lifeline import end_with_actor
 from actors.local_weights import LocalWeights
 
 TRANSFER_BACKEND = "slipstream_file"
+IPC_BACKEND = "slipstream_ipc"
+BACKENDS = {"file": TRANSFER_BACKEND, "ipc": IPC_BACKEND, "nccl": "nccl"}
+"""vLLM's name of the engine for each `weights.transport`; the last one is vLLM's own."""
 WORKER_EXTENSION = "actors.weights.WorkerExtension"
 
 
@@ -60,13 +63,8 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
         """(name, tensor) pairs that share the mapped file's memory."""
         # Copy on write: torch wants writable memory, and nobody may write into the learner's file.
         mapped = np.memmap(self.path, dtype=np.uint8, mode="c")
-        tensors = []
-        for name, dtype_name, shape, offset in zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True):
-            dtype = getattr(torch, dtype_name)
-            num_bytes = math.prod(shape) * dtype.itemsize
-            flat = torch.from_numpy(mapped[offset : offset + num_bytes]).view(dtype)
-            tensors.append((name, flat.view(shape)))
-        return tensors
+        places = zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True)
+        return [(name, tensor_at(mapped, dtype, shape, offset)) for name, dtype, shape, offset in places]
 
 
 class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
@@ -154,3 +152,4 @@ end_with_actor()
 # vLLM's factory has no public way to ask; importing this module twice in one process must not fail.
 if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, FileTransferEngine)
+    WeightTransferEngineFactory.register_engine(IPC_BACKEND, "actors.device_weights", "IpcTransferEngine")

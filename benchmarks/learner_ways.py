@@ -20,84 +20,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.learner_work import GROUP_SIZE, LEARNING_RATE, Sequences, Turns, Work, save_gradient, sequences
+from benchmarks.learner_work import LEARNING_RATE, Sequences, Turns, Work, save_gradient, sequences
 
 
 def ours(work: Work, data: Sequences) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
-    from buffer.wire import pack_group, unpack_group
-    from learner.algorithm import AdvantageInputs
-    from learner.batch import TrainingBatch
-    from learner.config import OptimizerConfig
-    from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, init_distributed
-    from learner.grpo import GRPO
-    from learner.metrics import summarize
+    from benchmarks.learner_step import OurStep
     from learner.model import PolicyModel
-    from learner.report import batch_metrics
-    from learner.steps import Annotations, policy_step, score_batch
 
-    def groups(behavior: list[np.ndarray]) -> list[TrajectoryGroup]:
-        """`behavior`: log mu of the completions' tokens."""
-        made = []
-        for index in range(work.num_groups):
-            members = []
-            for i in range(GROUP_SIZE * index, GROUP_SIZE * (index + 1)):
-                mask = np.arange(len(data.token_ids[i])) >= data.prompt_lengths[i]
-                logprobs = np.zeros(len(mask), dtype=np.float32)
-                logprobs[mask] = behavior[i]
-                members.append(
-                    Trajectory(
-                        trajectory_id=f"{index}.0.{i}",
-                        group_id=f"{index}.0",
-                        prompt_id=index,
-                        token_ids=data.token_ids[i].astype(np.int32),
-                        loss_mask=mask,
-                        behavior_logprobs=logprobs,
-                        policy_versions=(VersionSpan(0, 0),),
-                        reward=float(data.rewards[i]),
-                        reward_breakdown={"answer": float(data.rewards[i])},
-                        verdict="wrong",
-                        finish_reason=FinishReason.STOP,
-                        actor_id="actor-0",
-                    )
-                )
-            made.append(TrajectoryGroup(f"{index}.0", index, tuple(members)))
-        return made
-
-    device = torch.device("cpu")
-    init_distributed(device)
-    algorithm = GRPO()
-    engine = TrainingEngine(
-        PolicyModel.load(work.folder, dtype=torch.float32, temperature=1.0, checkpointing=False),
-        OptimizerConfig(learning_rate=LEARNING_RATE),
-        zero_stage=0,
-        bfloat16=False,
-        cpu_offload=False,
-        device=device,
-    )
-    # Sampled by the policy itself, as the others' losses have it: nothing is corrected, the distance only looked at.
-    lengths = [len(ids) - prompt for ids, prompt in zip(data.token_ids, data.prompt_lengths, strict=True)]
-    unsampled = groups([np.zeros(length) for length in lengths])
-    batch = TrainingBatch.from_groups(unsampled, [0] * work.num_groups, 0, device)
-    logprobs = score_batch(engine, batch, work.tokens_per_microbatch).numpy()
-    received = [pack_group(group) for group in groups(np.split(logprobs, np.cumsum(lengths)[:-1]))]
-    turns = Turns(parameters=sum(p.numel() for p in engine._engine.module.parameters()))
+    policy = PolicyModel.load(work.folder, dtype=torch.float32, temperature=1.0, checkpointing=False)
+    step = OurStep(policy, data, work.tokens_per_microbatch, torch.device("cpu"))
+    turns = Turns(parameters=sum(p.numel() for p in policy.parameters()))
     while turns.wait():
-        unpacked = [unpack_group(group) for group in received]
-        batch = TrainingBatch.from_groups(unpacked, [0] * work.num_groups, 0, device)
-        outputs = algorithm.advantages(
-            AdvantageInputs(batch.rewards, batch.group_index, batch.sequence_index, batch.behavior_logprobs)
-        )
-        annotations = Annotations(outputs.advantages, None, None, None, None)
-        everything = range(len(batch.trajectories))
-        sums = policy_step(engine, algorithm, batch, everything, annotations, work.tokens_per_microbatch)
+        step.accumulate()
         if turns.number == 1:
-            names = engine._engine.module.causal_lm.named_parameters()
-            save_gradient(work, "ours", [(name, parameter.grad) for name, parameter in names])
-        engine.step(LEARNING_RATE)
-        metrics = batch_metrics(batch) | summarize(sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max))
-        assert metrics["policy/num_tokens"] == batch.num_scored_tokens
+            save_gradient(work, "ours", [(name, p.grad) for name, p in policy.causal_lm.named_parameters()])
+        step.finish()
         turns.done()
 
 

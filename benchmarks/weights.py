@@ -31,17 +31,13 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.figures import command, machine, versions, write
+from benchmarks.model_sizes import MODELS
 from benchmarks.weights_deltas import measure_deltas
 from benchmarks.weights_ways import WAYS, Arrival, Place, Tensors, act
 from buffer.weights_config import MEMORY_VARIABLE
 from launch.guardian import Guardian
 
 PROCESSES = multiprocessing.get_context("spawn")
-MODELS = {
-    "0.5B": {"vocab": 151_936, "hidden": 896, "inner": 4864, "layers": 24, "key_value": 128},
-    "1.5B": {"vocab": 151_936, "hidden": 1536, "inner": 8960, "layers": 28, "key_value": 256},
-    "tiny": {"vocab": 4_096, "hidden": 128, "inner": 512, "layers": 4, "key_value": 32},
-}
 MOVED_SHARE = 0.03
 WARM_UP = 3
 """Versions until all memory that is reused has been written once."""

@@ -149,7 +149,7 @@ class Ledger:
             attempt += 1
             self.file.write(
                 "UPDATE OR FAIL occurrences SET state = 'leased', attempt = ?, holder = ?, actor_id = ?,"
-                " request_number = ?, oldest_version = ?, num_tokens = 0 WHERE occurrence = ?",
+                " request_number = ?, oldest_version = ?, num_tokens = 0, num_tokens_squared = 0 WHERE occurrence = ?",
                 *(attempt, *lease, occurrence),
             )
             self._move("pending", "leased")
@@ -210,9 +210,11 @@ class Ledger:
         spread = _spread(header.rewards) if self._config.sampler == "prioritized" else None
         self.file.write(
             "UPDATE OR FAIL occurrences SET state = ?, reason = ?, oldest_version = ?, useful_version = ?,"
-            " num_tokens = ?, num_samples = ?, num_correct = ?, reward_spread = ? WHERE occurrence = ?",
-            *(state, reason, header.oldest_version, useful_version, sum(header.num_tokens), len(header.details)),
-            *(header.num_correct, spread, row.occurrence),
+            " num_tokens = ?, num_tokens_squared = ?, num_samples = ?, num_correct = ?, reward_spread = ?"
+            " WHERE occurrence = ?",
+            *(state, reason, header.oldest_version, useful_version, sum(header.num_tokens)),
+            *(sum(number**2 for number in header.num_tokens), len(header.details), header.num_correct, spread),
+            row.occurrence,
         )
         self._move("leased", _count_key(state, reason))
         self.curriculum.delivered(row.occurrence, row.prompt_id, success)

@@ -22,7 +22,7 @@ from typing import Any
 
 from buffer.states import STATES, enforcing_triggers
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 FILE_NAME = "ledger.sqlite"
 PAGE_BYTES = 1 << 15
 WAL_BYTES = 1 << 26
@@ -50,6 +50,7 @@ CREATE TABLE occurrences (
     request_number INTEGER NOT NULL,
     oldest_version INTEGER NOT NULL,
     num_tokens INTEGER NOT NULL DEFAULT 0,
+    num_tokens_squared INTEGER NOT NULL DEFAULT 0,
     useful_version INTEGER,
     reward_spread REAL,
     num_stale INTEGER NOT NULL DEFAULT 0,

@@ -115,28 +115,35 @@ def _first_uses(groups: Sequence[Candidate]) -> list[int]:
     return [group.oldest_version for group in groups if not group.num_uses]
 
 
-def balance(num_tokens: Sequence[int], world_size: int) -> list[list[int]]:
-    """Indices of the groups of each rank's shard: equally many groups, similar token counts, each in issue order.
+def balance(costs: Sequence[float], world_size: int, num_parts: int = 1) -> list[list[int]]:
+    """Indices of the groups of each rank's shard: equally many groups, similar costs, each in issue order.
 
-    Greedy: the longest group goes to the rank with the fewest tokens that still has a free place.
+    Each of `num_parts` runs of the batch is dealt by itself, because the ranks wait for each other at every optimizer
+    step. In rounds, dearest groups first: each rank gets one, the one with the least so far the dearest. So within a
+    part no rank has more than another by more than the groups of one round differ.
 
     Args:
-        num_tokens: tokens of each group of the batch, in issue order.
+        costs: of each group of the batch, in issue order.
         world_size: number of ranks.
+        num_parts: optimizer steps made with the batch.
 
     Raises:
         ValueError: when the groups cannot be shared out equally.
     """
-    if world_size < 1 or len(num_tokens) % world_size:
+    if world_size < 1 or len(costs) % (world_size * num_parts):
         raise ValueError(
-            f"a batch of {len(num_tokens)} groups cannot be cut into {world_size} equal shards;"
-            " make groups_per_batch a multiple of the number of learner ranks"
+            f"a batch of {len(costs)} groups cannot be cut into {world_size} equal shards of {num_parts} parts;"
+            " make groups_per_batch a multiple of the number of learner ranks times updates_per_batch"
         )
-    places = len(num_tokens) // world_size
     shards: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for index in sorted(range(len(num_tokens)), key=lambda i: (-num_tokens[i], i)):
-        rank = min((r for r in range(world_size) if len(shards[r]) < places), key=lambda r: (loads[r], r))
-        shards[rank].append(index)
-        loads[rank] += num_tokens[index]
-    return [sorted(shard) for shard in shards]
+    size = len(costs) // num_parts
+    for start in range(0, len(costs), size) if size else ():
+        dealt: list[list[int]] = [[] for _ in range(world_size)]
+        dearest_first = sorted(range(start, start + size), key=lambda index: (-costs[index], index))
+        for first in range(0, size, world_size):
+            least_first = sorted(dealt, key=lambda groups: sum(costs[index] for index in groups))
+            for groups, index in zip(least_first, dearest_first[first : first + world_size], strict=True):
+                groups.append(index)
+        for shard, groups in zip(shards, dealt, strict=True):
+            shard.extend(sorted(groups))
+    return shards

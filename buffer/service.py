@@ -190,7 +190,9 @@ class Service:
             if refused is not None or not self._cut(version, waited_seconds):
                 return refused
             rows = self._ledger.uses.batch(version)
-        mine = [rows[index] for index in balance([row.num_tokens for row in rows], world_size)[request.rank]]
+        costs = [row.cost(request.tokens_at_par) for row in rows]
+        shards = balance(costs, world_size, self._limits.updates_per_batch)
+        mine = [rows[index] for index in shards[request.rank]]
         groups = tuple(self._contents(row, version) for row in mine)
         return wire.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
 

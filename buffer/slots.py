@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,6 +102,18 @@ class SlotPool:
         """Remove the retired slots."""
         while self._retired:
             self._retired.pop().remove()
+
+
+def lead_to(folder: Path, memory: Path | None) -> Path:
+    """Let `folder` lead to the folder `memory`, or nowhere, whatever it was to an earlier process. Returns `folder`."""
+    if folder.is_symlink():
+        folder.unlink()
+    if memory is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        memory.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(memory)
+    return folder
 
 
 def let_go(file: BinaryIO) -> None:

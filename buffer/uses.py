@@ -23,6 +23,13 @@ class BatchRow:
     occurrence: int
     staleness: int
     num_tokens: int
+    """Of all its trajectories."""
+    num_tokens_squared: int
+    """Each trajectory's number squared, added up."""
+
+    def cost(self, tokens_at_par: float) -> float:
+        """What training on it costs, as `wire.BatchRequest` says, in tokens."""
+        return self.num_tokens + (self.num_tokens_squared / tokens_at_par if tokens_at_par > 0 else 0.0)
 
 
 class Uses:
@@ -69,13 +76,13 @@ class Uses:
     def batch(self, policy_version: int) -> list[BatchRow]:
         """The groups handed out for `policy_version`, in order; empty when none were, or their contents are gone."""
         rows = self._file.rows(
-            "SELECT occurrence, oldest_version, num_tokens, state FROM uses CROSS JOIN occurrences USING (occurrence)"
-            " WHERE used_version = ? ORDER BY batch_order",
+            "SELECT occurrence, oldest_version, num_tokens, num_tokens_squared, state"
+            " FROM uses CROSS JOIN occurrences USING (occurrence) WHERE used_version = ? ORDER BY batch_order",
             policy_version,
         )
         if any(state != "used" for *_, state in rows):
             return []
-        return [BatchRow(occurrence, policy_version - oldest, tokens) for occurrence, oldest, tokens, _ in rows]
+        return [BatchRow(occurrence, policy_version - oldest, *lengths) for occurrence, oldest, *lengths, _ in rows]
 
     def finished(self, policy_version: int, next_version: int, *, is_over: bool) -> tuple[list[int], int]:
         """Used groups whose uses are all before `policy_version`, and that can be in no batch from `next_version` on.

@@ -36,7 +36,7 @@ from buffer.schema import (
     unpack_header,
 )
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
@@ -178,11 +178,15 @@ class LearnerWelcome:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """Rank `rank` of `world_size` wants its shard of the batch for `policy_version`. Waits for: ready groups."""
+    """Rank `rank` of `world_size` wants its shard of the batch for `policy_version`. Waits for: ready groups.
+
+    Shards cost about the same: a trajectory of T tokens T (1 + T / `tokens_at_par`), or T where that is 0.
+    """
 
     policy_version: Version
     rank: SmallCount
     world_size: SmallCount
+    tokens_at_par: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,29 @@ def check_model_folder(folder: Path, max_tokens: int) -> None:
         )
 
 
+def check_heads(num_heads: int | None, tensor_parallel_size: int) -> None:
+    """Whether the workers of an engine can share a model's attention heads.
+
+    Args:
+        num_heads: None where the model does not say.
+        tensor_parallel_size: workers of an engine.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if num_heads and num_heads % tensor_parallel_size:
+        raise ValueError(
+            f"actor.tensor_parallel_size={tensor_parallel_size} does not divide the model's {num_heads} attention"
+            " heads; use a number that does"
+        )
+
+
+def model_heads(folder: Path) -> int | None:
+    """The attention heads of the model in a Hugging Face folder; None where it does not say."""
+    heads = _model_config(folder).get("num_attention_heads")
+    return heads if isinstance(heads, int) else None
+
+
 def _model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():

@@ -29,7 +29,7 @@ from launch.guardian import Guardian
 from launch.session import Session
 from launch.summary import newest_checkpoint, print_summary, summarize_run, write_summary
 from launch.supervisor import RunFailedError
-from launch.topology import another_actor, assign_cores
+from launch.topology import another_actor, another_relay, assign_cores
 
 
 class Interrupted(Exception):
@@ -115,9 +115,12 @@ def _train(plan: RunPlan, console: Console, run_mark: str) -> Status:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
         # A log that cannot be written, on a full disk, is no reason to end or to fill the terminal.
         logging.raiseExceptions = False
-        joining = f"another actor joins with: {another_actor(plan)}"
-        console.print(joining, style="dim", soft_wrap=True, markup=False, highlight=False)
-        logging.getLogger(__name__).info("%s", joining)
+        joining = [f"another actor joins with: {another_actor(plan)}"]
+        if plan.cluster.reaches_other_hosts:
+            joining.append(f"a relay for the actors of another host joins with: {another_relay(plan)}")
+        for line in joining:
+            console.print(line, style="dim", soft_wrap=True, markup=False, highlight=False)
+            logging.getLogger(__name__).info("%s", line)
         session = Session(plan, display, run_mark)
         try:
             return session.run()

@@ -22,12 +22,22 @@ from actors.prompts import Task, TaskConfig, load_task
 from buffer.config import BufferConfig, load_run_config, read_section
 from buffer.curriculum_config import Stage, write_levels
 from buffer.weights_config import WeightsConfig
-from launch.checks import absolute_files, check_folder, check_model_folder, check_space, free_address
+from launch.adapters import check_adapters, check_together, embedded_layers, folder_layers
+from launch.checks import (
+    absolute_files,
+    check_folder,
+    check_heads,
+    check_model_folder,
+    check_space,
+    free_address,
+    model_heads,
+)
 from launch.compose import choices, compose_config, own_sections, unknown_setting
 from launch.curriculum import check_curriculum, check_stage_settings, fewest_prompts
+from launch.devices import check_devices
 from launch.rewards import check_rewards, read_rewards
 from launch.settings import ClusterConfig, DataConfig, EmbeddedConfig, PretrainingConfig, RunConfig
-from learner.config import LearnerConfig, ModelConfig
+from learner.config import LearnerConfig, LoraConfig, ModelConfig
 from verifier.config import VerifierConfig
 
 
@@ -116,7 +126,9 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
     check_curriculum(run, task.levels)
     # The folder of an embedded model is known once it is made.
     sections["actor"]["model_path"] = sections["model"]["path"] or "(embedded)"
-    read_section(ActorConfig, sections["actor"], "actor")
+    actor = read_section(ActorConfig, sections["actor"], "actor")
+    heads = embedded.num_heads if embedded is not None else model_heads(Path(sections["model"]["path"]))
+    check_heads(heads, actor.tensor_parallel_size)
     if not task.held_out:
         raise ValueError("task.num_held_out=0 leaves nothing to evaluate on; set it to 1 or more")
     if resumed and sections["buffer"].get("data_fingerprint") != task.fingerprint:
@@ -132,6 +144,9 @@ def _plan(sections: dict[str, Any], run_dir: Path, *, resumed: bool) -> RunPlan:
         "stages": sections["curriculum"],
     }
     _choose_addresses(sections, cluster)
+    _check_weights(sections, cluster, learner, actor)
+    if learner.lora.rank:
+        _check_lora(sections, learner.lora, embedded)
     buffer = read_section(BufferConfig, sections["buffer"], "buffer")
     _check_algorithm(sections, learner, buffer)
     check_folder(run_dir, "run_dir")
@@ -203,6 +218,12 @@ def _check_model(sections: dict[str, Any]) -> EmbeddedConfig | None:
     return None
 
 
+def _check_lora(sections: dict[str, Any], lora: LoraConfig, embedded: EmbeddedConfig | None) -> None:
+    layers = folder_layers(Path(sections["model"]["path"])) if embedded is None else embedded_layers(embedded)
+    check_adapters(lora, layers)
+    check_together(lora, model_dtype=sections["model"]["dtype"], actor_dtype=sections["actor"]["dtype"])
+
+
 def _check_algorithm(sections: dict[str, Any], learner: LearnerConfig, buffer: BufferConfig) -> None:
     from hydra.utils import get_class, instantiate
 
@@ -237,9 +258,16 @@ def _choose_addresses(sections: dict[str, Any], cluster: ClusterConfig) -> None:
     host = cluster.host
     sections["buffer"]["address"] = free_address(cluster.buffer_port, "cluster.buffer_port", host)
     sections["weights"] |= {"address": free_address(cluster.weights_port, "cluster.weights_port", host)}
-    read_section(WeightsConfig, sections["weights"], "weights")
     if cluster.tensorboard:
         free_address(cluster.tensorboard_port, "cluster.tensorboard_port")
+
+
+def _check_weights(
+    sections: dict[str, Any], cluster: ClusterConfig, learner: LearnerConfig, actor: ActorConfig
+) -> None:
+    if sections["weights"].get("transport") == "nccl":
+        sections["weights"]["group_size"] = 1 + cluster.num_actors * actor.tensor_parallel_size
+    check_devices(read_section(WeightsConfig, sections["weights"], "weights"), cluster, learner, actor)
 
 
 def notices(plan: RunPlan) -> list[str]:
@@ -258,6 +286,11 @@ def notices(plan: RunPlan) -> list[str]:
         found.append(
             f"note: task.max_turns={turns} turns of max_new_tokens={length} do not fit in model.max_tokens={context};"
             " an episode ends as truncated where there is no room for another turn"
+        )
+    if plan.cluster.relays and not plan.cluster.reaches_other_hosts:
+        found.append(
+            f"note: cluster.relays are of use on other hosts, which do not reach cluster.host={plan.cluster.host}; set"
+            " cluster.host to an address of this machine that they do"
         )
     return found
 

@@ -6,6 +6,7 @@ that use them.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 
@@ -56,6 +57,8 @@ class ClusterConfig:
     """Who starts what on this machine."""
 
     num_actors: int = 1
+    relays: list[str] = field(default_factory=list)
+    """Commands that run one command line on another host, such as `ssh -tt node-1`; each starts a relay there."""
     host: str = "127.0.0.1"
     """The address of this machine that buffer and weight store listen at; actors elsewhere must reach it."""
     encryption: str = "curve"
@@ -64,6 +67,8 @@ class ClusterConfig:
     weights_port: int = 0
     pin_cores: bool = True
     learner_cores: int = 1
+    separate_devices: bool = False
+    """CUDA: the learner's ranks and every actor get devices of their own; otherwise all see all of them."""
     max_restarts: int = 3
     """How often a process may fail without progress of the run in between."""
     healthy_seconds: float = 60.0
@@ -77,6 +82,7 @@ class ClusterConfig:
     cache_dir: str = "~/.cache/slipstream"
 
     def __post_init__(self) -> None:
+        self._check_relays()
         for name in ("num_actors", "learner_cores"):
             if getattr(self, name) < 1:
                 raise ValueError(f"cluster.{name}={getattr(self, name)} must be at least 1")
@@ -95,6 +101,20 @@ class ClusterConfig:
         self._check_host()
         if self.max_restarts < 0:
             raise ValueError(f"cluster.max_restarts={self.max_restarts} is below 0; use 0 to never start one again")
+
+    @property
+    def reaches_other_hosts(self) -> bool:
+        """Whether processes on other hosts can connect to this one's."""
+        return not IPv4Address(self.host).is_loopback
+
+    def _check_relays(self) -> None:
+        for command in self.relays:
+            try:
+                words = shlex.split(command)
+            except ValueError as error:
+                raise ValueError(f"cluster.relays: {command!r} is no command ({error}); close its quotation") from error
+            if not words:
+                raise ValueError("cluster.relays: an entry is empty; give a command such as 'ssh -tt node-1'")
 
     def _check_host(self) -> None:
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.config import RunPlan
+from launch.devices import VISIBLE, has_cuda, own_devices
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,7 +20,7 @@ class ProcessSpec:
     """One process of a run."""
 
     role: str
-    """buffer | actor | learner | tensorboard."""
+    """buffer | actor | learner | relay | tensorboard."""
     name: str
     command: tuple[str, ...]
     environment: dict[str, str]
@@ -47,13 +48,23 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
     run_dir, num_actors = str(plan.run_dir), plan.cluster.num_actors
     specs = [_spec("buffer", "buffer", ("-m", "buffer", "serve", run_dir))]
     num_ranks = plan.sections["learner"]["num_ranks"]
+    devices = [""] * (1 + num_actors)
+    if plan.cluster.separate_devices:
+        devices = own_devices(num_ranks, num_actors, plan.sections["actor"]["tensor_parallel_size"])
     # torchrun by itself would hide a rank's exit status.
     learner = ("-m", "learner.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
-    specs.append(_spec("learner", "learner", learner, num_threads=plan.cluster.learner_cores))
+    specs.append(_spec("learner", "learner", learner, num_threads=plan.cluster.learner_cores, devices=devices[0]))
     # The actors share their cores.
     threads_per_actor = len(plan.sections["actor"]["cpu_affinity"]) // num_actors
-    for name in (f"actor-{index}" for index in range(num_actors)):
-        specs.append(_spec("actor", name, ("-m", "actors", run_dir, "--name", name), num_threads=threads_per_actor))
+    for index in range(num_actors):
+        name = f"actor-{index}"
+        actor = ("-m", "actors", run_dir, "--name", name)
+        specs.append(_spec("actor", name, actor, num_threads=threads_per_actor, devices=devices[1 + index]))
+    for index, runner in enumerate(plan.cluster.relays):
+        name = f"relay-{index}"
+        # What stands before it runs it in a shell elsewhere, where nothing of this environment is known.
+        there = _relay(plan, "--name", name).command_line
+        specs.append(ProcessSpec("relay", name, (*shlex.split(runner), there), {}))
     if plan.cluster.tensorboard:
         port = str(plan.cluster.tensorboard_port)
         command = ("-m", "tensorboard.main", "--logdir", f"{run_dir}/tensorboard", "--port", port)
@@ -67,13 +78,27 @@ def another_actor(plan: RunPlan) -> str:
     return spec.command_line
 
 
-def has_cuda() -> bool:
-    """Whether an NVIDIA driver is loaded; asked without importing torch."""
-    return Path("/proc/driver/nvidia/version").exists()
+def another_relay(plan: RunPlan) -> str:
+    """What a person types on another host to start a relay there, beside its actors."""
+    return _relay(plan).command_line
 
 
-def _spec(role: str, name: str, arguments: Sequence[str], num_threads: int | None = None) -> ProcessSpec:
-    """A Python process; `num_threads` limits its numerical libraries, None leaves them alone."""
+def _relay(plan: RunPlan, *arguments: str) -> ProcessSpec:
+    return _spec("relay", "", ("-m", "actors.relay", str(plan.run_dir), *arguments), num_threads=1)
+
+
+def _spec(
+    role: str, name: str, arguments: Sequence[str], num_threads: int | None = None, devices: str = ""
+) -> ProcessSpec:
+    """A Python process.
+
+    Args:
+        role: as in `ProcessSpec`, like `name`.
+        name: of the process.
+        arguments: for Python.
+        num_threads: limits its numerical libraries; None leaves them alone.
+        devices: the CUDA devices it sees; empty: as the launcher does.
+    """
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
@@ -81,4 +106,6 @@ def _spec(role: str, name: str, arguments: Sequence[str], num_threads: int | Non
     }
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(max(1, num_threads))
+    if devices:
+        environment[VISIBLE] = devices
     return ProcessSpec(role, name, (sys.executable, *arguments), environment)

@@ -17,6 +17,8 @@ from buffer.credentials import Credentials, server_credentials
 from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from learner.publisher import WeightStore
 
 
@@ -62,9 +64,8 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     torch.manual_seed(config.seed)
     init_distributed(device)
     rank = int(os.environ["RANK"])
-    store = (
-        _open_store(run_dir, read_section(WeightsConfig, run["weights"], "weights"), credentials) if not rank else None
-    )
+    settings = read_section(WeightsConfig, run["weights"], "weights")
+    store = _open_store(run_dir, settings, credentials, device) if not rank else None
     buffer = Connection(run["buffer"]["address"], f"learner-{rank}", credentials.for_client())
     try:
         trainer = Trainer(
@@ -93,13 +94,13 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     return 0
 
 
-def _open_store(run_dir: Path, settings: WeightsConfig, credentials: Credentials) -> WeightStore:
-    from learner.publisher import WeightStore
+def _open_store(run_dir: Path, settings: WeightsConfig, credentials: Credentials, device: torch.device) -> WeightStore:
+    from learner.device_weights import open_store
 
     memory = os.environ.get(MEMORY_VARIABLE) if settings.shared_memory else None
     # Without a launcher nobody would clear the memory after kill -9, so versions then lie in the run directory.
     folder = Path(memory) / "weights" if memory else None
-    return WeightStore(run_dir / "weights", settings, credentials, folder)
+    return open_store(run_dir / "weights", settings, credentials, folder, device)
 
 
 def _ended(error: Exception, status: int) -> int:

@@ -1,9 +1,10 @@
 """Checkpoints that are complete or absent: written under a temporary name, flushed, then renamed.
 
 `RUN_DIR/checkpoints/00000050/` holds `policy/` (a Hugging Face folder), `policy_state/` and `critic_state/` (what
-DeepSpeed needs to go on), `reference.pt` (only where the reference is refreshed), `rng/` (random generators, a file
-per rank), `learner.json` and `manifest.json` (every file's size and digest). Only folders whose name is a number
-count. One whose files are not as they were written is reported and the one before it is used.
+DeepSpeed needs to go on), `adapter/` (only with LoRA, in peft's format; `policy/` has it merged), `reference.pt` (only
+where the reference is refreshed), `rng/` (random generators, a file per rank), `learner.json` and `manifest.json`
+(every file's size and digest). Only folders whose name is a number count. One whose files are not as they were written
+is reported and the one before it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import nn
 
+from learner.config import LoraConfig
 from learner.engine import TrainingEngine, any_rank, barrier, rank_and_world_size
+from learner.lora import save_adapter
 from learner.manifest import defect, write_manifest
 from learner.rng import load_generators, save_generators
 from learner.state_file import read_state_file, write_state
@@ -89,6 +92,7 @@ def save_checkpoint(
     reference: nn.Module | None = None,
     base_path: Path,
     dtype: torch.dtype,
+    lora: LoraConfig | None = None,
     state: dict[str, Any],
     keep: int,
 ) -> Path:
@@ -102,6 +106,7 @@ def save_checkpoint(
         reference: rank 0's is saved; None when it can be had from the model's folder.
         base_path: the folder the policy started from; configuration and tokenizer are copied from it.
         dtype: of the exported weights.
+        lora: the policy's adapters; None without.
         state: small JSON-able values to resume with.
         keep: how many checkpoints stay; the oldest are removed after the new one is complete.
 
@@ -128,6 +133,8 @@ def save_checkpoint(
     try:
         _on_rank_0(lambda: _make_empty(temporary), policy.device)
         _together(lambda: export_policy(policy, temporary / "policy", base_path=base_path, dtype=dtype), policy.device)
+        if lora is not None and lora.rank:
+            _together(lambda: export_adapter(policy, temporary / "adapter", lora, base_path), policy.device)
         _together(lambda: policy.save(temporary / "policy_state"), policy.device)
         if critic is not None:
             _together(lambda: critic.save(temporary / "critic_state"), policy.device)
@@ -164,6 +171,30 @@ def export_policy(policy: TrainingEngine, folder: Path, *, base_path: Path, dtyp
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}") from error
+
+
+def export_adapter(policy: TrainingEngine, folder: Path, lora: LoraConfig, base_path: Path) -> None:
+    """The policy's adapters as a folder that peft loads; every rank must call it. Raises what `export_policy` does."""
+    tensors = {name.removeprefix(POLICY_PREFIX): tensor for name, tensor in policy.gather(torch.float32, adapters=True)}
+    if rank_and_world_size()[0] == 0:
+        save_adapter(tensors, folder, lora, base_path)
+
+
+def check_same_adapters(checkpoint: Path, written: LoraConfig, wanted: LoraConfig) -> None:
+    """Whether the adapters in `checkpoint` are those that this run trains.
+
+    Raises:
+        CheckpointError: their rank, alpha or layers are others.
+    """
+    names = written.differences(wanted)
+    if names:
+        theirs, ours = (
+            " and ".join(f"learner.lora.{name}={getattr(lora, name)}" for name in names) for lora in (written, wanted)
+        )
+        raise CheckpointError(
+            f"{checkpoint} was written with {theirs}, which {ours} cannot go on from; set what it was, or start a new"
+            f" run from it with model.path={checkpoint / 'policy'}"
+        )
 
 
 def load_checkpoint(

@@ -10,6 +10,7 @@ from learner.schedule import Schedule, learning_rate
 DTYPES = ("float32", "bfloat16")
 ZERO_STAGES = (0, 1, 2, 3)
 DEVICES = ("auto", "cpu", "cuda")
+PUBLISHED = ("adapter", "merged")
 LEAST = {
     **dict.fromkeys(("total_steps", "groups_per_batch", "samples_per_group", "updates_per_batch", "num_ranks"), 1),
     **dict.fromkeys(("keep_checkpoints", "max_bad_steps"), 1),
@@ -76,6 +77,47 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen policy; critic and reference are as without them."""
+
+    rank: int = 0
+    """Of the trained matrices; 0: no adapters, every parameter trains."""
+    alpha: int = 32
+    """Their product counts alpha / rank times, so that the learning rate need not follow the rank."""
+    target_modules: list[str] = field(default_factory=list)
+    """Linear layers by the end of their names, such as q_proj; empty: all in the decoder's layers."""
+    base_4bit: bool = False
+    """Hold the frozen weights in four bits (NF4); CUDA only."""
+    publish: str = "adapter"
+    """adapter | merged: what actors are sent, the two matrices of every layer or the whole weights."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"learner.lora.rank={self.rank} is below 0; use 0 for none, or for example 16")
+        if self.alpha <= 0:
+            raise ValueError(f"learner.lora.alpha={self.alpha} must be above 0: without a factor nothing is learned")
+        if self.publish not in PUBLISHED:
+            raise ValueError(f"learner.lora.publish={self.publish} is unknown; use one of {', '.join(PUBLISHED)}")
+        if self.rank == 0 and (self.target_modules or self.base_4bit):
+            raise ValueError("learner.lora has settings, but learner.lora.rank=0 means no adapters; set it, e.g. to 16")
+        if self.base_4bit and self.publish == "merged":
+            raise ValueError(
+                "learner.lora.base_4bit=true has no whole weights to send for learner.lora.publish=merged; use adapter"
+            )
+
+    @property
+    def publishes_adapters(self) -> bool:
+        """Whether a version is the adapters alone."""
+        return self.rank > 0 and self.publish == "adapter"
+
+    def differences(self, other: LoraConfig) -> list[str]:
+        """Settings for which the adapters of one can't be continued as those of the other."""
+        if not self.rank and not other.rank:
+            return []
+        return [name for name in ("rank", "alpha", "target_modules") if getattr(self, name) != getattr(other, name)]
+
+
+@dataclass(frozen=True)
 class LearnerConfig:
     """One training run as the learner sees it."""
 
@@ -87,9 +129,11 @@ class LearnerConfig:
     samples_per_group: int
     updates_per_batch: int = 1
     """Optimizer steps made with each batch."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     num_ranks: int = 1
     zero_stage: int = 0
     cpu_offload: bool = False
+    """Optimizer state and float32 master weights in host memory; the step is torch's own, on the host's cores."""
     tokens_per_microbatch: int = 8192
     """Packed tokens of one forward and backward pass; a longer trajectory stands alone."""
     temperature: float = 1.0
@@ -122,10 +166,20 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in ZERO_STAGES:
             raise ValueError(f"learner.zero_stage={self.zero_stage} is unknown; use 0, 1, 2 or 3")
+        if self.cpu_offload and not self.zero_stage:
+            raise ValueError(
+                "learner.cpu_offload=true moves nothing with learner.zero_stage=0, whose optimizer is not sharded; use"
+                " learner.zero_stage=1, 2 or 3"
+            )
         if self.device not in DEVICES:
             raise ValueError(f"learner.device={self.device} is unknown; use one of {', '.join(DEVICES)}")
         if self.publish_dtype not in DTYPES:
             raise ValueError(f"learner.publish_dtype={self.publish_dtype} is unknown; use one of {', '.join(DTYPES)}")
+        if self.lora.base_4bit and (self.device == "cpu" or self.zero_stage == 3):
+            raise ValueError(
+                f"learner.lora.base_4bit=true needs CUDA and weights that are not cut up, not learner.device="
+                f"{self.device} with learner.zero_stage={self.zero_stage}; leave it out, or use cuda and stage 0 to 2"
+            )
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"learner.{name}={getattr(self, name)} must be at least {least}")

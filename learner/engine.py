@@ -25,11 +25,14 @@ from torch import Tensor, nn
 
 from learner.batch import MicroBatch
 from learner.config import OptimizerConfig
+from learner.lora import NamedTensor, adapter_tensors, whole_tensors
 from learner.model import PolicyModel, ValueModel
 from learner.state_file import read_state_file, write_state
 
 GATHER_ELEMENTS = 1 << 26
 """Parameters gathered at a time when weights are collected from ZeRO-3 shards."""
+PERSISTENT_ELEMENTS = 1 << 14
+"""Under ZeRO-3 a parameter of at most so many stays whole from one step to the next: norms and biases."""
 STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 """What DeepSpeed's state holds beside tensors and plain containers."""
 
@@ -61,6 +64,7 @@ class TrainingEngine:
         bfloat16: parameters in bfloat16 with float32 master weights.
         cpu_offload: optimizer state in host memory.
         device: where the network lives.
+        full_base: loads the weights that the network holds in four bits; None: it holds them in full.
     """
 
     def __init__(
@@ -72,15 +76,18 @@ class TrainingEngine:
         bfloat16: bool,
         cpu_offload: bool,
         device: torch.device,
+        full_base: Callable[[], nn.Module] | None = None,
     ) -> None:
-        self.device = device
+        self.device, self._full_base = device, full_base
         self.tokens_at_par = model.tokens_at_par
         """As `learner.packing.even_cuts` has it."""
         # DeepSpeed's replicated bfloat16 optimizer starts Adam's bias correction at the second step; stage 1 does not.
         self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._is_frozen_in_part = len(trained) < len(list(model.parameters()))
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
-            model_parameters=list(model.parameters()),
+            model_parameters=trained,
             config=_deepspeed_config(optimizer, self._zero_stage, bfloat16, cpu_offload, device),
         )
         self._write_problem = ""
@@ -98,7 +105,21 @@ class TrainingEngine:
 
     def forward(self, micro: MicroBatch) -> Any:
         """The network's outputs on the scored tokens of one microbatch."""
-        return self._engine(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets)
+        outputs = self._engine(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets)
+        if self._zero_stage == 3 and not torch.is_grad_enabled():
+            self._forget_unfinished_trace()
+        return outputs
+
+    def _forget_unfinished_trace(self) -> None:
+        """Let DeepSpeed learn the order of layers from passes with a backward part only.
+
+        From that order it knows which parameters to gather ahead and to keep for the backward part: each is gathered
+        once per microbatch, instead of once forward and once backward. An order that ends with the forward part is
+        thrown away by the next backward pass; where scoring and training take turns, no order would ever last.
+        """
+        coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
+        if coordinator.is_record_trace():
+            coordinator._invalidate_trace()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, which is this rank's share of a sum over ranks; `last` ends the accumulation."""
@@ -130,53 +151,57 @@ class TrainingEngine:
             self._engine.zero_grad()
         return norm
 
-    def gather(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter as (name, copy in `dtype` on the host), in buckets of bounded size.
+    def gather(self, dtype: torch.dtype, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """As `gathered`, but copies in `dtype` on the host."""
+        for name, tensor in self.gathered(adapters=adapters):
+            yield name, tensor.to("cpu", dtype, copy=True)
+
+    def gathered(self, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The network as (name, tensor), each only until the next one is asked for, in buckets of bounded size.
 
         Every rank must iterate to the end; only rank 0 receives tensors (the others get empty ones). Tied parameters
-        appear once.
+        appear once. Adapters are added to the weights beside them; with `adapters` they are all there is, in float32.
         """
-        for name, parameter in self.gathered():
-            yield name, parameter.to("cpu", dtype, copy=True)
-
-    def gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """As `gather`, but the parameters themselves, each whole only until the next one is asked for."""
-        for bucket in self._buckets():
-            parameters = [parameter for _, parameter in bucket]
-            with deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
-                for name, parameter in bucket:
-                    yield name, parameter.detach() if dist.get_rank() == 0 else torch.empty(0)
+        for tensor in self._whole(adapters=adapters):
+            yield tensor.name, tensor.value() if dist.get_rank() == 0 else torch.empty(0)
 
     def copy_to(self, module: nn.Module) -> None:
-        """Give `module`, which has the same parameters by name, the values these have now. Every rank must call it."""
+        """Give `module`, a network of this kind without adapters, the weights of this one. Every rank must call it."""
         targets = dict(module.named_parameters())
-        for bucket in self._buckets():
-            parameters = [parameter for _, parameter in bucket]
-            with torch.no_grad(), deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
-                for name, parameter in bucket:
-                    targets[name].copy_(parameter)
+        for tensor in self._whole():
+            with torch.no_grad():
+                targets[tensor.name].copy_(tensor.value())
 
-    def _buckets(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
-        bucket: list[tuple[str, nn.Parameter]] = []
+    def _whole(self, *, adapters: bool = False) -> Iterator[NamedTensor]:
+        """The network's tensors, each while its parameters are whole on every rank."""
+        for bucket in self._buckets(adapters):
+            parameters = [parameter for tensor in bucket for parameter in tensor.parameters]
+            with deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
+                yield from bucket
+
+    def _buckets(self, adapters: bool) -> Iterator[list[NamedTensor]]:
+        bucket: list[NamedTensor] = []
         size = 0
-        for name, parameter in self._engine.module.named_parameters():
-            elements = int(getattr(parameter, "ds_numel", parameter.numel()))
+        base = self._full_base() if self._full_base and not adapters else None
+        network = self._engine.module
+        for tensor in adapter_tensors(network) if adapters else whole_tensors(network, base):
+            elements = sum(int(getattr(part, "ds_numel", part.numel())) for part in tensor.parameters)
             if bucket and size + elements > GATHER_ELEMENTS:
                 yield bucket
                 bucket, size = [], 0
-            bucket.append((name, parameter))
+            bucket.append(tensor)
             size += elements
         if bucket:
             yield bucket
 
     def save(self, folder: Path) -> None:
-        """Parameters and optimizer state of all ranks, into `folder`. Every rank must call it.
+        """Trained parameters and optimizer state of all ranks, into `folder`. Every rank must call it.
 
         Raises:
             OSError: when this rank's part cannot be written; after the ranks have met for the last time.
         """
         self._write_problem = ""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
         if self._write_problem:
             raise OSError(self._write_problem)
 
@@ -208,7 +233,13 @@ class TrainingEngine:
         """
         if not (folder / "state").is_dir():
             raise FileNotFoundError(f"{folder} holds no training state")
-        self._engine.load_checkpoint(str(folder), tag="state", load_lr_scheduler_states=False)
+        self._engine.load_checkpoint(
+            str(folder),
+            tag="state",
+            # Frozen parameters are not in it: they are what the network was made with.
+            load_module_strict=not self._is_frozen_in_part,
+            load_lr_scheduler_states=False,
+        )
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -245,7 +276,10 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = 1 << 14
+        # DeepSpeed's other settings suit microbatches: what is used again within 1e9 elements is kept, so up to half as
+        # many parameters are gathered once per microbatch, those of a larger model up to twice; 5e7 are fetched ahead.
+        # Nothing larger outlives a backward pass: that would be the whole model on every device.
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
     if cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {

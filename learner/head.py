@@ -3,7 +3,7 @@
 Used by `learner/model.py` in the place of a causal model's output layer, whose weights it shares. Logits exist for a
 bounded number of tokens at a time and are computed again in the backward pass, unless all of them fit that bound; one
 call gathers a sharded weight once for each direction. Sums over the vocabulary and the weight's gradient are float32
-(float64 for float64 parameters).
+(float64 for float64 parameters), but where a fused kernel does all of it on CUDA: `learner/fused_head.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, log_softmax
+
+from learner.fused_head import fits, fused_scores
 
 LOGITS_PER_CHUNK = 1 << 25
 """Logits that exist at the same time: 134 MB in float32."""
@@ -41,6 +43,8 @@ class ScoringHead(nn.Linear):
         Returns:
             log-probability of the token [M] and entropy of the distribution [M] in nats.
         """
+        if fits(hidden, self.weight, self.bias):
+            return fused_scores(hidden, self.weight, tokens, temperature)
         scores: tuple[Tensor, Tensor] = _Scores.apply(  # type: ignore[no-untyped-call]
             hidden, self.weight, self.bias, tokens, temperature
         )

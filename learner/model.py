@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from learner.config import LoraConfig
 from learner.head import ScoringHead
+from learner.lora import add_adapters, four_bit_base
 
 PACKED_ATTENTION = "slipstream_packed"
 
@@ -97,9 +99,21 @@ class PolicyModel(nn.Module):
         self.tokens_at_par = _tokens_at_par(causal_lm.get_decoder())
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype, temperature: float, checkpointing: bool) -> PolicyModel:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype,
+        temperature: float,
+        checkpointing: bool,
+        lora: LoraConfig | None = None,
+    ) -> PolicyModel:
         """The Hugging Face folder `path` as a policy; `temperature` is the one the actors sample at."""
-        return cls(_load(AutoModelForCausalLM, path, dtype, checkpointing), temperature)
+        lora = lora or LoraConfig()
+        policy = cls(_load(AutoModelForCausalLM, path, dtype, checkpointing, base_4bit=lora.base_4bit), temperature)
+        if lora.rank:
+            add_adapters(policy.causal_lm, lora)
+        return policy
 
     def forward(
         self, token_ids: Tensor, position_ids: Tensor, boundaries: Sequence[int], targets: Tensor
@@ -146,8 +160,11 @@ class ValueModel(nn.Module):
         return values.float()
 
 
-def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool) -> Any:
-    network = kind.from_pretrained(path, dtype=dtype, attn_implementation=PACKED_ATTENTION)
+def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool, *, base_4bit: bool = False) -> Any:
+    quantized = (
+        {"quantization_config": four_bit_base(), "device_map": {"": torch.cuda.current_device()}} if base_4bit else {}
+    )
+    network = kind.from_pretrained(path, dtype=dtype, attn_implementation=PACKED_ATTENTION, **quantized)
     network.config.use_cache = False
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,7 +6,9 @@ equal on all of them: the policy the run started from, or that of the last versi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from learner.algorithm import Algorithm
 from learner.checkpoint import load_checkpoint, save_checkpoint
-from learner.config import LearnerConfig, ModelConfig, OptimizerConfig
+from learner.config import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner.engine import TrainingEngine
 from learner.model import PolicyModel, ValueModel
 
@@ -28,6 +30,8 @@ class Networks:
     reference: PolicyModel | None
     refresh_every: int
     """Versions after which the policy becomes the reference; 0: never."""
+    lora: LoraConfig
+    """Of the policy."""
 
     @classmethod
     def load(cls, config: LearnerConfig, model: ModelConfig, algorithm: Algorithm, device: torch.device) -> Networks:
@@ -35,7 +39,11 @@ class Networks:
         dtype = getattr(torch, model.dtype)
         load = {"dtype": dtype, "checkpointing": model.gradient_checkpointing}
 
-        def engine(network: PolicyModel | ValueModel, optimizer: OptimizerConfig) -> TrainingEngine:
+        def engine(
+            network: PolicyModel | ValueModel,
+            optimizer: OptimizerConfig,
+            full_base: Callable[[], PolicyModel] | None = None,
+        ) -> TrainingEngine:
             return TrainingEngine(
                 network,
                 optimizer,
@@ -43,16 +51,22 @@ class Networks:
                 bfloat16=model.dtype == "bfloat16",
                 cpu_offload=config.cpu_offload,
                 device=device,
+                full_base=full_base,
             )
 
-        policy = engine(PolicyModel.load(model.path, temperature=config.temperature, **load), config.optimizer)
+        # The policy that a run starts from; also the frozen weights of a base that learns in four bits.
+        frozen = partial(PolicyModel.load, model.path, dtype=dtype, temperature=config.temperature, checkpointing=False)
+        policy = engine(
+            PolicyModel.load(model.path, temperature=config.temperature, lora=config.lora, **load),
+            config.optimizer,
+            frozen if config.lora.base_4bit else None,
+        )
         critic = reference = None
         if algorithm.needs_critic:
             critic = engine(ValueModel.load(model.path, **load), config.critic_optimizer)
         if algorithm.needs_reference:
-            frozen = PolicyModel.load(model.path, dtype=dtype, temperature=config.temperature, checkpointing=False)
-            reference = frozen.to(device).eval().requires_grad_(False)
-        return cls(policy, critic, reference, algorithm.reference_refresh_every)
+            reference = frozen().to(device).eval().requires_grad_(False)
+        return cls(policy, critic, reference, algorithm.reference_refresh_every, config.lora)
 
     def refresh_reference(self, policy_version: int, num_versions: int) -> bool:
         """Make the policy the reference when one of the last `num_versions` versions was due. Every rank must call it.
@@ -84,6 +98,7 @@ class Networks:
             reference=self.reference if self.refresh_every else None,
             base_path=Path(model.path),
             dtype=getattr(torch, model.dtype),
+            lora=self.lora,
             state=state,
             keep=keep,
         )

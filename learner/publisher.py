@@ -7,7 +7,6 @@ the announcement follow behind the next step. A slow or dead actor costs the lea
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import uuid
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from torch import Tensor
 from buffer.client import host_id
 from buffer.credentials import Credentials
 from buffer.layout import checksum
-from buffer.slots import Slot, SlotPool
+from buffer.slots import Slot, SlotPool, lead_to
 from buffer.weight_server import WeightServer
 from buffer.weights_config import WeightsConfig
 from buffer.wire import Manifest, TensorEntry
@@ -51,14 +50,7 @@ class WeightStore:
         self, directory: Path, config: WeightsConfig, credentials: Credentials, memory: Path | None = None
     ) -> None:
         self._directory = directory
-        if directory.is_symlink():
-            directory.unlink()
-        if memory is not None:
-            # Left by a learner that was started alone.
-            shutil.rmtree(directory, ignore_errors=True)
-            memory.mkdir(parents=True, exist_ok=True)
-            directory.symlink_to(memory)
-        self._slots = SlotPool(directory)
+        self._slots = SlotPool(lead_to(directory, memory))
         self._store_id = uuid.uuid4().hex[:8]
         self._host_id = host_id()
         self._entries: tuple[TensorEntry, ...] = ()
@@ -99,20 +91,19 @@ class WeightStore:
             tensors = [(name, tensor.detach().to("cpu", dtype, copy=True)) for name, tensor in tensors]
             self._entries = _lay_out(tensors)
             self._num_bytes = self._entries[-1].offset + self._entries[-1].num_bytes
-        slot, self._spare = self._spare or self._slots.take(self._num_bytes), None
+        slot, self._spare = self._spare or self._take(), None
         expected = iter(self._entries)
         for name, tensor in tensors:
             entry = next(expected, None)
             if entry is None or (entry.name, entry.shape) != (name, tuple(tensor.shape)):
                 raise ValueError(f"tensor {name} of shape {tuple(tensor.shape)} is not what was published before")
-            place = torch.from_numpy(_place(slot, entry))
-            place.view(getattr(torch, entry.dtype)).view(entry.shape).copy_(tensor.detach())
+            self._tensor(slot, entry).copy_(tensor.detach())
         if (missing := next(expected, None)) is not None:
             raise ValueError(f"tensor {missing.name} was published before and is missing now")
         return slot
 
     def _announce(self, policy_version: int, slot: Slot, started: float) -> Manifest:
-        entries = tuple(replace(entry, checksum=checksum(_place(slot, entry))) for entry in self._entries)
+        entries = self._seal(slot)
         try:
             path = slot.publish(f"v{policy_version:08d}-{self._store_id}.weights")
         except OSError as error:
@@ -120,17 +111,39 @@ class WeightStore:
         publication = f"{self._store_id}:{policy_version}"
         manifest = Manifest(policy_version, publication, str(path.resolve()), self._host_id, self._num_bytes, entries)
         retired = self._server.announce(manifest, slot)
+        self._deliver(policy_version, slot)
         seconds = time.monotonic() - started
         logger.info("policy %d published in %.3f s (%.1f MB)", policy_version, seconds, self._num_bytes / 1e6)
         self._prepare_next(retired)
         return manifest
+
+    # --- where the bytes lie: what `learner/device_weights.py` does otherwise ---
+
+    def _take(self) -> Slot:
+        """A slot with room for a version.
+
+        Raises:
+            OSError: there is none.
+        """
+        return self._slots.take(self._num_bytes)
+
+    def _tensor(self, slot: Slot, entry: TensorEntry) -> Tensor:
+        """The place of a tensor in a slot's version."""
+        return torch.from_numpy(_place(slot, entry)).view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    def _seal(self, slot: Slot) -> tuple[TensorEntry, ...]:
+        """The layout with checksums, once every byte is there."""
+        return tuple(replace(entry, checksum=checksum(_place(slot, entry))) for entry in self._entries)
+
+    def _deliver(self, policy_version: int, slot: Slot) -> None:
+        """After the announcement: nothing, readers come by themselves."""
 
     def _prepare_next(self, retired: list[Slot]) -> None:
         """Have memory ready for the next version, so that the learner never waits for it."""
         for slot in retired:
             self._slots.retire(slot)
         try:
-            self._spare = self._slots.take(self._num_bytes)
+            self._spare = self._take()
         except OSError as error:
             # There may be room again by then; if not, that publication says so.
             logger.warning("no room for the next version in %s yet: %s", self._directory, error)

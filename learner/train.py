@@ -27,10 +27,11 @@ from learner.checkpoint import (
     POLICY_PREFIX,
     CheckpointError,
     CheckpointWriteError,
+    check_same_adapters,
     read_state,
     sound_checkpoint,
 )
-from learner.config import LearnerConfig, ModelConfig, OptimizerConfig
+from learner.config import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
 from learner.health import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
 from learner.metrics import MetricSums, summarize
@@ -88,7 +89,14 @@ class Trainer:
         self.observer = Observer(
             buffer, run_dir / "tensorboard", self.version, rank=self.rank, world_size=self.world_size
         )
-        self._prefetch = Prefetch(buffer, self.rank, self.world_size, device, config.batch_timeout_seconds)
+        self._prefetch = Prefetch(
+            buffer,
+            self.rank,
+            self.world_size,
+            device,
+            config.batch_timeout_seconds,
+            self.networks.policy.tokens_at_par,
+        )
         self._publication: Future[Manifest] | None = None
         self._logprobs = LogprobCheck(config.logprob_tolerance, OlderGroups())
         self._step_watch, self._distance_watch = StepWatch(config.max_bad_steps), DistanceWatch()
@@ -292,12 +300,16 @@ class Trainer:
 
     def _publish(self) -> None:
         """Every rank gathers; rank 0 copies into the store, which announces the version while training goes on."""
-        policy = ((name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in self.networks.policy.gathered())
+        adapters = self.config.lora.publishes_adapters
+        gathered = self.networks.policy.gathered(adapters=adapters)
+        policy = ((name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in gathered)
         if self.store is None:
             deque(policy, maxlen=0)
             return
         self._await_publication()
-        self._publication = self.store.publish(self.version, policy, getattr(torch, self.config.publish_dtype))
+        # Adapters are far smaller than the rounding of the weights they are added to.
+        dtype = torch.float32 if adapters else getattr(torch, self.config.publish_dtype)
+        self._publication = self.store.publish(self.version, policy, dtype)
 
     def _await_publication(self) -> None:
         """One version is written at a time, and one that can't be written ends the run instead of starving the actors.
@@ -341,14 +353,17 @@ class Trainer:
         version = int(all_reduce_max(torch.tensor([found], device=self.device))[0])
         if version >= 0:
             checkpoint = self.checkpoints / f"{version:08d}"
+            state = read_state(checkpoint)
+            check_same_adapters(checkpoint, LoraConfig(**state["config"].get("lora", {})), self.config.lora)
             self.networks.restore(checkpoint)
-            self._kl_coef = float(read_state(checkpoint)["algorithm"]["kl_coef"])
+            self._kl_coef = float(state["algorithm"]["kl_coef"])
         return version
 
     def _finish(self) -> None:
-        self._await_publication()
+        # First, because a publication may wait for actors that are being ended as well.
         if self._saved_version != self.version:
             self._checkpoint(may_fail=False)
+        self._await_publication()
         if self.version >= self.config.total_steps:
             self.observer.last_evaluation(self.version, self.config.evaluation_timeout_seconds, self.stopping)
         self.observer.say_goodbye(self.version)

@@ -18,8 +18,15 @@ MAY_IMPORT = {
 }
 
 ONLY_IN = {
-    "torch": ("learner/", "actors/engine.py", "actors/weights.py"),
-    "vllm": ("actors/engine.py", "actors/weights.py"),
+    "torch": (
+        "learner/",
+        "actors/adapters.py",
+        "actors/device_tensors.py",
+        "actors/device_weights.py",
+        "actors/engine.py",
+        "actors/weights.py",
+    ),
+    "vllm": ("actors/device_weights.py", "actors/engine.py", "actors/weights.py", "learner/nccl_group.py"),
     "deepspeed": ("learner/engine.py",),
     "zmq": (
         "buffer/credentials.py",

@@ -115,6 +115,10 @@ class FakeWeights:
         self.gone: set[int] = set()
         self.fetched: list[int] = []
         self.released: list[int] = []
+        self.under_way = 0
+        self.link = asyncio.Event()
+        """Nothing arrives while it is down."""
+        self.link.set()
         self._published = asyncio.Event()
 
     def publish(self, version: int) -> None:
@@ -133,6 +137,8 @@ class FakeWeights:
 
     async def fetch(self, manifest: Manifest) -> Local:
         await asyncio.sleep(0)
+        self.under_way = manifest.policy_version
+        await self.link.wait()
         if manifest.policy_version in self.gone:
             # As published meanwhile: otherwise there would be nothing newer to ask for.
             self.publish(manifest.policy_version + 1)

@@ -102,7 +102,8 @@ def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
         )
         engine, weights = engine or FakeEngine(), FakeWeights()
         try:
-            actor = Actor("actor-0", config, task, Characters(), engine, scoring, buffer, weights, tmp_path)  # type: ignore[arg-type]
+            parts = engine, scoring, buffer, weights, tmp_path
+            actor = Actor("actor-0", config, task, Characters(), *parts, max_staleness)  # type: ignore[arg-type]
             work = asyncio.create_task(actor.run(dict(PARAMETERS)))
             running = Loop(actor, engine, weights, learner, work, tmp_path)
             await running.ask(wire.LearnerHello(0))
@@ -266,6 +267,34 @@ def test_a_held_out_prompt_that_cannot_be_read_counts_as_not_answered(loop: Loop
             await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
             [report] = (await running.ask(wire.EvaluationQuery(0))).reports
             assert (report.num_prompts, report.pass_at_1) == (3, pytest.approx(2 / 3))
+
+    asyncio.run(check())
+
+
+def test_weights_that_are_too_late_when_they_come_are_what_an_actor_says_it_waits_for(loop: Looper):
+    async def check() -> None:
+        async with loop(max_staleness=1) as running:
+
+            async def waits_for(text: str) -> str:
+                while True:
+                    peers = (await running.ask(wire.StatusRequest())).peers
+                    found = [peer.waiting_for for peer in peers if text in peer.waiting_for]
+                    if found:
+                        return found[0]
+                    await asyncio.sleep(0.02)
+
+            running.weights.publish(0)
+            await running.until(lambda: running.actor.policy_version == 0)
+            running.weights.link.clear()
+            running.weights.publish(1)
+            await running.until(lambda: running.weights.under_way == 1)
+            await running.ask(wire.Heartbeat("learner", "learner", 3, "", {}))
+            await running.until(lambda: running.actor._learner_version == 3)
+            running.weights.link.set()
+            said = await waits_for("weights in time: policy 1 ")
+            assert "the learner made 3 versions, more than max_staleness=1" in said
+            running.weights.publish(3)
+            await waits_for("prompts from the buffer")
 
     asyncio.run(check())
 

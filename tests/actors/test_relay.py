@@ -10,7 +10,7 @@ import torch
 
 from actors.fetch import WeightClient
 from actors.local_weights import LocalWeights
-from actors.relay import Relay, make_folder
+from actors.relay import Relay, make_folder, own_address
 from buffer.client import Connection
 from buffer.credentials import Credentials
 from buffer.weight_server import WeightServer
@@ -163,3 +163,10 @@ def test_a_relay_that_breaks_off_is_replaced_by_the_learner_at_that_chunk(start)
             assert sorted(asked) == [8_000, 12_000, 16_000]
 
     asyncio.run(check())
+
+
+def test_a_relay_listens_where_those_reach_it_that_pull_from_it():
+    assert own_address("tcp://192.0.2.1:5", 0) == "tcp://127.0.0.1:*"
+    # Of several addresses it is the one on the way to the store: to a store on this host, the same.
+    assert own_address("tcp://127.0.0.1:5", 2) == "tcp://127.0.0.1:*"
+    assert own_address("tcp://127.0.0.3:5", 2) in ("tcp://127.0.0.1:*", "tcp://127.0.0.3:*")

@@ -60,21 +60,38 @@ def test_priority_is_the_spread_of_rewards():
 
 
 @given(st.integers(1, 4).flatmap(lambda r: st.tuples(st.just(r), st.integers(1, 6))), st.data())
-def test_shards_are_equal_complete_and_balanced(shape: tuple[int, int], data: st.DataObject):
+def test_shards_are_equal_complete_and_balanced_in_every_part(shape: tuple[int, int], data: st.DataObject):
     world_size, places = shape
+    num_parts = data.draw(st.integers(1, 3))
     size = world_size * places
-    num_tokens = data.draw(st.lists(st.integers(1, 10_000), min_size=size, max_size=size))
-    shards = balance(num_tokens, world_size)
-    assert [len(shard) for shard in shards] == [places] * world_size
-    assert sorted(index for shard in shards for index in shard) == list(range(size))
+    costs = data.draw(st.lists(st.integers(1, 10_000), min_size=size * num_parts, max_size=size * num_parts))
+    shards = balance(costs, world_size, num_parts)
+    assert sorted(index for shard in shards for index in shard) == list(range(len(costs)))
     assert all(shard == sorted(shard) for shard in shards)
-    loads = [sum(num_tokens[i] for i in shard) for shard in shards]
-    assert max(loads) - min(loads) <= max(num_tokens)
-    assert shards == balance(num_tokens, world_size)
+    for part in range(num_parts):
+        # The learner gives every optimizer step equally many groups of its shard, in order.
+        mine = [shard[part * places : (part + 1) * places] for shard in shards]
+        assert sorted(index for own in mine for index in own) == list(range(part * size, (part + 1) * size))
+        ordered = sorted((costs[index] for own in mine for index in own), reverse=True)
+        widest = max(ordered[i] - ordered[i + world_size - 1] for i in range(0, size, world_size))
+        loads = [sum(costs[index] for index in own) for own in mine]
+        assert max(loads) - min(loads) <= widest
+        assert max(loads) <= sum(loads) / world_size + widest
+    assert shards == balance(costs, world_size, num_parts)
+
+
+def test_on_ragged_batches_the_heaviest_rank_is_within_three_hundredths_of_the_mean():
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).integers(64, 4096, size=(64, 8))
+        costs = (lengths * (1 + lengths / 2000)).sum(axis=1).tolist()
+        loads = [sum(costs[index] for index in shard) for shard in balance(costs, 8)]
+        assert max(loads) < 1.03 * sum(costs) / 8
 
 
 def test_balance_separates_the_long_groups():
     assert balance([100, 100, 1, 1], 2) == [[0, 2], [1, 3]]
+    assert balance([100, 100, 1, 1], 2, 2) == [[0, 2], [1, 3]]
+    assert balance([100, 1, 1, 100], 2, 2) == [[0, 3], [1, 2]]
 
 
 @pytest.mark.parametrize(("size", "world_size"), [(3, 2), (1, 4), (2, 0)])

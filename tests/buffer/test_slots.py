@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.slots import SPARE_SLOTS, SlotPool, hold
+from buffer.slots import SPARE_SLOTS, SlotPool, hold, lead_to
 
 
 def killed(work: Callable[[], object]) -> None:
@@ -88,3 +88,14 @@ def test_only_slots_of_the_size_asked_for_are_reused_and_few_are_kept(tmp_path: 
     assert pool.take(64) is slots[2]
     pool.close()
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".part", ".part"]
+
+
+def test_a_folder_leads_to_memory_or_nowhere_whatever_it_was_before(tmp_path: Path):
+    folder, memory = tmp_path / "run" / "weights", tmp_path / "memory"
+    assert lead_to(folder, None) == folder and not folder.exists()
+    SlotPool(folder).take(8)
+    for _ in range(2):
+        assert lead_to(folder, memory).resolve() == memory
+        SlotPool(folder).take(8)
+        assert [path.suffix for path in memory.iterdir()] == [".part"]
+    assert not lead_to(folder, None).is_symlink()

@@ -45,10 +45,12 @@ def data_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """What the launcher looks at in a Hugging Face folder, with a context of 512 tokens."""
+    """What the launcher looks at in a Hugging Face folder: a context of 512 tokens and one linear layer."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": 512}))
-    (folder / "model.safetensors").touch()
+    layer = {"model.layers.0.self_attn.q_proj.weight": {"dtype": "BF16", "shape": [64, 64], "data_offsets": [0, 8192]}}
+    header = json.dumps(layer).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (folder / "tokenizer.json").touch()
     return folder

@@ -123,6 +123,9 @@ def test_a_setting_or_option_that_does_not_exist_is_named(override: str, expecte
         (["buffer.durability=bogus"], ["buffer.durability", "'bogus'", "full"]),
         (["cluster.num_actors=0"], ["cluster.num_actors=0"]),
         (["cluster.learner_cores=0"], ["cluster.learner_cores=0"]),
+        (['cluster.relays=[""]'], ["cluster.relays", "an entry is empty", "ssh -tt"]),
+        (['cluster.relays=["ssh \'node"]'], ["cluster.relays", "ssh 'node", "quotation"]),
+        (["actor.tensor_parallel_size=3"], ["actor.tensor_parallel_size=3", "2 attention heads"]),
         (["cluster.max_restarts=-1"], ["cluster.max_restarts=-1"]),
         (["cluster.buffer_port=99999"], ["cluster.buffer_port=99999", "65535"]),
         (["cluster.buffer_port=7777", "cluster.weights_port=7777"], ["7777", "must differ"]),
@@ -317,7 +320,7 @@ def test_every_experiment_and_cluster_composes(option: str, capsys: pytest.Captu
     assert "hydra" not in shown
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if not option.startswith("cluster=")])
+@pytest.mark.parametrize("option", [option for option in OPTIONS if not option.startswith(("cluster=", "weights="))])
 def test_every_file_in_configs_plans(option: str, make_plan: Any, model_folder: Path, data_file: Path):
     """With what it asks of the user: a model where it has none, data where its task reads some."""
     composed, given = compose_config([option], KNOWN), []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch import topology
-from launch.topology import ROOT, ProcessSpec, another_actor, assign_cores, processes
+from launch.topology import ROOT, ProcessSpec, another_actor, another_relay, assign_cores, processes
 
 
 @pytest.fixture
@@ -107,13 +107,26 @@ def test_tensorboard_is_served_if_asked_for(machine: Any, make_plan: Any, run_di
     )
 
 
+def test_a_relay_is_started_behind_each_command_as_one_line(make_plan: Any, run_dir: Any):
+    plan = make_plan('cluster.relays=["ssh -tt node-1","sh -c"]')
+    assign_cores(plan)
+    relays = processes(plan)[-2:]
+    assert [(spec.role, spec.name) for spec in relays] == [("relay", "relay-0"), ("relay", "relay-1")]
+    assert [spec.command[:-1] for spec in relays] == [("ssh", "-tt", "node-1"), ("sh", "-c")]
+    words = shlex.split(relays[1].command[-1])
+    assert words[0] == "env"
+    assert words[-6:] == [sys.executable, "-m", "actors.relay", str(run_dir), "--name", "relay-1"]
+
+
 def test_a_command_line_can_be_typed_into_a_shell():
     spec = ProcessSpec("buffer", "buffer", ("python", "-m", "buffer", "serve", "/tmp/my runs/1"), {"THREADS": "2"})
     assert spec.command_line == "env THREADS=2 python -m buffer serve '/tmp/my runs/1'"
 
 
 def test_another_actor_needs_no_name_and_finds_our_packages_from_any_folder(make_plan: Any, run_dir: Any):
-    words = shlex.split(another_actor(make_plan()))
+    plan = make_plan()
+    words = shlex.split(another_actor(plan))
     assert words[0] == "env"
     assert f"PYTHONPATH={ROOT}" in words[1].split(os.pathsep)[0]
     assert words[-4:] == [sys.executable, "-m", "actors", str(run_dir)]
+    assert shlex.split(another_relay(plan))[-4:] == [sys.executable, "-m", "actors.relay", str(run_dir)]

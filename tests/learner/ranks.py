@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import learner.engine
 from buffer.trajectory import TrajectoryGroup
 from learner.__main__ import leave
 from learner.algorithm import AdvantageInputs, Algorithm
@@ -57,20 +58,28 @@ def fixed_groups() -> list[TrajectoryGroup]:
     return [make_group(f"g{i}", i) for i in range(4)]
 
 
-def policy_engine(folder: Path, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype) -> TrainingEngine:
+def policy_engine(
+    folder: Path, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype, *, offload: bool = False
+) -> TrainingEngine:
     """The policy in `folder` under DeepSpeed, at temperature 0.8."""
     model = PolicyModel.load(folder, dtype=dtype, temperature=0.8, checkpointing=False)
-    return _engine(model, optimizer, stage, dtype)
+    return _engine(model, optimizer, stage, dtype, offload)
 
 
-def critic_engine(folder: Path, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype) -> TrainingEngine:
+def critic_engine(
+    folder: Path, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype, *, offload: bool = False
+) -> TrainingEngine:
     """A critic on the decoder in `folder` under DeepSpeed."""
-    return _engine(ValueModel.load(folder, dtype=dtype, checkpointing=False), optimizer, stage, dtype)
+    return _engine(ValueModel.load(folder, dtype=dtype, checkpointing=False), optimizer, stage, dtype, offload)
 
 
-def _engine(model: torch.nn.Module, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype) -> TrainingEngine:
+def _engine(
+    model: torch.nn.Module, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype, offload: bool
+) -> TrainingEngine:
+    # In so small a model every parameter would be kept whole.
+    learner.engine.PERSISTENT_ELEMENTS = 0
     bfloat16 = dtype == torch.bfloat16
-    return TrainingEngine(model, optimizer, zero_stage=stage, bfloat16=bfloat16, cpu_offload=False, device=CPU)
+    return TrainingEngine(model, optimizer, zero_stage=stage, bfloat16=bfloat16, cpu_offload=offload, device=CPU)
 
 
 def annotate(algorithm: Algorithm, batch: TrainingBatch, values: Tensor) -> Annotations:
@@ -106,9 +115,10 @@ def train(
     budget: int = 10_000,
     optimizer: OptimizerConfig = OPTIMIZER,
     dtype: torch.dtype = torch.float32,
+    offload: bool = False,
 ) -> Outcome:
     """`NUM_STEPS` PPO steps on this rank's groups."""
-    policy, critic = (make(folder, optimizer, stage, dtype) for make in (policy_engine, critic_engine))
+    policy, critic = (make(folder, optimizer, stage, dtype, offload=offload) for make in (policy_engine, critic_engine))
     algorithm, batch = PPO(value_clip=None, entropy_coef=0.1), make_batch(groups)
     norms: list[float] = []
     sums = MetricSums()

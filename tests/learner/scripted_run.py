@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.adapters import Merger, tensor_at
+from actors.local_weights import LocalWeights
 from buffer.audit import Audit, audit
 from buffer.client import Connection
 from buffer.config import BufferConfig
@@ -76,6 +78,7 @@ class ScriptedActor:
         self._buffer = Connection(buffer, "actor-0", CREDENTIALS, timeout_seconds=60, resend_seconds=0.2)
         self._weights = Connection(weights, "actor-0", CREDENTIALS, timeout_seconds=1, resend_seconds=0.2)
         self._model = plain_model(folder)
+        self._merger = Merger(folder, "float32")
         self._temperature, self._shift, self._sizes = temperature, shift, sizes
         self._version, self._publication = -1, ""
         self.loaded: list[int] = []
@@ -110,16 +113,14 @@ class ScriptedActor:
             reply = self._weights.call(ManifestRequest(self._publication, 0.02))
         if isinstance(reply, Manifest):
             try:
-                with hold(Path(reply.path)) as file:
-                    data = np.fromfile(file, dtype=np.uint8)
+                with hold(Path(reply.path)):
+                    whole = self._merger.whole(LocalWeights(reply, Path(reply.path)))
+                    data = np.fromfile(whole.path, dtype=np.uint8)
             except FileNotFoundError:
                 # A learner that was started again has removed the versions of the one before.
                 return
             state = {
-                entry.name: torch.from_numpy(data[entry.offset : entry.offset + entry.num_bytes].copy())
-                .view(getattr(torch, entry.dtype))
-                .view(entry.shape)
-                for entry in reply.tensors
+                entry.name: tensor_at(data, entry.dtype, entry.shape, entry.offset) for entry in whole.manifest.tensors
             }
             missing = self._model.load_state_dict(state, strict=False)
             assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}

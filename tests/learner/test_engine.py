@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,12 +101,40 @@ def test_the_steps_move_the_weights_far_enough_to_be_compared(model_folder: Path
     assert max(float((whole.policy[name] - start[name]).abs().max()) for name in start) > 0.01
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("budget", [1, 40])
-def test_neither_zero_stage_nor_microbatches_change_the_result(
-    model_folder: Path, whole: Outcome, stage: int, budget: int
+@pytest.mark.parametrize(
+    ("stage", "budget", "offload"),
+    [(0, 1, False), (0, 40, False), (2, 1, False), (2, 40, True), (3, 1, False), (3, 40, True)],
+)
+def test_neither_zero_stage_nor_microbatches_nor_offloading_change_the_result(
+    model_folder: Path, whole: Outcome, stage: int, budget: int, offload: bool
 ):
-    assert_same_outcome(train(model_folder, fixed_groups(), stage=stage, budget=budget), whole)
+    assert_same_outcome(train(model_folder, fixed_groups(), stage=stage, budget=budget, offload=offload), whole)
+
+
+def test_parameters_are_gathered_once_per_microbatch_also_where_passes_that_score_come_first(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    policy, batch = policy_engine(model_folder, OPTIMIZER, 3, torch.float32), make_batch(fixed_groups())
+    numbers: list[int] = []
+    gather = "_PartitionedParameterCoordinator__all_gather_params_"
+    coordinator = type(policy._engine.optimizer.parameter_offload.get_param_coordinator())
+    ungathered = getattr(coordinator, gather)
+
+    def counting(self: Any, parameters: Any, *arguments: Any, **named: Any) -> None:
+        numbers.append(sum(p.ds_numel for p in parameters if p.ds_status.name == "NOT_AVAILABLE"))
+        ungathered(self, parameters, *arguments, **named)
+
+    monkeypatch.setattr(coordinator, gather, counting)
+    (micro,) = batch.microbatches(range(len(batch.trajectories)), 10_000)
+    for _ in range(3):
+        numbers.clear()
+        with torch.no_grad():
+            policy.forward(micro)
+        logprobs, _ = policy.forward(micro)
+        policy.backward(logprobs.sum(), last=True)
+        policy.step(0.0)
+    # What it was scored with is still there when it is trained on.
+    assert sum(numbers) == sum(p.ds_numel for p in policy._engine.module.parameters())
 
 
 @pytest.mark.system

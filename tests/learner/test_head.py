@@ -1,7 +1,11 @@
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import learner.fused_head
 import learner.head
 from learner.head import ScoringHead
 
@@ -89,3 +93,29 @@ def test_logits_exist_for_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch):
     with Watch():
         ScoringHead.of(layer)(hidden, tokens, TEMPERATURE)[0].sum().backward()
     assert largest == max(HIDDEN * VOCABULARY, TOKENS * HIDDEN, 5 * VOCABULARY) < TOKENS * VOCABULARY
+
+
+def test_a_fused_kernel_scores_where_it_fits_and_nowhere_else(monkeypatch: pytest.MonkeyPatch):
+    layer, hidden, tokens = given_layer(torch.float32, False)
+    chunked = ScoringHead.of(layer)(hidden, tokens, TEMPERATURE)
+    asked = []
+
+    def kernel(*given: object) -> tuple[Tensor, Tensor]:
+        """Liger's contract: negative log-probabilities, and entropies in the inputs' type."""
+        hidden, weight, tokens, temperature, passed_over, _, with_entropy = given
+        assert (weight is layer.weight, passed_over, with_entropy) == (True, -100, True)
+        asked.append(temperature)
+        logprobs, entropy = naive(layer, hidden, tokens)
+        return -logprobs, entropy.bfloat16()
+
+    library = SimpleNamespace(LigerFusedLinearScaledCrossEntropyFunction=SimpleNamespace(apply=kernel))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", library)
+    monkeypatch.setattr(learner.fused_head, "is_installed", lambda: True)
+    # Not on a CPU, whatever is installed.
+    ScoringHead.of(layer)(hidden, tokens, TEMPERATURE)
+    assert asked == []
+    monkeypatch.setattr(learner.head, "fits", lambda *_: True)
+    fused = ScoringHead.of(layer)(hidden, tokens, TEMPERATURE)
+    assert asked == [TEMPERATURE]
+    torch.testing.assert_close(fused[0], chunked[0])
+    torch.testing.assert_close(fused[1], chunked[1], rtol=2**-8, atol=0)

@@ -33,7 +33,7 @@ def buffer() -> Buffer:
 
 @pytest.fixture
 def prefetch(buffer: Buffer):
-    made = Prefetch(buffer, 1, 2, CPU, 5.0)
+    made = Prefetch(buffer, 1, 2, CPU, 5.0, 64.0)
     yield made
     made.close()
 
@@ -42,7 +42,7 @@ def test_a_batch_is_asked_for_once_and_comes_flattened(buffer: Buffer, prefetch:
     first = prefetch.ask(3)
     assert prefetch.ask(3) is first and not first.done()
     ((request, answer),) = buffer.asked
-    assert request == BatchRequest(3, 1, 2)
+    assert request == BatchRequest(3, 1, 2, 64.0)
     groups = [make_group("7.0", 0), make_group("8.0", 1)]
     answer.set_result(Shard(3, 4, (3, 2), tuple(pack_group(group) for group in groups)))
     received = first.result(10)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 PROMPT = [5, 6, 7, 8, 9]
+BY_HAND = pytest.mark.skipif(
+    "SLIPSTREAM_TENSOR_PARALLEL" not in os.environ, reason="set SLIPSTREAM_TENSOR_PARALLEL=1: a minute of two workers"
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = folder / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
     alphabet = "0123456789+=;\\boxed{}" + bandit.COMPLETION_ALPHABET
-    train(SftSettings(pairs=str(pairs), output=str(folder / "base"), alphabet=alphabet, steps=0))
+    # Two heads, so that two workers can share them.
+    shape = {"hidden_size": 64, "num_heads": 2}
+    train(SftSettings(pairs=str(pairs), output=str(folder / "base"), alphabet=alphabet, steps=0, **shape))
     return folder / "base"
 
 
@@ -74,9 +79,15 @@ def assert_agree(model: PreTrainedModel, completions: Sequence[SampledCompletion
 
 # vLLM leaves its ZeroMQ context to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")
-def test_weights_arrive_whole_and_in_flight(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=BY_HAND)])
+def test_weights_arrive_whole_and_in_flight(base: Path, tmp_path: Path, num_workers: int) -> None:
     config = ActorConfig(
-        model_path=str(base), samples_per_group=4, max_new_tokens=200, max_tokens=256, max_groups_in_flight=16
+        model_path=str(base),
+        samples_per_group=4,
+        max_new_tokens=200,
+        max_tokens=256,
+        max_groups_in_flight=16,
+        tensor_parallel_size=num_workers,
     )
     os.environ["OMP_NUM_THREADS"] = "1"
     prepare_environment(config)
