@@ -1,11 +1,17 @@
-"""No deadline per example, since a busy machine is no failure; and a folder with a name short enough for sockets."""
+"""No deadline per example, since a busy machine is no failure; a folder with a name short enough for sockets; one rank.
 
+DeepSpeed remembers its first process group, so there is one for all tests of a process.
+"""
+
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
@@ -16,3 +22,23 @@ def socket_folder() -> Iterator[Path]:
     # Shorter than tmp_path: an ipc socket's path may have 107 characters.
     with tempfile.TemporaryDirectory(prefix="sock-") as directory:
         yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def _process_group() -> Iterator[None]:
+    import torch
+
+    from learner.engine import init_distributed, shut_down_distributed
+
+    init_distributed(torch.device("cpu"))
+    yield
+    shut_down_distributed()
+
+
+@pytest.fixture(scope="module")
+def one_rank(_process_group: None) -> Iterator[None]:
+    """This process is rank 0 of 1. Its variables go when the module is done, so that no child process inherits them."""
+    os.environ.update(zip(RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", "0"), strict=True))
+    yield
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)

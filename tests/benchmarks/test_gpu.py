@@ -2,12 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks import gpu, gpu_learner
 from benchmarks.gpu_report import BEGIN, END, tables, write_docs
@@ -17,20 +15,7 @@ from benchmarks.learner_work import sequences
 CPU = Meter(torch.device("cpu"))
 
 
-@pytest.fixture
-def _one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process group of this test's own, or the one that others of this process have."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    for name, value in zip(names, ("0", "1", "0", "127.0.0.1", "0"), strict=True):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    ours = not dist.is_initialized()
-    yield
-    if ours:
-        dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("one_rank")
 def test_everything_is_measured_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     gpu.main(["--device", "cpu", "--shapes", "tiny", "--quick", "--json", str(tmp_path / "figures.json")])
     figures = json.loads((tmp_path / "figures.json").read_text())
