@@ -103,6 +103,7 @@ async def _run(
     pool = (
         None if task.is_multi_turn else ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))
     )
+    others = {process.pid for process in psutil.Process().children(recursive=True)}
     engine = Engine(config, settings.transport, settings.meeting_seconds)
     # The connection resends until it is answered; a lease may be long in coming.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
@@ -123,7 +124,7 @@ async def _run(
     spool = run_dir / "actors" / name
     try:
         checksums = await engine.start()
-        pin_process_tree(config.cpu_affinity)
+        pin_engine(config.cpu_affinity, others)
         actor = Actor(
             name,
             config,
@@ -147,12 +148,21 @@ async def _run(
         engine.close()
 
 
-def pin_process_tree(cores: list[int]) -> None:
-    """Keep this process and its children on `cores`, after a start-up that used all of them. Empty: no change."""
+def pin_engine(cores: list[int], others: set[int]) -> None:
+    """Keep the engine's processes on `cores`, after a start-up that used all of them. Empty: no change.
+
+    What feeds it (this process, the verifier) goes where there is room: on the engine's core it would take a third of
+    its time from it.
+
+    Args:
+        cores: for the engine.
+        others: children of this process that were there before the engine was.
+    """
     if not cores:
         return
-    own = psutil.Process()
-    for process in [own, *own.children(recursive=True)]:
+    for process in psutil.Process().children(recursive=True):
+        if process.pid in others:
+            continue
         for thread in process.threads():
             try:
                 os.sched_setaffinity(thread.id, cores)
