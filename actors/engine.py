@@ -155,7 +155,8 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        # `pause_generation` does the same and then sleeps for 20 ms, a third of a small model's pause.
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
         if self._recomputes:
             # Every request goes back to the waiting queue without its cache, none is aborted.
             await self._llm.reset_prefix_cache(reset_running_requests=True)
