@@ -106,6 +106,7 @@ class RecordedEngine:
     def __init__(self, hangs: str = "") -> None:
         self.calls: list[str] = []
         self.hangs = hangs
+        self.engine_core = self
 
     def __getattr__(self, name: str) -> Any:
         async def call(*_: Any, **__: Any) -> None:
@@ -133,7 +134,7 @@ def test_a_group_is_joined_once_per_learner_between_pause_and_resume():
 
     asyncio.run(three_versions())
     joined, left = "init_weight_transfer_engine", "shutdown_weight_transfer_engine"
-    pause = "pause_generation"
+    pause = "pause_scheduler_async"
     assert llm.calls == [pause, joined, *load, pause, *load, pause, left, joined, *load]
 
 
