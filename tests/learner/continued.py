@@ -15,7 +15,7 @@ import torch
 
 from learner.algorithm import AdvantageInputs
 from learner.checkpoint import newest_checkpoint
-from learner.config import ModelConfig, OptimizerConfig
+from learner.config import LoraConfig, ModelConfig, OptimizerConfig
 from learner.engine import all_reduce_sum, init_distributed, rank_and_world_size, shut_down_distributed
 from learner.model import PolicyModel
 from learner.networks import Networks
@@ -39,7 +39,8 @@ class Run:
         self.policy = policy_engine(folder, OPTIMIZER, stage, torch.float32)
         self.critic = critic_engine(folder, OPTIMIZER, stage, torch.float32)
         reference = PolicyModel.load(folder, dtype=torch.float32, temperature=0.8, checkpointing=False)
-        self.networks = Networks(self.policy, self.critic, reference.requires_grad_(False), REFRESH_EVERY)
+        frozen = reference.requires_grad_(False)
+        self.networks = Networks(self.policy, self.critic, frozen, REFRESH_EVERY, LoraConfig())
         self.algorithm = PPO(kl="loss", kl_coef=0.1)
         self.version = 0
         checkpoint = newest_checkpoint(checkpoints)

@@ -44,10 +44,11 @@ class Traces:
                 run_mark = environment["SLIPSTREAM_PROCESS"].partition(".")[0]
                 files.add(Path(environment["TMPDIR"]))
                 maps = Path(f"/proc/{process.pid}/maps").read_text()
-                files |= {Path(name) for name in re.findall(r" (/dev/shm/\S+)$", maps, re.MULTILINE)}
+                # The learner's versions lie in a folder of their own there, under names that change with every step.
+                files |= {Path(name) for name in re.findall(r" (/dev/shm/[^/\s]+)\S*$", maps, re.MULTILINE)}
         assert run_mark
         assert all(path.exists() for path in files)
-        # vLLM's engine and its workers share memory, and everybody has the temporary folder.
+        # The learner's versions and the temporary folder that everybody has.
         assert len(files) >= 2
         return cls(run_mark, files)
 
