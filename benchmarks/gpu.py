@@ -10,7 +10,6 @@ On a CPU (`--device cpu --shapes tiny --quick`) the same code runs in seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -31,10 +30,9 @@ from benchmarks.gpu_learner import head, learner
 from benchmarks.gpu_publication import publication
 from benchmarks.gpu_report import tables, write_docs
 from benchmarks.gpu_work import SHAPES, Meter, Shape, matmul
+from benchmarks.marked_lines import heard, say
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
-MARK = "figures: "
-"""Begins the line with a part's figures; libraries print others."""
 PARTS: dict[str, Callable[[Meter, Shape, bool], dict[str, Any]]] = {
     "matmul": lambda meter, _, quick: matmul(meter, _size(meter, quick), 5 if quick else 20),
     "learner": learner,
@@ -76,14 +74,13 @@ def measure(part: str, shape: str, options: argparse.Namespace, clock: Clock) ->
 
 
 def apart(given: Sequence[str], clock: Clock) -> dict[str, Any]:
-    """What a process prints after `MARK`, or the last line of its complaint."""
+    """What a process says, or the last line of its complaint."""
     try:
         done = subprocess.run(given, capture_output=True, text=True, timeout=clock.left(), check=False)
     except subprocess.TimeoutExpired:
         return {"skipped": "it was not done when the time was over"}
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            return dict(json.loads(line.removeprefix(MARK)))
+    for found in heard(done.stdout.splitlines()):
+        return found
     complaint = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode} and said nothing"]
     return {"skipped": complaint[-1][:200]}
 
@@ -164,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = run_loop(options.transport)
         else:
             found = PARTS[options.part](meter, SHAPES[options.shapes[0]], options.quick)
-        print(MARK + json.dumps(found), flush=True)
+        say(**found)
         return
     figures = measure_all(options)
     text = tables(figures)

@@ -8,12 +8,9 @@ process that maps the learner's buffer, copies every tensor out and compares it.
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 from typing import Any
@@ -53,15 +50,6 @@ def _copy_to_host(meter: Meter, tensors: Tensors, repeats: int) -> list[float]:
     return meter.seconds(copy, repeats)
 
 
-@contextmanager
-def _folders() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="slipstream-gpu-", dir=SHARED_MEMORY))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _over(transport: str, meter: Meter, tensors: Tensors, repeats: int) -> dict[str, Any]:
     """The learner's store, `repeats` versions after the first two, which go to memory that is fresh."""
     from buffer.credentials import Credentials
@@ -69,7 +57,8 @@ def _over(transport: str, meter: Meter, tensors: Tensors, repeats: int) -> dict[
     from learner.device_weights import open_store
 
     stalls, readies, reads = [], [], []
-    with _folders() as folder:
+    with tempfile.TemporaryDirectory(prefix="slipstream-gpu-", dir=SHARED_MEMORY, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         config = WeightsConfig(f"ipc://{folder}/socket", transport=transport, keep_versions=1, deltas=False)
         store = open_store(folder / "weights", config, Credentials.plain("benchmark"), None, meter.device)
         try:

@@ -34,7 +34,8 @@ import torch
 
 from benchmarks.figures import command, machine, versions, write
 from benchmarks.learner_report import PRODUCTS, plot, show
-from benchmarks.learner_work import MARK, Work, forward_flops, save_model, sequences
+from benchmarks.learner_work import Work, forward_flops, save_model, sequences
+from benchmarks.marked_lines import heard
 
 HERE = Path(__file__).resolve().parent
 WAYS = {
@@ -72,10 +73,7 @@ class Way:
     def read(self) -> dict[str, Any] | None:
         """What the process says next; None when it has ended."""
         assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                return dict(json.loads(line.removeprefix(MARK)))
-        return None
+        return next(heard(self._process.stdout), None)
 
     def turn(self) -> dict[str, float]:
         """One step."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.marked_lines import say
+
 LEARNING_RATE = 1e-6
 GROUP_SIZE = 8
-MARK = "turn: "
-"""Begins a line of the protocol; libraries print others."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Turns:
         self._held = 0.0
         self._began = self._worked = 0.0
         self.number = 0
-        self._say(about)
+        say(**about)
 
     def wait(self) -> bool:
         """Until it is this way's turn; False when there is none any more."""
@@ -151,10 +151,7 @@ class Turns:
     def done(self) -> None:
         """The step of this turn is made."""
         seconds, worked = time.perf_counter() - self._began, time.process_time() - self._worked
-        self._say({"seconds": seconds, "cpu_seconds": worked, "peak_mb": memory("VmHWM") - self._held})
-
-    def _say(self, message: dict[str, Any]) -> None:
-        print(f"{MARK}{json.dumps(message)}", flush=True)
+        say(seconds=seconds, cpu_seconds=worked, peak_mb=memory("VmHWM") - self._held)
 
 
 def memory(field: str) -> float:

@@ -28,10 +28,11 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.figures import command, machine, versions, write
+from benchmarks.marked_lines import heard
 from benchmarks.peers_environment import TORCH, TRL, default_cache, peer_python
 from benchmarks.peers_report import WARM_UP_UPDATES, markdown, plot, show
 from benchmarks.peers_run import Raw, run_ours, run_trl
-from benchmarks.peers_work import MODELS, Scale, Work, heard
+from benchmarks.peers_work import MODELS, Scale, Work
 from buffer.config import read_section
 from launch.base_model import prepare_base_model
 from launch.config import RunPlan, plan_run

@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.peers_work import read_rows, say
+from benchmarks.marked_lines import say
+from benchmarks.peers_work import read_rows
 from verifier.answer_rewards import boxed_exact
 from verifier.base import Completion, Verdict
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figures import spread as median_and_range
 from benchmarks.offpolicy_report import updates_to
 from benchmarks.plot_run import COLORS, STYLE
 
@@ -105,8 +106,8 @@ def spread(values: Sequence[float | None], digits: int) -> str:
     never = f"{len(values) - len(numbers)} of {len(values)} never" if len(numbers) < len(values) else ""
     if not numbers:
         return never
-    middle, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(numbers), min(numbers), max(numbers)))
-    return ", ".join(filter(None, [middle if len(numbers) == 1 else f"{middle} ({low} to {high})", never]))
+    said = f"{numbers[0]:,.{digits}f}" if len(numbers) == 1 else median_and_range(numbers, digits)
+    return ", ".join(filter(None, [said, never]))
 
 
 def show(figures: Figures, console: Console) -> None:

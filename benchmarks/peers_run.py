@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from benchmarks.peers_work import Scale, Work, heard
+from benchmarks.marked_lines import heard
+from benchmarks.peers_work import Scale, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_EVERY_SECONDS = 1.0

@@ -18,7 +18,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from benchmarks.peers_work import Work, say
+from benchmarks.marked_lines import say
+from benchmarks.peers_work import Work
 from verifier.answer_rewards import boxed_exact
 from verifier.base import Completion, Verdict
 

@@ -1,4 +1,4 @@
-"""What every way of `benchmarks/peers.py` is given, and the marks that a peer leaves of it. Imports nothing heavy.
+"""What every way of `benchmarks/peers.py` is given. Imports nothing heavy.
 
 The folder and files are made once by the launcher: a base model, and the task's training problems in the order in which
 all ways take them. Learning rates come as a list, one per update, so that no two schedules can differ.
@@ -7,13 +7,10 @@ all ways take them. Learning rates come as a list, one per update, so that no tw
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-MARK = "peers: "
-"""Before every line that a process of a peer says to the benchmark; what libraries print goes by."""
 SETTINGS = (
     "algorithm=grpo",
     "algorithm.normalize_std=true",
@@ -113,15 +110,3 @@ class Work:
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The objects of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def say(**what: Any) -> None:
-    """One marked line on standard output."""
-    print(MARK + json.dumps(what), flush=True)
-
-
-def heard(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What was said among other output."""
-    for line in lines:
-        if line.startswith(MARK):
-            yield json.loads(line.removeprefix(MARK))

@@ -24,6 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from actors.cores import keep_on
+from benchmarks.figures import spread
+
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS_PER_BATCH = 16
 GENERATION_BOUND = (
@@ -101,16 +104,8 @@ def _pin(launcher: psutil.Process) -> tuple[list[psutil.Process], list[psutil.Pr
         family, command = [child, *child.children(recursive=True)], child.cmdline()
         (actors if "actors" in command else others).extend(family)
         for process in family:
-            _set_cores(process, first if command[-1] == "actor-0" else second)
+            keep_on(process, [first if command[-1] == "actor-0" else second])
     return actors, others
-
-
-def _set_cores(process: psutil.Process, core: int) -> None:
-    for thread in process.threads():
-        try:
-            os.sched_setaffinity(thread.id, [core])
-        except ProcessLookupError:
-            continue  # A thread that has ended needs no core.
 
 
 def _processor_seconds(processes: Sequence[psutil.Process]) -> float:
@@ -139,7 +134,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     fields |= {"actors wanted": "actors_wanted"}
     for label, field in fields.items():
         both = [[rate[field] for rate in figures[name]] for name in ("one", "two")]
-        table.add_row(label, *(f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in both))
+        table.add_row(label, *(spread(values, 2) for values in both))
     console.print(table)
     low, high = figures["gain_spread"]
     console.print(

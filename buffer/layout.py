@@ -1,4 +1,4 @@
-"""What both ends of a weight transfer agree on: checksums, and which bytes of a version's file hold numbers."""
+"""What both ends of a weight transfer agree on: checksums, names, and which bytes of a version's file hold numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 
 from buffer.delta import Layout
 from buffer.wire import TensorEntry
+
+ALIGNMENT_BYTES = 64
+"""Of every tensor's first byte in a version's file."""
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+"""End the names of the two matrices that are published instead of a layer's weight."""
 
 
 def checksum(data: bytes | NDArray[np.uint8]) -> str:

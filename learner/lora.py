@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from buffer.layout import LORA_A, LORA_B
 from learner.config import LoraConfig
 
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 ADAPTER = "default"
 """peft's name for the only adapter there is."""
 

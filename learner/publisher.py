@@ -21,7 +21,7 @@ from torch import Tensor
 
 from buffer.client import host_id
 from buffer.credentials import Credentials
-from buffer.layout import checksum
+from buffer.layout import ALIGNMENT_BYTES, checksum
 from buffer.slots import Slot, SlotPool, lead_to
 from buffer.weight_server import WeightServer
 from buffer.weights_config import WeightsConfig
@@ -29,7 +29,6 @@ from buffer.wire import Manifest, TensorEntry
 
 logger = logging.getLogger(__name__)
 
-ALIGNMENT_BYTES = 64
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 

@@ -11,6 +11,7 @@ from benchmarks import gpu, gpu_learner
 from benchmarks.gpu_report import BEGIN, END, tables, write_docs
 from benchmarks.gpu_work import SHAPES, Meter, num_parameters, random_model
 from benchmarks.learner_work import sequences
+from benchmarks.marked_lines import MARK
 
 CPU = Meter(torch.device("cpu"))
 
@@ -53,7 +54,7 @@ def test_what_fails_or_is_late_is_left_out_with_its_reason():
     def process(code: str, minutes: float = 1.0) -> dict[str, object]:
         return gpu.apart([sys.executable, "-c", code], gpu.Clock(minutes))
 
-    assert process(f"print('noise'); print({gpu.MARK!r} + '{{\"tflops\": 1.5}}')") == {"tflops": 1.5}
+    assert process(f"print('noise'); print({MARK!r} + '{{\"tflops\": 1.5}}')") == {"tflops": 1.5}
     assert process("raise MemoryError('of the device')") == {"skipped": "MemoryError: of the device"}
     assert process("import signal; signal.pause()", 0.005) == {"skipped": "it was not done when the time was over"}
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmarks.marked_lines import MARK, heard
 from benchmarks.peers import LABELS, main, prepare
 from benchmarks.peers_environment import peer_python
 from benchmarks.peers_report import markdown, measured, measures, plot, ratio, spread
 from benchmarks.peers_run import run_trl
-from benchmarks.peers_work import MARK, Scale, Work, heard
+from benchmarks.peers_work import Scale, Work
 
 
 def run(seconds_per_update: float, pass_at_1: list[list[float]], difference: float | None = None) -> dict[str, Any]:

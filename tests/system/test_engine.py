@@ -161,10 +161,10 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
 async def _check_recomputed(engine: Engine, model: PreTrainedModel, update: Any, version: int) -> None:
     """With a cache of its own the new version samples the rest as if it had read the beginning itself."""
     engine._recomputes = True
-    running = asyncio.ensure_future(sample(engine, "recomputed", 4, 200))
-    await asyncio.sleep(0.15)
+    running = asyncio.gather(*(sample(engine, f"recomputed-{i}", 4, 200) for i in range(16)))
+    await asyncio.sleep(0.1)
     await update(version, perturb(model, seed=version))
-    completions = [c for c in await running if len(c.versions) > 1]
+    completions = [c for group in await running for c in group if len(c.versions) > 1]
     assert completions, "the update came too late"
     for completion in completions:
         assert [span.version for span in completion.versions] == [version - 1, version]
