@@ -14,10 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from actors.config import ActorConfig
-from actors.cores import keep_on
 from actors.device_fetch import DeviceClient, rank_offset
 from actors.fetch import WeightClient
 from actors.prompts import Task, TaskConfig, load_task
@@ -26,6 +23,7 @@ from buffer.client import Connection, host_id
 from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, client_credentials
 from buffer.curriculum_config import Stage
+from buffer.leaving import leave
 from buffer.schema import check_name
 from buffer.weights_config import WeightsConfig
 from verifier.base import RewardSpec
@@ -104,7 +102,6 @@ async def _run(
     pool = (
         None if task.is_multi_turn else ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))
     )
-    others = {process.pid for process in psutil.Process().children(recursive=True)}
     engine = Engine(config, settings.transport, settings.meeting_seconds)
     # The connection resends until it is answered; a lease may be long in coming.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
@@ -125,7 +122,6 @@ async def _run(
     spool = run_dir / "actors" / name
     try:
         checksums = await engine.start()
-        pin_engine(config.cpu_affinity, others)
         actor = Actor(
             name,
             config,
@@ -149,22 +145,5 @@ async def _run(
         engine.close()
 
 
-def pin_engine(cores: list[int], others: set[int]) -> None:
-    """Keep the engine's processes on `cores`, after a start-up that used all of them. Empty: no change.
-
-    What feeds it (this process, the verifier) goes where there is room: on the engine's core it would take a third of
-    its time from it.
-
-    Args:
-        cores: for the engine.
-        others: children of this process that were there before the engine was.
-    """
-    if not cores:
-        return
-    for process in psutil.Process().children(recursive=True):
-        if process.pid not in others:
-            keep_on(process, cores)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

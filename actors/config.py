@@ -49,7 +49,7 @@ class ActorConfig:
     share_files: bool = True
     """Map the weights' file on the learner's host instead of pulling it."""
     cpu_affinity: list[int] = field(default_factory=list)
-    """Cores of the engine once it has started; empty: all."""
+    """Cores of the engine; what feeds it goes where there is room. Empty: all."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens >= self.max_tokens:

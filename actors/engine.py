@@ -8,29 +8,31 @@ sampled from, at the sampling temperature.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.config import ActorConfig
+from actors.engine_thread import EngineThread
 from actors.lifeline import name_actor
 from actors.local_weights import LocalWeights
 from actors.weights import BACKENDS, WORKER_EXTENSION
 from buffer.trajectory import FinishReason, VersionSpan
 
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+
 MIN_BATCHED_TOKENS = 2048
 """Tokens of one engine step on a CPU; more helps neither prefill nor decoding there."""
-SHUTDOWN_SECONDS = 0.5
+SHUTDOWN_SECONDS = 10.0
 """What an engine has in flight is worthless once its actor ends."""
-IN_ENGINE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""On a CPU vLLM gives its worker a process, to set its threads there; ours are set for all of them. In the engine's own
-process no step hops between the two: a third more tokens per core from a small model, and a shorter start."""
+IN_THIS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""On a CPU vLLM gives its worker a process, to set its threads there; ours are set for all of them."""
 NO_VERSION = -1
 """What the weights are called that the engine starts with; no trajectory may come from them."""
 
@@ -70,45 +72,48 @@ class Engine:
     """
 
     def __init__(self, config: ActorConfig, transport: str = "file", meeting_seconds: float = 300.0) -> None:
-        from vllm.config import WeightTransferConfig
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        on_cpu = current_platform.is_cpu()
-        alone_on_cpu = on_cpu and config.tensor_parallel_size == 1
+        self._config, self._transport = config, transport
         self._recomputes = config.kv_cache == "recompute"
         self._meeting_seconds = meeting_seconds
         self._joined: dict[str, Any] | None = None
         """The group that this engine is a member of."""
-        self._llm = AsyncLLM.from_engine_args(
-            AsyncEngineArgs(
-                model=config.model_path,
-                dtype=config.dtype,
-                max_model_len=config.max_tokens,
-                max_num_seqs=config.max_groups_in_flight * config.samples_per_group,
-                tensor_parallel_size=config.tensor_parallel_size,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                # Compilation costs a CPU run more time than it saves it.
-                enforce_eager=on_cpu,
-                # A chunked prompt of a seeded request ends vLLM's CPU worker: its generators cannot be set back.
-                enable_chunked_prefill=not on_cpu,
-                max_num_batched_tokens=max(config.max_tokens, MIN_BATCHED_TOKENS) if on_cpu else None,
-                logprobs_mode="processed_logprobs",
-                seed=config.seed,
-                # A prefix computed with one version must never serve another one.
-                enable_prefix_caching=False,
-                disable_log_stats=True,
-                enable_log_requests=False,
-                weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]),
-                worker_extension_cls=WORKER_EXTENSION,
-                distributed_executor_backend=IN_ENGINE_PROCESS if alone_on_cpu else None,
-            )
+        self._thread = EngineThread(self._make, config.cpu_affinity)
+
+    def _make(self) -> LLMEngine:
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.llm_engine import LLMEngine
+        from vllm.v1.executor import Executor
+
+        config, on_cpu = self._config, current_platform.is_cpu()
+        arguments = EngineArgs(
+            model=config.model_path,
+            dtype=config.dtype,
+            max_model_len=config.max_tokens,
+            max_num_seqs=config.max_groups_in_flight * config.samples_per_group,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            # Compilation costs a CPU run more time than it saves it.
+            enforce_eager=on_cpu,
+            # A chunked prompt of a seeded request ends vLLM's CPU worker: its generators cannot be set back.
+            enable_chunked_prefill=not on_cpu,
+            max_num_batched_tokens=max(config.max_tokens, MIN_BATCHED_TOKENS) if on_cpu else None,
+            logprobs_mode="processed_logprobs",
+            seed=config.seed,
+            # A prefix computed with one version must never serve another one.
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=BACKENDS[self._transport]),
+            worker_extension_cls=WORKER_EXTENSION,
+            distributed_executor_backend=None if config.tensor_parallel_size > 1 else IN_THIS_PROCESS,
         )
+        settings = arguments.create_engine_config()
+        return LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)
 
     async def start(self) -> dict[str, str]:
         """Warm the engine up. Returns the checksums of the weights it has loaded from its folder."""
-        await self._llm.update_weight_version(str(NO_VERSION))
+        await self._thread.call(lambda llm: llm.set_weight_version(str(NO_VERSION)))
         await self.sample([1, 2, 3], num_samples=1, temperature=1.0, max_new_tokens=4, request_id="warm-up")
         return await self.checksums()
 
@@ -140,11 +145,7 @@ class Engine:
             detokenize=bool(stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = None
-        async for finished in self._llm.generate({"prompt_token_ids": list(prompt_ids)}, parameters, request_id):
-            output = finished
-        if output is None or len(output.outputs) != num_samples:
-            raise RuntimeError(f"the engine returned no complete output for request {request_id}")
+        output = await self._thread.generate(request_id, prompt_ids, parameters)
         return [_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index)]
 
     async def load(self, weights: LocalWeights) -> None:
@@ -153,34 +154,29 @@ class Engine:
         Requests in flight are frozen, not aborted. They go on with the new weights, and with their old key-value cache
         or, where the configuration says so, with one that the new weights compute from their tokens.
         """
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        async with self._patience(weights):
+            await self._thread.call(lambda llm: self._load(llm, weights))
 
-        await self._pause()
+    def _load(self, llm: LLMEngine, weights: LocalWeights) -> None:
+        self._thread.freeze(llm)
         if self._recomputes:
             # Every request goes back to the waiting queue without its cache, none is aborted.
-            await self._llm.reset_prefix_cache(reset_running_requests=True)
-        async with self._patience(weights):
-            await self._join(weights.init_info())
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(update_info=weights.update_info()))
-            await self._llm.finish_weight_update(str(weights.policy_version))
-        # Not after an error, which ends the actor: a worker that waits for a group would never answer.
-        await self._llm.resume_generation()
+            llm.reset_prefix_cache(reset_running_requests=True)
+        self._join(llm, weights.init_info())
+        llm.collective_rpc("start_weight_update")
+        llm.collective_rpc("update_weights", kwargs={"update_info": weights.update_info()})
+        llm.collective_rpc("finish_weight_update")
+        llm.set_weight_version(str(weights.policy_version))
+        # Not after an error, which ends the actor.
+        self._thread.thaw(llm)
 
-    async def _pause(self) -> None:
-        """Freeze requests in flight; none is aborted."""
-        # vLLM's `pause_generation` does the same and then sleeps for 20 ms, a third of a small model's pause.
-        await self._llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-
-    async def _join(self, group: dict[str, Any] | None) -> None:
+    def _join(self, llm: LLMEngine, group: dict[str, Any] | None) -> None:
         """Become a member of `group`, in the place of an earlier one. None: there is none."""
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
         if group == self._joined:
             return
         if self._joined is not None:
-            await self._llm.shutdown_weight_transfer_engine()
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=group or {}))
+            llm.collective_rpc("shutdown_weight_transfer_engine")
+        llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": group or {}})
         self._joined = group
 
     @asynccontextmanager
@@ -201,25 +197,23 @@ class Engine:
 
     async def reload_from_folder(self, folder: str) -> None:
         """Load a Hugging Face folder through vLLM's own loader, to compare checksums with."""
-        await self._pause()
-        try:
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-        finally:
-            await self._llm.resume_generation()
+        await self._thread.call(lambda llm: self._reload(llm, folder))
+
+    def _reload(self, llm: LLMEngine, folder: str) -> None:
+        self._thread.freeze(llm)
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._thread.thaw(llm)
 
     async def checksums(self) -> dict[str, str]:
         """Digest of every parameter as the engine holds it, over all its workers."""
-        merged: dict[str, str] = {}
-        for worker in await self._llm.compute_weight_checksums():
-            merged.update(worker)
-        return merged
+        found: list[dict[str, str]] = await self._thread.call(
+            lambda llm: llm.collective_rpc("compute_weight_checksums")
+        )
+        return {name: digest for worker in found for name, digest in worker.items()}
 
     def close(self) -> None:
-        """End the engine and its processes. Waits for: them. Gives up after: `SHUTDOWN_SECONDS`, by killing them."""
-        self._llm.shutdown(timeout=SHUTDOWN_SECONDS)
-        # Left to the interpreter's end, its destructor would find half of vLLM gone already and complain.
-        del self._llm
-        gc.collect()
+        """End the engine and its processes. Gives up after: `SHUTDOWN_SECONDS`."""
+        self._thread.close(SHUTDOWN_SECONDS)
 
 
 def _completion(choice: object) -> SampledCompletion:

@@ -50,7 +50,7 @@ BACK_AT_WORK = {
 TRAINED = re.compile(r"policy (\d+) trains on groups ([\d,.-]+)")
 FREEZE_SECONDS = (0.5, 8.0)
 DESCENDANT_SHARE = 0.25
-"""How often not the process itself is hit but one that it has started: vLLM's engine, a verifier's worker."""
+"""How often not the process itself is hit but one that it has started: a verifier's worker."""
 
 
 @dataclass

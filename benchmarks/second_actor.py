@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from actors.cores import keep_on
 from benchmarks.figures import spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,8 +103,16 @@ def _pin(launcher: psutil.Process) -> tuple[list[psutil.Process], list[psutil.Pr
         family, command = [child, *child.children(recursive=True)], child.cmdline()
         (actors if "actors" in command else others).extend(family)
         for process in family:
-            keep_on(process, [first if command[-1] == "actor-0" else second])
+            _keep_on(process, first if command[-1] == "actor-0" else second)
     return actors, others
+
+
+def _keep_on(process: psutil.Process, core: int) -> None:
+    for thread in process.threads():
+        try:
+            os.sched_setaffinity(thread.id, [core])
+        except ProcessLookupError:
+            continue  # A thread that has ended needs no core.
 
 
 def _processor_seconds(processes: Sequence[psutil.Process]) -> float:

@@ -9,11 +9,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from buffer.client import Connection
 from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, server_credentials
+from buffer.leaving import leave
 from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
 
 if TYPE_CHECKING:
@@ -115,17 +116,6 @@ def device_name(wanted: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def leave(status: int) -> NoReturn:
-    """End this process without tearing the interpreter down.
-
-    Threads of gloo may abort a teardown, and a run that has ended well would count as failed.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":

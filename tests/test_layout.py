@@ -26,7 +26,13 @@ ONLY_IN = {
         "actors/engine.py",
         "actors/weights.py",
     ),
-    "vllm": ("actors/device_weights.py", "actors/engine.py", "actors/weights.py", "learner/nccl_group.py"),
+    "vllm": (
+        "actors/device_weights.py",
+        "actors/engine.py",
+        "actors/engine_thread.py",
+        "actors/weights.py",
+        "learner/nccl_group.py",
+    ),
     "deepspeed": ("learner/engine.py",),
     "zmq": (
         "buffer/credentials.py",

@@ -4,7 +4,9 @@ Beside tests/actors/test_weights.py the only tests here that import vLLM.
 """
 
 import asyncio
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from actors.device_fetch import DeviceWeights
 from actors.device_weights import IpcTransferEngine
 from actors.engine import Engine
+from actors.engine_thread import EngineThread
 from buffer.device_handle import DeviceHandle, Record, Rendezvous
 from buffer.wire import Manifest, TensorEntry
 
@@ -101,45 +104,59 @@ class Receiver:
 
 
 class RecordedEngine:
-    """AsyncLLM's verbs, written down; `hangs` never ends."""
+    """vLLM's verbs, written down; `hangs` takes longer than anybody has patience for."""
 
     def __init__(self, hangs: str = "") -> None:
         self.calls: list[str] = []
         self.hangs = hangs
         self.engine_core = self
+        self.batch_queue = None
+
+    def has_unfinished_requests(self) -> bool:
+        return False
+
+    def collective_rpc(self, name: str, **_: Any) -> None:
+        getattr(self, name)()
 
     def __getattr__(self, name: str) -> Any:
-        async def call(*_: Any, **__: Any) -> None:
+        def call(*_: Any, **__: Any) -> None:
             self.calls.append(name)
             if name == self.hangs:
-                await asyncio.Event().wait()
+                time.sleep(0.3)
 
         return call
 
 
-def engine_over(llm: RecordedEngine) -> Engine:
+@contextmanager
+def engine_over(llm: RecordedEngine) -> Iterator[Engine]:
     engine = Engine.__new__(Engine)
-    engine._llm, engine._recomputes, engine._joined, engine._meeting_seconds = llm, False, None, 0.01
-    return engine
+    engine._recomputes, engine._joined, engine._meeting_seconds = False, None, 0.1
+    engine._thread = EngineThread(lambda: llm)  # type: ignore[arg-type, return-value]
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def test_a_group_is_joined_once_per_learner_between_pause_and_resume():
-    load = ["start_weight_update", "update_weights", "finish_weight_update", "resume_generation"]
     llm = RecordedEngine()
-    engine = engine_over(llm)
 
-    async def three_versions() -> None:
+    async def three_versions(engine: Engine) -> None:
         for version, group in ((1, GROUP), (2, GROUP), (1, Rendezvous("127.0.0.1", 29501, 2))):
             await engine.load(fetched(version, group))
 
-    asyncio.run(three_versions())
-    joined, left = "init_weight_transfer_engine", "shutdown_weight_transfer_engine"
-    pause = "pause_scheduler_async"
-    assert llm.calls == [pause, joined, *load, pause, *load, pause, left, joined, *load]
+    with engine_over(llm) as engine:
+        asyncio.run(three_versions(engine))
+    load = ["start_weight_update", "update_weights", "finish_weight_update", "set_weight_version", "resume_scheduler"]
+    joined, left, pause = "init_weight_transfer_engine", "shutdown_weight_transfer_engine", "pause_scheduler"
+    expected = [pause, joined, *load, pause, *load, pause, left, joined, *load, "shutdown"]
+    assert llm.calls == expected
 
 
 def test_a_group_that_is_never_complete_ends_the_actor():
     llm = RecordedEngine(hangs="update_weights")
-    with pytest.raises(RuntimeError, match=r"policy 4: the learner's group was not complete .*meeting_seconds=0\.01"):
-        asyncio.run(engine_over(llm).load(fetched(4, GROUP)))
-    assert "resume_generation" not in llm.calls
+    with (
+        engine_over(llm) as engine,
+        pytest.raises(RuntimeError, match=r"policy 4: the learner's group was not complete .*meeting_seconds=0\.1"),
+    ):
+        asyncio.run(engine.load(fetched(4, GROUP)))

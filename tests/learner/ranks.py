@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import learner.engine
+from buffer.leaving import leave
 from buffer.trajectory import TrajectoryGroup
-from learner.__main__ import leave
 from learner.algorithm import AdvantageInputs, Algorithm
 from learner.batch import TrainingBatch
 from learner.config import OptimizerConfig

@@ -170,7 +170,7 @@ async def _check_recomputed(engine: Engine, model: PreTrainedModel, update: Any,
         assert [span.version for span in completion.versions] == [version - 1, version]
         start = completion.versions[1].start
         found, expected = torch.from_numpy(completion.logprobs), logprobs_of(model, completion, 0.7)
-        torch.testing.assert_close(found[start:], expected[start:], atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[start:], expected[start:], atol=3e-4, rtol=0)
         # With the old cache kept they would differ by much more.
         assert (found[:start] - expected[:start]).abs().max() > 1e-3
 

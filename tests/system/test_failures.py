@@ -115,10 +115,10 @@ def test_a_killed_launcher_leaves_nothing_and_the_run_goes_on_at_once(launch: La
     with (tmp_path / "by-hand.log").open("w") as log:
         by_hand = subprocess.Popen(shlex.split(command), cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT)
     run.until(lambda: contributions(run_dir, f"-{by_hand.pid}") >= 2)
-    engine = psutil.Process(by_hand.pid).children(recursive=True)
+    children = psutil.Process(by_hand.pid).children(recursive=True)
     by_hand.kill()
     by_hand.wait()
-    assert not psutil.wait_procs(engine, timeout=30)[1]
+    assert not psutil.wait_procs(children, timeout=30)[1]
 
     traces = Traces.of(run.family)
     run.process_of("serve", str(run_dir)).suspend()

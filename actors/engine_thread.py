@@ -1,0 +1,165 @@
+"""vLLM's engine in a thread of the actor: steps while there are requests, and does what it is told between two steps.
+
+In this process and not in one of its own, as vLLM has it for servers that stream: nothing is sent per token, a weight
+load is a call, and an actor imports vLLM once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from vllm.outputs import RequestOutput
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What is done between two steps; its outcome, or what it began, comes by `future`."""
+
+    do: Callable[[LLMEngine], None]
+    future: Future[Any]
+
+
+class EngineThread:
+    """Makes an engine and keeps it going until `close`.
+
+    Args:
+        make: called in the thread, to which a CUDA device and OpenMP's number of threads belong.
+        cores: the thread keeps to them, and all that it starts; empty: all.
+    """
+
+    def __init__(self, make: Callable[[], LLMEngine], cores: Sequence[int] = ()) -> None:
+        self._make, self._cores = make, cores
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._ended = ""
+        """Why nothing is done any more."""
+        self._lock = threading.Lock()
+        """Between `_ended` and the queue: what is put in is done or refused."""
+        self._sampling: dict[str, Future[RequestOutput]] = {}
+        # A daemon: one that hangs, in a broadcast nobody takes part in, must not keep the process.
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def call(self, work: Callable[[LLMEngine], T]) -> T:
+        """`work` done between two steps, while no request goes on.
+
+        Waits for: the step under way, and what was asked for before.
+
+        Raises:
+            RuntimeError: the engine has failed or is closed.
+        """
+        future: Future[T] = Future()
+        self._put(_Work(lambda llm: future.set_result(work(llm)), future))
+        return await asyncio.wrap_future(future)
+
+    async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: SamplingParams) -> RequestOutput:
+        """The last output of a request, whose id no other one in flight has. A cancelled one leaves the engine.
+
+        Raises:
+            RuntimeError: the engine has failed or is closed.
+        """
+        future: Future[RequestOutput] = Future()
+
+        def begin(llm: LLMEngine) -> None:
+            llm.add_request(request_id, {"prompt_token_ids": list(prompt_ids)}, parameters)
+            self._sampling[request_id] = future
+
+        self._put(_Work(begin, future))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self._work.put(_Work(lambda llm: self._abort(llm, request_id), Future()))
+            raise
+
+    def freeze(self, llm: LLMEngine) -> None:
+        """Freeze requests in flight, aborting none, until `thaw`. For work of `call`."""
+        core: Any = llm.engine_core
+        core.engine_core.pause_scheduler("keep", clear_cache=False)
+        # Where batches are scheduled ahead of the device, one that ends later would bear the next version's name.
+        while core.engine_core.batch_queue:
+            self._step(llm)
+
+    @staticmethod
+    def thaw(llm: LLMEngine) -> None:
+        """Let requests go on."""
+        core: Any = llm.engine_core
+        core.engine_core.resume_scheduler()
+
+    def close(self, seconds: float) -> None:
+        """End the engine. Waits for: the step under way. Gives up after: `seconds`."""
+        self._work.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.warning("the engine is left in the middle of something, after %g s", seconds)
+
+    def _put(self, work: _Work) -> None:
+        with self._lock:
+            if self._ended:
+                raise RuntimeError(self._ended)
+            self._work.put(work)
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        why, llm = "the engine is closed", None
+        try:
+            if self._cores:
+                os.sched_setaffinity(0, self._cores)
+            llm = self._make()
+            while self._do_all(llm):
+                self._step(llm)
+        except Exception as error:
+            logger.exception("the engine failed")
+            why = f"the engine failed: {error!r}"
+        finally:
+            self._refuse_all(why)
+            if llm is not None:
+                llm.engine_core.shutdown()
+
+    def _do_all(self, llm: LLMEngine) -> bool:
+        """Do what was asked for; waits for something where no request goes on. False: the end."""
+        while True:
+            try:
+                work = self._work.get(block=not llm.has_unfinished_requests())
+            except queue.Empty:
+                return True
+            if work is None:
+                return False
+            if work.future.set_running_or_notify_cancel():
+                try:
+                    work.do(llm)
+                except Exception as error:
+                    work.future.set_exception(error)
+
+    def _step(self, llm: LLMEngine) -> None:
+        for output in llm.step():
+            if output.finished:
+                self._sampling.pop(output.request_id).set_result(output)
+
+    def _abort(self, llm: LLMEngine, request_id: str) -> None:
+        if self._sampling.pop(request_id, None) is not None:
+            llm.abort_request([request_id])
+
+    def _refuse_all(self, why: str) -> None:
+        with self._lock:
+            self._ended = why
+            while not self._work.empty():
+                work = self._work.get()
+                if work is not None and work.future.set_running_or_notify_cancel():
+                    work.future.set_exception(RuntimeError(why))
+        for future in self._sampling.values():
+            future.set_exception(RuntimeError(why))
