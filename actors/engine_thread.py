@@ -50,6 +50,7 @@ class EngineThread:
         self._lock = threading.Lock()
         """Between `_ended` and the queue: what is put in is done or refused."""
         self._sampling: dict[str, Future[RequestOutput]] = {}
+        self._made = False
         # A daemon: one that hangs, in a broadcast nobody takes part in, must not keep the process.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -100,10 +101,10 @@ class EngineThread:
         core.engine_core.resume_scheduler()
 
     def close(self, seconds: float) -> None:
-        """End the engine. Waits for: the step under way. Gives up after: `seconds`."""
+        """End the engine. Waits for: the step under way. Gives up after: `seconds`; at once where it is still made."""
         self._work.put(None)
-        self._thread.join(seconds)
-        if self._thread.is_alive():
+        self._thread.join(seconds if self._made else 0)
+        if self._made and self._thread.is_alive():
             logger.warning("the engine is left in the middle of something, after %g s", seconds)
 
     def _put(self, work: _Work) -> None:
@@ -120,6 +121,7 @@ class EngineThread:
             if self._cores:
                 os.sched_setaffinity(0, self._cores)
             llm = self._make()
+            self._made = True
             while self._do_all(llm):
                 self._step(llm)
         except Exception as error:

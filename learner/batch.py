@@ -18,6 +18,7 @@ from torch import Tensor
 
 from buffer.trajectory import Trajectory, TrajectoryGroup
 from learner.packing import even_cuts, fewest_parts
+from learner.prefixes import SharedPrefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class MicroBatch:
     """[m] int64: indices into N of the scored tokens."""
     scored: slice
     """The same tokens on the batch's axis [M]."""
+    shared: SharedPrefixes | None = None
+    """What the sequences have in common; None: nothing to speak of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,7 @@ class TrainingBatch:
             boundaries=tuple(boundaries.tolist()),
             targets=torch.from_numpy(targets).to(self.device),
             scored=self.scored_slice(part),
+            shared=SharedPrefixes.of([t.token_ids for t in chosen], self.device),
         )
 
 

@@ -73,7 +73,7 @@ def score_batch(
         if isinstance(network, TrainingEngine):
             output = network.forward(micro)
         else:
-            output = network(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets)
+            output = network(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets, micro.shared)
         if counts:
             outputs.append(output[0] if isinstance(output, tuple) else output)
     return torch.cat(outputs)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -173,6 +174,20 @@ def test_an_engine_that_cannot_be_made_says_so() -> None:
         thread.close(10)
 
     asyncio.run(body())
+
+
+def test_an_engine_in_the_making_keeps_nobody() -> None:
+    go_on = threading.Event()
+
+    def make() -> Any:
+        assert go_on.wait(10)
+        return Counting()
+
+    thread = EngineThread(make)
+    before = time.monotonic()
+    thread.close(10)
+    assert time.monotonic() - before < 5
+    go_on.set()
 
 
 def test_a_cancelled_request_leaves_the_engine() -> None:

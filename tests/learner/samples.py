@@ -99,15 +99,16 @@ def make_group(
     version: int = 0,
     shift: float = 0.0,
 ) -> TrajectoryGroup:
-    """Random tokens; the first trajectory has an observation in the middle.
+    """Random tokens after a prompt of three; the first trajectory has an observation in the middle.
 
     `model` gives the behavior log-probabilities, lowered by `shift`; without one they are made up.
     """
     rng = np.random.default_rng([seed, prompt_id])
+    prompt = rng.integers(3, VOCABULARY, 3)
     members = []
     for number in range(size):
         length = int(rng.integers(6, longest + 1))
-        tokens = rng.integers(3, VOCABULARY, length)
+        tokens = np.concatenate([prompt, rng.integers(3, VOCABULARY, length - 3)])
         mask = np.arange(length) >= 3
         if number == 0:
             mask[4] = False

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoModel
 import learner.head
 from learner.batch import MicroBatch
 from learner.model import PolicyModel, ValueModel
+from learner.prefixes import SharedPrefixes
 from tests.learner.samples import VOCABULARY, make_batch, make_group, plain_model, plain_scores, save_tiny_model
 
 SHAPES = {
@@ -35,8 +37,8 @@ def packed() -> MicroBatch:
     return micro
 
 
-def arguments(micro: MicroBatch) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor]:
-    return micro.token_ids, micro.position_ids, micro.boundaries, micro.targets
+def arguments(micro: MicroBatch) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, SharedPrefixes | None]:
+    return micro.token_ids, micro.position_ids, micro.boundaries, micro.targets, micro.shared
 
 
 def sequences(micro: MicroBatch) -> list[tuple[Tensor, Tensor]]:
@@ -59,11 +61,13 @@ def one_by_one(folder: Path, micro: MicroBatch, temperature: float) -> tuple[Ten
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "shared"), [(False, True), (True, True), (False, False)])
 def test_packed_scores_and_gradients_equal_one_sequence_at_a_time(
-    folder: Path, temperature: float, checkpointing: bool
+    folder: Path, temperature: float, checkpointing: bool, shared: bool
 ):
     micro = packed()
+    assert micro.shared is not None and len(micro.shared.computed) == len(micro.token_ids) - 6
+    micro = micro if shared else replace(micro, shared=None)
     policy = PolicyModel.load(folder, dtype=torch.float32, temperature=temperature, checkpointing=checkpointing)
     logprobs, entropy = policy(*arguments(micro))
     expected_logprobs, expected_entropy, expected = one_by_one(folder, micro, temperature)
@@ -78,7 +82,7 @@ def test_packed_scores_and_gradients_equal_one_sequence_at_a_time(
 
 
 def test_a_sequence_does_not_see_its_neighbors(folder: Path):
-    micro = packed()
+    micro = replace(packed(), shared=None)
     policy = PolicyModel.load(folder, dtype=torch.float32, temperature=1.0, checkpointing=False)
     before, _ = policy(*arguments(micro))
     changed = micro.token_ids.clone()
