@@ -44,8 +44,8 @@ class ActorConfig:
     """How long a group may be in the engine before the engine counts as hung and the actor ends."""
     kv_cache: str = "keep"
     """keep | recompute: what requests in flight attend to after new weights, the old ones' cache or a new one."""
-    chunk_bytes: int = 1 << 20
-    """Size of one pulled piece where the weights cannot be mapped."""
+    chunk_bytes: int = 4 << 20
+    """Size of one pulled piece where the weights cannot be mapped. Four are asked for at a time."""
     share_files: bool = True
     """Map the weights' file on the learner's host instead of pulling it."""
     cpu_affinity: list[int] = field(default_factory=list)

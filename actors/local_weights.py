@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import mmap
 import os
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from buffer.layout import checksum
 from buffer.slots import let_go
 from buffer.wire import Manifest
 
@@ -76,10 +77,8 @@ class HostCopy:
         """[num_bytes] uint8."""
         self.manifest: Manifest | None = None
         """What it holds, checked; None while it is being written."""
-        self.arrived: set[int] = set()
-        """Offsets of the chunks of `pulling` that are here."""
-        self.pulling = ""
-        """Publication of which chunks are arriving; a pull that breaks off is resumed."""
+        self.arriving: TensorCheck | None = None
+        """Of the version that is being pulled; a pull that breaks off is resumed where it stands."""
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -124,16 +123,60 @@ def check_manifest(manifest: Manifest) -> None:
             )
 
 
+class TensorCheck:
+    """Takes every tensor's checksum while a version arrives, so that each byte is read while it is in the cache.
+
+    Args:
+        manifest: what the tensors must be.
+        array: [num_bytes] uint8, where they arrive.
+    """
+
+    def __init__(self, manifest: Manifest, array: NDArray[np.uint8]) -> None:
+        self.manifest, self._array = manifest, array
+        self.num_bytes = 0
+        """That arrived, from the first on."""
+        self._unread = deque(sorted(manifest.tensors, key=lambda entry: entry.offset))
+        self._begun = xxhash.xxh3_64()
+        """Over what was read of the first tensor in `_unread`."""
+        self._num_read = 0
+        """Bytes of it."""
+        self._wrong: list[str] = []
+
+    def advance(self, num_bytes: int) -> None:
+        """Read on: the first `num_bytes` are there and stay as they are."""
+        self.num_bytes = num_bytes
+        while self._unread:
+            entry = self._unread[0]
+            until = min(num_bytes - entry.offset, entry.num_bytes)
+            if until > self._num_read:
+                self._begun.update(self._array[entry.offset + self._num_read : entry.offset + until].data)
+                self._num_read = until
+            if until < entry.num_bytes:
+                return
+            found = self._begun.hexdigest()
+            if found != entry.checksum:
+                self._wrong.append(
+                    f"tensor {entry.name} arrived with checksum {found}, the learner published {entry.checksum}"
+                )
+            self._unread.popleft()
+            self._begun.reset()
+            self._num_read = 0
+
+    def finish(self) -> None:
+        """Read the rest and compare.
+
+        Raises:
+            RuntimeError: naming the first tensor that is not what it must be.
+        """
+        self.advance(self.manifest.num_bytes)
+        if self._wrong:
+            raise RuntimeError(f"policy {self.manifest.policy_version}: {self._wrong[0]}")
+
+
 def check_tensors(manifest: Manifest, array: NDArray[np.uint8]) -> None:
     """Compare the checksum of every tensor.
 
     Raises:
         RuntimeError: naming the tensor.
     """
-    for entry in manifest.tensors:
-        found = checksum(array[entry.offset : entry.offset + entry.num_bytes])
-        if found != entry.checksum:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: tensor {entry.name} arrived with checksum {found}, the learner"
-                f" published {entry.checksum}"
-            )
+    TensorCheck(manifest, array).finish()

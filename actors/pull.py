@@ -14,18 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.local_weights import HostCopy, LocalWeights, check_tensors
+from actors.local_weights import HostCopy, LocalWeights, TensorCheck, check_tensors
 from buffer.client import Connection
 from buffer.delta import DeltaError, apply
 from buffer.layout import checksum, layout_of
-from buffer.wire import Chunk, ChunkRequest, DeltaReply, DeltaRequest, Manifest, Message
+from buffer.wire import Chunk, ChunkRequest, DeltaReply, DeltaRequest, Frame, Manifest, Message
 
 logger = logging.getLogger(__name__)
 
-CHUNKS_IN_FLIGHT = 8
+CHUNKS_IN_FLIGHT = 4
 CHUNK_TIMEOUT_SECONDS = 60.0
 MAX_ATTEMPTS = 3
 """How often a chunk whose bytes are damaged is asked for."""
+REUSED_BYTES = 31 << 20
+"""The largest block that glibc takes note of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,9 @@ class Puller:
     """
 
     def __init__(self, chunk_bytes: int, deltas: bool) -> None:
+        # glibc gives freed memory back to the system from twice the largest block on that was ever freed, and fresh
+        # memory for every chunk costs more than receiving it.
+        bytes(REUSED_BYTES)
         self._chunk_bytes = chunk_bytes
         self._deltas = deltas
         self._copy: HostCopy | None = None
@@ -79,8 +84,8 @@ class Puller:
         if not 0 < offer.num_bytes < manifest.num_bytes:
             return False
         delta = np.empty(offer.num_bytes, np.uint8)
-        await self._pull_into(delta, Source(connection, manifest.publication, base.publication), set())
-        copy.manifest, copy.pulling = None, ""
+        await self._pull_into(delta, Source(connection, manifest.publication, base.publication))
+        copy.manifest, copy.arriving = None, None
         try:
             if checksum(delta) != offer.checksum:
                 raise DeltaError("a delta with another checksum than was announced")
@@ -93,27 +98,28 @@ class Puller:
 
     async def _pull_whole(self, manifest: Manifest, copy: HostCopy, connection: Connection) -> None:
         copy.manifest = None
-        if copy.pulling != manifest.publication:
-            copy.pulling, copy.arrived = manifest.publication, set()
-        await self._pull_into(copy.array, Source(connection, manifest.publication), copy.arrived)
-        copy.pulling = ""
-        await asyncio.to_thread(check_tensors, manifest, copy.array)
+        check = copy.arriving
+        if check is None or check.manifest.publication != manifest.publication:
+            check = copy.arriving = TensorCheck(manifest, copy.array)
+        await self._pull_into(copy.array, Source(connection, manifest.publication), check)
+        copy.arriving = None
+        check.finish()
 
-    async def _pull_into(self, target: NDArray[np.uint8], source: Source, arrived: set[int]) -> None:
-        """Pull all chunks but those in `arrived`, a few at a time; `arrived` is kept up."""
+    async def _pull_into(self, target: NDArray[np.uint8], source: Source, check: TensorCheck | None = None) -> None:
+        """Pull all chunks, a few at a time and in order; with `check` those that it has not read, and it reads them."""
         waiting: deque[tuple[int, int, asyncio.Future[Message]]] = deque()
 
         async def take_first() -> None:
             offset, size, answer = waiting.popleft()
             data = await self._sound(source, offset, size, answer)
             target[offset : offset + size] = np.frombuffer(data, np.uint8)
-            arrived.add(offset)
+            if check is not None:
+                check.advance(offset + size)
 
         try:
-            for offset in range(0, len(target), self._chunk_bytes):
-                if offset not in arrived:
-                    size = min(self._chunk_bytes, len(target) - offset)
-                    waiting.append((offset, size, source.ask(offset, size)))
+            for offset in range(check.num_bytes if check else 0, len(target), self._chunk_bytes):
+                size = min(self._chunk_bytes, len(target) - offset)
+                waiting.append((offset, size, source.ask(offset, size)))
                 if len(waiting) == CHUNKS_IN_FLIGHT:
                     await take_first()
             while waiting:
@@ -122,7 +128,7 @@ class Puller:
             for *_, answer in waiting:
                 answer.cancel()
 
-    async def _sound(self, source: Source, offset: int, size: int, answer: asyncio.Future[Message]) -> bytes:
+    async def _sound(self, source: Source, offset: int, size: int, answer: asyncio.Future[Message]) -> Frame:
         """The bytes of one chunk; damaged ones are asked for again."""
         for attempt in range(MAX_ATTEMPTS):
             reply = await (answer if not attempt else source.ask(offset, size))

@@ -25,12 +25,14 @@ from zmq.utils.monitor import parse_monitor_message
 
 from buffer.credentials import Credentials
 from buffer.schema import WireError, check_name
-from buffer.wire import MAX_FRAME_BYTES, Frames, Message, Refused, decode, encode
+from buffer.wire import MAX_FRAME_BYTES, Frame, Frames, Message, Refused, decode, encode
 
 log = logging.getLogger(__name__)
 
 MOST_QUEUED = 1_000
 """Messages that wait on either side for a slow peer; what does not fit is sent again."""
+LARGE_FRAME_BYTES = 1 << 18
+"""Frames from here on are handed over where ZeroMQ received them."""
 SILENT_RESENDS = 15
 """After this many resend intervals without any answer the socket is opened anew."""
 
@@ -246,7 +248,7 @@ class Connection:
         heard = False
         while True:
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = [_contents(frame) for frame in socket.recv_multipart(zmq.NOBLOCK, copy=False)]
             except zmq.Again:
                 return heard
             heard = True
@@ -284,6 +286,11 @@ class Connection:
     def _snapshot(self) -> list[_Request]:
         with self._lock:
             return list(self._requests.values())
+
+
+def _contents(frame: zmq.Frame) -> Frame:
+    # Fresh memory for a large one would cost more than all else that happens to it.
+    return frame.bytes if len(frame) < LARGE_FRAME_BYTES else frame.buffer
 
 
 def host_id() -> str:

@@ -1,29 +1,26 @@
 """Serves published versions: the newest manifest to whoever waits for it, and bytes to whoever cannot map the file.
 
-One thread answers, another one makes deltas when somebody asks for them, at low priority. Whoever publishes calls
-`announce` and goes on; a slow or dead reader costs nothing but the memory of the versions that are kept anyway.
+One thread answers; what it answers with is in `buffer/kept_versions.py`. Whoever publishes calls `announce` and goes
+on; a slow or dead reader costs nothing but the memory of the versions that are kept anyway and, for half a minute at
+most, of one more.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import zmq
 
 from buffer.credentials import Credentials
-from buffer.delta import encode
 from buffer.gate import Gate
-from buffer.layout import checksum, layout_of
+from buffer.kept_versions import Asker, KeptVersions
+from buffer.layout import checksum
 from buffer.relay_tree import RelayTree
-from buffer.slots import Slot, hold, let_go
+from buffer.slots import Slot
 from buffer.wire import (
     Chunk,
     ChunkRequest,
@@ -42,12 +39,6 @@ MESSAGES_PER_TURN = 16
 TICK_SECONDS = 0.2
 """How late the end of a parked request's time, or of the server, may be noticed."""
 LONGEST_PARK_SECONDS = 60.0
-WORTHWHILE_SHARE = 0.5
-"""A delta that is larger than this share of the version is not sent."""
-LOW_PRIORITY = 10
-"""Niceness of the thread that makes deltas: the training step goes first."""
-Asker = tuple[bytes, int]
-"""A connection's name and the number of its request."""
 
 
 @dataclass
@@ -87,48 +78,39 @@ class WeightServer:
         bytes_per_second: float = 0.0,
         relay_fanout: int = 0,
     ) -> None:
-        self._keep_versions = keep_versions
         self._throttle = Throttle(bytes_per_second)
         self._relays = RelayTree(relay_fanout)
-        self._kept: dict[str, tuple[Manifest, Slot]] = {}
-        """By publication, the newest last."""
-        self._lock = threading.Lock()
-        """Guards `_kept`, and with it every slot that is served from."""
         self._parked: dict[bytes, tuple[int, ManifestRequest, float]] = {}
         self._wanted_chunks: dict[Asker, ChunkRequest] = {}
         self._wanted_deltas: dict[Asker, Future[bytes]] = {}
-        self._deltas: dict[tuple[str, str], Future[bytes]] = {}
-        """By (base, publication)."""
         self._gate = Gate(address, credentials)
         self.address = self._gate.address
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._encoder = ThreadPoolExecutor(1, "weight-deltas", initializer=_give_way)
+        self._kept = KeptVersions(keep_versions, self._wake_up)
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
     def announce(self, manifest: Manifest, slot: Slot) -> list[Slot]:
-        """Offer a version that is whole. Returns the slots of those that are not served any more."""
-        with self._lock:
-            self._kept[manifest.publication] = (manifest, slot)
-            surplus = list(self._kept)[: -self._keep_versions]
-            retired = [self._kept.pop(publication)[1] for publication in surplus]
-            for key in [key for key in self._deltas if key[1] in surplus]:
-                del self._deltas[key]
-        os.eventfd_write(self._wake, 1)
+        """Offer a version that is whole. Returns the slots that nobody is sent any more."""
+        retired = self._kept.add(manifest, slot)
+        self._wake_up()
         return retired
+
+    def _wake_up(self) -> None:
+        os.eventfd_write(self._wake, 1)
 
     def close(self) -> list[Slot]:
         """Stop serving. Returns the slots that were served; none the second time."""
         if self._closing:
             return []
         self._closing = True
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
         self._thread.join(timeout=5)
-        self._encoder.shutdown(wait=True, cancel_futures=True)
+        slots = self._kept.close()
         self._gate.close()
         os.close(self._wake)
-        return [slot for _, slot in self._kept.values()]
+        return slots
 
     # --- the thread ---
 
@@ -166,7 +148,7 @@ class WeightServer:
                     # A request that was repeated while it waits for its turn is answered once.
                     self._wanted_chunks[asker] = request
                 case DeltaRequest(publication=publication, base=base):
-                    self._wanted_deltas[asker] = self._delta(base, publication)
+                    self._wanted_deltas[asker] = self._kept.delta(base, publication)
                 case other:
                     self._answer(asker, Refused(f"the weight store does not answer {type(other).__name__}"))
 
@@ -174,9 +156,7 @@ class WeightServer:
         self._gate.send(asker[0], message, asker[1])
 
     def _answer_parked(self) -> None:
-        with self._lock:
-            newest = next(reversed(self._kept.values()), (None, None))[0]
-        now = time.monotonic()
+        newest, now = self._kept.newest(), time.monotonic()
         for identity, (number, request, deadline) in list(self._parked.items()):
             if newest is not None and newest.publication != request.known_publication:
                 relay = self._relays.at(request.host_id, now)
@@ -199,61 +179,7 @@ class WeightServer:
             if self._throttle.free_at > now:
                 return
             del self._wanted_chunks[asker]
-            reply = self._chunk(request)
+            reply = self._kept.chunk(request, asker)
             self._throttle.take(request.num_bytes if isinstance(reply, Chunk) else 0, now)
-            self._answer(asker, reply)
-
-    def _chunk(self, request: ChunkRequest) -> Message:
-        # Read under the lock: a slot that is not kept may be written again.
-        with self._lock:
-            if request.publication not in self._kept:
-                return Refused(f"publication {request.publication} is not kept here; ask for the manifest again")
-            manifest, slot = self._kept[request.publication]
-            if request.base:
-                delta = self._deltas.get((request.base, request.publication))
-                source = memoryview(delta.result() if delta is not None and delta.done() else b"")
-            else:
-                source = slot.array.data[: manifest.num_bytes]
-            if not 0 < request.num_bytes <= len(source) - request.offset:
-                return Refused(f"bytes {request.offset}+{request.num_bytes} lie outside {len(source)}")
-            data = bytes(source[request.offset : request.offset + request.num_bytes])
-        return Chunk(request.offset, checksum(data), data)
-
-    # --- deltas ---
-
-    def _delta(self, base: str, publication: str) -> Future[bytes]:
-        """The delta between two kept versions, made once; of others, nothing."""
-        key = base, publication
-        with self._lock:
-            if key not in self._deltas:
-                if base not in self._kept or publication not in self._kept:
-                    nothing: Future[bytes] = Future()
-                    nothing.set_result(b"")
-                    return nothing
-                old, new = self._kept[base][0], self._kept[publication][0]
-                self._deltas[key] = self._encoder.submit(_compare, old, new)
-                self._deltas[key].add_done_callback(lambda _: os.eventfd_write(self._wake, 1))
-            return self._deltas[key]
-
-
-def _give_way() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
-
-
-def _compare(old: Manifest, new: Manifest) -> bytes:
-    """The delta between two published files; nothing when it is not worth it or one of them is gone."""
-    if layout_of(old.tensors) != layout_of(new.tensors) or old.num_bytes != new.num_bytes:
-        return b""
-    files: list[BinaryIO] = []
-    try:
-        for manifest in (old, new):
-            files.append(hold(Path(manifest.path)))
-        before, after = (
-            np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8) for file in files
-        )
-        return encode(before, after, layout_of(new.tensors), int(WORTHWHILE_SHARE * new.num_bytes))
-    except FileNotFoundError:
-        return b""
-    finally:
-        for file in files:
-            let_go(file)
+            if reply is not None:
+                self._answer(asker, reply)

@@ -1,7 +1,7 @@
 """Everything that crosses a process boundary: the messages, and how they become ZeroMQ frames and back.
 
 A message is one multipart ZeroMQ message: a msgpack header `[SCHEMA, run_id, kind, request_number, fields]`, then the
-raw frames its kind carries: two per group (`buffer/packed_group.py`), one per bytes field. Nothing is ever pickled.
+raw frames its kind carries: two per group (`buffer/packed_group.py`), one per `Frame` field. Nothing is ever pickled.
 Sizes, schema, types and lengths are checked before anything is built from them; whatever is wrong raises `WireError`
 and nothing else.
 """
@@ -41,7 +41,9 @@ MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
 
-Frames = list[bytes]
+Frame = bytes | memoryview
+"""A memoryview is a large frame where ZeroMQ has it: it lasts as long as somebody holds it."""
+Frames = list[Frame]
 
 
 class ForeignRunError(WireError):
@@ -395,7 +397,7 @@ class Chunk:
     offset: Count
     checksum: Name
     """XXH3 of the bytes."""
-    data: bytes
+    data: Frame
 
 
 Message = (
@@ -438,14 +440,14 @@ Message = (
 
 
 def encode(message: Message, request_number: int, run_id: str) -> Frames:
-    """The frames of `message`: a header, then two per packed group and one per bytes field, in field order."""
+    """The frames of `message`: a header, then two per packed group and one per `Frame` field, in field order."""
     frames: Frames = [b""]
     fields = [_pack(getattr(message, name), frames) for name in _field_names(type(message))]
     frames[0] = msgpack.packb([SCHEMA, run_id, type(message).__name__, request_number, fields], use_bin_type=True)
     return frames
 
 
-def decode(frames: Sequence[bytes], run_id: str) -> tuple[Message, int]:
+def decode(frames: Sequence[Frame], run_id: str) -> tuple[Message, int]:
     """The message of run `run_id` and its request number.
 
     Raises:
@@ -456,7 +458,7 @@ def decode(frames: Sequence[bytes], run_id: str) -> tuple[Message, int]:
         raise WireError(f"{len(frames)} frames, expected 1 to {MAX_FRAMES}")
     if any(len(frame) > MAX_FRAME_BYTES for frame in frames):
         raise WireError(f"a frame is larger than {MAX_FRAME_BYTES} bytes")
-    header = unpack_header(frames[0])
+    header = unpack_header(bytes(frames[0]))
     if not isinstance(header, list) or len(header) != 5:
         raise WireError("the header is not [schema, run id, kind, request number, fields]")
     schema, sent_run_id, kind, request_number, fields = header
@@ -482,7 +484,7 @@ def _pack(value: Any, frames: Frames) -> Any:
     if isinstance(value, PackedGroup):
         frames += [value.header_frame, value.arrays_frame]
         return None
-    if isinstance(value, bytes):
+    if isinstance(value, Frame):
         frames.append(value)
         return None
     if isinstance(value, tuple):
@@ -492,19 +494,19 @@ def _pack(value: Any, frames: Frames) -> Any:
     return value
 
 
-def _take_group(value: Any, rest: list[bytes]) -> PackedGroup:
+def _take_group(value: Any, rest: Frames) -> PackedGroup:
     if value is not None or len(rest) < 2:
         raise WireError("a group's frames are missing")
-    return read_group_header(rest.pop(), rest.pop())
+    return read_group_header(bytes(rest.pop()), bytes(rest.pop()))
 
 
-def _take_bytes(value: Any, rest: list[bytes]) -> bytes:
+def _take_frame(value: Any, rest: Frames) -> Frame:
     if value is not None or not rest:
         raise WireError("a frame of bytes is missing")
-    return bytes(rest.pop())
+    return rest.pop()
 
 
-_SPECIAL: dict[Any, Reader] = {PackedGroup: _take_group, bytes: _take_bytes}
+_SPECIAL: dict[Any, Reader] = {PackedGroup: _take_group, Frame: _take_frame}
 _KINDS: dict[str, Any] = {cls.__name__: cls for cls in typing.get_args(Message)}
 _READERS: dict[type[Any], Reader] = {cls: record(cls, _SPECIAL) for cls in _KINDS.values()}
 _FIELDS: dict[type[Any], tuple[str, ...]] = {}

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from actors.fetch import WeightClient
-from actors.local_weights import LocalWeights
+from actors.local_weights import LocalWeights, TensorCheck
 from buffer.client import Connection, RequestRefused, host_id
 from buffer.credentials import Credentials
 from buffer.layout import checksum
 from buffer.weights_config import WeightsConfig
-from buffer.wire import Chunk, ChunkRequest, DeltaRequest, Manifest, Message
+from buffer.wire import Chunk, ChunkRequest, DeltaRequest, Manifest, Message, TensorEntry
 from learner.publisher import WeightStore
 
 SECONDS = 20.0
@@ -212,17 +215,22 @@ def test_a_version_that_is_gone_is_refused(store: WeightStore, client: Clients, 
         fetch(client(on_host), first)
 
 
-def test_a_chunk_that_arrives_damaged_is_asked_for_again(store: WeightStore, client: Clients, wire: Wire):
+@pytest.mark.parametrize("large_frame_bytes", [1 << 18, 1_000], ids=["copied", "where ZeroMQ has them"])
+def test_a_chunk_that_arrives_damaged_is_asked_for_again(
+    store: WeightStore, client: Clients, wire: Wire, monkeypatch: pytest.MonkeyPatch, large_frame_bytes: int
+):
+    monkeypatch.setattr("buffer.client.LARGE_FRAME_BYTES", large_frame_bytes)
     manifest, spoiled = publish(store, 3), []
 
     def spoil_once(chunk: Chunk) -> Chunk:
         if chunk.offset != 10_000 or spoiled:
             return chunk
-        spoiled.append(chunk.offset)
-        return replace(chunk, data=chunk.data[:-1] + bytes([chunk.data[-1] ^ 4]))
+        spoiled.append(type(chunk.data))
+        return replace(chunk, data=bytes(chunk.data[:-1]) + bytes([chunk.data[-1] ^ 4]))
 
     wire.spoil = spoil_once
     assert_holds(fetch(client(), manifest), 3)
+    assert spoiled == [bytes if large_frame_bytes > 10_000 else memoryview]
     assert sorted(wire.chunks()) == sorted([("", 10_000), *(("", offset) for offset in range(0, 44_000, 10_000))])
     wire.spoil = lambda chunk: replace(chunk, offset=chunk.offset + 1)
     with pytest.raises(RuntimeError, match=r"bytes 0\+10000 of publication \S+ arrived damaged 3 times"):
@@ -244,6 +252,47 @@ def test_a_pull_that_broke_off_goes_on_at_the_chunk_that_failed(store: WeightSto
     wire.spoil = lambda chunk: chunk
     assert_holds(fetch(pulling, manifest), 3)
     assert wire.chunks() == [("", offset) for offset in range(30_000, manifest.num_bytes, 2_000)]
+
+
+def test_a_tensor_that_arrives_wrong_is_named_and_the_version_pulled_from_the_beginning_again(
+    store: WeightStore, client: Clients, wire: Wire
+):
+    manifest, pulling = publish(store, 3), client(chunk_bytes=2_000)
+    wrong = manifest.tensors[2]
+
+    def forge(chunk: Chunk) -> Chunk:
+        data = bytes([chunk.data[0] ^ 1]) + bytes(chunk.data[1:])
+        return replace(chunk, data=data, checksum=checksum(data)) if chunk.offset == 20_000 else chunk
+
+    wire.spoil = forge
+    with pytest.raises(RuntimeError, match=f"policy 3: tensor {wrong.name} arrived with checksum"):
+        fetch(pulling, manifest)
+    wire.spoil = lambda chunk: chunk
+    wire.chunks()
+    assert_holds(fetch(pulling, manifest), 3)
+    assert ("", 0) in wire.chunks()
+
+
+@given(st.lists(st.integers(0, 300), max_size=8), st.integers(0, 299), st.integers(0, 2))
+def test_checksums_taken_as_the_bytes_arrive_are_those_of_the_whole_tensors(arrivals: list[int], at: int, spoiled: int):
+    """Whatever arrives at once, also where tensors share bytes, leave gaps or have none."""
+    rng = np.random.default_rng(0)
+    published = rng.integers(0, 256, 300, np.uint8)
+    places = {"a": (0, 100), "tied": (40, 100), "empty": (150, 0), "c": (160, 140)}
+    entries = tuple(
+        TensorEntry(name, "float32", (size // 4,), offset, size, checksum(published[offset : offset + size]))
+        for name, (offset, size) in places.items()
+    )
+    arrived = np.zeros(300, np.uint8)
+    check = TensorCheck(Manifest(1, "s:1", "", "", 300, entries), arrived)
+    published[at] ^= spoiled
+    for end in sorted(arrivals):
+        arrived[:end] = published[:end]
+        check.advance(end)
+    arrived[:] = published
+    hit = [name for name, (offset, size) in places.items() if spoiled and offset <= at < offset + size]
+    with pytest.raises(RuntimeError, match=f"policy 1: tensor {hit[0]} arrived") if hit else nullcontext():
+        check.finish()
 
 
 def test_of_a_later_version_only_the_difference_is_pulled(store: WeightStore, client: Clients):

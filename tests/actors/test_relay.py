@@ -119,8 +119,10 @@ def test_with_a_fanout_of_one_relays_form_a_chain(start):
             await cluster.relay("first")
             second, pulling, _ = await cluster.relay("second")
             asked = []
-            answer = cluster.store._server._chunk
-            cluster.store._server._chunk = lambda request: asked.append(request.offset) or answer(request)
+            answer = cluster.store._server._kept.chunk
+            cluster.store._server._kept.chunk = lambda request, asker: (
+                asked.append(request.offset) or answer(request, asker)
+            )
             await cluster.publish(1)
             await until(lambda: second.policy_version == 1)
             assert pulling.pulled_bytes == 20_000
@@ -154,11 +156,15 @@ def test_a_relay_that_breaks_off_is_replaced_by_the_learner_at_that_chunk(start)
             # Of another folder than actors may map, so that they pull; and half of it is refused.
             actor = cluster.client("far", maps=True)
             actor._relays = None
-            answer = relay._server._chunk
-            relay._server._chunk = lambda request: answer(request) if request.offset < 8_000 else Refused("no more")
+            answer = relay._server._kept.chunk
+            relay._server._kept.chunk = lambda request, asker: (
+                answer(request, asker) if request.offset < 8_000 else Refused("no more")
+            )
             asked = []
-            learners = cluster.store._server._chunk
-            cluster.store._server._chunk = lambda request: asked.append(request.offset) or learners(request)
+            learners = cluster.store._server._kept.chunk
+            cluster.store._server._kept.chunk = lambda request, asker: (
+                asked.append(request.offset) or learners(request, asker)
+            )
             assert holds(await cluster.take(actor), 1)
             assert sorted(asked) == [8_000, 12_000, 16_000]
 

@@ -63,7 +63,7 @@ def values(wanted: Any) -> st.SearchStrategy[Any]:
         if isinstance(limit, schema.Text):
             return NAME.filter(bool) if limit.pattern else LINE
         return st.integers(int(limit.least), int(limit.most)) if kind is int else st.floats(limit.least, limit.most)
-    simple = {bool: st.booleans(), float: FLOAT, bytes: st.binary(max_size=8)}
+    simple = {bool: st.booleans(), float: FLOAT, wire.Frame: st.binary(max_size=8)}
     if wanted in simple:
         return simple[wanted]
     if typing.get_origin(wanted) is dict:
@@ -216,3 +216,12 @@ def test_a_mask_that_is_no_mask_is_refused(make_group: Any):
     arrays = packed.arrays_frame[:-1] + b"\x02"
     with pytest.raises(wire.WireError, match="loss mask holds 2"):
         unpack_group(read_group_header(packed.header_frame, arrays))
+
+
+def test_a_large_frame_stays_where_it_was_received():
+    chunk = wire.Chunk(0, "0123456789abcdef", bytes(range(256)))
+    header, data = wire.encode(chunk, 7, "run")
+    received = memoryview(bytearray(data))
+    decoded, _ = wire.decode([header, received], "run")
+    assert decoded == chunk
+    assert isinstance(decoded, wire.Chunk) and decoded.data is received

@@ -16,7 +16,7 @@ from buffer.credentials import Credentials
 from buffer.layout import checksum
 from buffer.slots import hold
 from buffer.weights_config import WeightsConfig
-from buffer.wire import Chunk, ChunkRequest, Close, Manifest, ManifestRequest, Message, NoNewVersion
+from buffer.wire import Chunk, ChunkRequest, Close, Manifest, ManifestRequest, Message, NoNewVersion, decode, encode
 from learner.publisher import ALIGNMENT_BYTES, WeightStore
 
 Stores = Callable[..., WeightStore]
@@ -257,6 +257,45 @@ def test_the_memory_of_a_retired_version_is_written_again_unless_somebody_reads_
     assert Path(manifests[-1].path).stat().st_ino in inodes[:2]
     with pytest.raises(FileNotFoundError):
         hold(Path(manifests[0].path))
+
+
+def test_a_stalled_reader_gets_what_it_asked_for_although_later_versions_are_published(
+    open_store: Stores, actor: Connection, address: str
+):
+    """Its chunks are sent from the slot: that must not be written while ZeroMQ has them, and the others go on."""
+    store, size = open_store(keep_versions=1), 1 << 22
+    manifests = [store.publish(0, [("w", torch.zeros(4 * size, dtype=torch.uint8))]).result(10)]
+    inodes = [Path(manifests[0].path).stat().st_ino]
+    context = zmq.Context()
+    stalled = context.socket(zmq.DEALER)
+    stalled.setsockopt(zmq.RCVHWM, 1)
+    stalled.setsockopt(zmq.IDENTITY, b"stalled")
+    stalled.connect(address)
+    for number in range(4):
+        # Repeated, as a request is that gets no answer for a while.
+        for _ in range(3):
+            request = ChunkRequest(manifests[0].publication, "", number * size, size)
+            stalled.send_multipart(encode(request, number, "test"))
+    assert stalled.poll(10_000)
+    time.sleep(0.3)
+    for version in range(1, 5):
+        tensor = torch.full((4 * size,), version, dtype=torch.uint8)
+        manifests.append(store.publish(version, [("w", tensor)]).result(10))
+        inodes.append(Path(manifests[-1].path).stat().st_ino)
+        assert pull(actor, manifests[-1], size) == tensor.numpy().tobytes()
+    # Version 0 keeps its slot, the others take turns.
+    assert inodes[0] not in inodes[1:] and len(set(inodes)) == 3
+    replies = []
+    while stalled.poll(500):
+        replies.append(decode(stalled.recv_multipart(), "test")[0])
+    context.destroy(linger=0)
+    assert all(isinstance(reply, Chunk) and bytes(reply.data) == bytes(size) for reply in replies)
+    # What had left before the repeat came is sent again; what waits is not.
+    assert 4 <= len(replies) <= 8
+    for version in range(5, 9):
+        manifests.append(store.publish(version, [("w", torch.zeros(4 * size, dtype=torch.uint8))]).result(10))
+        inodes.append(Path(manifests[-1].path).stat().st_ino)
+    assert inodes[0] in inodes[1:]
 
 
 def test_other_tensors_than_before_are_refused(open_store: Stores):
