@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch._dynamo.config
 from numpy.typing import NDArray
 
 from actors.config import ActorConfig
@@ -80,9 +81,15 @@ class Engine:
         self._thread = EngineThread(self._make, config.cpu_affinity)
 
     def _make(self) -> LLMEngine:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            # Two functions of vLLM's sampler are compiled even in eager mode, for seconds that they never save again.
+            torch._dynamo.config.disable = True
+            os.environ["TORCH_COMPILE_DISABLE"] = "1"
+
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
