@@ -64,7 +64,7 @@ def prepare_environment(config: ActorConfig) -> None:
 
 
 class Engine:
-    """One vLLM engine; create it inside a running event loop, then `await engine.start()`.
+    """One vLLM engine, in a thread of its own; `await engine.start()` before anything else.
 
     Args:
         config: the actor's.
@@ -83,7 +83,8 @@ class Engine:
     def _make(self) -> LLMEngine:
         from vllm.platforms import current_platform
 
-        if current_platform.is_cpu():
+        config, on_cpu = self._config, current_platform.is_cpu()
+        if on_cpu:
             # Two functions of vLLM's sampler are compiled even in eager mode, for seconds that they never save again.
             torch._dynamo.config.disable = True
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
@@ -93,7 +94,6 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
-        config, on_cpu = self._config, current_platform.is_cpu()
         arguments = EngineArgs(
             model=config.model_path,
             dtype=config.dtype,
@@ -113,7 +113,7 @@ class Engine:
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=BACKENDS[self._transport]),
             worker_extension_cls=WORKER_EXTENSION,
-            distributed_executor_backend=None if config.tensor_parallel_size > 1 else IN_THIS_PROCESS,
+            distributed_executor_backend=IN_THIS_PROCESS if on_cpu and config.tensor_parallel_size == 1 else None,
         )
         settings = arguments.create_engine_config()
         return LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)
