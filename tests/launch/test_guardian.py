@@ -31,9 +31,10 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 socket.socket(socket.AF_UNIX).bind(tempfile.mkdtemp() + "/socket")
 memory = os.environ["SLIPSTREAM_MEMORY"]
 open(memory + "/v1.weights", "wb").write(bytes(1 << 16))
-if not os.fork():
+if os.fork():
+    print(memory, flush=True)
+else:
     os.setsid()
-print(memory, flush=True)
 time.sleep(60)
 """
 
