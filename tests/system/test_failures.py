@@ -51,7 +51,9 @@ class Run:
     def process_of(self, *words: str) -> psutil.Process:
         """The launcher's child whose command line ends so."""
         children = psutil.Process(self.process.pid).children()
-        [found] = [child for child in children if tuple(child.cmdline()[-len(words) :]) == words]
+        # One that was just killed has no command line until the launcher takes note of its end.
+        alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+        [found] = [child for child in alive if tuple(child.cmdline()[-len(words) :]) == words]
         return found
 
     @property
