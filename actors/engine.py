@@ -153,6 +153,8 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output = await self._thread.generate(request_id, prompt_ids, parameters)
+        if len(output.outputs) != num_samples:
+            raise RuntimeError(f"the engine returned no complete output for request {request_id}")
         return [_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index)]
 
     async def load(self, weights: LocalWeights) -> None:

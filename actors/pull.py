@@ -18,7 +18,8 @@ from actors.local_weights import HostCopy, LocalWeights, TensorCheck, check_tens
 from buffer.client import Connection
 from buffer.delta import DeltaError, apply
 from buffer.layout import checksum, layout_of
-from buffer.wire import Chunk, ChunkRequest, DeltaReply, DeltaRequest, Frame, Manifest, Message
+from buffer.schema import Frame
+from buffer.wire import Chunk, ChunkRequest, DeltaReply, DeltaRequest, Manifest, Message
 
 logger = logging.getLogger(__name__)
 

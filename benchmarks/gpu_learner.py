@@ -86,9 +86,7 @@ def plain_step(policy: PolicyModel, data: Sequences, budget: int, device: torch.
         counts = {"num_tokens": batch.num_scored_tokens, "num_sequences": len(batch.trajectories)}
         weights = algorithm.token_weights(mask, batch.sequence_index, **counts).float()
         for micro in batch.microbatches(everything, budget, tokens_at_par=policy.tokens_at_par):
-            logprobs, entropy = policy(
-                micro.token_ids, micro.position_ids, micro.boundaries, micro.targets, micro.shared
-            )
+            logprobs, entropy = policy(*micro.inputs)
             loss = algorithm.loss(
                 LossInputs(
                     logprobs=logprobs,

@@ -24,8 +24,8 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from buffer.credentials import Credentials
-from buffer.schema import WireError, check_name
-from buffer.wire import MAX_FRAME_BYTES, Frame, Frames, Message, Refused, decode, encode
+from buffer.schema import Frame, Frames, WireError, check_name
+from buffer.wire import MAX_FRAME_BYTES, Message, Refused, decode, encode
 
 log = logging.getLogger(__name__)
 

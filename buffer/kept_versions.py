@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from buffer.delta import encode
 from buffer.layout import checksum, layout_of
+from buffer.schema import Frame
 from buffer.slots import Slot, hold, let_go
-from buffer.wire import Chunk, ChunkRequest, Frame, Manifest, Refused
+from buffer.wire import Chunk, ChunkRequest, Manifest, Refused
 
 WORTHWHILE_SHARE = 0.5
 """A delta that is larger than this share of the version is not sent."""

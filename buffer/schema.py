@@ -21,7 +21,10 @@ MAX_INTEGER = (1 << 63) - 1
 MAX_VERSION = 1 << 40
 MAX_ITEMS = 1 << 16
 
-Reader = Callable[[Any, list[Any]], Any]
+Frame = bytes | memoryview
+"""A memoryview is a large frame where ZeroMQ has it: it lasts as long as somebody holds it."""
+Frames = list[Frame]
+Reader = Callable[[Any, Frames], Any]
 """Takes a decoded msgpack value and the frames that are left, last one first."""
 
 
@@ -123,7 +126,7 @@ def field_types(cls: type[Any]) -> dict[str, Any]:
 
 
 def _record(build: Callable[[Any], Any], name: str, readers: list[Reader]) -> Reader:
-    def read(value: Any, rest: list[Any]) -> Any:
+    def read(value: Any, rest: Frames) -> Any:
         if type(value) is not list or len(value) != len(readers):
             raise WireError(f"{name} has {len(readers)} fields")
         return build([read_one(item, rest) for read_one, item in zip(readers, value, strict=True)])
@@ -132,7 +135,7 @@ def _record(build: Callable[[Any], Any], name: str, readers: list[Reader]) -> Re
 
 
 def _sequence(read_one: Reader) -> Reader:
-    def read(value: Any, rest: list[Any]) -> Any:
+    def read(value: Any, rest: Frames) -> Any:
         if type(value) is not list or len(value) > MAX_ITEMS:
             raise WireError(f"expected at most {MAX_ITEMS} values, got {_describe(value)}")
         return tuple([read_one(item, rest) for item in value])
@@ -141,7 +144,7 @@ def _sequence(read_one: Reader) -> Reader:
 
 
 def _mapping(read_key: Reader, read_value: Reader) -> Reader:
-    def read(value: Any, rest: list[Any]) -> Any:
+    def read(value: Any, rest: Frames) -> Any:
         if type(value) is not dict or len(value) > MAX_ITEMS:
             raise WireError(f"expected a map of at most {MAX_ITEMS} entries, got {_describe(value)}")
         return {read_key(key, rest): read_value(item, rest) for key, item in value.items()}
@@ -152,7 +155,7 @@ def _mapping(read_key: Reader, read_value: Reader) -> Reader:
 def _text(limit: Text) -> Reader:
     matches = re.compile(limit.pattern, re.DOTALL).fullmatch if limit.pattern else str.isprintable
 
-    def read(value: Any, rest: list[Any]) -> Any:
+    def read(value: Any, rest: Frames) -> Any:
         if type(value) is not str:
             raise WireError(f"expected str, got {type(value).__name__}")
         if len(value) > limit.longest:
@@ -167,7 +170,7 @@ def _text(limit: Text) -> Reader:
 def _number(wanted: type[Any], limit: Within) -> Reader:
     kinds = (int,) if wanted is int else (int, float)
 
-    def read(value: Any, rest: list[Any]) -> Any:
+    def read(value: Any, rest: Frames) -> Any:
         if type(value) not in kinds:
             raise WireError(f"expected {wanted.__name__}, got {type(value).__name__}")
         if not limit.least <= value <= limit.most:
@@ -177,14 +180,14 @@ def _number(wanted: type[Any], limit: Within) -> Reader:
     return read
 
 
-def _float(value: Any, rest: list[Any]) -> float:
+def _float(value: Any, rest: Frames) -> float:
     """Any float, for measurements that may be NaN."""
     if type(value) not in (int, float):
         raise WireError(f"expected float, got {type(value).__name__}")
     return float(value)
 
 
-def _bool(value: Any, rest: list[Any]) -> bool:
+def _bool(value: Any, rest: Frames) -> bool:
     if type(value) is not bool:
         raise WireError(f"expected bool, got {type(value).__name__}")
     return value

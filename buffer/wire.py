@@ -20,6 +20,8 @@ from buffer.packed_group import PackedGroup, read_group_header
 from buffer.schema import (
     MAX_INTEGER,
     Count,
+    Frame,
+    Frames,
     Line,
     Name,
     Number,
@@ -40,10 +42,6 @@ SCHEMA = 5
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
-
-Frame = bytes | memoryview
-"""A memoryview is a large frame where ZeroMQ has it: it lasts as long as somebody holds it."""
-Frames = list[Frame]
 
 
 class ForeignRunError(WireError):

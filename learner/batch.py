@@ -38,6 +38,11 @@ class MicroBatch:
     shared: SharedPrefixes | None = None
     """What the sequences have in common; None: nothing to speak of."""
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, SharedPrefixes | None]:
+        """What a network is called with."""
+        return self.token_ids, self.position_ids, self.boundaries, self.targets, self.shared
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:

@@ -105,7 +105,7 @@ class TrainingEngine:
 
     def forward(self, micro: MicroBatch) -> Any:
         """The network's outputs on the scored tokens of one microbatch."""
-        outputs = self._engine(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets, micro.shared)
+        outputs = self._engine(*micro.inputs)
         if self._zero_stage == 3 and not torch.is_grad_enabled():
             self._forget_unfinished_trace()
         return outputs

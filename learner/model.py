@@ -103,7 +103,53 @@ def _varlen_attention(
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
-class PolicyModel(nn.Module):
+class ScoredDecoder(nn.Module):
+    """A decoder over packed sequences, and what its states say about the tokens to score."""
+
+    tokens_at_par: float
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        boundaries: Sequence[int],
+        targets: Tensor,
+        shared: SharedPrefixes | None = None,
+    ) -> Any:
+        """What the subclass makes of the states [M, hidden_size] that the scored tokens were sampled from.
+
+        Args:
+            token_ids: [N] int64 packed sequences.
+            position_ids: [N] int64, restarting at 0 with every sequence.
+            boundaries: [num_sequences + 1] start offsets and N.
+            targets: [M] int64 indices into N of the tokens to score; never the first of a sequence.
+            shared: what the sequences have in common; None: every token is computed.
+        """
+        predecessors = targets - 1
+        computed, positions = token_ids, position_ids
+        if shared is not None:
+            computed, positions = token_ids[shared.computed], position_ids[shared.computed]
+            predecessors = shared.source[predecessors]
+        output = self._decoder()(
+            input_ids=computed.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            boundaries=tuple(boundaries),
+            shared=shared,
+        )
+        # An index's gradient assumes that rows repeat and sorts them; this one's only adds.
+        states = output.last_hidden_state[0].index_select(0, predecessors)
+        return self._outputs(states, token_ids[targets])
+
+    def _decoder(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _outputs(self, states: Tensor, scored: Tensor) -> Any:
+        """Of [M, hidden_size] states and the [M] int64 tokens that came after them."""
+        raise NotImplementedError
+
+
+class PolicyModel(ScoredDecoder):
     """A causal language model that scores given tokens under the sampling temperature."""
 
     def __init__(self, causal_lm: PreTrainedModel, temperature: float) -> None:
@@ -130,33 +176,21 @@ class PolicyModel(nn.Module):
             add_adapters(policy.causal_lm, lora)
         return policy
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        position_ids: Tensor,
-        boundaries: Sequence[int],
-        targets: Tensor,
-        shared: SharedPrefixes | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the scored tokens, and the entropy of the distributions they were drawn from.
+    def _decoder(self) -> nn.Module:
+        decoder: nn.Module = self.causal_lm.get_decoder()
+        return decoder
 
-        Args:
-            token_ids: [N] int64 packed sequences.
-            position_ids: [N] int64, restarting at 0 with every sequence.
-            boundaries: [num_sequences + 1] start offsets and N.
-            targets: [M] int64 indices into N of the tokens to score; never the first of a sequence.
-            shared: what the sequences have in common; None: every token is computed.
+    def _outputs(self, states: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the scored tokens, and the entropy of the distributions they were drawn from.
 
         Returns:
             logprobs [M] float32 and entropy [M] float32 in nats.
         """
-        states = _predicting(self.causal_lm.get_decoder(), token_ids, position_ids, boundaries, targets, shared)
-        head = self.causal_lm.get_output_embeddings()
-        scores: tuple[Tensor, Tensor] = head(states, token_ids[targets], self.temperature)
+        scores: tuple[Tensor, Tensor] = self.causal_lm.get_output_embeddings()(states, scored, self.temperature)
         return scores
 
 
-class ValueModel(nn.Module):
+class ValueModel(ScoredDecoder):
     """A decoder with a fresh scalar head: V(s_t) at the state each scored token was sampled from."""
 
     def __init__(self, decoder: nn.Module, hidden_size: int) -> None:
@@ -174,16 +208,11 @@ class ValueModel(nn.Module):
         decoder = _load(AutoModel, path, dtype, checkpointing)
         return cls(decoder, decoder.config.hidden_size).to(dtype)
 
-    def forward(
-        self,
-        token_ids: Tensor,
-        position_ids: Tensor,
-        boundaries: Sequence[int],
-        targets: Tensor,
-        shared: SharedPrefixes | None = None,
-    ) -> Tensor:
-        """Values [M] float32 of the states before the scored tokens; arguments as in `PolicyModel.forward`."""
-        states = _predicting(self.decoder, token_ids, position_ids, boundaries, targets, shared)
+    def _decoder(self) -> nn.Module:
+        return self.decoder
+
+    def _outputs(self, states: Tensor, scored: Tensor) -> Tensor:
+        """Values [M] float32 of the states before the scored tokens."""
         values: Tensor = self.value_head(states).squeeze(-1)
         return values.float()
 
@@ -199,31 +228,6 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool, 
         # transformers loads in evaluation mode, where it recomputes nothing and keeps every activation.
         network.train()
     return network
-
-
-def _predicting(
-    decoder: nn.Module,
-    token_ids: Tensor,
-    position_ids: Tensor,
-    boundaries: Sequence[int],
-    targets: Tensor,
-    shared: SharedPrefixes | None,
-) -> Tensor:
-    """[M, hidden_size] the states that the scored tokens were sampled from."""
-    predecessors = targets - 1
-    if shared is not None:
-        token_ids, position_ids = token_ids[shared.computed], position_ids[shared.computed]
-        predecessors = shared.source[predecessors]
-    output = decoder(
-        input_ids=token_ids.unsqueeze(0),
-        position_ids=position_ids.unsqueeze(0),
-        use_cache=False,
-        boundaries=tuple(boundaries),
-        shared=shared,
-    )
-    hidden: Tensor = output.last_hidden_state[0]
-    # An index's gradient assumes that rows repeat and sorts them; this one's only adds.
-    return hidden.index_select(0, predecessors)
 
 
 def _tokens_at_par(decoder: Any) -> float:

@@ -70,10 +70,7 @@ def score_batch(
     everything, agree = range(len(batch.trajectories)), isinstance(network, TrainingEngine)
     at_par = network.tokens_at_par
     for micro, counts, _ in _microbatches(batch, everything, tokens_per_microbatch, at_par, stopping, agree=agree):
-        if isinstance(network, TrainingEngine):
-            output = network.forward(micro)
-        else:
-            output = network(micro.token_ids, micro.position_ids, micro.boundaries, micro.targets, micro.shared)
+        output = network.forward(micro) if isinstance(network, TrainingEngine) else network(*micro.inputs)
         if counts:
             outputs.append(output[0] if isinstance(output, tuple) else output)
     return torch.cat(outputs)

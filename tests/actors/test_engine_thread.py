@@ -103,6 +103,14 @@ async def sampled(thread: EngineThread, name: str, prompt: tuple[int, ...] = (1,
     return await thread.generate(name, prompt, None)  # type: ignore[arg-type]
 
 
+async def held(thread: EngineThread, llm: Counting, name: str) -> "asyncio.Future[Any]":
+    """A request in the middle of its first step, which waits for the gate."""
+    llm.gate.clear()
+    request = asyncio.ensure_future(sampled(thread, name))
+    await asyncio.sleep(0.05)
+    return request
+
+
 def test_requests_come_back_whole_and_all_is_done_in_one_thread() -> None:
     async def do(thread: EngineThread) -> None:
         outputs = await asyncio.gather(*(sampled(thread, f"r{index}") for index in range(5)))
@@ -118,9 +126,7 @@ def test_work_is_done_between_two_steps_while_requests_are_in_flight() -> None:
     llm = Counting()
 
     async def do(thread: EngineThread) -> None:
-        llm.gate.clear()
-        running = asyncio.ensure_future(sampled(thread, "r"))
-        await asyncio.sleep(0.05)
+        running = await held(thread, llm, "r")
         left = asyncio.ensure_future(thread.call(lambda llm: dict(llm.steps_of)))  # type: ignore[attr-defined]
         await asyncio.sleep(0.05)
         assert not left.done()
@@ -147,9 +153,7 @@ def test_when_the_engine_fails_everybody_is_told_and_nothing_is_taken_any_more()
     llm = Counting()
 
     async def do(thread: EngineThread) -> None:
-        llm.gate.clear()
-        waiting = [asyncio.ensure_future(sampled(thread, "r"))]
-        await asyncio.sleep(0.05)
+        waiting = [await held(thread, llm, "r")]
         waiting.append(asyncio.ensure_future(thread.call(lambda _: None)))
         await asyncio.sleep(0.05)
         llm.breaks = True
@@ -194,9 +198,7 @@ def test_a_cancelled_request_leaves_the_engine() -> None:
     llm = Counting()
 
     async def do(thread: EngineThread) -> None:
-        llm.gate.clear()
-        request = asyncio.ensure_future(sampled(thread, "unwanted"))
-        await asyncio.sleep(0.05)
+        request = await held(thread, llm, "unwanted")
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request
@@ -212,9 +214,7 @@ def test_batches_scheduled_ahead_end_before_anything_is_frozen() -> None:
     llm = Counting(ahead=True)
 
     async def do(thread: EngineThread) -> None:
-        llm.gate.clear()
-        request = asyncio.ensure_future(sampled(thread, "r"))
-        await asyncio.sleep(0.05)
+        request = await held(thread, llm, "r")
 
         def frozen(llm: Any) -> int:
             thread.freeze(llm)

@@ -9,7 +9,6 @@ from transformers import AutoModel
 import learner.head
 from learner.batch import MicroBatch
 from learner.model import PolicyModel, ValueModel
-from learner.prefixes import SharedPrefixes
 from tests.learner.samples import VOCABULARY, make_batch, make_group, plain_model, plain_scores, save_tiny_model
 
 SHAPES = {
@@ -35,10 +34,6 @@ def packed() -> MicroBatch:
     (micro,) = make_batch([make_group("g", 0, size=3)]).microbatches(range(0, 3), 1000)
     assert len(micro.targets) % 7 and len(micro.targets) > 14
     return micro
-
-
-def arguments(micro: MicroBatch) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, SharedPrefixes | None]:
-    return micro.token_ids, micro.position_ids, micro.boundaries, micro.targets, micro.shared
 
 
 def sequences(micro: MicroBatch) -> list[tuple[Tensor, Tensor]]:
@@ -69,7 +64,7 @@ def test_packed_scores_and_gradients_equal_one_sequence_at_a_time(
     assert micro.shared is not None and len(micro.shared.computed) == len(micro.token_ids) - 6
     micro = micro if shared else replace(micro, shared=None)
     policy = PolicyModel.load(folder, dtype=torch.float32, temperature=temperature, checkpointing=checkpointing)
-    logprobs, entropy = policy(*arguments(micro))
+    logprobs, entropy = policy(*micro.inputs)
     expected_logprobs, expected_entropy, expected = one_by_one(folder, micro, temperature)
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
@@ -84,7 +79,7 @@ def test_packed_scores_and_gradients_equal_one_sequence_at_a_time(
 def test_a_sequence_does_not_see_its_neighbors(folder: Path):
     micro = replace(packed(), shared=None)
     policy = PolicyModel.load(folder, dtype=torch.float32, temperature=1.0, checkpointing=False)
-    before, _ = policy(*arguments(micro))
+    before, _ = policy(*micro.inputs)
     changed = micro.token_ids.clone()
     changed[: micro.boundaries[1]] = changed[: micro.boundaries[1]].flip(0)
     after, _ = policy(changed, micro.position_ids, micro.boundaries, micro.targets)
@@ -98,20 +93,20 @@ def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(folde
     policy = PolicyModel.load(folder, dtype=torch.float32, temperature=1.0, checkpointing=checkpointing)
     calls = []
     policy.causal_lm.get_decoder().layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
-    policy(*arguments(packed()))[0].sum().backward()
+    policy(*packed().inputs)[0].sum().backward()
     assert len(calls) == (2 if checkpointing else 1)
 
 
 def test_values_are_zero_at_first_and_then_those_of_the_state_before_each_token(folder: Path):
     micro = packed()
     critic = ValueModel.load(folder, dtype=torch.float32, checkpointing=False)
-    assert critic(*arguments(micro)).abs().max() == 0
+    assert critic(*micro.inputs).abs().max() == 0
     torch.nn.init.normal_(critic.value_head.weight)
     critic.value_head.bias.data.fill_(0.5)
     decoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     states = [decoder(ids.unsqueeze(0)).last_hidden_state[0][scored - 1] for ids, scored in sequences(micro)]
     expected = torch.cat(states) @ critic.value_head.weight[0] + 0.5
-    torch.testing.assert_close(critic(*arguments(micro)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(critic(*micro.inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_are_float32_whatever_the_parameters_are(model_folder: Path):
@@ -119,6 +114,6 @@ def test_outputs_are_float32_whatever_the_parameters_are(model_folder: Path):
     policy = PolicyModel.load(model_folder, dtype=torch.bfloat16, temperature=1.0, checkpointing=False)
     critic = ValueModel.load(model_folder, dtype=torch.bfloat16, checkpointing=False)
     assert {p.dtype for p in (*policy.parameters(), *critic.parameters())} == {torch.bfloat16}
-    logprobs, entropy = policy(*arguments(micro))
-    assert logprobs.dtype == entropy.dtype == critic(*arguments(micro)).dtype == torch.float32
+    logprobs, entropy = policy(*micro.inputs)
+    assert logprobs.dtype == entropy.dtype == critic(*micro.inputs).dtype == torch.float32
     assert float(logprobs.detach().max()) <= 0.0
