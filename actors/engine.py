@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MIN_BATCHED_TOKENS = 2048
 """Tokens of one engine step on a CPU; more helps neither prefill nor decoding there."""
+BLOCK_TOKENS = 32
+"""Of the key-value cache on a CPU, the fewest there: what short sequences fill lies close together."""
 SHUTDOWN_SECONDS = 10.0
 """What an engine has in flight is worthless once its actor ends."""
 IN_THIS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -94,6 +96,12 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
+        in_this_process = on_cpu and config.tensor_parallel_size == 1
+        cpu_settings: dict[str, Any] = {}
+        if in_this_process:
+            from actors.cpu_kernels import use_fused_kernels
+
+            cpu_settings = {"ir_op_priority": use_fused_kernels(), "distributed_executor_backend": IN_THIS_PROCESS}
         arguments = EngineArgs(
             model=config.model_path,
             dtype=config.dtype,
@@ -113,7 +121,8 @@ class Engine:
             disable_log_stats=True,
             weight_transfer_config=WeightTransferConfig(backend=BACKENDS[self._transport]),
             worker_extension_cls=WORKER_EXTENSION,
-            distributed_executor_backend=IN_THIS_PROCESS if on_cpu and config.tensor_parallel_size == 1 else None,
+            block_size=BLOCK_TOKENS if on_cpu else None,
+            **cpu_settings,
         )
         settings = arguments.create_engine_config()
         return LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)

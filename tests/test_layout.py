@@ -21,12 +21,14 @@ ONLY_IN = {
     "torch": (
         "learner/",
         "actors/adapters.py",
+        "actors/cpu_kernels.py",
         "actors/device_tensors.py",
         "actors/device_weights.py",
         "actors/engine.py",
         "actors/weights.py",
     ),
     "vllm": (
+        "actors/cpu_kernels.py",
         "actors/device_weights.py",
         "actors/engine.py",
         "actors/engine_thread.py",

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 from verifier.base import Completion, RewardSpec, Score, Verdict
 from verifier.config import check_treatment
+from verifier.messages import Failure
 from verifier.scorer import build_scorer
-from verifier.scoring import Failure
 from verifier.worker import Worker, WorkerStartError
 
 log = logging.getLogger(__name__)

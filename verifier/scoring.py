@@ -17,24 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from verifier.base import Completion, RewardSpec, Score, Verdict
+from verifier.messages import Failure, pack_result, unpack_completion
 from verifier.scorer import Scorer, build_scorer
 
-READY = "ready"
-"""What a process says when it can score."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A completion that could not be scored: timeout, crash or error, and why."""
-
-    verdict: Verdict
-    reason: str
-    from_outside: bool = False
-    """The process was killed, and not by its limits: the completion is not to blame."""
+READY = b"ready"
+"""What a process says when it can score; anything else is the reason why it can't."""
 
 
 def serve(connection: Connection, spec: Sequence[RewardSpec], memory_bytes: int, cpu_seconds: float) -> None:
@@ -50,18 +40,18 @@ def serve(connection: Connection, spec: Sequence[RewardSpec], memory_bytes: int,
         scorer.grader.prepare()
     # Said through the pipe, since a reward of the user's may raise anything.
     except Exception as error:
-        connection.send(_sentence(error))
+        connection.send_bytes(_sentence(error).encode(errors="replace"))
         return
-    connection.send(READY)
+    connection.send_bytes(READY)
     with contextlib.suppress(EOFError):
         while True:
-            completion = connection.recv()
+            completion = unpack_completion(connection.recv_bytes())
             _allow_processor(cpu_seconds)
             result = _score(scorer, completion)
             if os.getpid() != own_pid:
                 # A reward that forked and came back twice: only one of the two may answer.
                 os._exit(1)
-            connection.send(result)
+            connection.send_bytes(pack_result(result))
 
 
 def _score(scorer: Scorer, completion: Completion) -> Score | Failure:

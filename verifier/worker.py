@@ -11,17 +11,19 @@ import contextlib
 import math
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import struct
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from verifier.base import Completion, RewardSpec, Score, Verdict
-from verifier.scoring import READY, Failure, serve
+from verifier.messages import Failure, pack_completion, unpack_result
+from verifier.scoring import READY, serve
 
 START_SECONDS = 60.0
 NUM_START_TRIES = 3
@@ -40,6 +42,28 @@ class WorkerStartError(RuntimeError):
     """A scoring process cannot be started; the text says why."""
 
 
+class _Held:
+    """A scoring process and our end of its pipe."""
+
+    def __init__(self, process: BaseProcess, connection: Connection) -> None:
+        self.process, self.connection = process, connection
+        # Asked twice per completion, so it is made once.
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        self._poll.register(process.sentinel, select.POLLIN)
+
+    def wait(self, seconds: float) -> tuple[bool, bool]:
+        """Whether there is something to read, or the other end is gone; and whether the process has died."""
+        ready = {number for number, _ in self._poll.poll(math.ceil(seconds * 1000))}
+        return self.connection.fileno() in ready, self.process.sentinel in ready
+
+    def forget(self) -> None:
+        """Reap it, once it was killed or has died."""
+        self.process.join()
+        self.process.close()
+        self.connection.close()
+
+
 class Worker:
     """The pool's half. Used by one thread, but for `end`, which any may call; `close` follows it.
 
@@ -52,9 +76,8 @@ class Worker:
     def __init__(self, spec: Sequence[RewardSpec], *, deadline_seconds: float, memory_bytes: int) -> None:
         self._deadline_seconds = deadline_seconds
         self._arguments = (list(spec), memory_bytes, deadline_seconds)
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
-        self._standby: tuple[BaseProcess, Connection] | None = None
+        self._held: _Held | None = None
+        self._standby: _Held | None = None
         self._was_replaced = False
         self._ended = False
 
@@ -82,19 +105,22 @@ class Worker:
         """
         self._kill_process()
         with _processes:
-            if self._standby is not None and wait([self._standby[0].sentinel], 0):
-                _forget(*self._standby)
+            if self._standby is not None and self._standby.wait(0)[1]:
+                self._standby.forget()
                 self._standby = None
-            self._process, self._connection = self._standby or self._launch()
+            held = self._held = self._standby or self._launch()
             self._standby = None
         try:
-            answered = wait([self._connection, self._process.sentinel], START_SECONDS)
-            greeting = self._connection.recv() if answered else f"it was not ready within {START_SECONDS:.0f} s"
+            if not any(held.wait(START_SECONDS)):
+                reason = f"it was not ready within {START_SECONDS:.0f} s"
+            else:
+                greeting = held.connection.recv_bytes()
+                reason = "" if greeting == READY else greeting.decode(errors="replace")
         except (EOFError, OSError):
-            greeting = self._how_it_died().reason
-        if greeting != READY:
+            reason = self._how_it_died().reason
+        if reason:
             self.close()
-            raise WorkerStartError(greeting)
+            raise WorkerStartError(reason)
         # Where one completion hung, others may. What keeps a process from starting is said when it is needed.
         with _processes, contextlib.suppress(WorkerStartError):
             self._standby = self._launch() if self._was_replaced else None
@@ -104,42 +130,42 @@ class Worker:
         """Kill the process for good; whoever waits for it hears of its death."""
         with _processes:
             self._ended = True
-            for process in (self._process, self._standby and self._standby[0]):
-                _kill_group(process)
+            for held in (self._held, self._standby):
+                _kill_group(held)
 
     def close(self) -> None:
         """Kill the process with all it started, and the one that is ready; `start` and `score` make another."""
         self._kill_process()
         with _processes:
             if self._standby is not None:
-                _kill_group(self._standby[0])
-                _forget(*self._standby)
+                _kill_group(self._standby)
+                self._standby.forget()
             self._standby = None
 
     def _score_once(self, completion: Completion, fresh: bool) -> Score | Failure:
-        if self._process is not None and wait([self._process.sentinel], 0):
+        if self._held is not None and self._held.wait(0)[1]:
             with _processes:
                 # It died between two completions, some time ago: its number may be another process's by now.
                 self._forget()
-        if fresh or self._process is None:
+        if fresh or self._held is None:
             self.start()
-        assert self._process is not None
-        assert self._connection is not None
+        assert self._held is not None
         result: Score | Failure | None = None
         # A dead process breaks the pipe; how it died is asked below.
         with contextlib.suppress(OSError, EOFError):
-            self._connection.send(completion)
-            if not wait([self._connection, self._process.sentinel], self._deadline_seconds):
+            self._held.connection.send_bytes(pack_completion(completion))
+            answered, died = self._held.wait(self._deadline_seconds)
+            if answered:
+                result = _read(self._held.connection)
+            elif not died:
                 result = Failure(Verdict.TIMEOUT, f"no score within {self._deadline_seconds:g} s")
-            elif self._connection.poll():
-                result = self._connection.recv()
         if result is None:
             result = self._how_it_died()
         if isinstance(result, Failure) and result.verdict is not Verdict.ERROR:
             self._kill_process()
         return result
 
-    def _launch(self) -> tuple[BaseProcess, Connection]:
+    def _launch(self) -> _Held:
         """A new process, not yet ready, and our end of its pipe; call with the lock held."""
         if self._ended:
             raise WorkerStartError("the scoring pool is closed")
@@ -160,13 +186,13 @@ class Worker:
                     continue
             break
         _bound_sending(ours, self._deadline_seconds)
-        return process, ours
+        return _Held(process, ours)
 
     def _how_it_died(self) -> Failure:
         with _processes:
-            assert self._process is not None
-            self._process.join(1.0)
-            status = self._process.exitcode
+            assert self._held is not None
+            self._held.process.join(1.0)
+            status = self._held.process.exitcode
         if status == -signal.SIGXCPU:
             return Failure(Verdict.TIMEOUT, "it used more of the processor than the deadline allows")
         if status is None:
@@ -179,29 +205,30 @@ class Worker:
     def _kill_process(self) -> None:
         """Kill the process with all it started, and forget it."""
         with _processes:
-            _kill_group(self._process)
+            _kill_group(self._held)
             self._forget()
 
     def _forget(self) -> None:
-        if self._process is not None and self._connection is not None:
-            _forget(self._process, self._connection)
-        self._process = self._connection = None
+        if self._held is not None:
+            self._held.forget()
+        self._held = None
 
 
-def _kill_group(process: BaseProcess | None) -> None:
+def _read(connection: Connection) -> Score | Failure:
+    try:
+        return unpack_result(connection.recv_bytes())
+    except ValueError as error:
+        return Failure(Verdict.CRASH, f"the scoring process answered nonsense: {error}")
+
+
+def _kill_group(held: _Held | None) -> None:
     """SIGKILL to a process and to all it started; call with the lock held."""
-    if process is None or process.pid is None:
+    if held is None or held.process.pid is None:
         return
     # Its group exists from its first statement on, and outlives it where it left a process behind.
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-
-
-def _forget(process: BaseProcess, connection: Connection) -> None:
-    process.join()
-    process.close()
-    connection.close()
+        os.killpg(held.process.pid, signal.SIGKILL)
+    held.process.kill()
 
 
 def _bound_sending(connection: Connection, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Weights into vLLM: what its workers map and load. The only tests here that import vLLM."""
+"""Weights into vLLM: what its workers map and load."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from verifier.base import Completion, RewardSpec, Score, Verdict
+from verifier.messages import Failure
 from verifier.pool import ScoringPool
-from verifier.scoring import Failure
 from verifier.worker import Worker
 
 OBEDIENT = [RewardSpec("misbehaving_rewards:obedient"), RewardSpec("misbehaving_rewards:not_a_number", weight=0.0)]
