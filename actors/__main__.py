@@ -19,6 +19,7 @@ from actors.device_fetch import DeviceClient, rank_offset
 from actors.fetch import WeightClient
 from actors.prompts import Task, TaskConfig, load_task
 from actors.rollout import PromptsTooLongError, check_prompts_fit
+from buffer import starting
 from buffer.client import Connection, host_id
 from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, client_credentials
@@ -86,6 +87,7 @@ async def _run(
     assert own_task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, own_task.cancel)
+    starting.begin()
     from transformers import AutoTokenizer
 
     from actors.actor import Actor
@@ -122,6 +124,7 @@ async def _run(
     spool = run_dir / "actors" / name
     try:
         checksums = await engine.start()
+        starting.done()
         actor = Actor(
             name,
             config,

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from buffer import starting
 from buffer.client import Connection
 from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, server_credentials
@@ -42,6 +43,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    starting.begin()
     os.environ["SLIPSTREAM_DEVICE"] = device_name(run["learner"].get("device", "auto"))
     import torch
     from hydra.utils import instantiate
@@ -79,6 +81,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
             device=device,
             stopping=stopping,
         )
+        starting.done()
         trainer.run()
     except RunStoppedError as error:
         return _ended(error, 3)
