@@ -71,7 +71,7 @@ def random_model(shape: Shape, device: torch.device) -> Any:
     """A causal language model as the learner loads one, without a folder."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from learner.model import PACKED_ATTENTION
+    from learner.attention import PACKED_ATTENTION
 
     torch.manual_seed(0)
     config = Qwen2Config(

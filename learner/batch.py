@@ -148,13 +148,15 @@ class TrainingBatch:
         token_ids = np.concatenate([t.token_ids for t in chosen]).astype(np.int64)
         positions = np.concatenate([np.arange(length) for length in lengths])
         targets = np.flatnonzero(np.concatenate([t.loss_mask for t in chosen]))
+        # The state of a sequence's last scored token, and what is behind it, says nothing about any score.
+        needed = [int(np.flatnonzero(t.loss_mask)[-1]) if t.loss_mask.any() else 0 for t in chosen]
         return MicroBatch(
             token_ids=torch.from_numpy(token_ids).to(self.device),
             position_ids=torch.from_numpy(positions).to(self.device),
             boundaries=tuple(boundaries.tolist()),
             targets=torch.from_numpy(targets).to(self.device),
             scored=self.scored_slice(part),
-            shared=SharedPrefixes.of([t.token_ids for t in chosen], self.device),
+            shared=SharedPrefixes.of([t.token_ids for t in chosen], needed, self.device),
         )
 
 

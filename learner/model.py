@@ -1,106 +1,27 @@
 """The networks the learner trains: a Hugging Face decoder over packed sequences, with a language-model or a value head.
 
-Sequences are concatenated to one axis and no padding is computed: position ids restart with every sequence, and an
-attention function registered with transformers keeps attention inside each one. What sequences have in common at their
-beginning, such as a group's prompt, is computed once and repeated only for attention. Only the scored tokens go through
-the head, and their [tokens x vocabulary] matrix is never held whole.
+Sequences are concatenated to one axis and no padding is computed: position ids restart with every sequence, and
+`learner/attention.py` keeps attention inside each one. What sequences have in common at their beginning, such as a
+group's prompt, is computed once and repeated only for attention. Only the scored tokens go through the head, and their
+[tokens x vocabulary] matrix is never held whole. `learner/layers.py` has layers that are faster than transformers' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from learner.attention import PACKED_ATTENTION
 from learner.config import LoraConfig
 from learner.head import ScoringHead
+from learner.layers import hasten
 from learner.lora import add_adapters, four_bit_base
 from learner.prefixes import SharedPrefixes
-
-PACKED_ATTENTION = "slipstream_packed"
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    boundaries: Sequence[int] = (),
-    shared: SharedPrefixes | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention inside each of the packed sequences.
-
-    Args:
-        module: the attention layer; unused, part of transformers' signature.
-        query: [1, heads, K, head_dim]; `key` and `value` may have fewer heads (grouped queries).
-        key: [1, key_value_heads, K, head_dim].
-        value: [1, key_value_heads, K, head_dim].
-        attention_mask: must be None; the boundaries are the mask.
-        scaling: factor on the scores, 1 / sqrt(head_dim) when None.
-        boundaries: [num_sequences + 1] start offsets and N.
-        shared: which of the N tokens are the K that are computed; None: all of them are.
-
-    Returns:
-        [1, K, heads, head_dim] and no attention weights.
-    """
-    if shared is not None:
-        query, key, value = (
-            _rows(tensor.transpose(1, 2), shared.source).transpose(1, 2) for tensor in (query, key, value)
-        )
-        repeated, _none = packed_attention(module, query, key, value, attention_mask, scaling, boundaries)
-        return _rows(repeated, shared.computed), None
-    grouped = query.shape[1] != key.shape[1]
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen_attention(query, key, value, scaling, boundaries, grouped), None
-    lengths = [end - start for start, end in pairwise(boundaries)]
-    # Split at once: the gradient of a slice is as long as what it was cut from.
-    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).transpose(1, 2)
-        for q, k, v in parts
-    ]
-    return torch.cat(outputs, dim=1), None
-
-
-def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The tokens of [1, N, heads, head_dim] at `indices`, as whole rows: several times as fast as inside dim 2."""
-    return tensor.reshape(tensor.shape[1], -1).index_select(0, indices).view(1, len(indices), *tensor.shape[2:])
-
-
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, boundaries: Sequence[int], grouped: bool
-) -> Tensor:
-    """The same through one variable-length flash kernel; CUDA in half precision only."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    offsets = torch.tensor(boundaries, dtype=torch.int32, device=query.device)
-    longest = max(end - start for start, end in pairwise(boundaries))
-    output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        offsets,
-        offsets,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=grouped,
-    )
-    assert isinstance(output, Tensor)
-    return output.unsqueeze(0)
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 class ScoredDecoder(nn.Module):
@@ -155,6 +76,7 @@ class PolicyModel(ScoredDecoder):
     def __init__(self, causal_lm: PreTrainedModel, temperature: float) -> None:
         super().__init__()
         causal_lm.set_output_embeddings(ScoringHead.of(causal_lm.get_output_embeddings()))
+        hasten(causal_lm)
         self.causal_lm = causal_lm
         self.temperature = temperature
         self.tokens_at_par = _tokens_at_par(causal_lm.get_decoder())
@@ -195,6 +117,7 @@ class ValueModel(ScoredDecoder):
 
     def __init__(self, decoder: nn.Module, hidden_size: int) -> None:
         super().__init__()
+        hasten(decoder)
         self.decoder = decoder
         self.tokens_at_par = _tokens_at_par(decoder)
         self.value_head = nn.Linear(hidden_size, 1)

@@ -1,12 +1,14 @@
-"""What packed sequences have in common at their beginnings, such as the prompt of a group: computed once, not for each.
+"""Which of packed sequences' tokens go through the network: once what they have in common at their beginnings, such as
+the prompt of a group, and nothing that no score depends on, such as the last token.
 
 ```
-axis N      5 6 7 8 9 | 5 6 4 | 5 6 7 7        three sequences, as they are scored
-computed    0 1 2 3 4       7         11       the places on N of the K tokens that go through the network
-source      0 1 2 3 4   0 1 5   0 1 2 6        for each of N, the place on K of the token that stands for it
+axis N      5 6 7 8 9 | 5 6 4 3 | 5 6 7 7      three sequences, as they are scored, of 5, 3 and 4 tokens that matter
+computed    0 1 2 3 4       7          12      the places on N of the K tokens that go through the network
+source      0 1 2 3 4   0 1 5 0   0 1 2 6      for each of N, the place on K of the token that stands for it
 ```
 
-Under causal attention a token's state depends on nothing behind it, so equal prefixes have equal states.
+Under causal attention a token's state depends on nothing behind it, so equal prefixes have equal states, and what is
+behind the last state that is asked for need not be there.
 """
 
 from __future__ import annotations
@@ -25,29 +27,45 @@ WORTHWHILE_SHARE = 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """Which K of N packed tokens are computed, and which of them stands for each of N."""
+    """Which K of N packed tokens are computed, and which of them stands for each of N that matters."""
 
     computed: Tensor
     """[K] int64: indices into N."""
     source: Tensor
-    """[N] int64: indices into K."""
+    """[N] int64: indices into K; of tokens that do not matter 0."""
+    own: tuple[range, ...]
+    """Of each sequence, which of its tokens are computed for itself."""
 
     @classmethod
-    def of(cls, sequences: Sequence[NDArray[np.integer]], device: torch.device) -> SharedPrefixes | None:
-        """What each of `sequences` has in common with the one before it; None where that is too little."""
+    def of(
+        cls, sequences: Sequence[NDArray[np.integer]], needed: Sequence[int], device: torch.device
+    ) -> SharedPrefixes | None:
+        """What each of `sequences` has in common with the one before it; None where that is too little.
+
+        Args:
+            sequences: token ids.
+            needed: how many of each sequence's first tokens matter.
+            device: where the tensors are to live.
+        """
         sources: list[NDArray[np.int64]] = []
+        own: list[range] = []
         computed: list[NDArray[np.int64]] = []
         start = num_computed = 0
-        for index, ids in enumerate(sequences):
-            common = _common(ids, sequences[index - 1]) if index else 0
-            own = np.arange(num_computed, num_computed + len(ids) - common)
-            sources.append(np.concatenate([sources[-1][:common], own]) if index else own)
-            computed.append(np.arange(start + common, start + len(ids)))
-            start, num_computed = start + len(ids), num_computed + len(own)
-        if start - num_computed < WORTHWHILE_SHARE * start:
+        for index, (ids, length) in enumerate(zip(sequences, needed, strict=True)):
+            common = min(_common(ids, sequences[index - 1]), length, needed[index - 1]) if index else 0
+            source = np.zeros(len(ids), dtype=np.int64)
+            source[:common] = sources[-1][:common] if index else 0
+            source[common:length] = np.arange(num_computed, num_computed + length - common)
+            sources.append(source)
+            own.append(range(common, length))
+            computed.append(np.arange(start + common, start + length))
+            start, num_computed = start + len(ids), num_computed + length - common
+        if sum(part.start for part in own) < WORTHWHILE_SHARE * start:
             return None
-        tensors = (torch.from_numpy(np.concatenate(parts)).to(device) for parts in (computed, sources))
-        return cls(*tensors)
+        computed_of_all, source_of_all = (
+            torch.from_numpy(np.concatenate(part)).to(device) for part in (computed, sources)
+        )
+        return cls(computed_of_all, source_of_all, tuple(own))
 
 
 def _common(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:

@@ -21,7 +21,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from learner.model import PACKED_ATTENTION, PolicyModel
+from learner.attention import PACKED_ATTENTION
+from learner.model import PolicyModel
 from learner.schedule import learning_rate
 
 PAD, END = "<|endoftext|>", "<|im_end|>"

@@ -12,29 +12,37 @@ from tests.learner.samples import CPU
 SEQUENCES = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=6), min_size=1, max_size=6)
 
 
-def of(sequences: list[list[int]]) -> SharedPrefixes | None:
-    return SharedPrefixes.of([np.array(ids) for ids in sequences], CPU)
+def of(sequences: list[list[int]], needed: list[int] | None = None) -> SharedPrefixes | None:
+    lengths = [len(ids) for ids in sequences] if needed is None else needed
+    return SharedPrefixes.of([np.array(ids) for ids in sequences], lengths, CPU)
 
 
-@given(SEQUENCES)
+@given(SEQUENCES, st.data())
 @settings(max_examples=300, deadline=None)
-def test_every_token_is_stood_for_by_one_with_the_same_beginning(sequences: list[list[int]]):
-    shared = of(sequences)
-    beginnings = [tuple(ids[: end + 1]) for ids in sequences for end in range(len(ids))]
+def test_every_token_that_matters_is_stood_for_by_one_with_the_same_beginning(
+    sequences: list[list[int]], data: st.DataObject
+):
+    needed = [data.draw(st.integers(0, len(ids))) for ids in sequences]
+    shared, mattering = of(sequences, needed), [ids[:length] for ids, length in zip(sequences, needed, strict=True)]
+    alike = sum(len(os.path.commonprefix(list(neighbors))) for neighbors in pairwise(mattering))
     if shared is None:
-        alike = sum(len(os.path.commonprefix(list(neighbors))) for neighbors in pairwise(sequences))
-        assert alike < WORTHWHILE_SHARE * len(beginnings)
+        assert alike < WORTHWHILE_SHARE * sum(map(len, sequences))
         return
+    starts = np.cumsum([0, *map(len, sequences)]).tolist()
+    places = [start + end for start, ids in zip(starts, mattering, strict=False) for end in range(len(ids))]
+    beginnings = {
+        start + end: tuple(ids[: end + 1])
+        for start, ids in zip(starts, sequences, strict=False)
+        for end in range(len(ids))
+    }
     stands_for = shared.computed[shared.source].tolist()
-    assert [beginnings[place] for place in stands_for] == beginnings
-    # Whatever is computed stands for itself, and no two neighbors have a beginning computed twice.
-    assert [stands_for[place] for place in shared.computed] == shared.computed.tolist()
-    assert sorted(set(shared.source.tolist())) == list(range(len(shared.computed)))
-    starts = np.cumsum([0, *map(len, sequences)])
-    for first, second, third in zip(starts[:-2], starts[1:-1], starts[2:], strict=True):
-        before, after = beginnings[first:second], beginnings[second:third]
-        own = [place - second for place in shared.computed.tolist() if second <= place < third]
-        assert own == [index for index, beginning in enumerate(after) if beginning not in before]
+    assert len(stands_for) == starts[-1]
+    assert [beginnings[stands_for[place]] for place in places] == [beginnings[place] for place in places]
+    # Whatever is computed matters and stands for itself, and no two neighbors have a beginning computed twice.
+    computed = shared.computed.tolist()
+    assert set(computed) <= set(places) and len(computed) == len(places) - alike
+    assert [stands_for[place] for place in computed] == computed
+    assert [start + i for start, own in zip(starts, shared.own, strict=False) for i in own] == computed
 
 
 def test_a_prompt_is_computed_once_for_a_group():

@@ -1,0 +1,69 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from learner.attention import QUERIES_PER_BLOCK, packed_attention
+from learner.prefixes import SharedPrefixes
+from tests.learner.samples import CPU
+
+LONG = 2 * QUERIES_PER_BLOCK + 5
+BLOCK = QUERIES_PER_BLOCK
+CASES = {
+    "nothing in common": ([3, 1, LONG, 7], [0, 0, 0, 0], [0, 0, 0, 0]),
+    "a prompt": ([9, 6, 1, 8], [0, 5, 0, 1], [0, 0, 0, 0]),
+    "more than a block in common": ([LONG, LONG + 30, LONG + BLOCK], [0, LONG - 9, BLOCK], [0, 0, 0]),
+    "one is the beginning of another": ([4, LONG, LONG, 4, 6], [0, 4, LONG, 4, 4], [0, 0, 0, 0, 0]),
+    "not all matters": ([9, LONG, LONG], [0, 7, BLOCK + 3], [2, BLOCK, 1]),
+}
+"""Lengths, how much is in common with the one before, and how much at the end does not matter."""
+
+
+def shared(lengths: list[int], common: list[int], behind: list[int]) -> SharedPrefixes | None:
+    """Of sequences of which each has in common with the one before it what `common` says, and not more."""
+    sequences: list[np.ndarray] = []
+    for index, (length, prefix) in enumerate(zip(lengths, common, strict=True)):
+        own = 1000 * (index + 1) + np.arange(length - prefix)
+        sequences.append(np.concatenate([sequences[-1][:prefix], own]) if prefix else own)
+    return SharedPrefixes.of(sequences, [length - rest for length, rest in zip(lengths, behind, strict=True)], CPU)
+
+
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None) -> Tensor:
+    """Attention of [1, heads, N, head_dim] inside each sequence, all of whose tokens ask."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    starts = np.cumsum([0, *lengths]).tolist()
+    parts = [
+        scaled_dot_product_attention(*(x[:, :, start:stop] for x in (query, key, value)), is_causal=True, scale=scaling)
+        for start, stop in pairwise(starts)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(("key_value_heads", "scaling"), [(4, None), (2, 0.7)])
+def test_blocks_give_the_output_and_the_gradient_of_whole_sequences(
+    case: str, key_value_heads: int, scaling: float | None
+):
+    lengths, common, behind = CASES[case]
+    boundaries, prefixes = np.cumsum([0, *lengths]).tolist(), shared(lengths, common, behind)
+    assert (prefixes is not None) == any(common)
+    rows = torch.arange(boundaries[-1]) if prefixes is None else prefixes.source
+    computed = torch.arange(boundaries[-1]) if prefixes is None else prefixes.computed
+    assert len(computed) == boundaries[-1] - sum(common) - sum(behind)
+    torch.manual_seed(0)
+    # As projections leave them: heads inside tokens.
+    inputs = [torch.randn(1, len(computed), heads, 8).double() for heads in (4, key_value_heads, key_value_heads)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    query, key, value = (tensor.transpose(1, 2) for tensor in inputs)
+    found, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling, boundaries, prefixes)
+    whole = one_by_one(*(tensor[:, :, rows] for tensor in (query, key, value)), lengths, scaling)[:, computed]
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(found)
+    expected = torch.autograd.grad(whole, inputs, direction)
+    for gradient, right in zip(torch.autograd.grad(found, inputs, direction), expected, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
