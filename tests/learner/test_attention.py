@@ -45,8 +45,9 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], sc
 
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize(("key_value_heads", "scaling"), [(4, None), (2, 0.7)])
-def test_blocks_give_the_output_and_the_gradient_of_whole_sequences(
-    case: str, key_value_heads: int, scaling: float | None
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_packed_attention_has_the_output_and_the_gradient_of_one_sequence_at_a_time(
+    case: str, key_value_heads: int, scaling: float | None, by_blocks: bool
 ):
     lengths, common, behind = CASES[case]
     boundaries, prefixes = np.cumsum([0, *lengths]).tolist(), shared(lengths, common, behind)
@@ -56,7 +57,9 @@ def test_blocks_give_the_output_and_the_gradient_of_whole_sequences(
     assert len(computed) == boundaries[-1] - sum(common) - sum(behind)
     torch.manual_seed(0)
     # As projections leave them: heads inside tokens.
-    inputs = [torch.randn(1, len(computed), heads, 8).double() for heads in (4, key_value_heads, key_value_heads)]
+    # The kernel for blocks takes no values of another width than its keys.
+    shapes = [(4, 8), (key_value_heads, 8), (key_value_heads, 8 if by_blocks else 6)]
+    inputs = [torch.randn(1, len(computed), *shape).double() for shape in shapes]
     for tensor in inputs:
         tensor.requires_grad_()
     query, key, value = (tensor.transpose(1, 2) for tensor in inputs)

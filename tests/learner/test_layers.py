@@ -41,6 +41,9 @@ def decoder(kind: type[PreTrainedConfig], dtype: torch.dtype = torch.float32, **
         if "norm" in name or name.endswith("bias"):
             # A weight of ones, or a bias of zeros, would hide that it is left out.
             nn.init.uniform_(parameter, 0.5, 1.5)
+    for layer in model.model.layers:
+        # Not what a kernel takes by itself.
+        layer.self_attn.scaling = 0.3
     return model.model
 
 
