@@ -100,11 +100,12 @@ async def _run(
     limits = {"max_tokens": config.max_tokens, "max_new_tokens": config.max_new_tokens}
     stages = [read_section(Stage, stage, "curriculum stage") for stage in run["curriculum"]]
     check_prompts_fit(task, tokenizer, **limits, stages=stages)
+    # First, so that it imports vLLM while the scoring processes start.
+    engine = Engine(config, settings.transport, settings.meeting_seconds)
     # The environment of a multi-turn task keeps its rewards itself.
     pool = (
         None if task.is_multi_turn else ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))
     )
-    engine = Engine(config, settings.transport, settings.meeting_seconds)
     # The connection resends until it is answered; a lease may be long in coming.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
     learner = Connection(settings.address, name, credentials)

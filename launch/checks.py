@@ -87,7 +87,7 @@ def check_model_folder(folder: Path, max_tokens: int) -> None:
     """A Hugging Face folder with configuration, weights and tokenizer, whose context is long enough.
 
     Raises:
-        ValueError: something is missing or unreadable, or `max_tokens` is beyond the model's context.
+        ValueError: something is missing or unreadable, or `max_tokens` is beyond the model's context or its window.
     """
     config = _model_config(folder)
     for what, patterns in (("weights", WEIGHT_FILES), ("tokenizer", TOKENIZER_FILES)):
@@ -101,6 +101,12 @@ def check_model_folder(folder: Path, max_tokens: int) -> None:
         raise ValueError(
             f"model.max_tokens={max_tokens} is beyond the context of {context} tokens of the model in {folder};"
             f" set model.max_tokens to at most {context}"
+        )
+    window = config.get("sliding_window")
+    if isinstance(window, int) and config.get("use_sliding_window", True) and max_tokens > window:
+        raise ValueError(
+            f"model.max_tokens={max_tokens} is beyond the sliding window of {window} tokens of the model in {folder},"
+            f" within which the learner attends to everything; set model.max_tokens to at most {window}"
         )
 
 

@@ -151,13 +151,18 @@ def test_a_value_that_cannot_work_is_named_with_the_way_out(make_plan: Any, over
 # --- the user's files and machine ---
 
 
-def test_a_model_folder_is_looked_at_before_anything_loads_it(model_folder: Path, data_file: Path):
+def test_a_model_folder_is_looked_at_before_anything_loads_it(model_folder: Path, data_file: Path, make_plan: Any):
     overrides = ("experiment=simplerl_zero", f"data.path={data_file}", "task.num_held_out=1")
     assert "model.path is missing; give a Hugging Face folder" in refusal(*overrides)
     absent = refusal(*overrides, f"model.path={model_folder}/absent")
     assert "absent/config.json does not exist" in absent
     given = (*overrides, f"model.path={model_folder}")
     assert "model.max_tokens=4096 is beyond the context of 512 tokens" in refusal(*given)
+    windows = {"max_position_embeddings": 8192, "sliding_window": 1024}
+    (model_folder / "config.json").write_text(json.dumps(windows))
+    assert "model.max_tokens=4096 is beyond the sliding window of 1024 tokens" in refusal(*given)
+    (model_folder / "config.json").write_text(json.dumps(windows | {"use_sliding_window": False}))
+    assert make_plan(*given).sections["model"]["max_tokens"] == 4096
     assert "max_new_tokens=3000" in refusal(*given, "model.max_tokens=512")
     (model_folder / "model.safetensors").unlink()
     assert "has no weights" in refusal(*given)
