@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 MIN_BATCHED_TOKENS = 2048
 """Tokens of one engine step on a CPU; more helps neither prefill nor decoding there."""
 SHORT_CONTEXT, SMALL_BLOCK = 256, 32
-"""Tokens. On a CPU contexts up to the first are cached in blocks of the second, the fewest there, which they do not leave
-half empty; longer ones are faster in vLLM's own of 128."""
+"""Tokens. On a CPU contexts up to the first are cached in blocks of the second, the fewest there, which they do not
+leave half empty; longer ones are faster in vLLM's own of 128."""
 SHUTDOWN_SECONDS = 10.0
 """What an engine has in flight is worthless once its actor ends."""
 IN_THIS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"

@@ -9,6 +9,8 @@ broadcast, raw ZeroMQ, and a plain copy in memory. Everything on one machine: th
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import multiprocessing
 import os
 import shutil
@@ -43,7 +45,7 @@ WARM_UP = 3
 """Versions until all memory that is reused has been written once."""
 ARRIVAL_SECONDS = 600.0
 GIB = 1 << 30
-MOST_OF_MEMORY = 0.7
+MOST_OF_MEMORY = 0.85
 """Of what is free: others may want some meanwhile."""
 
 
@@ -180,9 +182,12 @@ def limits(tensors: Tensors, repeats: int) -> dict[str, list[float]]:
 
 def room_for(name: str, num_bytes: int, num_actors: int) -> str:
     """Why a measurement is left out; nothing when there is memory for it."""
-    # The learner's parameters and what it keeps of them, and whole copies in the actors.
-    kept = 5 if name.startswith("Slipstream") else 1
+    # What the learner keeps beside its parameters, which are there already, and whole copies in the actors.
+    kept = 4 if name.startswith("Slipstream") else 0
     needed = num_bytes * (kept + num_actors * WAYS[name].copies)
+    # Stores of measurements before, and what the C library keeps of what was freed.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     available = psutil.virtual_memory().available
     if needed < MOST_OF_MEMORY * available:
         return ""
@@ -205,6 +210,7 @@ def compare(models: list[str], actor_counts: list[int], versions: int) -> list[d
             rows = [] if skipped else measure(name, tensors, count, versions)
             columns = {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
             results.append(base | {"way": name, "actors": count, "skipped": skipped} | spread(columns))
+        del tensors
     return results
 
 
