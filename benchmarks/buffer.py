@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.figures import command, machine, versions, write
+from benchmarks.figures import command, machine, versions, wide_console, write
 from buffer import wire
 from buffer.client import Connection
 from buffer.config import BufferConfig
@@ -381,7 +381,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     repeats, groups = (1, min(options.groups, 600)) if options.quick else (options.repeats, options.groups)
-    console = Console()
+    console = wide_console()
     if options.memory_groups:
         figures = watch_memory(options.memory_groups)
         console.print({name: value for name, value in figures.items() if name != "samples"})

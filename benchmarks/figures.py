@@ -12,6 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+WIDTH = 190
+"""Columns of a table in a file or a pipe, where nothing says how many there are."""
+
+
+def wide_console() -> Console:
+    """Of the benchmark's tables: none of them is cut where it is kept."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
 
 def command() -> str:
     """The command line of this process."""

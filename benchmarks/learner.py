@@ -25,14 +25,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 # Before this folder, which has files with the names of packages.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.figures import command, machine, versions, write
+from benchmarks.figures import command, machine, versions, wide_console, write
 from benchmarks.learner_report import PRODUCTS, plot, show
 from benchmarks.learner_work import Work, forward_flops, save_model, sequences
 from benchmarks.marked_lines import heard
@@ -226,7 +224,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="learner-") as folder:
         figures = measure(options, folder)
-    console = Console()
+    console = wide_console()
     show(figures, console)
     figures |= {
         "command": command(),

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
+from benchmarks.figures import wide_console
 from benchmarks.offpolicy_cells import CORRECTIONS, STALENESS, Cell, Scale, add_line, grid, missing, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, then show and draw. Returns the exit status."""
     options = parse(arguments)
-    console = Console()
+    console = wide_console()
     try:
         scale = (
             QUICK if options.quick else Scale(updates=options.updates, rate=options.rate, settings=tuple(options.set))

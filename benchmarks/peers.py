@@ -27,7 +27,7 @@ from rich.console import Console
 # Before this folder, which has files with the names of packages.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import command, machine, versions, write
+from benchmarks.figures import command, machine, versions, wide_console, write
 from benchmarks.marked_lines import heard
 from benchmarks.peers_environment import TORCH, TRL, default_cache, peer_python
 from benchmarks.peers_report import WARM_UP_UPDATES, markdown, plot, show
@@ -214,7 +214,7 @@ def check(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 when a way failed; 2 for a mistake in the arguments."""
-    options, console = parse(arguments), Console(width=None if sys.stdout.isatty() else 190)
+    options, console = parse(arguments), wide_console()
     try:
         check(options)
         figures = json.loads(options.show.read_text()) if options.show else _run(options, console)

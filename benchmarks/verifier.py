@@ -25,10 +25,9 @@ from typing import Any
 # This file has the name of the package that it measures.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.figures import command, machine, versions, write
+from benchmarks.figures import command, machine, versions, wide_console, write
 from benchmarks.verifier_asking import DIED, HANG, NOT_ASKED, Item, Outcome, Unavailable, ask
 from benchmarks.verifier_data import distinct_golds, own_solutions, rewritten
 from benchmarks.verifier_graders import GRADERS, LABELS
@@ -204,7 +203,7 @@ def main() -> None:
         "machine": machine(),
         "versions": versions(("sympy", "mpmath", "latex2sympy2_extended")),
     }
-    show(figures, Console(width=None if sys.stdout.isatty() else 190))
+    show(figures, wide_console())
     write(options.json, figures)
     if options.plot:
         plot(figures, options.plot)

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.figures import command, machine, versions, write
+from benchmarks.figures import command, machine, versions, wide_console, write
 from benchmarks.model_sizes import MODELS
 from benchmarks.weights_deltas import measure_deltas
 from benchmarks.weights_ways import WAYS, Arrival, Place, Tensors, act
@@ -274,13 +274,13 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in figures["ways"] if "ready_seconds" in row]
-    labels = [f"{row['way']}, {row['gib']:.1f} GiB, {row['actors']}" for row in rows][::-1]
+    labels = [f"{row['way']}, {row['gib']:.1f} GiB to {row['actors']}" for row in rows][::-1]
     ready = [row["ready_seconds"]["median"] for row in rows][::-1]
     stall = [row["stall_seconds"]["median"] for row in rows][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(rows) + 1.5))
     axes.barh(labels, ready, color=["#1f6f8b" if label.startswith("Slip") else "#b8b8b8" for label in labels])
     axes.barh(labels, stall, height=0.3, color="#d1495b", label="of it the learner waits")
-    axes.set_xlabel("seconds from the end of a step until the last actor has the version (actors: last number)")
+    axes.set_xlabel("seconds from the end of a step until the last of 1 or 4 actors has it")
     axes.tick_params(axis="y", labelsize=8)
     axes.legend(frameon=False)
     figure.tight_layout()
@@ -300,7 +300,7 @@ def main() -> None:
     if options.quick:
         options.models, options.actors, options.versions = ["tiny"], [1], 1
     torch.set_num_threads(1)
-    console = Console()
+    console = wide_console()
     # Gigabytes in shared memory must not outlive a benchmark that is killed.
     guardian = Guardian(0.0, Path(tempfile.gettempdir()) / "compiled")
     os.environ.update(guardian.environment)
