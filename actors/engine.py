@@ -97,9 +97,8 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
-        in_this_process = on_cpu and config.tensor_parallel_size == 1
         cpu_settings: dict[str, Any] = {}
-        if in_this_process:
+        if on_cpu and config.tensor_parallel_size == 1:
             from actors.cpu_kernels import use_fused_kernels
 
             cpu_settings = {"ir_op_priority": use_fused_kernels(), "distributed_executor_backend": IN_THIS_PROCESS}
