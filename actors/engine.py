@@ -97,6 +97,8 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
+        from actors.engine_shortcuts import quicken
+
         cpu_settings: dict[str, Any] = {}
         if on_cpu and config.tensor_parallel_size == 1:
             from actors.cpu_kernels import use_fused_kernels
@@ -125,7 +127,9 @@ class Engine:
             **cpu_settings,
         )
         settings = arguments.create_engine_config()
-        return LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)
+        llm = LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)
+        quicken(llm)
+        return llm
 
     async def start(self) -> dict[str, str]:
         """Warm the engine up. Returns the checksums of the weights it has loaded from its folder."""

@@ -31,6 +31,7 @@ ONLY_IN = {
         "actors/cpu_kernels.py",
         "actors/device_weights.py",
         "actors/engine.py",
+        "actors/engine_shortcuts.py",
         "actors/engine_thread.py",
         "actors/weights.py",
         "learner/nccl_group.py",
