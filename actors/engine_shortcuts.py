@@ -60,7 +60,7 @@ class HeldOutputs:
     """Holds what the engine's steps put out back from vLLM's output processor until it is needed.
 
     That is when the sequence ends, when it has `MOST_HELD` outputs, and before other weights sample. Those of sequences
-    in whose text stop strings are looked for are held back never.
+    in whose text stop strings are looked for are never held back.
     """
 
     def __init__(self, processor: OutputProcessor) -> None:
