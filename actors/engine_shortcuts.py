@@ -60,7 +60,7 @@ class HeldOutputs:
     """Holds what the engine's steps put out back from vLLM's output processor until it is needed.
 
     That is when the sequence ends, when it has `MOST_HELD` outputs, and before other weights sample. Those of sequences
-    in whose text stop strings are looked for are never held back.
+    in whose text stop strings are looked for are never held back. For requests that ask for their last output alone.
     """
 
     def __init__(self, processor: OutputProcessor) -> None:
@@ -74,7 +74,7 @@ class HeldOutputs:
     ) -> OutputProcessorOutput:
         """In the place of the processor's own."""
         if weight_version != self._version:
-            # None of them ends its sequence, so nothing comes of them yet.
+            # None of them ends its sequence or looks for a stop string, so nothing comes of them yet.
             self._process([_joined(parts) for parts in self._held.values()], weight_version=self._version, **named)
             self._held.clear()
             self._version = weight_version

@@ -11,6 +11,7 @@ import torch
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -22,7 +23,6 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
-from actors import engine_shortcuts
 from actors.engine_shortcuts import MOST_HELD, HeldOutputs, keep_blocks
 
 BLOCK = 4
@@ -37,9 +37,9 @@ def parameters(**more: Any) -> SamplingParams:
 # --- blocks ---
 
 
-def manager(*specs: KVCacheSpec, caching: bool = False, num_blocks: int = 24) -> KVCacheManager:
+def manager(*specs: KVCacheSpec, caching: bool = False) -> KVCacheManager:
     groups = [KVCacheGroupSpec([f"layer {index}"], spec) for index, spec in enumerate(specs or [full()])]
-    config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+    config = KVCacheConfig(num_blocks=24, kv_cache_tensors=[], kv_cache_groups=groups)
     return KVCacheManager(config, 64, BLOCK, BLOCK, enable_caching=caching)
 
 
@@ -131,8 +131,8 @@ def processor() -> OutputProcessor:
     return OutputProcessor(None, log_stats=False)
 
 
-def add(made: OutputProcessor, name: str, **more: Any) -> None:
-    request = EngineCoreRequest(name, [1, 2], None, parameters(**more), None, 0.0, None, None, None)
+def add(made: OutputProcessor, name: str) -> None:
+    request = EngineCoreRequest(name, [1, 2], None, parameters(), None, 0.0, None, None, None)
     request.external_req_id = name
     made.add_request(request, None)
 
@@ -169,15 +169,13 @@ def steps(made: OutputProcessor, process: Any, seed: int) -> list[list[tuple[obj
             add(made, f"r{number}")
         if rng.random() < 0.02:
             version += 1
+        outputs = []
         if rng.random() < 0.02:
             name = rng.choice(sorted(running))
             made.abort_requests([name], internal=True)
             # The step under way still has a token of it.
-            late = [sampled.output(name)]
+            outputs.append(sampled.output(name))
             del running[name]
-        else:
-            late = []
-        outputs = late
         for name in list(running):
             # A sequence without a slot has no token in this step.
             if rng.random() < 0.1:
@@ -237,10 +235,10 @@ def test_the_processor_works_once_for_many_tokens(monkeypatch: pytest.MonkeyPatc
     assert seen == [MOST_HELD, 3, 2]
 
 
-def test_text_is_looked_at_after_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_looked_at_after_every_token() -> None:
     """Its stop string ends a sequence at once, of which the engine is then told."""
 
-    class Spelling(engine_shortcuts.IncrementalDetokenizer):
+    class Spelling(IncrementalDetokenizer):
         def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
             super().update(new_token_ids, stop_terminated)
             return "stop" if len(self.token_ids) == 3 else None
