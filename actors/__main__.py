@@ -40,10 +40,12 @@ def main() -> int:
     # A name in use would take the other's leases away; this one is unique over hosts.
     name = f"actor-{socket.gethostname()}-{os.getpid()}"
     parser.add_argument("--name", default=name, help="unique among the run's actors; a name in use is taken over")
+    parser.add_argument("--cores", default="", help="the engine keeps to them, as in 0,1; its threads: OMP_NUM_THREADS")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         check_name(arguments.name, "--name")
+        cores = read_cores(arguments.cores)
         run = load_run_config(arguments.run_dir)
         config = read_section(ActorConfig, run["actor"], "actor")
         credentials = client_credentials(arguments.run_dir)
@@ -59,7 +61,7 @@ def main() -> int:
 
     prepare_environment(config)
     try:
-        asyncio.run(_run(arguments.name, arguments.run_dir, run, config, credentials, task, settings, offset))
+        asyncio.run(_run(arguments.name, arguments.run_dir, run, config, credentials, task, settings, offset, cores))
     except asyncio.CancelledError:
         logger.info("stopped")
     except ExceptionGroup as failed:
@@ -73,6 +75,23 @@ def main() -> int:
     return 0
 
 
+def read_cores(listed: str) -> list[int]:
+    """The cores that `listed` names, as in 0,1.
+
+    Raises:
+        ValueError: what is not a number, or a core that this process may not use.
+    """
+    here = sorted(os.sched_getaffinity(0))
+    try:
+        cores = [int(core) for core in listed.split(",")] if listed else []
+    except ValueError:
+        raise ValueError(f"--cores={listed} is no list of numbers; name cores as in --cores=0,1") from None
+    foreign = sorted(set(cores) - set(here))
+    if foreign:
+        raise ValueError(f"--cores={listed}: core {foreign[0]} is not there; those that may be used are {here}")
+    return cores
+
+
 async def _run(
     name: str,
     run_dir: Path,
@@ -82,6 +101,7 @@ async def _run(
     task: Task,
     settings: WeightsConfig,
     offset: int,
+    cores: list[int],
 ) -> None:
     own_task = asyncio.current_task()
     assert own_task is not None
@@ -101,7 +121,7 @@ async def _run(
     stages = [read_section(Stage, stage, "curriculum stage") for stage in run["curriculum"]]
     check_prompts_fit(task, tokenizer, **limits, stages=stages)
     # First, so that it imports vLLM while the scoring processes start.
-    engine = Engine(config, settings.transport, settings.meeting_seconds)
+    engine = Engine(config, settings.transport, settings.meeting_seconds, cores)
     # The environment of a multi-turn task keeps its rewards itself.
     pool = (
         None if task.is_multi_turn else ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 COUNTS = (
     *("samples_per_group", "max_new_tokens", "max_groups_in_flight", "tensor_parallel_size"),
@@ -48,8 +48,6 @@ class ActorConfig:
     """Size of one pulled piece where the weights cannot be mapped. Four are asked for at a time."""
     share_files: bool = True
     """Map the weights' file on the learner's host instead of pulling it."""
-    cpu_affinity: list[int] = field(default_factory=list)
-    """Cores of the engine; what feeds it goes where there is room. Empty: all."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens >= self.max_tokens:

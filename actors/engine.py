@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch._dynamo.config
 from numpy.typing import NDArray
 
@@ -61,6 +62,10 @@ def prepare_environment(config: ActorConfig) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
     # The supervisor decides who runs on which core; vLLM's own binding would fight it.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # A second thread on a busy core waits in a loop for the first, and makes everybody there many times slower.
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     # Its processes rename themselves, and would do it over the environment by which the launcher knows them.
     os.environ["SPT_NOENV"] = "1"
     name_actor()
@@ -73,15 +78,22 @@ class Engine:
         config: the actor's.
         transport: how weights come, as `weights.transport` has it.
         meeting_seconds: how long a group that the weights are broadcast to may take to be complete.
+        cores: the engine keeps to them; what feeds it goes where there is room. Empty: all.
     """
 
-    def __init__(self, config: ActorConfig, transport: str = "file", meeting_seconds: float = 300.0) -> None:
+    def __init__(
+        self,
+        config: ActorConfig,
+        transport: str = "file",
+        meeting_seconds: float = 300.0,
+        cores: Sequence[int] = (),
+    ) -> None:
         self._config, self._transport = config, transport
         self._recomputes = config.kv_cache == "recompute"
         self._meeting_seconds = meeting_seconds
         self._joined: dict[str, Any] | None = None
         """The group that this engine is a member of."""
-        self._thread = EngineThread(self._make, config.cpu_affinity)
+        self._thread = EngineThread(self._make, cores)
 
     def _make(self) -> LLMEngine:
         from vllm.platforms import current_platform

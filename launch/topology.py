@@ -32,15 +32,20 @@ class ProcessSpec:
 
 
 def assign_cores(plan: RunPlan) -> None:
-    """On a CPU with at least two cores the actors and the learner get cores of their own.
+    """Give the learner its cores; those of the actors are in their command lines."""
+    plan.sections["learner"]["cpu_affinity"] = own_cores(plan)[1]
+
+
+def own_cores(plan: RunPlan) -> tuple[list[int], list[int]]:
+    """Cores of the actors and of the learner on this host; on a CPU with at least two, each has some of their own.
 
     A second thread on a busy core makes both processes many times slower, so each gets as many threads as cores.
     """
     cores = sorted(os.sched_getaffinity(0))
     learner_cores = plan.cluster.learner_cores * plan.sections["learner"]["num_ranks"]
-    pin = plan.cluster.pin_cores and not has_cuda() and len(cores) > learner_cores
-    plan.sections["learner"]["cpu_affinity"] = cores[-learner_cores:] if pin else []
-    plan.sections["actor"]["cpu_affinity"] = cores[:-learner_cores] if pin else []
+    if not plan.cluster.pin_cores or has_cuda() or len(cores) <= learner_cores:
+        return [], []
+    return cores[:-learner_cores], cores[-learner_cores:]
 
 
 def processes(plan: RunPlan) -> list[ProcessSpec]:
@@ -55,11 +60,12 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
     learner = ("-m", "learner.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
     specs.append(_spec("learner", "learner", learner, num_threads=plan.cluster.learner_cores, devices=devices[0]))
     # The actors share their cores.
-    threads_per_actor = len(plan.sections["actor"]["cpu_affinity"]) // num_actors
+    cores, _ = own_cores(plan)
+    keeping = ("--cores", ",".join(map(str, cores))) if cores else ()
     for index in range(num_actors):
         name = f"actor-{index}"
-        actor = ("-m", "actors", run_dir, "--name", name)
-        specs.append(_spec("actor", name, actor, num_threads=threads_per_actor, devices=devices[1 + index]))
+        actor = ("-m", "actors", run_dir, *keeping, "--name", name)
+        specs.append(_spec("actor", name, actor, num_threads=len(cores) // num_actors, devices=devices[1 + index]))
     for index, runner in enumerate(plan.cluster.relays):
         name = f"relay-{index}"
         # What stands before it runs it in a shell elsewhere, where nothing of this environment is known.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch import topology
-from launch.topology import ROOT, ProcessSpec, another_actor, another_relay, assign_cores, processes
+from launch.topology import ROOT, ProcessSpec, another_actor, another_relay, assign_cores, own_cores, processes
 
 
 @pytest.fixture
@@ -28,7 +28,9 @@ def by_name(specs: list[ProcessSpec]) -> dict[str, ProcessSpec]:
 
 def laid_out(plan: Any) -> tuple[list[int], list[int]]:
     assign_cores(plan)
-    return plan.sections["actor"]["cpu_affinity"], plan.sections["learner"]["cpu_affinity"]
+    actors, learner = own_cores(plan)
+    assert plan.sections["learner"]["cpu_affinity"] == learner
+    return actors, learner
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_the_default_run_is_a_buffer_a_learner_and_an_actor(machine: Any, make_p
     assert commands == {
         "buffer": (sys.executable, "-m", "buffer", "serve", str(run_dir)),
         "learner": (sys.executable, "-m", "learner", str(run_dir)),
-        "actor-0": (sys.executable, "-m", "actors", str(run_dir), "--name", "actor-0"),
+        "actor-0": (sys.executable, "-m", "actors", str(run_dir), "--cores", "0", "--name", "actor-0"),
     }
     for spec in specs:
         assert spec.environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)

@@ -135,7 +135,7 @@ def test_a_run_outlives_a_slow_a_leaky_and_a_cut_cable(cable: Cable, cache_dir: 
         *(f"buffer.lease_seconds={LEASE_SECONDS}", "actor.share_files=false", "algorithm=grpo"),
         *("learner.checkpoint_every=20", "learner.evaluate_every=0", "actor.max_groups_in_flight=8"),
         # Weights that come through the slow cable must still be new enough to sample with.
-        "max_staleness=8",
+        "max_staleness=32",
     ]
 
     def start(namespace: str, *command: str) -> subprocess.Popen[str]:
