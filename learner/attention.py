@@ -1,15 +1,14 @@
 """Causal attention inside each of the packed sequences, as an attention function registered with transformers.
 
-On CUDA in half precision one variable-length kernel takes all sequences. On a CPU each is cut into blocks of queries:
-scores that the causal mask hides are left out, of what sequences have in common only keys and values are repeated, and
-all blocks are one node of the gradient's graph.
+On CUDA in half precision one variable-length kernel takes all sequences. On a CPU a short one is three matrix products,
+a long one is cut into blocks of queries, which leaves out scores that the causal mask hides. There, of what sequences
+have in common only keys and values are repeated, and all sequences are one node of the gradient's graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -55,8 +54,10 @@ def packed_attention(
     """
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         own = shared.own if shared else [range(end - start) for start, end in pairwise(boundaries)]
-        output: Tensor = _BlockAttention.apply(  # type: ignore[no-untyped-call]
-            query, key, value, shared.source if shared else None, _blocks(boundaries, own), scaling
+        own = [asking for asking in own if asking]
+        scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        output: Tensor = _SequenceAttention.apply(  # type: ignore[no-untyped-call]
+            query, key, value, shared.keys if shared else None, own, scaling
         )
         return output, None
     if shared is not None:
@@ -83,40 +84,8 @@ def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[1], -1).index_select(0, indices).view(1, len(indices), *tensor.shape[2:])
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Queries of one sequence that stand side by side; all blocks together are the axis K, in order."""
-
-    first_query: int
-    """On K."""
-    num_queries: int
-    first_key: int
-    """On N: the first token of the sequence."""
-    num_keys: int
-    """Up to the last query's own."""
-
-    def queries_of(self, tensor: Tensor) -> Tensor:
-        """[1, heads, num_queries, head_dim] of [1, heads, K, head_dim]."""
-        return tensor.narrow(2, self.first_query, self.num_queries)
-
-    def keys_of(self, tensor: Tensor) -> Tensor:
-        """[1, heads, num_keys, head_dim] of [1, heads, N, head_dim]."""
-        return tensor.narrow(2, self.first_key, self.num_keys)
-
-
-def _blocks(boundaries: Sequence[int], own: Sequence[range]) -> list[_Block]:
-    """Those of all sequences, of which the tokens `own` ask."""
-    blocks, asked = [], 0
-    for start, asking in zip(boundaries[:-1], own, strict=True):
-        for first in asking[::QUERIES_PER_BLOCK]:
-            end = min(first + QUERIES_PER_BLOCK, asking.stop)
-            blocks.append(_Block(asked, end - first, start, end))
-            asked += end - first
-    return blocks
-
-
-class _BlockAttention(torch.autograd.Function):
-    """softmax(scaling query key^T) value of every block, by the kernel that PyTorch's own attention runs on a CPU."""
+class _SequenceAttention(torch.autograd.Function):
+    """softmax(scaling query key^T) value of every sequence, by the way that suits its length."""
 
     @staticmethod
     def forward(
@@ -124,67 +93,163 @@ class _BlockAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        source: Tensor | None,
-        blocks: list[_Block],
-        scaling: float | None,
+        places: Tensor | None,
+        own: Sequence[range],
+        scaling: float,
     ) -> Tensor:
-        keys, values = (_repeated(tensor, source) for tensor in (key, value))
-        parts, sums = [], []
-        for block in blocks:
-            part, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                block.queries_of(query),
-                block.keys_of(keys),
-                block.keys_of(values),
-                is_causal=block.num_keys == block.num_queries,
-                attn_mask=_mask(block.num_queries, block.num_keys, query.dtype),
-                scale=scaling,
-            )
-            parts.append(part.transpose(1, 2))
-            sums.append(logs)
-        output = torch.cat(parts, dim=1)
-        ctx.save_for_backward(query, keys, values, output, source, *sums)
-        ctx.blocks, ctx.scaling, ctx.num_computed = blocks, scaling, key.shape[2]
-        return output
+        keys, values = (_repeated(tensor[0], places) for tensor in (key, value))
+        sizes = [len(asking) for asking in own], [asking.stop for asking in own]
+        outputs, kept = [], []
+        for q, k, v in _split(sizes, (query[0],), (keys, values)):
+            parts, keep = _way(q, k).forward(q, k, v, scaling)
+            outputs += parts
+            kept.append(keep)
+        output = torch.cat(outputs)
+        ctx.save_for_backward(query, keys, values, output, places, *kept)
+        ctx.sizes, ctx.scaling, ctx.num_computed = sizes, scaling, key.shape[2]
+        return output.unsqueeze(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys, values, output, source, *sums = ctx.saved_tensors
-        by_output, output = by_output.transpose(1, 2), output.transpose(1, 2)
-        by_keys, by_values, parts = torch.zeros_like(keys), torch.zeros_like(values), []
-        for block, logs in zip(ctx.blocks, sums, strict=True):
-            by_part, by_key, by_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                block.queries_of(by_output),
-                block.queries_of(query),
-                block.keys_of(keys),
-                block.keys_of(values),
-                block.queries_of(output),
-                logs,
-                0.0,
-                block.num_keys == block.num_queries,
-                attn_mask=_mask(block.num_queries, block.num_keys, query.dtype),
-                scale=ctx.scaling,
+        query, keys, values, output, places, *kept = ctx.saved_tensors
+        by_queries, by_keys, by_values = [], torch.zeros_like(keys), torch.zeros_like(values)
+        of_queries = by_output[0].transpose(0, 1), output.transpose(0, 1), query[0]
+        of_keys = keys, values, by_keys, by_values
+        for keep, (by_o, o, q, k, v, by_k, by_v) in zip(kept, _split(ctx.sizes, of_queries, of_keys), strict=True):
+            by_queries += _way(q, k).backward(by_o, o, keep, q, k, v, by_k, by_v, ctx.scaling)
+        by_query = torch.cat(by_queries).transpose(0, 1)
+        by_key, by_value = (_summed(tensor, places, ctx.num_computed) for tensor in (by_keys, by_values))
+        return *(tensor.unsqueeze(0) for tensor in (by_query, by_key, by_value)), None, None, None
+
+
+def _split(
+    sizes: tuple[list[int], list[int]], of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]
+) -> Iterable[tuple[Tensor, ...]]:
+    """The parts of every sequence of tensors [heads, K, head_dim] and [heads, of all sequences' keys, head_dim]."""
+    queries = [torch.split(tensor, sizes[0], 1) for tensor in of_queries]
+    keys = [torch.split(tensor, sizes[1], 1) for tensor in of_keys]
+    return zip(*queries, *keys, strict=True)
+
+
+def _way(query: Tensor, key: Tensor) -> type[_Products] | type[_Blocks]:
+    """How a sequence's attention is computed."""
+    short = key.shape[1] <= QUERIES_PER_BLOCK and query.dtype in (torch.float32, torch.float64)
+    return _Products if short else _Blocks
+
+
+class _Products:
+    """A sequence at once, its weights kept for the backward pass: for a short one fewer products and larger ones."""
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[list[Tensor], Tensor]:
+        """Of [heads, n, head_dim] and [key_value_heads, m, head_dim]: output in parts, tokens first, and weights."""
+        mask = _repeated_mask(query.shape[1], key.shape[1], query.shape[0] // key.shape[0], query.dtype)
+        scores = torch.baddbmm(mask, _stacked(query, key), key.mT, alpha=scaling)
+        weights = torch._softmax(scores, -1, False)
+        return [torch.bmm(weights, value).view(query.shape).transpose(0, 1)], weights
+
+    @staticmethod
+    def backward(
+        by_output: Tensor,
+        output: Tensor,
+        weights: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        by_key: Tensor,
+        by_value: Tensor,
+        scaling: float,
+    ) -> list[Tensor]:
+        """Parts of the query's gradient, tokens first; those of key and value are added to `by_key` and `by_value`."""
+        shape, query, by_output = query.shape, _stacked(query, key), _stacked(by_output, key)
+        by_weights = torch.bmm(by_output, value.mT)
+        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype).mul_(scaling)
+        by_key += torch.bmm(by_scores.mT, query)
+        by_value += torch.bmm(weights.mT, by_output)
+        return [torch.bmm(by_scores, key).view(shape).transpose(0, 1)]
+
+
+def _stacked(tensor: Tensor, key: Tensor) -> Tensor:
+    """[heads, n, head_dim] as [key_value_heads, heads / key_value_heads x n, head_dim], by the heads of `key`."""
+    return tensor if tensor.shape[0] == key.shape[0] else tensor.reshape(key.shape[0], -1, tensor.shape[2])
+
+
+class _Blocks:
+    """`QUERIES_PER_BLOCK` queries of a sequence at a time, over the keys up to the last of them.
+
+    By the kernel that PyTorch's own attention runs on a CPU, which keeps no weights.
+    """
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[list[Tensor], Tensor]:
+        """As that of `_Products`, with the logarithms of the weights' sums."""
+        outputs, sums = [], []
+        for first, size, end in _blocks(query.shape[1], key.shape[1]):
+            output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query.narrow(1, first, size).unsqueeze(0),
+                key.narrow(1, 0, end).unsqueeze(0),
+                value.narrow(1, 0, end).unsqueeze(0),
+                is_causal=size == end,
+                attn_mask=_mask(size, end, query.dtype),
+                scale=scaling,
             )
-            parts.append(by_part.transpose(1, 2))
-            block.keys_of(by_keys).add_(by_key)
-            block.keys_of(by_values).add_(by_value)
-        by_query = torch.cat(parts, dim=1).transpose(1, 2)
-        by_key, by_value = (_summed(tensor, source, ctx.num_computed) for tensor in (by_keys, by_values))
-        return by_query, by_key, by_value, None, None, None
+            outputs.append(output[0].transpose(0, 1))
+            sums.append(logs)
+        return outputs, torch.cat(sums, dim=2)
+
+    @staticmethod
+    def backward(
+        by_output: Tensor,
+        output: Tensor,
+        sums: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        by_key: Tensor,
+        by_value: Tensor,
+        scaling: float,
+    ) -> list[Tensor]:
+        """As that of `_Products`."""
+        by_query = []
+        for first, size, end in _blocks(query.shape[1], key.shape[1]):
+            by_part, *by_others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                by_output.narrow(1, first, size).unsqueeze(0),
+                query.narrow(1, first, size).unsqueeze(0),
+                key.narrow(1, 0, end).unsqueeze(0),
+                value.narrow(1, 0, end).unsqueeze(0),
+                output.narrow(1, first, size).unsqueeze(0),
+                sums.narrow(2, first, size),
+                0.0,
+                size == end,
+                attn_mask=_mask(size, end, query.dtype),
+                scale=scaling,
+            )
+            by_query.append(by_part[0].transpose(0, 1))
+            for total, part in zip((by_key, by_value), by_others, strict=True):
+                total.narrow(1, 0, end).add_(part[0])
+        return by_query
 
 
-def _repeated(tensor: Tensor, source: Tensor | None) -> Tensor:
-    """[1, heads, N, head_dim] of [1, heads, K, head_dim]."""
-    return tensor if source is None else _rows(tensor.transpose(1, 2), source).transpose(1, 2)
+def _blocks(num_queries: int, num_keys: int) -> Iterable[tuple[int, int, int]]:
+    """(first query, number of queries, number of keys) of each block of a sequence whose last tokens ask."""
+    for first in range(0, num_queries, QUERIES_PER_BLOCK):
+        size = min(QUERIES_PER_BLOCK, num_queries - first)
+        yield first, size, num_keys - num_queries + first + size
 
 
-def _summed(tensor: Tensor, source: Tensor | None, num_computed: int) -> Tensor:
-    """The gradient of what `_repeated` took from that of what it made."""
-    if source is None:
+def _repeated(tensor: Tensor, places: Tensor | None) -> Tensor:
+    """[heads, places, head_dim] of [heads, K, head_dim]."""
+    return tensor if places is None else _rows(tensor.transpose(0, 1).unsqueeze(0), places)[0].transpose(0, 1)
+
+
+def _summed(tensor: Tensor, places: Tensor | None, num_computed: int) -> Tensor:
+    """The gradient of what `_repeated` took from that of its result."""
+    if places is None:
         return tensor
-    rows = tensor.transpose(1, 2).reshape(tensor.shape[2], -1)
-    sums = rows.new_zeros(num_computed, rows.shape[1]).index_add_(0, source, rows)
-    return sums.view(1, num_computed, tensor.shape[1], -1).transpose(1, 2)
+    rows = tensor.transpose(0, 1).reshape(tensor.shape[1], -1)
+    sums = rows.new_zeros(num_computed, rows.shape[1]).index_add_(0, places, rows)
+    return sums.view(num_computed, *tensor.shape[::2]).transpose(0, 1)
 
 
 @lru_cache(maxsize=1024)
@@ -193,8 +258,17 @@ def _mask(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor | None:
 
     None for as many queries as keys: the kernel's own causal mask aligns the first ones.
     """
-    if num_queries == num_keys:
-        return None
+    return None if num_queries == num_keys else _corner(num_queries, num_keys, dtype)
+
+
+@lru_cache(maxsize=1024)
+def _repeated_mask(num_queries: int, num_keys: int, times: int, dtype: torch.dtype) -> Tensor:
+    """[times x num_queries, num_keys]: of that many queries one after another."""
+    mask = _corner(num_queries, num_keys, dtype)
+    return mask if times == 1 else mask.repeat(times, 1)
+
+
+def _corner(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
     # In few sizes, of which all together are twice the longest: they are kept.
     return _band(1 << (num_keys - 1).bit_length(), dtype)[-num_queries:, -num_keys:]
 

@@ -33,6 +33,9 @@ class SharedPrefixes:
     """[K] int64: indices into N."""
     source: Tensor
     """[N] int64: indices into K; of tokens that do not matter 0."""
+    keys: Tensor
+    """int64: where on K those are that a sequence's own tokens attend to; of all sequences that have own ones, end to
+    end."""
     own: tuple[range, ...]
     """Of each sequence, which of its tokens are computed for itself."""
 
@@ -62,10 +65,11 @@ class SharedPrefixes:
             start, num_computed = start + len(ids), num_computed + length - common
         if sum(part.start for part in own) < WORTHWHILE_SHARE * start:
             return None
-        computed_of_all, source_of_all = (
-            torch.from_numpy(np.concatenate(part)).to(device) for part in (computed, sources)
+        keys = [source[: part.stop] for source, part in zip(sources, own, strict=True) if part]
+        computed_of_all, source_of_all, keys_of_all = (
+            torch.from_numpy(np.concatenate(parts)).to(device) for parts in (computed, sources, keys)
         )
-        return cls(computed_of_all, source_of_all, tuple(own))
+        return cls(computed_of_all, source_of_all, keys_of_all, tuple(own))
 
 
 def _common(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:

@@ -70,3 +70,15 @@ def test_packed_attention_has_the_output_and_the_gradient_of_one_sequence_at_a_t
     expected = torch.autograd.grad(whole, inputs, direction)
     for gradient, right in zip(torch.autograd.grad(found, inputs, direction), expected, strict=True):
         torch.testing.assert_close(gradient, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [9, LONG])
+def test_lower_precisions_are_rounded_no_more_than_by_pytorch(length: int):
+    torch.manual_seed(0)
+    exact = [torch.randn(1, 4, length, 8, dtype=torch.float64) for _ in range(3)]
+    right = one_by_one(*exact, [length], None)
+    rounded = [tensor.bfloat16() for tensor in exact]
+    found, _ = packed_attention(torch.nn.Module(), *rounded, None, None, [0, length])
+    theirs = one_by_one(*rounded, [length], None)
+    assert found.dtype == torch.bfloat16
+    assert (found - right).abs().max() <= 1.5 * (theirs - right).abs().max()

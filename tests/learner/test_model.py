@@ -106,7 +106,8 @@ def test_values_are_zero_at_first_and_then_those_of_the_state_before_each_token(
     decoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     states = [decoder(ids.unsqueeze(0)).last_hidden_state[0][scored - 1] for ids, scored in sequences(micro)]
     expected = torch.cat(states) @ critic.value_head.weight[0] + 0.5
-    torch.testing.assert_close(critic(*micro.inputs), expected, rtol=1e-5, atol=1e-5)
+    # Sums of products with weights as large as 3, in float32.
+    torch.testing.assert_close(critic(*micro.inputs), expected, rtol=0, atol=1e-4)
 
 
 def test_outputs_are_float32_whatever_the_parameters_are(model_folder: Path):
