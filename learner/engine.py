@@ -90,6 +90,9 @@ class TrainingEngine:
             model_parameters=trained,
             config=_deepspeed_config(optimizer, self._zero_stage, bfloat16, cpu_offload, device),
         )
+        if self._zero_stage == 0 and self.world_size == 1:
+            # It would copy all gradients to one place and back.
+            self._engine.enable_backward_allreduce = False
         self._write_problem = ""
         self._guard_files()
 
@@ -296,8 +299,9 @@ def _deepspeed_config(
                 "betas": _pair(optimizer.betas),
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                # The fused kernels are compiled on first use, which needs a C++ or CUDA toolchain; torch's does not.
+                # DeepSpeed's own kernel is compiled on first use, which needs a C++ or CUDA toolchain; torch's does not.
                 "torch_adam": True,
+                "fused": True,
             },
         },
         "steps_per_print": 1 << 30,

@@ -7,6 +7,7 @@ for.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -55,13 +56,14 @@ def even_cuts(lengths: Sequence[int], budget: int, num_parts: int, tokens_at_par
 
 def _fill(costs: NDArray[np.float64], cost: float, tokens: NDArray[np.int64], budget: int) -> list[int]:
     """Bounds of runs that are filled one after another up to both limits; at least one sequence each."""
-    spent, used = np.cumsum(costs), np.cumsum(tokens)
+    # Lists: a search in them takes a tenth of one in an array.
+    spent, used = np.cumsum(costs).tolist(), np.cumsum(tokens).tolist()
     cuts = [0]
     while cuts[-1] < len(tokens):
         first = cuts[-1]
         spent_before, used_before = (spent[first - 1], used[first - 1]) if first else (0, 0)
         # A rounding error of the cumulative sum must not cost a part.
-        by_cost = int(np.searchsorted(spent, (spent_before + cost) * (1 + 1e-12), side="right"))
-        by_tokens = int(np.searchsorted(used, used_before + budget, side="right"))
+        by_cost = bisect_right(spent, (spent_before + cost) * (1 + 1e-12))
+        by_tokens = bisect_right(used, used_before + budget)
         cuts.append(max(min(by_cost, by_tokens), first + 1))
     return cuts
