@@ -299,7 +299,7 @@ def _deepspeed_config(
                 "betas": _pair(optimizer.betas),
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                # DeepSpeed's own kernel is compiled on first use, which needs a C++ or CUDA toolchain; torch's does not.
+                # DeepSpeed's own is compiled on first use, which needs a C++ or CUDA toolchain; torch's is there.
                 "torch_adam": True,
                 "fused": True,
             },
