@@ -1,4 +1,4 @@
-"""Norms and attention layers of transformers' decoders, computed in fewer passes over memory on a CPU.
+"""Norms, attention and feed-forward layers of transformers' decoders, in fewer passes over memory on a CPU.
 
 `hasten` gives the modules that it knows a subclass which computes the same in float32 and float64 on a CPU. Whatever
 else they are called with goes the way transformers has it, and modules that it does not know are left alone. A module's
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
 
 from learner.attention import PACKED_ATTENTION, packed_attention
 
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"}
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
+FEED_FORWARDS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
 """Classes of transformers, by name."""
 
 
@@ -31,6 +33,8 @@ def hasten(network: nn.Module) -> None:
             module.__class__ = type(kind.__name__, (_Norm, kind), {})
         elif kind.__name__ in ATTENTIONS:
             module.__class__ = type(kind.__name__, (_Attention, kind), {"angles": angles})
+        elif kind.__name__ in FEED_FORWARDS:
+            module.__class__ = type(kind.__name__, (_FeedForward, kind), {})
 
 
 def _is_hastened(states: Tensor) -> bool:
@@ -175,3 +179,55 @@ class _Attention(nn.Module):
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         output, _none = packed_attention(self, query, key, value, attention_mask, self.scaling, **named)
         return self.o_proj(output.flatten(2)), None
+
+
+class _FeedForward(nn.Module):
+    """down(silu(gate(x)) up(x)) of three linear layers."""
+
+    config: Any
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class it is mixed into."""
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if not _is_hastened(x) or self.config.hidden_act != "silu" or not all(_is_plain(layer, x) for layer in layers):
+            states: Tensor = super().forward(x)
+            return states
+        computed: Tensor = _GatedProducts.apply(x, *(layer.weight for layer in layers))  # type: ignore[no-untyped-call]
+        return computed
+
+
+def _is_plain(layer: nn.Module, states: Tensor) -> bool:
+    """Whether a layer is its weight and nothing else: no adapter, no shard that a hook brings, nobody who watches."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return type(layer) is nn.Linear and layer.bias is None and layer.weight.dtype == states.dtype and not any(hooks)
+
+
+class _GatedProducts(torch.autograd.Function):
+    """y = (silu(g) u) D^T of g = x G^T and u = x U^T, of which g and u alone are kept.
+
+    With a = d y D: d u = silu(g) a, d g = silu'(g) u a, d x = d g G + d u U.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gates, ups = linear(states, gate), linear(states, up)
+        ctx.save_for_backward(states, gates, ups, gate, up, down)
+        return linear(silu(gates).mul_(ups), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
+        states, gates, ups, gate, up, down = ctx.saved_tensors
+        rows, gates, ups, by_rows = (tensor.flatten(0, -2) for tensor in (states, gates, ups, by_output))
+        _, for_gate, for_up, for_down = ctx.needs_input_grad
+        opened = silu(gates)
+        by_down = by_rows.T @ (opened * ups) if for_down else None
+        by_product = by_rows @ down
+        by_ups = opened.mul_(by_product)
+        by_gates = torch.ops.aten.silu_backward(by_product.mul_(ups), gates)
+        by_states = (by_gates @ gate).addmm_(by_ups, up).view_as(states)
+        by_gate, by_up = by_gates.T @ rows if for_gate else None, by_ups.T @ rows if for_up else None
+        return by_states, by_gate, by_up, by_down

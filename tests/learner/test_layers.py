@@ -15,10 +15,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, apply_rotary_pos_emb
 
 from learner.attention import PACKED_ATTENTION
-from learner.layers import _Angles, _Attention, _Norm, _Rotation, hasten
+from learner.layers import _Angles, _Attention, _FeedForward, _Norm, _Rotation, hasten
 
 SIZES = {
     "vocab_size": 50,
@@ -60,7 +60,8 @@ def states_and_gradients(network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]
 
 
 def known(network: nn.Module) -> set[str]:
-    return {type(module).__name__ for module in network.modules() if isinstance(module, (_Norm, _Attention))}
+    hastened = (_Norm, _Attention, _FeedForward)
+    return {type(module).__name__ for module in network.modules() if isinstance(module, hastened)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +69,7 @@ def test_layers_compute_what_those_of_transformers_do(kind: type[PreTrainedConfi
     network = decoder(kind)
     expected, right = states_and_gradients(network)
     hasten(network)
-    assert len(known(network)) == 2
+    assert len(known(network)) == 3
     found, gradients = states_and_gradients(network)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert gradients.keys() == right.keys()
@@ -158,3 +159,62 @@ def test_the_rotation_and_its_gradient_are_exact_in_float64():
     direction = torch.randn_like(found)
     gradients = [torch.autograd.grad(output, states, direction)[0] for output in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+def feed_forward(**changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Qwen2MLP(Qwen2Config(**(SIZES | changes))).double()
+
+
+def test_the_feed_forward_layer_and_its_gradient_are_exact_in_float64():
+    layer = feed_forward()
+    states = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+    inputs = [states, *layer.parameters()]
+    expected = layer(states)
+    hasten(layer)
+    found = layer(states)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(found)
+    right = torch.autograd.grad(expected, inputs, direction)
+    for gradient, value in zip(torch.autograd.grad(found, inputs, direction), right, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["gate_proj", "up_proj", "down_proj"])
+def test_a_frozen_weight_gets_no_gradient_and_the_others_theirs(frozen: str):
+    layer = feed_forward()
+    layer.get_submodule(frozen).weight.requires_grad_(False)
+    states = torch.randn(5, 32, dtype=torch.float64)
+    layer(states).sum().backward()
+    right = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    hasten(layer)
+    layer.zero_grad()
+    layer(states).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is None) == (name == f"{frozen}.weight")
+        torch.testing.assert_close(parameter.grad, right[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_a_linear_layer_that_is_more_than_its_weight_is_called(name: str):
+    layer = feed_forward()
+    hasten(layer)
+    states, calls = torch.randn(5, 32, dtype=torch.float64), []
+    layer.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
+    expected = layer(states)
+    assert calls == [1]
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    layer.down_proj.__class__ = Doubled
+    torch.testing.assert_close(layer(states), 2 * expected)
+
+
+def test_another_activation_is_left_to_transformers():
+    layer = feed_forward(hidden_act="gelu")
+    states = torch.randn(5, 32, dtype=torch.float64)
+    expected = layer(states)
+    hasten(layer)
+    assert torch.equal(layer(states), expected)
