@@ -83,6 +83,7 @@ class TrainingEngine:
         """As `learner.packing.even_cuts` has it."""
         # DeepSpeed's replicated bfloat16 optimizer starts Adam's bias correction at the second step; stage 1 does not.
         self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage
+        self._clip_norm = optimizer.clip_norm
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._is_frozen_in_part = len(trained) < len(list(model.parameters()))
         self._engine, *_ = deepspeed.initialize(
@@ -146,9 +147,13 @@ class TrainingEngine:
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
     def _replicated_step(self) -> float:
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
+        trained = [p for p in self._engine.module.parameters() if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad for p in trained])
+        norm = float(total)
         if math.isfinite(norm):
+            # DeepSpeed would compute the norm once more.
+            if self._clip_norm:
+                nn.utils.clip_grads_with_norm_(trained, self._clip_norm, total)
             self._engine.step()
         else:
             self._engine.zero_grad()
@@ -288,7 +293,7 @@ def _deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm,
+        "gradient_clipping": optimizer.clip_norm if zero_stage else 0.0,
         "bf16": {"enabled": bfloat16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
