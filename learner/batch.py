@@ -18,7 +18,7 @@ from torch import Tensor
 
 from buffer.trajectory import Trajectory, TrajectoryGroup
 from learner.packing import even_cuts, fewest_parts
-from learner.prefixes import SharedPrefixes
+from learner.prefixes import SharedPrefixes, common_lengths, is_worthwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,8 @@ class TrainingBatch:
     """[num_groups + 1] the first trajectory of every group, and their number."""
     scored_offsets: tuple[int, ...]
     """[num_sequences + 1] the first scored token of every trajectory on [M], and M."""
+    common: tuple[int, ...]
+    """[num_sequences] tokens that a pass over a trajectory and the one before it computes once."""
 
     @classmethod
     def from_groups(
@@ -93,6 +95,7 @@ class TrainingBatch:
             ).to(device),
             group_offsets=tuple(accumulate((len(group.trajectories) for group in groups), initial=0)),
             scored_offsets=tuple(accumulate(lengths, initial=0)),
+            common=_common(trajectories, device),
         )
 
     @property
@@ -112,7 +115,7 @@ class TrainingBatch:
 
     def num_microbatches(self, part: range, tokens_per_microbatch: int) -> int:
         """How few microbatches of whole trajectories hold `part`; a trajectory above the budget stands alone."""
-        return fewest_parts(self._lengths(part), tokens_per_microbatch)
+        return fewest_parts(*self._lengths(part), tokens_per_microbatch)
 
     def microbatches(
         self, part: range, tokens_per_microbatch: int, at_least: int = 1, tokens_at_par: float = math.inf
@@ -121,12 +124,12 @@ class TrainingBatch:
 
         Args:
             part: trajectories.
-            tokens_per_microbatch: budget of each.
+            tokens_per_microbatch: budget of each, of computed tokens.
             at_least: how many, although fewer would do; more than there are trajectories count as so many.
             tokens_at_par: as `even_cuts` has it; infinite: cost is tokens.
         """
         number = max(self.num_microbatches(part, tokens_per_microbatch), at_least)
-        cuts = even_cuts(self._lengths(part), tokens_per_microbatch, number, tokens_at_par)
+        cuts = even_cuts(*self._lengths(part), tokens_per_microbatch, number, tokens_at_par)
         return [self._pack(range(part.start + start, part.start + stop)) for start, stop in pairwise(cuts)]
 
     def scored_slice(self, part: range) -> slice:
@@ -138,8 +141,10 @@ class TrainingBatch:
         """Where the tensors live."""
         return self.sequence_index.device
 
-    def _lengths(self, part: range) -> list[int]:
-        return [trajectory.num_tokens for trajectory in self.trajectories[part.start : part.stop]]
+    def _lengths(self, part: range) -> tuple[list[int], Sequence[int]]:
+        """Tokens of each trajectory, and what it has in common with the one before it."""
+        chosen = slice(part.start, part.stop)
+        return [trajectory.num_tokens for trajectory in self.trajectories[chosen]], self.common[chosen]
 
     def _pack(self, part: range) -> MicroBatch:
         chosen = self.trajectories[part.start : part.stop]
@@ -148,16 +153,27 @@ class TrainingBatch:
         token_ids = np.concatenate([t.token_ids for t in chosen]).astype(np.int64)
         positions = np.concatenate([np.arange(length) for length in lengths])
         targets = np.flatnonzero(np.concatenate([t.loss_mask for t in chosen]))
-        # The state of a sequence's last scored token, and what is behind it, says nothing about any score.
-        needed = [int(np.flatnonzero(t.loss_mask)[-1]) if t.loss_mask.any() else 0 for t in chosen]
         return MicroBatch(
             token_ids=torch.from_numpy(token_ids).to(self.device),
             position_ids=torch.from_numpy(positions).to(self.device),
             boundaries=tuple(boundaries.tolist()),
             targets=torch.from_numpy(targets).to(self.device),
             scored=self.scored_slice(part),
-            shared=SharedPrefixes.of([t.token_ids for t in chosen], needed, self.device),
+            shared=SharedPrefixes.of([t.token_ids for t in chosen], [_needed(t) for t in chosen], self.device),
         )
+
+
+def _needed(trajectory: Trajectory) -> int:
+    """How many of its first tokens matter: the state of the last scored one, and what is behind it, tells no score."""
+    scored = np.flatnonzero(trajectory.loss_mask)
+    return int(scored[-1]) if len(scored) else 0
+
+
+def _common(trajectories: Sequence[Trajectory], device: torch.device) -> tuple[int, ...]:
+    found = common_lengths([t.token_ids for t in trajectories], [_needed(t) for t in trajectories])
+    # On CUDA attention holds every token of every sequence, computed once or not.
+    is_shared = device.type == "cpu" and is_worthwhile(sum(found), sum(t.num_tokens for t in trajectories))
+    return tuple(found) if is_shared else (0,) * len(found)
 
 
 def occurrence_ranges(groups: Sequence[TrajectoryGroup]) -> str:

@@ -135,7 +135,7 @@ class LearnerConfig:
     cpu_offload: bool = False
     """Optimizer state and float32 master weights in host memory; the step is torch's own, on the host's cores."""
     tokens_per_microbatch: int = 8192
-    """Packed tokens of one forward and backward pass; a longer trajectory stands alone."""
+    """Packed tokens that one forward and backward pass computes; a longer trajectory stands alone."""
     temperature: float = 1.0
     """What the actors sample at; logits are divided by it."""
     critic_warmup_steps: int = 0

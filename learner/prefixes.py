@@ -54,8 +54,9 @@ class SharedPrefixes:
         own: list[range] = []
         computed: list[NDArray[np.int64]] = []
         start = num_computed = 0
-        for index, (ids, length) in enumerate(zip(sequences, needed, strict=True)):
-            common = min(_common(ids, sequences[index - 1]), length, needed[index - 1]) if index else 0
+        for index, (ids, length, common) in enumerate(
+            zip(sequences, needed, common_lengths(sequences, needed), strict=True)
+        ):
             source = np.zeros(len(ids), dtype=np.int64)
             source[:common] = sources[-1][:common] if index else 0
             source[common:length] = np.arange(num_computed, num_computed + length - common)
@@ -63,13 +64,27 @@ class SharedPrefixes:
             own.append(range(common, length))
             computed.append(np.arange(start + common, start + length))
             start, num_computed = start + len(ids), num_computed + length - common
-        if sum(part.start for part in own) < WORTHWHILE_SHARE * start:
+        if not is_worthwhile(sum(part.start for part in own), start):
             return None
         keys = [source[: part.stop] for source, part in zip(sources, own, strict=True) if part]
         computed_of_all, source_of_all, keys_of_all = (
             torch.from_numpy(np.concatenate(parts)).to(device) for parts in (computed, sources, keys)
         )
         return cls(computed_of_all, source_of_all, keys_of_all, tuple(own))
+
+
+def is_worthwhile(num_common: int, num_tokens: int) -> bool:
+    """Whether it pays to compute `num_common` of `num_tokens` packed tokens but once."""
+    return num_common >= WORTHWHILE_SHARE * num_tokens
+
+
+def common_lengths(sequences: Sequence[NDArray[np.integer]], needed: Sequence[int]) -> list[int]:
+    """Tokens that each of `sequences` has in common with the one before it, of the first `needed` of both."""
+    lengths = [0]
+    for index in range(1, len(sequences)):
+        common = _common(sequences[index], sequences[index - 1])
+        lengths.append(min(common, needed[index], needed[index - 1]))
+    return lengths
 
 
 def _common(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.trajectory import TrajectoryGroup
-from learner.batch import TrainingBatch, occurrence_ranges
+from learner.batch import TrainingBatch, _common, occurrence_ranges
 from tests.learner.samples import CPU, make_batch, make_trajectory
 
 
@@ -72,6 +72,25 @@ def test_microbatches_fill_the_budget_and_a_longer_trajectory_stands_alone():
     micros = batch.microbatches(range(0, 6), 8)
     assert [m.boundaries for m in micros] == [(0, 4, 7), (0, 5), (0, 20), (0, 2, 8)]
     assert [m.scored for m in micros] == [slice(0, 5), slice(5, 9), slice(9, 28), slice(28, 34)]
+
+
+def test_a_prompt_that_is_computed_once_takes_its_place_in_the_budget_once():
+    groups = []
+    for index in range(2):
+        name, prompt = f"g{index}", [100 * index + t for t in range(10)]
+        members = [
+            make_trajectory(i, [*prompt, 90 + i, 9], [False] * 10 + [True] * 2, group=name, prompt_id=index)
+            for i in range(4)
+        ]
+        groups.append(TrajectoryGroup(name, index, tuple(members)))
+    batch = make_batch(groups)
+    assert batch.common == (0, 10, 10, 10, 0, 10, 10, 10)
+    # 12 + 3 x 2 for each group, and a part that begins inside a group computes its prompt again.
+    assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 18)] == [4, 4]
+    assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 16)] == [2, 2, 2, 2]
+    assert batch.num_microbatches(range(1, 8), 16) == 3
+    # On CUDA attention holds the prompt of every trajectory.
+    assert _common(batch.trajectories, torch.device("cuda")) == (0,) * 8
 
 
 def test_a_budget_below_every_trajectory_gives_one_each():
