@@ -44,6 +44,8 @@ WAYS = {
     PRODUCTS: ("learner_ways.py", "limit"),
 }
 LENGTHS = ((16, 1024), (16, 128), (64, 128))
+SHORT = 128
+"""Tokens up to which a batch's longest sequence makes a short step."""
 VOCABULARY, HEAD_TOKENS, HEAD_HIDDEN = 151_936, 16_384, 64
 SAME = 1e-6
 """Largest 1 - cosine between two gradients that count as the same."""
@@ -202,7 +204,9 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     for shortest, longest in [(16, 64)] if options.quick else LENGTHS:
         for num_threads in (1,) if options.quick else options.threads:
             chosen = replace(work, shortest=shortest, longest=longest, num_threads=num_threads)
-            case = compare(chosen, list(WAYS), 1 if options.quick else options.repeats, options.peers_python)
+            # Short steps vary more, and cost less to repeat.
+            repeats = 1 if options.quick else options.repeats * (1 if longest > SHORT else 3)
+            case = compare(chosen, list(WAYS), repeats, options.peers_python)
             linear, attention = forward_flops(chosen, sequences(chosen))
             case["step_flops"] = 3 * (linear + attention)
             case["matmul_flops_per_second"] = matmul_flops(num_threads)
@@ -218,7 +222,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a plot here (.png or .svg)")
     parser.add_argument("--quick", action="store_true", help="one small measurement of each: about a minute")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each way, in turns")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each way, in turns; of short sequences 3 times")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="OpenMP threads of each way")
     parser.add_argument("--peers-python", default=sys.executable, help="a Python with trl, torch and transformers")
     options = parser.parse_args()
