@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a plot here (.png or .svg)")
     parser.add_argument("--quick", action="store_true", help="one small measurement of each: about a minute")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each way, in turns; of short sequences 3 times")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each way, in turns; of short ones 3 times")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="OpenMP threads of each way")
     parser.add_argument("--peers-python", default=sys.executable, help="a Python with trl, torch and transformers")
     options = parser.parse_args()
