@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,11 +116,24 @@ class _SequenceAttention(torch.autograd.Function):
         by_queries, by_keys, by_values = [], torch.zeros_like(keys), torch.zeros_like(values)
         of_queries = by_output[0].transpose(0, 1), output.transpose(0, 1), query[0]
         of_keys = keys, values, by_keys, by_values
-        for keep, (by_o, o, q, k, v, by_k, by_v) in zip(kept, _split(ctx.sizes, of_queries, of_keys), strict=True):
-            by_queries += _way(q, k).backward(by_o, o, keep, q, k, v, by_k, by_v, ctx.scaling)
+        for keep, tensors in zip(kept, _split(ctx.sizes, of_queries, of_keys), strict=True):
+            sequence = _Sequence(*tensors)
+            by_queries += _way(sequence.query, sequence.key).backward(sequence, keep, ctx.scaling)
         by_query = torch.cat(by_queries).transpose(0, 1)
         by_key, by_value = (_summed(tensor, places, ctx.num_computed) for tensor in (by_keys, by_values))
         return *(tensor.unsqueeze(0) for tensor in (by_query, by_key, by_value)), None, None, None
+
+
+class _Sequence(NamedTuple):
+    """A sequence's part of what a backward pass knows, in the order of `_split`: [heads, tokens, head_dim] each."""
+
+    by_output: Tensor
+    output: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    by_key: Tensor
+    by_value: Tensor
 
 
 def _split(
@@ -150,18 +163,9 @@ class _Products:
         return [torch.bmm(weights, value).view(query.shape).transpose(0, 1)], weights
 
     @staticmethod
-    def backward(
-        by_output: Tensor,
-        output: Tensor,
-        weights: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        by_key: Tensor,
-        by_value: Tensor,
-        scaling: float,
-    ) -> list[Tensor]:
-        """Parts of the query's gradient, tokens first; those of key and value are added to `by_key` and `by_value`."""
+    def backward(sequence: _Sequence, weights: Tensor, scaling: float) -> list[Tensor]:
+        """Parts of the query's gradient, tokens first; those of key and value are added to the sequence's."""
+        by_output, _, query, key, value, by_key, by_value = sequence
         shape, query, by_output = query.shape, _stacked(query, key), _stacked(by_output, key)
         by_weights = torch.bmm(by_output, value.mT)
         by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype).mul_(scaling)
@@ -199,18 +203,9 @@ class _Blocks:
         return outputs, torch.cat(sums, dim=2)
 
     @staticmethod
-    def backward(
-        by_output: Tensor,
-        output: Tensor,
-        sums: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        by_key: Tensor,
-        by_value: Tensor,
-        scaling: float,
-    ) -> list[Tensor]:
+    def backward(sequence: _Sequence, sums: Tensor, scaling: float) -> list[Tensor]:
         """As that of `_Products`."""
+        by_output, output, query, key, value, by_key, by_value = sequence
         by_query = []
         for first, size, end in _blocks(query.shape[1], key.shape[1]):
             by_part, *by_others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

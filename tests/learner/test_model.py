@@ -99,15 +99,14 @@ def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass(folde
 
 def test_values_are_zero_at_first_and_then_those_of_the_state_before_each_token(folder: Path):
     micro = packed()
-    critic = ValueModel.load(folder, dtype=torch.float32, checkpointing=False)
+    critic = ValueModel.load(folder, dtype=torch.float64, checkpointing=False)
     assert critic(*micro.inputs).abs().max() == 0
     torch.nn.init.normal_(critic.value_head.weight)
     critic.value_head.bias.data.fill_(0.5)
-    decoder = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    decoder = AutoModel.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
     states = [decoder(ids.unsqueeze(0)).last_hidden_state[0][scored - 1] for ids, scored in sequences(micro)]
     expected = torch.cat(states) @ critic.value_head.weight[0] + 0.5
-    # Sums of products with weights as large as 3, in float32.
-    torch.testing.assert_close(critic(*micro.inputs), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(critic(*micro.inputs), expected.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_outputs_are_float32_whatever_the_parameters_are(model_folder: Path):
