@@ -55,9 +55,10 @@ def packed_attention(
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         own = shared.own if shared else [range(end - start) for start, end in pairwise(boundaries)]
         own = [asking for asking in own if asking]
-        scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        # Once, instead of every score: there are more of them.
+        query = query * (1 / math.sqrt(query.shape[-1]) if scaling is None else scaling)
         output: Tensor = _SequenceAttention.apply(  # type: ignore[no-untyped-call]
-            query, key, value, shared.keys if shared else None, own, scaling
+            query, key, value, shared.keys if shared else None, own
         )
         return output, None
     if shared is not None:
@@ -85,43 +86,39 @@ def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
 
 
 class _SequenceAttention(torch.autograd.Function):
-    """softmax(scaling query key^T) value of every sequence, by the way that suits its length."""
+    """softmax(query key^T) value of every sequence, by the way that suits its length."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        places: Tensor | None,
-        own: Sequence[range],
-        scaling: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, places: Tensor | None, own: Sequence[range]
     ) -> Tensor:
         keys, values = (_repeated(tensor[0], places) for tensor in (key, value))
         sizes = [len(asking) for asking in own], [asking.stop for asking in own]
         outputs, kept = [], []
         for q, k, v in _split(sizes, (query[0],), (keys, values)):
-            parts, keep = _way(q, k).forward(q, k, v, scaling)
+            parts, keep = _way(q, k).forward(q, k, v)
             outputs += parts
             kept.append(keep)
         output = torch.cat(outputs)
         ctx.save_for_backward(query, keys, values, output, places, *kept)
-        ctx.sizes, ctx.scaling, ctx.num_computed = sizes, scaling, key.shape[2]
+        ctx.sizes, ctx.num_computed = sizes, key.shape[2]
         return output.unsqueeze(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, values, output, places, *kept = ctx.saved_tensors
-        by_queries, by_keys, by_values = [], torch.zeros_like(keys), torch.zeros_like(values)
+        by_queries, by_keys, by_values = [], [], []
         of_queries = by_output[0].transpose(0, 1), output.transpose(0, 1), query[0]
-        of_keys = keys, values, by_keys, by_values
-        for keep, tensors in zip(kept, _split(ctx.sizes, of_queries, of_keys), strict=True):
+        for keep, tensors in zip(kept, _split(ctx.sizes, of_queries, (keys, values)), strict=True):
             sequence = _Sequence(*tensors)
-            by_queries += _way(sequence.query, sequence.key).backward(sequence, keep, ctx.scaling)
-        by_query = torch.cat(by_queries).transpose(0, 1)
-        by_key, by_value = (_summed(tensor, places, ctx.num_computed) for tensor in (by_keys, by_values))
-        return *(tensor.unsqueeze(0) for tensor in (by_query, by_key, by_value)), None, None, None
+            by_query, by_key, by_value = _way(sequence.query, sequence.key).backward(sequence, keep)
+            by_queries += by_query
+            by_keys.append(by_key.transpose(0, 1))
+            by_values.append(by_value.transpose(0, 1))
+        by_key, by_value = (_summed(torch.cat(parts), places, ctx.num_computed) for parts in (by_keys, by_values))
+        gradients = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (torch.cat(by_queries), by_key, by_value))
+        return *gradients, None, None
 
 
 class _Sequence(NamedTuple):
@@ -132,8 +129,6 @@ class _Sequence(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    by_key: Tensor
-    by_value: Tensor
 
 
 def _split(
@@ -155,23 +150,21 @@ class _Products:
     """A sequence at once, its weights kept for the backward pass: for a short one fewer products and larger ones."""
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[list[Tensor], Tensor]:
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], Tensor]:
         """Of [heads, n, head_dim] and [key_value_heads, m, head_dim]: output in parts, tokens first, and weights."""
         mask = _repeated_mask(query.shape[1], key.shape[1], query.shape[0] // key.shape[0], query.dtype)
-        scores = torch.baddbmm(mask, _stacked(query, key), key.mT, alpha=scaling)
-        weights = torch._softmax(scores, -1, False)
+        weights = torch._softmax(torch.baddbmm(mask, _stacked(query, key), key.mT), -1, False)
         return [torch.bmm(weights, value).view(query.shape).transpose(0, 1)], weights
 
     @staticmethod
-    def backward(sequence: _Sequence, weights: Tensor, scaling: float) -> list[Tensor]:
-        """Parts of the query's gradient, tokens first; those of key and value are added to the sequence's."""
-        by_output, _, query, key, value, by_key, by_value = sequence
+    def backward(sequence: _Sequence, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Gradients of query, in parts, tokens first, and of key and value as they are."""
+        by_output, _, query, key, value = sequence
         shape, query, by_output = query.shape, _stacked(query, key), _stacked(by_output, key)
         by_weights = torch.bmm(by_output, value.mT)
-        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype).mul_(scaling)
-        by_key += torch.bmm(by_scores.mT, query)
-        by_value += torch.bmm(weights.mT, by_output)
-        return [torch.bmm(by_scores, key).view(shape).transpose(0, 1)]
+        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
+        by_query = torch.bmm(by_scores, key).view(shape).transpose(0, 1)
+        return [by_query], torch.bmm(by_scores.mT, query), torch.bmm(weights.mT, by_output)
 
 
 def _stacked(tensor: Tensor, key: Tensor) -> Tensor:
@@ -186,7 +179,7 @@ class _Blocks:
     """
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[list[Tensor], Tensor]:
+    def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], Tensor]:
         """As that of `_Products`, with the logarithms of the weights' sums."""
         outputs, sums = [], []
         for first, size, end in _blocks(query.shape[1], key.shape[1]):
@@ -196,17 +189,17 @@ class _Blocks:
                 value.narrow(1, 0, end).unsqueeze(0),
                 is_causal=size == end,
                 attn_mask=_mask(size, end, query.dtype),
-                scale=scaling,
+                scale=1.0,
             )
             outputs.append(output[0].transpose(0, 1))
             sums.append(logs)
         return outputs, torch.cat(sums, dim=2)
 
     @staticmethod
-    def backward(sequence: _Sequence, sums: Tensor, scaling: float) -> list[Tensor]:
+    def backward(sequence: _Sequence, sums: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """As that of `_Products`."""
-        by_output, output, query, key, value, by_key, by_value = sequence
-        by_query = []
+        by_output, output, query, key, value = sequence
+        by_query, by_key, by_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for first, size, end in _blocks(query.shape[1], key.shape[1]):
             by_part, *by_others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 by_output.narrow(1, first, size).unsqueeze(0),
@@ -218,12 +211,12 @@ class _Blocks:
                 0.0,
                 size == end,
                 attn_mask=_mask(size, end, query.dtype),
-                scale=scaling,
+                scale=1.0,
             )
             by_query.append(by_part[0].transpose(0, 1))
             for total, part in zip((by_key, by_value), by_others, strict=True):
                 total.narrow(1, 0, end).add_(part[0])
-        return by_query
+        return by_query, by_key, by_value
 
 
 def _blocks(num_queries: int, num_keys: int) -> Iterable[tuple[int, int, int]]:
@@ -239,12 +232,12 @@ def _repeated(tensor: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _summed(tensor: Tensor, places: Tensor | None, num_computed: int) -> Tensor:
-    """The gradient of what `_repeated` took from that of its result."""
+    """The gradient [K, heads, head_dim] of what `_repeated` took from that of its result, tokens first."""
     if places is None:
         return tensor
-    rows = tensor.transpose(0, 1).reshape(tensor.shape[1], -1)
+    rows = tensor.flatten(1)
     sums = rows.new_zeros(num_computed, rows.shape[1]).index_add_(0, places, rows)
-    return sums.view(num_computed, *tensor.shape[::2]).transpose(0, 1)
+    return sums.view(num_computed, *tensor.shape[1:])
 
 
 @lru_cache(maxsize=1024)
