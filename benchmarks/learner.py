@@ -34,10 +34,12 @@ from benchmarks.figures import command, machine, versions, wide_console, write
 from benchmarks.learner_report import PRODUCTS, plot, show
 from benchmarks.learner_work import Work, forward_flops, save_model, sequences
 from benchmarks.marked_lines import heard
+from learner.heap import heap_environment
 
 HERE = Path(__file__).resolve().parent
+OURS = "slipstream"
 WAYS = {
-    "slipstream": ("learner_ways.py", "ours"),
+    OURS: ("learner_ways.py", "ours"),
     "TRL": ("learner_trl.py", "trl"),
     "PyTorch, padded": ("learner_ways.py", "padded"),
     "PyTorch, packed": ("learner_ways.py", "packed"),
@@ -56,6 +58,8 @@ class Way:
 
     def __init__(self, label: str, work: Work, python: str) -> None:
         script, self.name = WAYS[label]
+        # As the launcher starts a learner; the others as their users do.
+        environment = heap_environment() if label == OURS else {}
         specification = Path(work.folder, f"work-{self.name}.json")
         specification.write_text(json.dumps(asdict(work)))
         self._errors = Path(work.folder, f"errors-{self.name}.txt")
@@ -67,7 +71,7 @@ class Way:
                 stderr=errors,
                 text=True,
                 cwd=work.folder,
-                env={**os.environ, "OMP_NUM_THREADS": str(work.num_threads)},
+                env={**os.environ, "OMP_NUM_THREADS": str(work.num_threads), **environment},
             )
 
     def read(self) -> dict[str, Any] | None:
@@ -169,7 +173,7 @@ def growth(work: Work, quick: bool) -> list[dict[str, Any]]:
     found = []
     for axis, count, length in shapes:
         grown = replace(work, num_sequences=count, shortest=length, longest=length)
-        rates = compare(grown, ["slipstream"], 1 if quick else 3, "")["rates"]["slipstream"]
+        rates = compare(grown, [OURS], 1 if quick else 3, "")["rates"][OURS]
         found.append({"axis": axis, "num_sequences": count, "length": length, **rates})
     return found
 

@@ -26,10 +26,8 @@ from benchmarks.learner_work import LEARNING_RATE, Sequences, Turns, Work, save_
 def ours(work: Work, data: Sequences) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from benchmarks.learner_step import OurStep
-    from learner.heap import keep_freed_memory
     from learner.model import PolicyModel
 
-    keep_freed_memory()
     policy = PolicyModel.load(work.folder, dtype=torch.float32, temperature=1.0, checkpointing=False)
     step = OurStep(policy, data, work.tokens_per_microbatch, torch.device("cpu"))
     turns = Turns(parameters=sum(p.numel() for p in policy.parameters()))

@@ -19,6 +19,7 @@ from launch.config import RunPlan
 from launch.settings import EmbeddedConfig
 from launch.supervisor import last_line
 from launch.topology import ROOT
+from learner.heap import heap_environment
 
 RECIPE = 1
 """Part of the cache's key: raised when the same settings would make another model."""
@@ -108,7 +109,7 @@ def _train(request: Path, plan: RunPlan, progress: Progress) -> None:
     log_path = plan.run_dir / "logs" / "pretraining.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     threads = str(min(plan.pretraining.num_threads, len(os.sched_getaffinity(0))))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, **heap_environment()}
     command = [sys.executable, "-m", "learner.sft", str(request)]
     with (
         log_path.open("w") as log,

@@ -6,11 +6,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.config import RunPlan
 from launch.devices import VISIBLE, has_cuda, own_devices
+from learner.heap import heap_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,8 +58,9 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
     if plan.cluster.separate_devices:
         devices = own_devices(num_ranks, num_actors, plan.sections["actor"]["tensor_parallel_size"])
     # torchrun by itself would hide a rank's exit status.
-    learner = ("-m", "learner.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
-    specs.append(_spec("learner", "learner", learner, num_threads=plan.cluster.learner_cores, devices=devices[0]))
+    ranks = ("-m", "learner.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
+    learner = _spec("learner", "learner", ranks, num_threads=plan.cluster.learner_cores, devices=devices[0])
+    specs.append(replace(learner, environment=learner.environment | heap_environment()))
     # The actors share their cores.
     cores, _ = own_cores(plan)
     keeping = ("--cores", ",".join(map(str, cores))) if cores else ()

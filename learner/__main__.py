@@ -17,7 +17,6 @@ from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, server_credentials
 from buffer.leaving import leave
 from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
-from learner.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +44,6 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     starting.begin()
-    keep_freed_memory()
     os.environ["SLIPSTREAM_DEVICE"] = device_name(run["learner"].get("device", "auto"))
     import torch
     from hydra.utils import instantiate
