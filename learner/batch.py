@@ -68,8 +68,10 @@ class TrainingBatch:
     """[num_groups + 1] the first trajectory of every group, and their number."""
     scored_offsets: tuple[int, ...]
     """[num_sequences + 1] the first scored token of every trajectory on [M], and M."""
+    needed: tuple[int, ...]
+    """[num_sequences] how many of its first tokens matter: the state of the last scored one tells no score."""
     common: tuple[int, ...]
-    """[num_sequences] tokens that a pass over a trajectory and the one before it computes once."""
+    """[num_sequences] of those, how many it begins with like the trajectory before it."""
 
     @classmethod
     def from_groups(
@@ -81,6 +83,7 @@ class TrainingBatch:
         lengths = [int(t.loss_mask.sum()) for t in trajectories]
         behavior = np.concatenate([t.behavior_logprobs[t.loss_mask] for t in trajectories])
         versions = np.concatenate([t.token_versions[t.loss_mask] for t in trajectories])
+        needed = tuple(_needed(t) for t in trajectories)
         return cls(
             policy_version=policy_version,
             trajectories=trajectories,
@@ -95,7 +98,8 @@ class TrainingBatch:
             ).to(device),
             group_offsets=tuple(accumulate((len(group.trajectories) for group in groups), initial=0)),
             scored_offsets=tuple(accumulate(lengths, initial=0)),
-            common=_common(trajectories, device),
+            needed=needed,
+            common=tuple(common_lengths([t.token_ids for t in trajectories], needed)),
         )
 
     @property
@@ -142,12 +146,16 @@ class TrainingBatch:
         return self.sequence_index.device
 
     def _lengths(self, part: range) -> tuple[list[int], Sequence[int]]:
-        """Tokens of each trajectory, and what it has in common with the one before it."""
-        chosen = slice(part.start, part.stop)
-        return [trajectory.num_tokens for trajectory in self.trajectories[chosen]], self.common[chosen]
+        """Tokens of each trajectory, and how many of them cost nothing after the one before it."""
+        lengths = [trajectory.num_tokens for trajectory in self.trajectories[part.start : part.stop]]
+        # On CUDA attention holds every token of every sequence, computed once or not.
+        if self.device.type == "cpu" and is_worthwhile(sum(self.common), self.num_tokens):
+            return lengths, self.common[part.start : part.stop]
+        return lengths, [0] * len(lengths)
 
     def _pack(self, part: range) -> MicroBatch:
-        chosen = self.trajectories[part.start : part.stop]
+        of_part = slice(part.start, part.stop)
+        chosen = self.trajectories[of_part]
         lengths = [t.num_tokens for t in chosen]
         boundaries = np.concatenate([[0], np.cumsum(lengths)])
         token_ids = np.concatenate([t.token_ids for t in chosen]).astype(np.int64)
@@ -159,21 +167,13 @@ class TrainingBatch:
             boundaries=tuple(boundaries.tolist()),
             targets=torch.from_numpy(targets).to(self.device),
             scored=self.scored_slice(part),
-            shared=SharedPrefixes.of([t.token_ids for t in chosen], [_needed(t) for t in chosen], self.device),
+            shared=SharedPrefixes.of(lengths, self.needed[of_part], self.common[of_part], self.device),
         )
 
 
 def _needed(trajectory: Trajectory) -> int:
-    """How many of its first tokens matter: the state of the last scored one, and what is behind it, tells no score."""
     scored = np.flatnonzero(trajectory.loss_mask)
     return int(scored[-1]) if len(scored) else 0
-
-
-def _common(trajectories: Sequence[Trajectory], device: torch.device) -> tuple[int, ...]:
-    found = common_lengths([t.token_ids for t in trajectories], [_needed(t) for t in trajectories])
-    # On CUDA attention holds every token of every sequence, computed once or not.
-    is_shared = device.type == "cpu" and is_worthwhile(sum(found), sum(t.num_tokens for t in trajectories))
-    return tuple(found) if is_shared else (0,) * len(found)
 
 
 def occurrence_ranges(groups: Sequence[TrajectoryGroup]) -> str:

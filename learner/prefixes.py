@@ -41,29 +41,29 @@ class SharedPrefixes:
 
     @classmethod
     def of(
-        cls, sequences: Sequence[NDArray[np.integer]], needed: Sequence[int], device: torch.device
+        cls, lengths: Sequence[int], needed: Sequence[int], common: Sequence[int], device: torch.device
     ) -> SharedPrefixes | None:
-        """What each of `sequences` has in common with the one before it; None where that is too little.
+        """None where too little is shared.
 
         Args:
-            sequences: token ids.
-            needed: how many of each sequence's first tokens matter.
+            lengths: tokens of each sequence.
+            needed: how many of its first ones matter.
+            common: as `common_lengths` has it, of these sequences or of more before them.
             device: where the tensors are to live.
         """
         sources: list[NDArray[np.int64]] = []
         own: list[range] = []
         computed: list[NDArray[np.int64]] = []
         start = num_computed = 0
-        for index, (ids, length, common) in enumerate(
-            zip(sequences, needed, common_lengths(sequences, needed), strict=True)
-        ):
-            source = np.zeros(len(ids), dtype=np.int64)
-            source[:common] = sources[-1][:common] if index else 0
-            source[common:length] = np.arange(num_computed, num_computed + length - common)
+        for length, end, first in zip(lengths, needed, (0, *common[1:]), strict=True):
+            source = np.zeros(length, dtype=np.int64)
+            if first:
+                source[:first] = sources[-1][:first]
+            source[first:end] = np.arange(num_computed, num_computed + end - first)
             sources.append(source)
-            own.append(range(common, length))
-            computed.append(np.arange(start + common, start + length))
-            start, num_computed = start + len(ids), num_computed + length - common
+            own.append(range(first, end))
+            computed.append(np.arange(start + first, start + end))
+            start, num_computed = start + length, num_computed + end - first
         if not is_worthwhile(sum(part.start for part in own), start):
             return None
         keys = [source[: part.stop] for source, part in zip(sources, own, strict=True) if part]

@@ -55,8 +55,12 @@ def unpack_result(packed: bytes) -> Score | Failure:
     """
     fields = msgpack.unpackb(packed, **_PACKED)
     match fields:
-        case [str(verdict), float(reward), dict(breakdown), bool(skipped)]:
+        case [str(verdict), float(reward), dict(breakdown), bool(skipped)] if _names_numbers(breakdown):
             return Score(reward, breakdown, Verdict(verdict), skipped)
         case [str(verdict), str(reason), bool(from_outside)]:
             return Failure(Verdict(verdict), reason, from_outside)
     raise ValueError(f"{fields!r:.80} is no score")
+
+
+def _names_numbers(breakdown: dict[object, object]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, float) for name, value in breakdown.items())

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from learner.attention import QUERIES_PER_BLOCK, packed_attention
-from learner.prefixes import SharedPrefixes
+from learner.prefixes import SharedPrefixes, common_lengths
 from tests.learner.samples import CPU
 
 LONG = 2 * QUERIES_PER_BLOCK + 5
@@ -28,7 +28,8 @@ def shared(lengths: list[int], common: list[int], behind: list[int]) -> SharedPr
     for index, (length, prefix) in enumerate(zip(lengths, common, strict=True)):
         own = 1000 * (index + 1) + np.arange(length - prefix)
         sequences.append(np.concatenate([sequences[-1][:prefix], own]) if prefix else own)
-    return SharedPrefixes.of(sequences, [length - rest for length, rest in zip(lengths, behind, strict=True)], CPU)
+    needed = [length - rest for length, rest in zip(lengths, behind, strict=True)]
+    return SharedPrefixes.of(lengths, needed, common_lengths(sequences, needed), CPU)
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None) -> Tensor:

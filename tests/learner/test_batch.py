@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buffer.trajectory import TrajectoryGroup
-from learner.batch import TrainingBatch, _common, occurrence_ranges
+from learner.batch import TrainingBatch, occurrence_ranges
 from tests.learner.samples import CPU, make_batch, make_trajectory
 
 
@@ -89,8 +89,10 @@ def test_a_prompt_that_is_computed_once_takes_its_place_in_the_budget_once():
     assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 18)] == [4, 4]
     assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 16)] == [2, 2, 2, 2]
     assert batch.num_microbatches(range(1, 8), 16) == 3
-    # On CUDA attention holds the prompt of every trajectory.
-    assert _common(batch.trajectories, torch.device("cuda")) == (0,) * 8
+    # On a device attention holds the prompt of every trajectory.
+    on_device = TrainingBatch.from_groups(groups, [0, 0], 0, torch.device("meta"))
+    assert on_device.common == batch.common
+    assert [len(m.boundaries) - 1 for m in on_device.microbatches(range(0, 8), 24)] == [2, 2, 2, 2]
 
 
 def test_a_budget_below_every_trajectory_gives_one_each():

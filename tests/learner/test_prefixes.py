@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.prefixes import WORTHWHILE_SHARE, SharedPrefixes
+from learner.prefixes import WORTHWHILE_SHARE, SharedPrefixes, common_lengths
 from tests.learner.samples import CPU
 
 SEQUENCES = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=6), min_size=1, max_size=6)
@@ -14,7 +14,8 @@ SEQUENCES = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=6), min_si
 
 def of(sequences: list[list[int]], needed: list[int] | None = None) -> SharedPrefixes | None:
     lengths = [len(ids) for ids in sequences] if needed is None else needed
-    return SharedPrefixes.of([np.array(ids) for ids in sequences], lengths, CPU)
+    common = common_lengths([np.array(ids) for ids in sequences], lengths)
+    return SharedPrefixes.of([len(ids) for ids in sequences], lengths, common, CPU)
 
 
 @given(SEQUENCES, st.data())

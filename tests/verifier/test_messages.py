@@ -46,3 +46,10 @@ def test_a_flipped_byte_is_a_value_error_or_another_result(data: st.DataObject) 
         return
     assert isinstance(result, Score)
     assert isinstance(result.reward, float)
+
+
+@pytest.mark.parametrize("breakdown", [{"accuracy": "1.0"}, {"accuracy": None}, {"accuracy": 1}])
+def test_a_part_that_is_no_number_is_a_value_error(breakdown: dict[str, float]) -> None:
+    packed = pack_result(Score(1.0, breakdown, Verdict.CORRECT))
+    with pytest.raises(ValueError, match="is no score"):
+        unpack_result(packed)
