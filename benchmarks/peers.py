@@ -32,14 +32,13 @@ from benchmarks.marked_lines import heard
 from benchmarks.peers_environment import TORCH, TRL, default_cache, peer_python
 from benchmarks.peers_report import WARM_UP_UPDATES, markdown, plot, show
 from benchmarks.peers_run import Raw, run_ours, run_trl
-from benchmarks.peers_work import MODELS, Scale, Work
+from benchmarks.peers_work import MODELS, OURS, Scale, Work
 from buffer.config import read_section
 from launch.base_model import prepare_base_model
 from launch.config import RunPlan, plan_run
 from learner.config import LearnerConfig
 
 HERE = Path(__file__).resolve().parent
-OURS = "slipstream"
 PEERS = {
     "generate-1": ("TRL, generate, one thread", "generate", 1),
     "generate-2": ("TRL, generate, two threads", "generate", 2),
@@ -50,7 +49,7 @@ PEERS = {
 """By way: label, what samples, threads."""
 ON_REQUEST = ("vllm-1", "batching-2")
 """Only where --ways names them: slower than their other, and over eight seconds of processor time per update."""
-LABELS = {OURS: "Slipstream", **{way: label for way, (label, _, _) in PEERS.items()}}
+LABELS = {**{way: label for way, (label, _) in OURS.items()}, **{way: label for way, (label, _, _) in PEERS.items()}}
 EVALUATORS = 2
 """Processes that evaluate at the same time, one thread each."""
 ROWS_PER_MICROBATCH = 32
@@ -116,7 +115,7 @@ def measure(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """(runs by way, reasons of the ways that failed), all evaluated."""
     inputs = prepare(scale, folder, console)
-    python = peer_python("trl", TRL, cache, console.print) if set(ways) - {OURS} else Path(sys.executable)
+    python = peer_python("trl", TRL, cache, console.print) if set(ways) - set(OURS) else Path(sys.executable)
     made: dict[str, list[Raw]] = {way: [] for way in ways}
     skipped: dict[str, str] = {}
     for seed in range(runs):
@@ -127,8 +126,8 @@ def measure(
             place = folder / f"{way}-{seed}"
             place.mkdir()
             try:
-                if way == OURS:
-                    raw = run_ours(scale, seed, place / "run")
+                if way in OURS:
+                    raw = run_ours(OURS[way][1], scale, seed, place / "run")
                 else:
                     _, mode, num_threads = PEERS[way]
                     raw = run_trl(inputs.work(mode, num_threads, seed, scale, place / "run"), python, place)

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from benchmarks.figures import spread as median_and_range
 from benchmarks.offpolicy_report import updates_to
+from benchmarks.peers_work import OURS
 from benchmarks.plot_run import COLORS, STYLE
 
 WARM_UP_UPDATES = 3
 """Not in the rates: the first ones compile, fill pipelines and wait for whoever starts last."""
 GOAL = 0.8
-OURS = "slipstream"
 Figures = Mapping[str, Any]
 
 
@@ -93,10 +93,11 @@ def rows(figures: Figures) -> list[list[str]]:
         ("peak MB, shared pages once", "shared_once_mb", 0),
     ):
         lines.append([label, *(spread([vars(run)[field] for run in runs], digits) for runs in found.values())])
-    if OURS in found:
+    for ours in filter(found.__contains__, OURS):
         for label, field in (("samples/s", "samples_per_second"), ("tokens/s trained", "trained_per_second")):
-            ratios = (ratio(found[OURS], runs, field) if way != OURS else [] for way, runs in found.items())
-            lines.append([f"Slipstream / this, {label}", *(spread(values, 2) if values else "" for values in ratios)])
+            ratios = (ratio(found[ours], runs, field) if way not in OURS else [] for way, runs in found.items())
+            cells = (spread(values, 2) if values else "" for values in ratios)
+            lines.append([f"{figures['labels'][ours]} / this, {label}", *cells])
     return lines
 
 

@@ -48,9 +48,10 @@ class Raw:
     """Largest between a peer's sampler and its trainer in any log-probability it reported; None: it reported none."""
 
 
-def run_ours(scale: Scale, seed: int, run_dir: Path) -> Raw:
+def run_ours(num_actors: int, scale: Scale, seed: int, run_dir: Path) -> Raw:
     """A run of the whole system."""
-    command = [sys.executable, "launch/cluster.py", *scale.overrides(), f"seed={seed}", f"run_dir={run_dir}"]
+    own = (f"cluster.num_actors={num_actors}", f"seed={seed}", f"run_dir={run_dir}")
+    command = [sys.executable, "launch/cluster.py", *scale.overrides(), *own]
     started, wall_seconds, _, memory = _watched("slipstream", command, {}, range(0))
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()

@@ -36,6 +36,9 @@ MODELS = {
 }
 """0.8 and 0.15 million parameters; the first takes some minutes of pretraining, once."""
 
+OURS = {"slipstream": ("Slipstream", 1), "slipstream-2": ("Slipstream, two actors", 2)}
+"""By way: label, actors."""
+
 
 @dataclass(frozen=True)
 class Scale:

@@ -40,11 +40,13 @@ def assign_cores(plan: RunPlan) -> None:
 def own_cores(plan: RunPlan) -> tuple[list[int], list[int]]:
     """Cores of the actors and of the learner on this host; on a CPU with at least two, each has some of their own.
 
-    A second thread on a busy core makes both processes many times slower, so each gets as many threads as cores.
+    A second thread on a busy core makes both processes many times slower, so each gets as many threads as cores. Where
+    all have one thread and there are too few cores for that, nobody keeps to any: what one leaves idle others take.
     """
     cores = sorted(os.sched_getaffinity(0))
     learner_cores = plan.cluster.learner_cores * plan.sections["learner"]["num_ranks"]
-    if not plan.cluster.pin_cores or has_cuda() or len(cores) <= learner_cores:
+    too_few = plan.cluster.learner_cores == 1 and plan.cluster.num_actors > len(cores) - learner_cores
+    if not plan.cluster.pin_cores or has_cuda() or len(cores) <= learner_cores or too_few:
         return [], []
     return cores[:-learner_cores], cores[-learner_cores:]
 

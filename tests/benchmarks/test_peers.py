@@ -36,6 +36,7 @@ def figures() -> dict[str, Any]:
         "scale": {"model": "small", "updates": 10, "groups_per_batch": 2, "samples_per_group": 2},
         "ways": {
             "slipstream": [run(0.5, learns), run(0.4, learns)],
+            "slipstream-2": [run(0.25, learns), run(0.4, learns)],
             "generate-1": [run(1.0, learns), run(1.2, [[0, 0.3], [5, 0.4], [10, 0.5]])],
             "vllm-1": [run(2.0, learns, 0.01)],
         },
@@ -78,8 +79,9 @@ def test_recorded_figures_give_the_table_and_the_same_plot(tmp_path: Path, capsy
     assert "log-probabilities differ by 0.0100 at most" in printed
     table = (tmp_path / "table.md").read_text()
     assert table == markdown(figures())
-    assert "| Slipstream / this, samples/s |  | 2.50 (2.00 to 3.00) | 4.00 |" in table
-    assert {line.count("|") for line in table.splitlines()} == {5}
+    assert "| Slipstream / this, samples/s |  |  | 2.50 (2.00 to 3.00) | 4.00 |" in table
+    assert "| Slipstream, two actors / this, samples/s |  |  | 3.50 (3.00 to 4.00) | 8.00 |" in table
+    assert {line.count("|") for line in table.splitlines()} == {6}
     first = (tmp_path / "peers.svg").read_bytes()
     plot(figures(), tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == first
@@ -88,7 +90,7 @@ def test_recorded_figures_give_the_table_and_the_same_plot(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ways", "verl"], "--ways verl is unknown; choose of slipstream, generate-1"),
+        (["--ways", "verl"], "--ways verl is unknown; choose of slipstream, slipstream-2, generate-1"),
         (["--updates", "4"], "--updates 4 is too few: 3 warm up"),
         (["--groups", "0"], "--groups 0 leaves no prompt in an update"),
         (["--runs", "0"], "--runs 0 leaves nothing to measure"),

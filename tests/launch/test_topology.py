@@ -43,6 +43,10 @@ def laid_out(plan: Any) -> tuple[list[int], list[int]]:
         (8, ["learner.num_ranks=2"], [0, 1, 2, 3, 4, 5], [6, 7]),
         (8, ["cluster.learner_cores=4"], [0, 1, 2, 3], [4, 5, 6, 7]),
         (8, ["cluster.pin_cores=false"], [], []),
+        (2, ["cluster.num_actors=2"], [], []),
+        (4, ["cluster.num_actors=3"], [0, 1, 2], [3]),
+        # A learner of several threads needs a core for each.
+        (4, ["cluster.num_actors=3", "cluster.learner_cores=2"], [0, 1], [2, 3]),
     ],
 )
 def test_actors_and_learner_get_cores_of_their_own(
