@@ -16,6 +16,8 @@ from buffer.trajectory import Trajectory
 from buffer.wire import EvaluationReport, Status
 from learner.batch import TrainingBatch
 
+MEANS = ("_fraction", "_seconds")
+"""What the names of actors' metrics end with that are averaged over them; all others add up."""
 LONG_WAIT_SECONDS = 1.0
 """Shorter waits are part of the work and get no line of text."""
 LAYOUT = {
@@ -98,14 +100,14 @@ class Reporter:
         self.scalars(metrics, report.policy_version)
 
     def status(self, status: Status, policy_version: int) -> None:
-        """The ledger's counts and what the actors last said."""
+        """The ledger's counts and what the actors last said: sums over them, of shares and seconds means."""
         metrics = {f"buffer/{state.replace(':', '_')}": float(count) for state, count in status.counts.items()}
         metrics["buffer/stage"], metrics["buffer/success"] = float(status.stage.stage), status.stage.success
         metrics["buffer/prompts_passed_over"] = float(status.stage.num_passed_over)
         actors = [peer for peer in status.peers if peer.role == "actor"]
         for name in {name for peer in actors for name in peer.metrics}:
             values = [peer.metrics[name] for peer in actors if name in peer.metrics]
-            metrics[f"actor/{name}"] = sum(values) / len(values)
+            metrics[f"actor/{name}"] = sum(values) / (len(values) if name.endswith(MEANS) else 1)
         if actors:
             metrics["weights/actor_versions_behind"] = float(policy_version - min(a.policy_version for a in actors))
         self.scalars(metrics, policy_version)

@@ -87,7 +87,11 @@ def test_event_files_hold_everything_by_policy_version(tmp_path: Path):
         reporter.scalars({"reward/mean": version / 2}, version)
         reporter.staleness(batch(), version)
     reporter.evaluation(EvaluationReport("actor-0", 3, 2, 100, 0.75, 0.5, 12.0, 1.5))
-    peers = (peer("actor", 1, tokens=10.0), peer("actor", 0, tokens=30.0, idle=0.5), peer("learner", 2))
+    peers = (
+        peer("actor", 1, tokens=10.0, idle_fraction=0.0),
+        peer("actor", 0, tokens=30.0, idle_fraction=0.5),
+        peer("learner", 2),
+    )
     stage = StageStatus(2, 3, 0.75, 200, 11)
     reporter.status(Status({"ready": 4, "dropped:late": 1}, 2, False, peers, (), stage=stage), 2)
     reporter.close()
@@ -98,8 +102,8 @@ def test_event_files_hold_everything_by_policy_version(tmp_path: Path):
     assert scalars(tmp_path, "buffer/stage") == [(2, 2.0)]
     assert scalars(tmp_path, "buffer/success") == [(2, 0.75)]
     assert scalars(tmp_path, "buffer/prompts_passed_over") == [(2, 11.0)]
-    assert scalars(tmp_path, "actor/tokens") == [(2, 20.0)]
-    assert scalars(tmp_path, "actor/idle") == [(2, 0.5)]
+    assert scalars(tmp_path, "actor/tokens") == [(2, 40.0)]
+    assert scalars(tmp_path, "actor/idle_fraction") == [(2, 0.25)]
     assert scalars(tmp_path, "weights/actor_versions_behind") == [(2, 2.0)]
     for name, num_values in (("groups", 2), ("in_flight", 4), ("queued", 4)):
         histograms = events(tmp_path).Histograms(f"staleness/{name}")
