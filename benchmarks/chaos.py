@@ -325,14 +325,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one minute of storm over a short run")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the storm")
     parser.add_argument("--interval", type=float, default=6.0, help="mean seconds between two blows")
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of the run")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the run; ended, it ends the storm")
     parser.add_argument("--actors", type=int, default=2, help="actor processes")
     parser.add_argument("--finish-minutes", type=float, default=20.0, help="how long the rest of the run may take")
     parser.add_argument("--seed", type=int, default=0, help="of the storm")
     parser.add_argument("--keep", type=Path, help="keep the run directories here")
     options = parser.parse_args()
     if options.quick:
-        options.minutes, options.steps = 1.0, 40
+        options.minutes, options.steps = 1.0, 100
     return options
 
 
