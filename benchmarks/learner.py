@@ -31,13 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.figures import command, machine, versions, wide_console, write
-from benchmarks.learner_report import PRODUCTS, plot, show
+from benchmarks.learner_report import OURS, PRODUCTS, plot, show
 from benchmarks.learner_work import Work, forward_flops, save_model, sequences
 from benchmarks.marked_lines import heard
 from learner.heap import heap_environment
 
 HERE = Path(__file__).resolve().parent
-OURS = "slipstream"
 WAYS = {
     OURS: ("learner_ways.py", "ours"),
     "TRL": ("learner_trl.py", "trl"),

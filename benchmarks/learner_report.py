@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+OURS = "slipstream"
 PRODUCTS = "matrix products alone"
 
 
@@ -16,9 +17,9 @@ def show(figures: dict[str, Any], console: Console) -> None:
         shortest, longest = case["lengths"]
         title = f"{case['num_sequences']} sequences of {shortest} to {longest} tokens, {case['num_threads']} thread(s)"
         table = Table(title=title)
-        for column in ("", "tokens/s", "spread", "slipstream is", "of the matmul rate", "peak MB"):
+        for column in ("", "tokens/s", "spread", f"{OURS} is", "of the matmul rate", "peak MB"):
             table.add_column(column, justify="left" if not column else "right")
-        ours = case["rates"]["slipstream"]["tokens_per_second"]
+        ours = case["rates"][OURS]["tokens_per_second"]
         for label, found in case["rates"].items():
             low, high = found["spread"]
             middle = found["tokens_per_second"]
@@ -62,14 +63,14 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         middles = [rate["tokens_per_second"] for rate in found]
         errors = [[m - f["spread"][0] for m, f in zip(middles, found, strict=True)]]
         errors.append([f["spread"][1] - m for m, f in zip(middles, found, strict=True)])
-        axis.barh(labels, middles, xerr=errors, color=["#1f6f8b" if x == "slipstream" else "#b8b8b8" for x in labels])
+        axis.barh(labels, middles, xerr=errors, color=["#1f6f8b" if x == OURS else "#b8b8b8" for x in labels])
         axis.set_title("{} to {} tokens".format(*case["lengths"]))
         axis.set_xlabel("tokens/s, one thread")
         axis.tick_params(labelleft=axis is axes[0])
     for way, color in (("naive", "#b8b8b8"), ("ours", "#1f6f8b")):
         sizes = figures["head"]["measured"][way]
         tokens = [int(size) for size in sizes]
-        label = "slipstream" if way == "ours" else way
+        label = OURS if way == "ours" else way
         axes[-1].plot(tokens, [f["peak_mb"] for f in sizes.values()], "o-", color=color, label=label)
     head = figures["head"]
     line = [(max(map(int, head["measured"]["naive"])), head["num_tokens"])]

@@ -93,7 +93,7 @@ def rows(figures: Figures) -> list[list[str]]:
         ("peak MB, shared pages once", "shared_once_mb", 0),
     ):
         lines.append([label, *(spread([vars(run)[field] for run in runs], digits) for runs in found.values())])
-    for ours in filter(found.__contains__, OURS):
+    for ours in [way for way in OURS if way in found]:
         for label, field in (("samples/s", "samples_per_second"), ("tokens/s trained", "trained_per_second")):
             ratios = (ratio(found[ours], runs, field) if way not in OURS else [] for way, runs in found.items())
             cells = (spread(values, 2) if values else "" for values in ratios)

@@ -132,8 +132,9 @@ class TrainingBatch:
             at_least: how many, although fewer would do; more than there are trajectories count as so many.
             tokens_at_par: as `even_cuts` has it; infinite: cost is tokens.
         """
-        number = max(self.num_microbatches(part, tokens_per_microbatch), at_least)
-        cuts = even_cuts(*self._lengths(part), tokens_per_microbatch, number, tokens_at_par)
+        lengths, common = self._lengths(part)
+        number = max(fewest_parts(lengths, common, tokens_per_microbatch), at_least)
+        cuts = even_cuts(lengths, common, tokens_per_microbatch, number, tokens_at_par)
         return [self._pack(range(part.start + start, part.start + stop)) for start, stop in pairwise(cuts)]
 
     def scored_slice(self, part: range) -> slice:

@@ -20,7 +20,7 @@ def heap_environment() -> dict[str, str]:
     """What a process has to be started with, since glibc reads it before anything runs. Other C libraries don't.
 
     Huge pages are there where the system gives them to who asks (`transparent_hugepage` is `madvise` or `always`), with
-    glibc 2.35 or later. What this process was started with goes before.
+    glibc 2.35 or later. What this process was started with comes last and wins.
     """
     ours = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={POOLED_BYTES}:glibc.malloc.trim_threshold={KEPT_BYTES}"
     return {_VARIABLE: ":".join(filter(None, [ours, os.environ.get(_VARIABLE, "")]))}
