@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -33,6 +32,7 @@ from benchmarks.verifier_data import distinct_golds, own_solutions, rewritten
 from benchmarks.verifier_graders import GRADERS, LABELS
 from benchmarks.verifier_report import plot, show
 from benchmarks.verifier_trust import executions, pool_with_hangs, same_verdicts
+from buffer.machine import num_usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ROOT / "tests" / "verifier" / "cases.jsonl"
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--deadline-seconds", type=float, default=5.0, help="for one answer; past it, it is a hang")
     parser.add_argument("--pool-answers", type=int, default=10_000, help="answers for the scoring pool")
     parser.add_argument("--pool-deadline-seconds", type=float, default=0.5, help="the scoring pool's deadline")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="the scoring pool's processes")
+    parser.add_argument("--workers", type=int, default=num_usable_cores(), help="the scoring pool's processes")
     options = parser.parse_args()
     if options.quick:
         options.per_set, options.golds, options.repeats = 10, min(options.golds, 60), 1

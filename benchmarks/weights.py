@@ -36,6 +36,7 @@ from benchmarks.figures import command, machine, versions, wide_console, write
 from benchmarks.model_sizes import MODELS
 from benchmarks.weights_deltas import measure_deltas
 from benchmarks.weights_ways import WAYS, Arrival, Place, Tensors, act
+from buffer.machine import available_memory_bytes
 from buffer.weights_config import MEMORY_VARIABLE
 from launch.guardian import Guardian
 
@@ -188,7 +189,7 @@ def room_for(name: str, num_bytes: int, num_actors: int) -> str:
     # Stores of measurements before, and what the C library keeps of what was freed.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    available = psutil.virtual_memory().available
+    available = available_memory_bytes()
     if needed < MOST_OF_MEMORY * available:
         return ""
     return f"needs {needed / GIB:.0f} GiB of memory, {available / GIB:.0f} GiB are free"

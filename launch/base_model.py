@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.prompts import write_traces
+from buffer.machine import THREADS_VARIABLE, num_usable_cores
 from launch.config import RunPlan
 from launch.settings import EmbeddedConfig
 from launch.supervisor import last_line
@@ -108,8 +109,10 @@ def _write_pairs(plan: RunPlan, path: Path) -> None:
 def _train(request: Path, plan: RunPlan, progress: Progress) -> None:
     log_path = plan.run_dir / "logs" / "pretraining.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    threads = str(min(plan.pretraining.num_threads, len(os.sched_getaffinity(0))))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads, **heap_environment()}
+    threads = str(min(plan.pretraining.num_threads, num_usable_cores()))
+    # PyTorch's threads, and those that train a tokenizer.
+    limits = {THREADS_VARIABLE: threads, "RAYON_NUM_THREADS": threads}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **limits, **heap_environment()}
     command = [sys.executable, "-m", "learner.sft", str(request)]
     with (
         log_path.open("w") as log,

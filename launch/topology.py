@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from buffer.machine import THREADS_VARIABLE, num_usable_cores
 from launch.config import RunPlan
 from launch.devices import VISIBLE, has_cuda, own_devices
 from learner.heap import heap_environment
@@ -42,13 +43,37 @@ def own_cores(plan: RunPlan) -> tuple[list[int], list[int]]:
 
     A second thread on a busy core makes both processes many times slower, so each gets as many threads as cores. Where
     all have one thread and there are too few cores for that, nobody keeps to any: what one leaves idle others take.
+    A CPU quota grants time and no particular cores. Under one smaller than the mask nobody keeps to any either: every
+    container of the host would choose the same few.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    learner_cores = plan.cluster.learner_cores * plan.sections["learner"]["num_ranks"]
+    cores, learner_cores = sorted(os.sched_getaffinity(0)), _learner_cores(plan)
     too_few = plan.cluster.learner_cores == 1 and plan.cluster.num_actors > len(cores) - learner_cores
-    if not plan.cluster.pin_cores or has_cuda() or len(cores) <= learner_cores or too_few:
+    has_quota = num_usable_cores() < len(cores)
+    if not plan.cluster.pin_cores or has_cuda() or has_quota or len(cores) <= learner_cores or too_few:
         return [], []
     return cores[:-learner_cores], cores[-learner_cores:]
+
+
+def actor_threads(plan: RunPlan) -> int:
+    """Threads of each worker of an actor: an equal share of the cores that the learner leaves, pinned or not.
+
+    Beside a GPU it is one: the work is on the device.
+    """
+    if has_cuda():
+        return 1
+    num_workers: int = plan.cluster.num_actors * plan.sections["actor"]["tensor_parallel_size"]
+    return max(1, (num_usable_cores() - _learner_cores(plan)) // num_workers)
+
+
+def learner_threads(plan: RunPlan) -> int:
+    """Threads of each of the learner's ranks: what was asked for, as far as there are cores."""
+    num_ranks: int = plan.sections["learner"]["num_ranks"]
+    return min(plan.cluster.learner_cores, max(1, num_usable_cores() // num_ranks))
+
+
+def _learner_cores(plan: RunPlan) -> int:
+    num_ranks: int = plan.sections["learner"]["num_ranks"]
+    return plan.cluster.learner_cores * num_ranks
 
 
 def processes(plan: RunPlan) -> list[ProcessSpec]:
@@ -61,15 +86,15 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
         devices = own_devices(num_ranks, num_actors, plan.sections["actor"]["tensor_parallel_size"])
     # torchrun by itself would hide a rank's exit status.
     ranks = ("-m", "learner.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
-    learner = _spec("learner", "learner", ranks, num_threads=plan.cluster.learner_cores, devices=devices[0])
+    learner = _spec("learner", "learner", ranks, num_threads=learner_threads(plan), devices=devices[0])
     specs.append(replace(learner, environment=learner.environment | heap_environment()))
     # The actors share their cores.
-    cores, _ = own_cores(plan)
+    cores, num_threads = own_cores(plan)[0], actor_threads(plan)
     keeping = ("--cores", ",".join(map(str, cores))) if cores else ()
     for index in range(num_actors):
         name = f"actor-{index}"
         actor = ("-m", "actors", run_dir, *keeping, "--name", name)
-        specs.append(_spec("actor", name, actor, num_threads=len(cores) // num_actors, devices=devices[1 + index]))
+        specs.append(_spec("actor", name, actor, num_threads=num_threads, devices=devices[1 + index]))
     for index, runner in enumerate(plan.cluster.relays):
         name = f"relay-{index}"
         # What stands before it runs it in a shell elsewhere, where nothing of this environment is known.
@@ -84,8 +109,7 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
 
 def another_actor(plan: RunPlan) -> str:
     """What a person types to add an actor to the run; it names itself."""
-    spec = _spec("actor", "", ("-m", "actors", str(plan.run_dir)), num_threads=1)
-    return spec.command_line
+    return _spec("actor", "", ("-m", "actors", str(plan.run_dir))).command_line
 
 
 def another_relay(plan: RunPlan) -> str:
@@ -94,28 +118,25 @@ def another_relay(plan: RunPlan) -> str:
 
 
 def _relay(plan: RunPlan, *arguments: str) -> ProcessSpec:
-    return _spec("relay", "", ("-m", "actors.relay", str(plan.run_dir), *arguments), num_threads=1)
+    return _spec("relay", "", ("-m", "actors.relay", str(plan.run_dir), *arguments))
 
 
-def _spec(
-    role: str, name: str, arguments: Sequence[str], num_threads: int | None = None, devices: str = ""
-) -> ProcessSpec:
+def _spec(role: str, name: str, arguments: Sequence[str], num_threads: int = 1, devices: str = "") -> ProcessSpec:
     """A Python process.
 
     Args:
         role: as in `ProcessSpec`, like `name`.
         name: of the process.
         arguments: for Python.
-        num_threads: limits its numerical libraries; None leaves them alone.
+        num_threads: of its numerical libraries, which otherwise start one per core of the host when they are imported.
         devices: the CUDA devices it sees; empty: as the launcher does.
     """
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        THREADS_VARIABLE: str(num_threads),
     }
-    if num_threads is not None:
-        environment["OMP_NUM_THREADS"] = str(max(1, num_threads))
     if devices:
         environment[VISIBLE] = devices
     return ProcessSpec(role, name, (sys.executable, *arguments), environment)

@@ -16,6 +16,7 @@ from buffer.client import Connection
 from buffer.config import load_run_config, read_section
 from buffer.credentials import Credentials, server_credentials
 from buffer.leaving import leave
+from buffer.machine import THREADS_VARIABLE, num_usable_cores
 from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     starting.begin()
+    # Read by PyTorch when it is imported; by itself it would have a thread for every core of the host.
+    os.environ.setdefault(THREADS_VARIABLE, str(num_usable_cores()))
     os.environ["SLIPSTREAM_DEVICE"] = device_name(run["learner"].get("device", "auto"))
     import torch
     from hydra.utils import instantiate

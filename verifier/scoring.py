@@ -33,6 +33,8 @@ def serve(connection: Connection, spec: Sequence[RewardSpec], memory_bytes: int,
     own_pid = os.getpid()
     threading.Thread(target=_die_with_parent, name="watch-parent", daemon=True).start()
     _silence()
+    # A pool has as many processes as it may have threads; a reward that imports NumPy must not start one per core.
+    os.environ["OMP_NUM_THREADS"] = "1"
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:

@@ -24,6 +24,14 @@ thread = threading.Thread(target=count)
 thread.start()
 thread.join()
 """
+CACHE = """
+import os
+from actors.config import ActorConfig
+from actors.engine import prepare_environment
+limits = dict(samples_per_group=1, max_new_tokens=8, max_tokens=16)
+prepare_environment(ActorConfig(model_path="-", kv_cache_gib={asked}, **limits))
+print(os.environ["VLLM_CPU_KVCACHE_SPACE"])
+"""
 
 
 def run(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -44,6 +52,12 @@ def test_the_engine_thread_has_one_thread_unless_the_environment_says_otherwise(
     assert run("-c", code).stdout == "['1', '1', '1']\n"
     wanted = str(min(2, len(os.sched_getaffinity(0))))
     assert run("-c", code, OMP_NUM_THREADS=wanted).stdout == f"{[wanted] * 3}\n"
+
+
+@pytest.mark.parametrize(("asked", "gib"), [(2.0, "2"), (0.25, "1")])
+def test_the_engines_cache_is_as_large_as_asked_for_whatever_memory_there_is(asked: float, gib: str):
+    code = CACHE.format(asked=asked)
+    assert run("-c", code).stdout == f"{gib}\n"
 
 
 def test_cores_are_a_list_of_those_that_may_be_used():

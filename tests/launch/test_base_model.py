@@ -55,6 +55,23 @@ def test_another_model_is_wanted_when_anything_it_is_made_of_changes(
     assert len(folders) == len(made) == 2
 
 
+@pytest.mark.parametrize(("wanted", "usable", "threads"), [(8, 2, "2"), (1, 2, "1")])
+def test_pretraining_has_no_more_threads_than_there_are_cores(
+    make_plan: Any, monkeypatch: pytest.MonkeyPatch, wanted: int, usable: int, threads: str
+):
+    class Started(Exception):
+        """In place of the process."""
+
+    def popen(*_: object, env: dict[str, str], **__: object) -> None:
+        raise Started(env["OMP_NUM_THREADS"], env["RAYON_NUM_THREADS"])
+
+    monkeypatch.setattr("launch.base_model.subprocess.Popen", popen)
+    monkeypatch.setattr("launch.base_model.num_usable_cores", lambda: usable)
+    with pytest.raises(Started) as started:
+        prepare(make_plan(*SMALL, f"pretraining.num_threads={wanted}"))
+    assert started.value.args == (threads, threads)
+
+
 def test_what_a_killed_launcher_left_in_the_cache_is_removed(
     make_plan: Any, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -13,10 +13,11 @@ from launch.topology import ROOT, ProcessSpec, another_actor, another_relay, ass
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Pretends to run on these cores, without a GPU."""
+    """Pretends to run on these cores, without a GPU; under a CPU quota where one is given."""
 
-    def be(num_cores: int, cuda: bool = False) -> None:
+    def be(num_cores: int, cuda: bool = False, quota: int = 1000) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
+        monkeypatch.setattr(topology, "num_usable_cores", lambda: min(num_cores, quota))
         monkeypatch.setattr(topology, "has_cuda", lambda: cuda)
 
     return be
@@ -88,7 +89,7 @@ def test_every_process_has_one_thread_per_core(machine: Any, make_plan: Any):
     plan = make_plan("cluster.num_actors=3", "cluster.learner_cores=2")
     assign_cores(plan)
     threads = {spec.name: spec.environment.get("OMP_NUM_THREADS") for spec in processes(plan)}
-    assert threads == {"buffer": None, "learner": "2", "actor-0": "2", "actor-1": "2", "actor-2": "2"}
+    assert threads == {"buffer": "1", "learner": "2", "actor-0": "2", "actor-1": "2", "actor-2": "2"}
 
 
 def test_more_actors_than_cores_have_one_thread_each(machine: Any, make_plan: Any):
@@ -96,6 +97,42 @@ def test_more_actors_than_cores_have_one_thread_each(machine: Any, make_plan: An
     plan = make_plan("cluster.num_actors=2")
     assign_cores(plan)
     assert by_name(processes(plan))["actor-1"].environment["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("quota", "overrides", "actor", "learner"),
+    [
+        (2, [], "1", "1"),
+        (1, [], "1", "1"),
+        (8, [], "7", "1"),
+        (8, ["cluster.num_actors=2", "cluster.learner_cores=2"], "3", "2"),
+        (9, ["actor.tensor_parallel_size=2"], "4", "1"),
+        # What was asked for on a larger machine.
+        (2, ["cluster.learner_cores=16"], "1", "2"),
+        (4, ["cluster.learner_cores=16", "learner.num_ranks=2"], "1", "2"),
+    ],
+)
+def test_a_quota_limits_threads_and_pins_nobody(
+    machine: Any, make_plan: Any, quota: int, overrides: list[str], actor: str, learner: str
+):
+    machine(64, quota=quota)
+    plan = make_plan(*overrides, "cluster.tensorboard=true", "cluster.tensorboard_port=0")
+    assert laid_out(plan) == ([], [])
+    specs = by_name(processes(plan))
+    assert not any("--cores" in spec.command for spec in specs.values())
+    threads = {name: spec.environment["OMP_NUM_THREADS"] for name, spec in specs.items()}
+    ones = {"buffer": "1", "tensorboard": "1"}
+    assert threads == ones | {"learner": learner} | {name: actor for name in threads if name.startswith("actor")}
+
+
+def test_a_quota_of_all_cores_changes_nothing(machine: Any, make_plan: Any):
+    machine(8, quota=8)
+    assert laid_out(make_plan()) == ([0, 1, 2, 3, 4, 5, 6], [7])
+
+
+def test_actors_beside_a_gpu_have_one_thread(machine: Any, make_plan: Any):
+    machine(8, cuda=True)
+    assert by_name(processes(make_plan()))["actor-0"].environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_several_ranks_are_started_together(machine: Any, make_plan: Any, run_dir: Any):

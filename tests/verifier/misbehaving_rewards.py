@@ -31,6 +31,8 @@ def _obey(completion: Completion) -> Verdict:
             re.fullmatch(r"(a+)+", "a" * 60 + "b")
         case ["sleep", seconds]:
             time.sleep(float(seconds))
+        case ["ask-for-one-thread"]:
+            return Verdict.CORRECT if os.environ.get("OMP_NUM_THREADS") == "1" else Verdict.WRONG
         case ["crash"]:
             os.kill(os.getpid(), signal.SIGSEGV)
         case ["exit"]:

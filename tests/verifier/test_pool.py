@@ -56,6 +56,10 @@ def workers() -> list[psutil.Process]:
     return [p for p in children if "forkserver" in " ".join(p.cmdline()) and not p.children()]
 
 
+def test_a_reward_that_imports_numpy_gets_one_thread(pool: ScoringPool) -> None:
+    assert verdicts(score(pool, "ask-for-one-thread")) == [Verdict.CORRECT]
+
+
 def test_order_is_kept(pool: ScoringPool) -> None:
     scores = score(pool, "good", "bad", "", "x" * 3_000_000, "good")
     assert verdicts(scores) == [Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.WRONG, Verdict.CORRECT]
