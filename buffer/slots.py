@@ -22,6 +22,11 @@ SPARE_SLOTS = 2
 """Retired slots that are kept for reuse; of more than these the memory is given back."""
 
 
+def most_slots(keep_versions: int) -> int:
+    """Slots that a writer has at most: of the versions it keeps, of the next one, and retired ones still being read."""
+    return keep_versions + 1 + SPARE_SLOTS
+
+
 class Slot:
     """`num_bytes` of memory under a name in `folder`, locked for writing until `publish`.
 

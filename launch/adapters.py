@@ -33,18 +33,27 @@ def folder_layers(folder: Path) -> Layers:
     Raises:
         ValueError: it has none, or one cannot be read.
     """
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
+    shapes = folder_shapes(folder)
+    if not shapes:
         raise ValueError(
             f"model.path={folder} has no *.safetensors, from which learner.lora reads the frozen weights; save it again"
             " with save_pretrained"
         )
-    shapes = {name: entry["shape"] for path in paths for name, entry in _header(path).items() if "shape" in entry}
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in shapes.items()
         if IN_A_LAYER.search(name) and len(shape) == 2
     }
+
+
+def folder_shapes(folder: Path) -> dict[str, list[int]]:
+    """The shape of every tensor in a Hugging Face folder, by its name; nothing where it has no safetensors.
+
+    Raises:
+        ValueError: one of them cannot be read.
+    """
+    headers = [_header(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: entry["shape"] for header in headers for name, entry in header.items() if "shape" in entry}
 
 
 def check_adapters(lora: LoraConfig, layers: Layers) -> None:

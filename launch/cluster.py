@@ -16,10 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# NumPy, once imported, has a thread for every core of the host, and the launcher computes nothing with them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from buffer.weights_config import MEMORY_VARIABLE
 from buffer.wire import Status
 from launch.base_model import prepare_base_model
 from launch.compose import compose_config, without_hydra
@@ -27,6 +30,7 @@ from launch.config import KNOWN, RunPlan, notices, plan_run, write_config
 from launch.display import Display
 from launch.guardian import Guardian
 from launch.session import Session
+from launch.shared_memory import lack_of_shared_memory
 from launch.summary import newest_checkpoint, print_summary, summarize_run, write_summary
 from launch.supervisor import RunFailedError
 from launch.topology import another_actor, another_relay, assign_cores
@@ -108,6 +112,9 @@ def _train(plan: RunPlan, console: Console, run_mark: str) -> Status:
         if plan.embedded is not None:
             base = prepare_base_model(plan, plan.embedded, display.pretraining)
             plan.sections["model"]["path"] = plan.sections["actor"]["model_path"] = str(base)
+        if lack := lack_of_shared_memory(plan):
+            os.environ[MEMORY_VARIABLE] = ""
+            console.print(lack, style="yellow", soft_wrap=True, markup=False, highlight=False)
         assign_cores(plan)
         write_config(plan)
         (plan.run_dir / "logs").mkdir(exist_ok=True)

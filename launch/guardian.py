@@ -21,6 +21,7 @@ from pathlib import Path
 from buffer.weights_config import MEMORY_VARIABLE
 from launch.family import MARK, kill, marked
 
+SHARED_MEMORY = Path("/dev/shm")
 TICK_SECONDS = 0.05
 KILLING_SECONDS = 10.0
 """How long it takes at most until the kernel has buried everyone."""
@@ -41,9 +42,8 @@ class Guardian:
         short = len(tempfile.gettempdir()) <= LONGEST_TEMPORARY_PATH
         self.folder = tempfile.mkdtemp(prefix="slipstream-", dir=None if short else "/tmp")
         # Some containers have no shared memory; versions of the weights then lie in the run directory.
-        memory = Path("/dev/shm")
-        usable = memory.is_dir() and os.access(memory, os.W_OK)
-        self.memory = tempfile.mkdtemp(prefix="slipstream-", dir=memory) if usable else ""
+        usable = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+        self.memory = tempfile.mkdtemp(prefix="slipstream-", dir=SHARED_MEMORY) if usable else ""
         self.environment = {
             MARK: self.run_mark,
             "TMPDIR": self.folder,

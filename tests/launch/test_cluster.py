@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.containers import with_shared_memory
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +49,7 @@ buffer.call(LearnerHello(0))
 buffer.call(Heartbeat("learner", "learner-0", 3, "", {"samples_per_second": 8.0, "idle_fraction": 0.5}))
 print("trained", flush=True)
 """
+SAYS_WHERE = f"{HEAD}\nimport os; print('memory', os.environ['SLIPSTREAM_MEMORY'])\nbuffer.close()"
 ENDS_WELL = f"{HEAD}\ntime.sleep(1)\nbuffer.close()"
 GOES_ON = f"{HEAD}\ntime.sleep(60)"
 FAILS = "import sys; print('out of memory'); sys.exit(2)"
@@ -56,9 +59,9 @@ Launch = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def launch(run_dir: Path, model_folder: Path) -> Launch:
-    def start(learner: str, *overrides: str) -> subprocess.Popen[str]:
+    def start(learner: str, *overrides: str, inside: Sequence[str] = ()) -> subprocess.Popen[str]:
         given = overrides or (f"model.path={model_folder}", "total_steps=3", f"run_dir={run_dir}")
-        command = [sys.executable, "-c", LAUNCHER, learner, *given]
+        command = [*inside, sys.executable, "-c", LAUNCHER, learner, *given]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -96,6 +99,29 @@ def test_a_run_whose_learner_ends_well_leaves_a_summary(launch: Launch, run_dir:
     log = (run_dir / "logs/launcher.log").read_text()
     assert re.search(rf"starting buffer: env .*{sys.executable} -m buffer serve {run_dir}", log)
     assert re.search(rf"another actor joins with: env .*{sys.executable} -m actors {run_dir}\n", output)
+
+
+@pytest.mark.parametrize(("num_bytes", "fits"), [(64 << 10, False), (64 << 20, True)])
+def test_weights_that_do_not_fit_in_shared_memory_lie_in_the_run_directory(
+    launch: Launch, run_dir: Path, num_bytes: int, fits: bool
+):
+    process = launch(SAYS_WHERE, inside=with_shared_memory(num_bytes))
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    notes = [line for line in output.splitlines() if "/dev/shm" in line]
+    [where] = re.findall(r"^memory (.*)$", (run_dir / "logs/learner.log").read_text(), re.MULTILINE)
+    if fits:
+        assert not notes and where.startswith("/dev/shm/slipstream-")
+    else:
+        [note] = notes
+        assert f"/dev/shm has 0.1 MB free, so they lie in {run_dir}/weights" in note and "--shm-size=1g" in note
+        assert not where
+
+
+def test_the_launcher_has_one_thread_however_many_cores_there_are():
+    code = "import os, launch.cluster, numpy; print(len(os.listdir('/proc/self/task')))"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True) == "1\n"
 
 
 def test_a_learner_that_somebody_else_asked_to_stop_is_started_again(launch: Launch, run_dir: Path, model_folder: Path):

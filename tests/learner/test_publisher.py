@@ -14,7 +14,7 @@ from torch import Tensor
 from buffer.client import Connection, RequestRefused
 from buffer.credentials import Credentials
 from buffer.layout import checksum
-from buffer.slots import hold
+from buffer.slots import hold, most_slots
 from buffer.weights_config import WeightsConfig
 from buffer.wire import Chunk, ChunkRequest, Close, Manifest, ManifestRequest, Message, NoNewVersion, decode, encode
 from learner.publisher import ALIGNMENT_BYTES, WeightStore
@@ -296,6 +296,16 @@ def test_a_stalled_reader_gets_what_it_asked_for_although_later_versions_are_pub
         manifests.append(store.publish(version, [("w", torch.zeros(4 * size, dtype=torch.uint8))]).result(10))
         inodes.append(Path(manifests[-1].path).stat().st_ino)
     assert inodes[0] in inodes[1:]
+
+
+def test_a_store_never_has_more_slots_than_room_was_looked_for(open_store: Stores, tmp_path: Path):
+    store, num_slots, readers = open_store(keep_versions=2), [], []
+    for version in range(8):
+        readers.append(hold(Path(store.publish(version, weights(version)).result(10).path)))
+        num_slots.append(len([*(tmp_path / "weights").glob("*.weights"), *(tmp_path / "weights").glob("*.part")]))
+    assert max(num_slots) == num_slots[-1] == most_slots(2)
+    for reader in readers:
+        reader.close()
 
 
 def test_other_tensors_than_before_are_refused(open_store: Stores):
