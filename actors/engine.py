@@ -110,6 +110,10 @@ class Engine:
 
         from actors.engine_shortcuts import quicken
 
+        if on_cpu:
+            from actors.cpu_memory import count_only_what_is_needed
+
+            count_only_what_is_needed()
         cpu_settings: dict[str, Any] = {}
         if on_cpu and config.tensor_parallel_size == 1:
             from actors.cpu_kernels import use_fused_kernels

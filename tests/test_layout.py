@@ -29,6 +29,7 @@ ONLY_IN = {
     ),
     "vllm": (
         "actors/cpu_kernels.py",
+        "actors/cpu_memory.py",
         "actors/device_weights.py",
         "actors/engine.py",
         "actors/engine_shortcuts.py",
