@@ -64,12 +64,10 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 def _upward(top: Path, mounted: str, path: str) -> Iterator[Path]:
     """From the cgroup `path` up to `top`, where the cgroup `mounted` is mounted.
 
-    In a container `path` may be that of the host, which is not there; `top` then is the container's own cgroup.
+    In a container `path` may be that of the host, which leads nowhere here; `top` then is the container's own cgroup.
     """
     below = os.path.relpath(path, mounted)
-    folder = top / below
-    if below == "." or below.startswith("..") or not folder.is_dir():
-        folder = top
+    folder = top if below.startswith("..") else top / below
     while folder != top:
         yield folder
         folder = folder.parent

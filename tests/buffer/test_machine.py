@@ -73,6 +73,7 @@ def tree(tmp_path: Path) -> MakeTree:
         ("0::/docker/c1/x", "/docker/c1", {"cpu.max": "max 100000", "x/cpu.max": "200000 100000"}, 2),
         ("0::/docker/c1", "/", {"cpu.max": "200000 100000"}, 2),
         ("0::/../other", "/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/docker/c2", "/docker/c1", {"cpu.max": "200000 100000", "../c2/cpu.max": "100000 100000"}, 2),
     ],
 )
 def test_a_quota_of_version_2_limits_the_cores(
