@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(cache_dir: Path) -> Launch:
     """Starts `launch/cluster.py` with small settings and more overrides."""
 
-    def start(run_dir: Path, *overrides: str, small: bool = True) -> subprocess.Popen[str]:
-        command = [sys.executable, "launch/cluster.py", *(SMALL_RUN if small else ()), *overrides]
+    def start(run_dir: Path, *overrides: str, small: bool = True, inside: Sequence[str] = ()) -> subprocess.Popen[str]:
+        command = [*inside, sys.executable, "launch/cluster.py", *(SMALL_RUN if small else ()), *overrides]
         if small:
             command.append(f"run_dir={run_dir}")
         environment = os.environ | {"SLIPSTREAM_CACHE": str(cache_dir)}
