@@ -1,18 +1,22 @@
 # make train [ARGS="key=value ..."]   set everything up and run
-# make test                           the whole test suite
+# make test  [ARGS="tests/buffer"]    the whole test suite, or a part
 # make check                          format, lint, types, tests
-.PHONY: train test check lint format clean
+# make lock                           resolve the dependencies anew, into launch/locks
+# make matrix                         set-up, tests and a run from a fresh clone, with every Python that is found
+#   PYTHON=NAME_OR_PATH chooses the interpreter, ENGINE=cpu|cuda the vLLM to install; see docs/installation.md
+.PHONY: setup train test check lint format lock matrix clean
 
 PYTHON_ENV := .venv/bin/python
+export PYTHON ENGINE
 
-.venv/.ready: pyproject.toml launch/setup.sh
+setup:
 	@bash launch/setup.sh
 
-train: .venv/.ready
+train: setup
 	@$(PYTHON_ENV) launch/cluster.py $(ARGS)
 
 # Tests of single parts share the cores; those of whole runs have the machine to themselves.
-test: .venv/.ready
+test: setup
 ifdef ARGS
 	@$(PYTHON_ENV) -m pytest $(ARGS)
 else
@@ -20,16 +24,22 @@ else
 	@$(PYTHON_ENV) -m pytest -m system
 endif
 
-lint: .venv/.ready
+lint: setup
 	@$(PYTHON_ENV) -m ruff format --check .
 	@$(PYTHON_ENV) -m ruff check .
 	@$(PYTHON_ENV) -m mypy
 
 check: lint test
 
-format: .venv/.ready
+format: setup
 	@$(PYTHON_ENV) -m ruff format .
 	@$(PYTHON_ENV) -m ruff check --fix .
+
+lock: setup
+	@PYTHONPATH=. $(PYTHON_ENV) launch/lock.py
+
+matrix:
+	@bash .ci/matrix
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # NumPy, once imported, has a thread for every core of the host, and the launcher computes nothing with them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from launch.install import lack_of_packages
+
+# The imports below would end with a traceback.
+if lack := lack_of_packages():
+    print(f"error: {lack}", file=sys.stderr)
+    sys.exit(2)
+
 from omegaconf import OmegaConf
 from rich.console import Console
 

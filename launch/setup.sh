@@ -1,58 +1,31 @@
 #!/usr/bin/env bash
-# Makes .venv at the root: Python environment, dependencies, and the repairs they need. Run by `make`; safe to repeat.
+# Finds a Python and hands over to launch/install.py, which makes .venv at the root. Run by `make`; safe to repeat.
+#   PYTHON=NAME_OR_PATH   the interpreter to use; otherwise that of .venv, else the first suitable one on the PATH
+#   ENGINE=cpu|cuda       which vLLM to install; otherwise CUDA's where an NVIDIA driver is loaded
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+suits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3.12 python3.11 python3; do
-        if command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
-            command -v "$candidate"
+    for candidate in .venv/bin/python python3.12 python3.11 python3.13 python3; do
+        if command -v "$candidate" >/dev/null && suits "$candidate"; then
+            printf '%s' "$candidate"
             return
         fi
     done
-    fail "no Python 3.11 or 3.12 was found; install one, or name it: PYTHON=/path/to/python3.12 make"
+    fail "no Python 3.11, 3.12 or 3.13 was found; install one, or name it: make PYTHON=/path/to/python3.12"
 }
 
-if [ ! -x .venv/bin/python ]; then
+if [ -z "${PYTHON:-}" ]; then
     python=$(find_python)
-    say "environment .venv with $python"
-    "$python" -m venv .venv || fail "python3 -m venv failed; on Debian and Ubuntu install the package python3-venv"
+elif ! command -v "$PYTHON" >/dev/null; then
+    fail "PYTHON=$PYTHON was not found; name an interpreter on the PATH or give its path"
+elif ! suits "$PYTHON"; then
+    fail "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1 | head -n 1); Slipstream needs Python 3.11, 3.12 or 3.13"
+else
+    python=$PYTHON
 fi
-
-# One list of dependencies, that of pyproject.toml.
-requirements() {
-    .venv/bin/python - "$@" <<'EOF'
-import sys
-import tomllib
-
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for group in sys.argv[1:]:
-    print("\n".join(project["dependencies"] if group == "base" else project["optional-dependencies"][group]))
-EOF
-}
-
-engine=cpu
-if [ -e /proc/driver/nvidia/version ]; then engine=cuda; fi
-say "installing for $engine (this takes some minutes the first time)"
-.venv/bin/python -m pip install --quiet --upgrade pip
-if [ "$engine" = cpu ]; then
-    # First of all, so that nothing else chooses another build of it.
-    .venv/bin/python -m pip install --quiet "$(requirements base | grep '^torch==')"
-fi
-requirements base "$engine" dev >.venv/requirements.txt
-.venv/bin/python -m pip install --quiet --requirement .venv/requirements.txt
-if [ "$engine" = cpu ]; then
-    # The CPU engine pulls in CUDA builds of these, which break the import of transformers beside a CPU torch; text
-    # models need none of them.
-    .venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true
-    .venv/bin/python -c 'import torch, sys; sys.exit(torch.version.cuda is not None)' ||
-        say "torch is the CUDA build on a machine without a GPU: it works but is large; set PIP_EXTRA_INDEX_URL to" \
-            "PyTorch's CPU index, remove .venv and run again for the small one"
-fi
-touch .venv/.ready
-say "done"
+exec "$python" launch/install.py ${PYTHON:+--same-python} "$@"
