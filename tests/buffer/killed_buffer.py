@@ -97,6 +97,8 @@ def _die_after(instructions: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
+    # Python 3.12 reports instructions only if some frame asks for them before tracing begins.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
 
 
