@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from actors.config import ActorConfig
-from actors.device_fetch import DeviceClient, rank_offset
-from actors.fetch import WeightClient
-from actors.prompts import Task, TaskConfig, load_task
-from actors.rollout import PromptsTooLongError, check_prompts_fit
+from actors.rollouts.trajectories import PromptsTooLongError, check_prompts_fit
+from actors.tasks.task import Task, TaskConfig, load_task
+from actors.weights.client import WeightClient
+from actors.weights.device_client import DeviceClient, rank_offset
 from buffer import starting
-from buffer.client import Connection, host_id
 from buffer.config import load_run_config, read_section
-from buffer.credentials import Credentials, client_credentials
 from buffer.curriculum_config import Stage
 from buffer.leaving import leave
-from buffer.schema import check_name
-from buffer.weights_config import WeightsConfig
+from buffer.transport.connection import Connection, host_id
+from buffer.transport.credentials import Credentials, client_credentials
+from buffer.transport.schema import check_name
+from buffer.weights.config import WeightsConfig
 from verifier.base import RewardSpec
 from verifier.config import VerifierConfig
 
@@ -57,7 +57,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from actors.engine import prepare_environment
+    from actors.engine.engine import prepare_environment
 
     prepare_environment(config)
     try:
@@ -111,9 +111,9 @@ async def _run(
     from transformers import AutoTokenizer
 
     from actors.actor import Actor
-    from actors.adapters import Merger
-    from actors.engine import Engine
-    from verifier.pool import ScoringPool
+    from actors.engine.engine import Engine
+    from actors.weights.adapters import Merger
+    from verifier.scoring.pool import ScoringPool
 
     verifier = read_section(VerifierConfig, run["verifier"], "verifier")
     tokenizer = AutoTokenizer.from_pretrained(config.model_path)

@@ -19,12 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.config import ActorConfig
-from actors.fetch import WeightClient
-from actors.local_weights import LocalWeights
-from actors.meter import Meter
-from actors.play import play
-from actors.prompts import Problem, Task
-from actors.rollout import (
+from actors.metrics import Meter
+from actors.rollouts.episode import play
+from actors.rollouts.trajectories import (
     Continuation,
     TextTokenizer,
     build_group,
@@ -33,9 +30,11 @@ from actors.rollout import (
     split_stops,
     task_prompt_ids,
 )
-from buffer.client import Connection, RequestRefused
-from buffer.packed_group import pack_group
-from buffer.wire import (
+from actors.tasks.task import Problem, Task
+from actors.weights.client import WeightClient
+from actors.weights.local import LocalWeights
+from buffer.transport.connection import Connection, RequestRefused
+from buffer.transport.messages import (
     EvaluationReport,
     GroupDelivery,
     GroupReceipt,
@@ -47,11 +46,12 @@ from buffer.wire import (
     LeaseReturn,
     Message,
 )
+from buffer.transport.packed_group import pack_group
 from verifier.base import Completion, Score, Verdict
-from verifier.pool import ScoringPool
+from verifier.scoring.pool import ScoringPool
 
 if TYPE_CHECKING:
-    from actors.engine import Engine, SampledCompletion
+    from actors.engine.engine import Engine, SampledCompletion
 
 logger = logging.getLogger(__name__)
 
@@ -347,7 +347,7 @@ class Actor:
             logger.info("policy %d stays on the learner's device and is not compared after the first load", version)
             return
         if version > 0:
-            from actors.weights import export_folder
+            from actors.weights.vllm_loader import export_folder
 
             folder = await asyncio.to_thread(export_folder, local, Path(self.config.model_path), self.spool / "verify")
         ours = await self.engine.checksums()

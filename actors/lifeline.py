@@ -1,7 +1,8 @@
 """Ties the engine's worker processes to their actor: vLLM's processes would outlive an actor that was killed.
 
 The actor names itself in the environment before it starts an engine; a worker, which imports this through
-`actors/weights.py`, then ends with it. An engine whose workers are other processes ends when it finds them dead.
+`actors/weights/vllm_loader.py`, then ends with it. An engine whose workers are other processes ends when it finds them
+dead.
 """
 
 from __future__ import annotations

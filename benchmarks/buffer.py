@@ -38,14 +38,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.figures import command, machine, versions, wide_console, write
-from buffer import wire
-from buffer.client import Connection
+from benchmarks.parts.figures import command, machine, versions, wide_console, write
 from buffer.config import BufferConfig
-from buffer.credentials import Credentials
-from buffer.packed_group import PackedGroup, pack_group
-from buffer.server import Server
+from buffer.service.server import Server
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+from buffer.transport import messages
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials
+from buffer.transport.packed_group import PackedGroup, pack_group
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS_PER_BATCH = 32
@@ -80,7 +80,7 @@ def pattern(num_trajectories: int, num_tokens: int) -> PackedGroup:
     return pack_group(TrajectoryGroup("0.0", 0, trajectories))
 
 
-def named(group: PackedGroup, lease: wire.Lease, policy_version: int) -> PackedGroup:
+def named(group: PackedGroup, lease: messages.Lease, policy_version: int) -> PackedGroup:
     """The same contents under a lease."""
     details = tuple((detail[0], *detail[1:7], ((0, policy_version),)) for detail in group.header.details)
     header = replace(
@@ -107,24 +107,24 @@ def serve(config: BufferConfig, credentials: Credentials, ready: Any) -> None:
 def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_version: Any) -> None:
     """Lease and deliver until the buffer closes."""
     contents = pattern(*shape)
-    receipts: deque[Future[wire.Message]] = deque()
+    receipts: deque[Future[messages.Message]] = deque()
     with Connection(address, "actor-0", credentials) as buffer:
         told, lease = -1, None
         while True:
             newest = policy_version.value
             if newest != told:
                 told = newest
-                buffer.request(wire.Heartbeat("actor", "actor-0", told, "", {}))
-            lease = lease or buffer.request(wire.LeaseRequest("actor-0", told, IN_FLIGHT // 2, "prompts"))
+                buffer.request(messages.Heartbeat("actor", "actor-0", told, "", {}))
+            lease = lease or buffer.request(messages.LeaseRequest("actor-0", told, IN_FLIGHT // 2, "prompts"))
             wait_for_any([lease], timeout=0.002)
             if not lease.done():
                 continue
             reply, lease = lease.result(), None
-            assert isinstance(reply, wire.LeaseReply)
+            assert isinstance(reply, messages.LeaseReply)
             if reply.closing:
                 return
             for granted in reply.leases:
-                receipts.append(buffer.request(wire.GroupDelivery("actor-0", named(contents, granted, told))))
+                receipts.append(buffer.request(messages.GroupDelivery("actor-0", named(contents, granted, told))))
             while len(receipts) > IN_FLIGHT:
                 assert receipts.popleft().result().outcome == "stored"
 
@@ -200,15 +200,15 @@ def through_the_buffer(
             ready.wait(60)
             acting = (act, (address, credentials.for_client(), shape, policy_version))
             with Connection(address, "learner", credentials.for_client()) as learner, started(acting):
-                learner.call(wire.LearnerHello(0))
+                learner.call(messages.LearnerHello(0))
                 taken, begin, batch = 0, 0.0, 0
                 while taken < num_groups:
-                    shard = learner.call(wire.BatchRequest(batch, 0, 1))
-                    assert isinstance(shard, wire.Shard)
+                    shard = learner.call(messages.BatchRequest(batch, 0, 1))
+                    assert isinstance(shard, messages.Shard)
                     batch += 1
                     policy_version.value = batch
                     if batch % COMMIT_EVERY == 0:
-                        learner.request(wire.CheckpointCommitted(batch))
+                        learner.request(messages.CheckpointCommitted(batch))
                     if batch <= WARM_UP_BATCHES:
                         begin = time.perf_counter()
                         continue
@@ -235,7 +235,8 @@ def through_zeromq(num_groups: int, shape: tuple[int, int]) -> float:
 
 def through_a_peer(python: str, name: str, num_groups: int, shape: tuple[int, int]) -> float | str:
     """Groups per second, or why it cannot be measured."""
-    command, contents = [python, str(ROOT / "benchmarks" / "buffer_peers.py"), name, str(num_groups)], pattern(*shape)
+    script, contents = ROOT / "benchmarks" / "parts" / "buffer" / "peers.py", pattern(*shape)
+    command = [python, str(script), name, str(num_groups)]
     frames = msgpack.packb([contents.header_frame, contents.arrays_frame])
     ended = subprocess.run(command, input=frames, capture_output=True, check=False, timeout=600)
     if ended.returncode:

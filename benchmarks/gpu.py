@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.figures import command, machine, versions, write
-from benchmarks.gpu_learner import head, learner
-from benchmarks.gpu_publication import publication
-from benchmarks.gpu_report import tables, write_docs
-from benchmarks.gpu_work import SHAPES, Meter, Shape, matmul
-from benchmarks.marked_lines import heard, say
+from benchmarks.parts.figures import command, machine, versions, write
+from benchmarks.parts.gpu.learner import head, learner
+from benchmarks.parts.gpu.publication import publication
+from benchmarks.parts.gpu.report import tables, write_docs
+from benchmarks.parts.gpu.work import SHAPES, Meter, Shape, matmul
+from benchmarks.parts.marked_lines import heard, say
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
 PARTS: dict[str, Callable[[Meter, Shape, bool], dict[str, Any]]] = {

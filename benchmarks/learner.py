@@ -30,19 +30,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.figures import command, machine, versions, wide_console, write
-from benchmarks.learner_report import OURS, PRODUCTS, plot, show
-from benchmarks.learner_work import Work, forward_flops, save_model, sequences
-from benchmarks.marked_lines import heard
-from learner.heap import heap_environment
+from benchmarks.parts.figures import command, machine, versions, wide_console, write
+from benchmarks.parts.learner.report import OURS, PRODUCTS, plot, show
+from benchmarks.parts.learner.work import Work, forward_flops, save_model, sequences
+from benchmarks.parts.marked_lines import heard
+from learner.models.cpu_heap import heap_environment
 
 HERE = Path(__file__).resolve().parent
 WAYS = {
-    OURS: ("learner_ways.py", "ours"),
-    "TRL": ("learner_trl.py", "trl"),
-    "PyTorch, padded": ("learner_ways.py", "padded"),
-    "PyTorch, packed": ("learner_ways.py", "packed"),
-    PRODUCTS: ("learner_ways.py", "limit"),
+    OURS: ("parts/learner/ways.py", "ours"),
+    "TRL": ("parts/learner/with_trl.py", "trl"),
+    "PyTorch, padded": ("parts/learner/ways.py", "padded"),
+    "PyTorch, packed": ("parts/learner/ways.py", "packed"),
+    PRODUCTS: ("parts/learner/ways.py", "limit"),
 }
 LENGTHS = ((16, 1024), (16, 128), (64, 128))
 SHORT = 128
@@ -185,7 +185,7 @@ def heads(quick: bool) -> dict[str, Any]:
     for way, tokens in sizes.items():
         measured[way] = {}
         for count in tokens:
-            command = [sys.executable, HERE / "learner_head.py", way, count, vocabulary, HEAD_HIDDEN]
+            command = [sys.executable, HERE / "parts" / "learner" / "head.py", way, count, vocabulary, HEAD_HIDDEN]
             printed = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
             measured[way][count] = json.loads(printed)
     _, fewer, more = sizes["naive"]

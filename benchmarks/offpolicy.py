@@ -5,8 +5,8 @@
     python benchmarks/offpolicy.py --plot-only --plots docs/images
 
 Batch v is sampled by policy max(0, v - staleness), exactly: learner and actor work in turn in one process (see
-`offpolicy_run.py`). `unbounded` samples every batch from policy 0. Each run is a line of `--json`, written as it ends;
-a run that is there already is not repeated. Exit status: 0, or 2 with one sentence when an argument is wrong.
+`parts/offpolicy/run.py`). `unbounded` samples every batch from policy 0. Each run is a line of `--json`, written as it
+ends; a run that is there already is not repeated. Exit status: 0, or 2 with one sentence when an argument is wrong.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.console import Console
 
-from benchmarks.figures import wide_console
-from benchmarks.offpolicy_cells import CORRECTIONS, STALENESS, Cell, Scale, add_line, grid, missing, read_lines
+from benchmarks.parts.figures import wide_console
+from benchmarks.parts.offpolicy.cells import CORRECTIONS, STALENESS, Cell, Scale, add_line, grid, missing, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("ppo", "grpo")
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from benchmarks.offpolicy_report import draw, show
+    from benchmarks.parts.offpolicy.report import draw, show
 
     show(lines, options.algorithm, console)
     if options.plots is not None:
@@ -101,7 +101,7 @@ def run(cells: Sequence[Cell], scale: Scale, path: Path, console: Console) -> No
     """Every cell, each a line in `path` as it ends."""
     if not cells:
         return
-    from benchmarks.offpolicy_run import Study
+    from benchmarks.parts.offpolicy.run import Study
 
     study = Study.start(scale)
     for number, cell in enumerate(cells, start=1):

@@ -5,8 +5,8 @@ whole systems from their command to their last checkpoint, one after the other, 
 first updates; what comes before is start-up, told apart. All models are evaluated alike after all runs, so evaluation
 is in nobody's time, and writing checkpoints is in everybody's.
 
-TRL runs in a virtual environment that is made here and kept (`benchmarks/peers_environment.py`). docs/performance.md
-says what was set where, and why.
+TRL runs in a virtual environment that is made here and kept (`benchmarks/parts/peers/environment.py`).
+docs/performance.md says what was set where, and why.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rich.console import Console
 # Before this folder, which has files with the names of packages.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.figures import command, machine, versions, wide_console, write
-from benchmarks.marked_lines import heard
-from benchmarks.peers_environment import TORCH, TRL, default_cache, peer_python
-from benchmarks.peers_report import WARM_UP_UPDATES, markdown, plot, show
-from benchmarks.peers_run import Raw, run_ours, run_trl
-from benchmarks.peers_work import MODELS, OURS, Scale, Work
+from benchmarks.parts.figures import command, machine, versions, wide_console, write
+from benchmarks.parts.marked_lines import heard
+from benchmarks.parts.peers.environment import TORCH, TRL, default_cache, peer_python
+from benchmarks.parts.peers.report import WARM_UP_UPDATES, markdown, plot, show
+from benchmarks.parts.peers.run import Raw, run_ours, run_trl
+from benchmarks.parts.peers.work import MODELS, OURS, Scale, Work
 from buffer.config import read_section
 from launch.base_model import prepare_base_model
-from launch.config import RunPlan, plan_run
+from launch.config.plan import RunPlan, plan_run
 from learner.config import LearnerConfig
 
 HERE = Path(__file__).resolve().parent
@@ -150,7 +150,11 @@ def measure(
 def evaluate(inputs: Inputs, folders: Sequence[Path]) -> dict[Path, float]:
     """pass@1 of the base model and of every folder."""
     shares = [[inputs.model, *folders[index::EVALUATORS]] for index in range(EVALUATORS)]
-    fixed = [str(HERE / "peers_evaluate.py"), str(inputs.held_out), str(inputs.plan.sections["max_new_tokens"])]
+    fixed = [
+        str(HERE / "parts" / "peers" / "evaluation.py"),
+        str(inputs.held_out),
+        str(inputs.plan.sections["max_new_tokens"]),
+    ]
     processes = [
         subprocess.Popen([sys.executable, *fixed, *map(str, share)], stdout=subprocess.PIPE, text=True)
         for share in shares

@@ -2,9 +2,9 @@
 
 Three questions, the same items for every grader: does a gold agree with the answer in its own solution (the sets of
 `--data`); does it agree with generated rewritings of itself and not with changed ones; and does the grader agree with
-the labels of `tests/verifier/cases.jsonl`. Beside these: answers per second of CPU time, latency, hangs, exceptions,
-payloads executed; for ours also what a verdict may not depend on, and the scoring pool with hangs. `--peers-python`
-names an interpreter with the peers:
+the labels of `tests/verifier/mathematics/cases.jsonl`. Beside these: answers per second of CPU time, latency, hangs,
+exceptions, payloads executed; for ours also what a verdict may not depend on, and the scoring pool with hangs.
+`--peers-python` names an interpreter with the peers:
 
     pip install math-verify mathruler latex2sympy2_extended antlr4-python3-runtime==4.11.0 pylatexenc regex word2number
     pip install --no-deps evalscope==0.17.1 verl lm-eval
@@ -26,16 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.figures import command, machine, versions, wide_console, write
-from benchmarks.verifier_asking import DIED, HANG, NOT_ASKED, Item, Outcome, Unavailable, ask
-from benchmarks.verifier_data import distinct_golds, own_solutions, rewritten
-from benchmarks.verifier_graders import GRADERS, LABELS
-from benchmarks.verifier_report import plot, show
-from benchmarks.verifier_trust import executions, pool_with_hangs, same_verdicts
+from benchmarks.parts.figures import command, machine, versions, wide_console, write
+from benchmarks.parts.verifier.asking import DIED, HANG, NOT_ASKED, Item, Outcome, Unavailable, ask
+from benchmarks.parts.verifier.data import distinct_golds, own_solutions, rewritten
+from benchmarks.parts.verifier.graders import GRADERS, LABELS
+from benchmarks.parts.verifier.report import plot, show
+from benchmarks.parts.verifier.trust import executions, pool_with_hangs, same_verdicts
 from buffer.machine import num_usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ROOT / "tests" / "verifier" / "cases.jsonl"
+CASES = ROOT / "tests" / "verifier" / "mathematics" / "cases.jsonl"
 MOST_REWRITINGS = 3
 NUM_TIMED = 300
 Parts = dict[str, list[Item]]
@@ -181,7 +181,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write a plot of the agreement by kind here (.png or .svg)")
     parser.add_argument("--quick", action="store_true", help="few items of each, once: a minute")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
-    parser.add_argument("--cases", type=Path, default=CASES, help="labelled cases, as tests/verifier/cases.jsonl")
+    parser.add_argument(
+        "--cases", type=Path, default=CASES, help="labelled cases, as tests/verifier/mathematics/cases.jsonl"
+    )
     parser.add_argument("--peers-python", default=sys.executable, help="a Python that has the other graders")
     parser.add_argument(
         "--graders", nargs="*", choices=[*list(GRADERS)[1:]], help="only these beside ours; none: --graders"

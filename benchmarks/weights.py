@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.figures import command, machine, versions, wide_console, write
-from benchmarks.model_sizes import MODELS
-from benchmarks.weights_deltas import measure_deltas
-from benchmarks.weights_ways import WAYS, Arrival, Place, Tensors, act
+from benchmarks.parts.figures import command, machine, versions, wide_console, write
+from benchmarks.parts.model_sizes import MODELS
+from benchmarks.parts.weights.deltas import measure_deltas
+from benchmarks.parts.weights.ways import WAYS, Arrival, Place, Tensors, act
 from buffer.machine import available_memory_bytes
-from buffer.weights_config import MEMORY_VARIABLE
-from launch.guardian import Guardian
+from buffer.weights.config import MEMORY_VARIABLE
+from launch.processes.guardian import Guardian
 
 PROCESSES = multiprocessing.get_context("spawn")
 MOVED_SHARE = 0.03

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from buffer.audit import Audit, StageRow, audit
 from buffer.config import BufferConfig, load_run_config, read_section
-from buffer.server import serve
-from buffer.waits import SavedWaits, load_waits
+from buffer.ledger.audit import Audit, StageRow, audit
+from buffer.service.server import serve
+from buffer.service.waits import SavedWaits, load_waits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

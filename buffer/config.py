@@ -15,9 +15,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from buffer.admission import Limits
 from buffer.curriculum_config import Skip, Stage, check_skips, check_stages
-from buffer.sampler import SAMPLERS
+from buffer.ledger.admission import Limits
+from buffer.ledger.sampler import SAMPLERS
 
 T = TypeVar("T")
 

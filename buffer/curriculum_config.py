@@ -1,7 +1,7 @@
 """What a curriculum and the difficulty filter can be told, and the rules between a curriculum's stages. No state.
 
 Used by the launcher, which checks stages before anything starts and writes each prompt's level to RUN_DIR/levels.json,
-and by `buffer/curriculum.py`, which deals by them. Stages are counted from 1 wherever a person reads of them.
+and by `buffer/ledger/curriculum.py`, which deals by them. Stages are counted from 1 wherever a person reads of them.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.prompts import write_traces
+from actors.tasks.task import write_traces
 from buffer.machine import THREADS_VARIABLE, num_usable_cores
-from launch.config import RunPlan
-from launch.settings import EmbeddedConfig
-from launch.supervisor import last_line
-from launch.topology import ROOT
-from learner.heap import heap_environment
+from launch.config.plan import RunPlan
+from launch.config.settings import EmbeddedConfig
+from launch.processes.supervisor import last_line
+from launch.processes.topology import ROOT
+from learner.models.cpu_heap import heap_environment
 
 RECIPE = 1
 """Part of the cache's key: raised when the same settings would make another model."""

@@ -29,18 +29,18 @@ if lack := lack_of_packages():
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from buffer.weights_config import MEMORY_VARIABLE
-from buffer.wire import Status
+from buffer.transport.messages import Status
+from buffer.weights.config import MEMORY_VARIABLE
 from launch.base_model import prepare_base_model
-from launch.compose import compose_config, without_hydra
-from launch.config import KNOWN, RunPlan, notices, plan_run, write_config
-from launch.display import Display
-from launch.guardian import Guardian
+from launch.config.compose import compose_config, without_hydra
+from launch.config.plan import KNOWN, RunPlan, notices, plan_run, write_config
+from launch.processes.guardian import Guardian
+from launch.processes.shared_memory import lack_of_shared_memory
+from launch.processes.supervisor import RunFailedError
+from launch.processes.topology import another_actor, another_relay, assign_cores
 from launch.session import Session
-from launch.shared_memory import lack_of_shared_memory
-from launch.summary import newest_checkpoint, print_summary, summarize_run, write_summary
-from launch.supervisor import RunFailedError
-from launch.topology import another_actor, another_relay, assign_cores
+from launch.terminal.display import Display
+from launch.terminal.summary import newest_checkpoint, print_summary, summarize_run, write_summary
 
 
 class Interrupted(Exception):

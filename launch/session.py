@@ -12,14 +12,14 @@ import time
 from concurrent.futures import Future
 from dataclasses import replace
 
-from buffer.client import Connection
-from buffer.credentials import ensure_credentials
-from buffer.wire import Message, Status, StatusRequest
-from launch.config import RunPlan
-from launch.display import Display
-from launch.supervisor import RunFailedError, Supervisor
-from launch.topology import processes
-from launch.watch import Watch
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import ensure_credentials
+from buffer.transport.messages import Message, Status, StatusRequest
+from launch.config.plan import RunPlan
+from launch.processes.supervisor import RunFailedError, Supervisor
+from launch.processes.topology import processes
+from launch.processes.watch import Watch
+from launch.terminal.display import Display
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""`python -m learner RUN_DIR`: one learner rank; several with `python -m learner.ranks R RUN_DIR`."""
+"""`python -m learner RUN_DIR`: one learner rank; several with `python -m learner.distributed.ranks R RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from buffer import starting
-from buffer.client import Connection
 from buffer.config import load_run_config, read_section
-from buffer.credentials import Credentials, server_credentials
 from buffer.leaving import leave
 from buffer.machine import THREADS_VARIABLE, num_usable_cores
-from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials, server_credentials
+from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from learner.publisher import WeightStore
+    from learner.weights.store import WeightStore
 
 
 def main() -> int:
@@ -51,10 +51,10 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     import torch
     from hydra.utils import instantiate
 
-    from learner.checkpoint import CheckpointError
+    from learner.checkpoints.checkpoint import CheckpointError
     from learner.config import LearnerConfig, ModelConfig
-    from learner.engine import init_distributed, shut_down_distributed
-    from learner.health import RunStoppedError
+    from learner.distributed.deepspeed_engine import init_distributed, shut_down_distributed
+    from learner.monitoring.stop_conditions import RunStoppedError
     from learner.train import Trainer
 
     config = read_section(LearnerConfig, run["learner"], "learner")
@@ -102,7 +102,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
 
 
 def _open_store(run_dir: Path, settings: WeightsConfig, credentials: Credentials, device: torch.device) -> WeightStore:
-    from learner.device_weights import open_store
+    from learner.weights.device_store import open_store
 
     memory = os.environ.get(MEMORY_VARIABLE) if settings.shared_memory else None
     # Without a launcher nobody would clear the memory after kill -9, so versions then lie in the run directory.

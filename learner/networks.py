@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from learner.algorithm import Algorithm
-from learner.checkpoint import load_checkpoint, save_checkpoint
+from learner.algorithms.base import Algorithm
+from learner.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
-from learner.engine import TrainingEngine
-from learner.model import PolicyModel, ValueModel
+from learner.distributed.deepspeed_engine import TrainingEngine
+from learner.models.policy import PolicyModel, ValueModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from learner.attention import PACKED_ATTENTION
-from learner.model import PolicyModel
+from learner.models.attention import PACKED_ATTENTION
+from learner.models.policy import PolicyModel
 from learner.schedule import learning_rate
 
 PAD, END = "<|endoftext|>", "<|im_end|>"

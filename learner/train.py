@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from buffer.client import Connection
-from buffer.wire import CheckpointCommitted, Manifest, NoMoreBatches, Shard
-from learner.agreement import LogprobCheck, OlderGroups, say_hello
-from learner.algorithm import AdvantageInputs, Algorithm
-from learner.bad_batch import save_bad_batch
-from learner.batch import TrainingBatch
-from learner.checkpoint import (
+from buffer.transport.connection import Connection
+from buffer.transport.messages import CheckpointCommitted, Manifest, NoMoreBatches, Shard
+from learner.algorithms.base import AdvantageInputs, Algorithm
+from learner.algorithms.metrics import MetricSums, summarize
+from learner.batches.batch import TrainingBatch
+from learner.batches.prefetch import Prefetch
+from learner.checkpoints.checkpoint import (
     POLICY_PREFIX,
     CheckpointError,
     CheckpointWriteError,
@@ -32,16 +32,22 @@ from learner.checkpoint import (
     sound_checkpoint,
 )
 from learner.config import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
-from learner.engine import TrainingEngine, all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
-from learner.health import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
-from learner.metrics import MetricSums, summarize
-from learner.model import PolicyModel
+from learner.distributed.deepspeed_engine import (
+    TrainingEngine,
+    all_reduce_max,
+    all_reduce_sum,
+    any_rank,
+    rank_and_world_size,
+)
+from learner.models.policy import PolicyModel
+from learner.monitoring.bad_batch import save_bad_batch
+from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
+from learner.monitoring.observer import Observer
+from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
+from learner.monitoring.tensorboard import batch_metrics
 from learner.networks import Networks
-from learner.observer import Observer
-from learner.prefetch import Prefetch
-from learner.publisher import WeightStore
-from learner.report import batch_metrics
-from learner.steps import Annotations, PassAbandonedError, critic_step, policy_step, score_batch
+from learner.passes import Annotations, PassAbandonedError, critic_step, policy_step, score_batch
+from learner.weights.store import WeightStore
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +118,8 @@ class Trainer:
         """Train to the last version, or until `stopping` is set; leaves a checkpoint of where it ended.
 
         Raises:
-            RunStoppedError: when the run must not go on: see `learner/health.py` and `learner/agreement.py`.
+            RunStoppedError: when the run must not go on: see `learner/monitoring/stop_conditions.py` and
+                `learner/monitoring/logprob_check.py`.
             CheckpointWriteError: when the last checkpoint cannot be written.
         """
         try:
@@ -163,7 +170,7 @@ class Trainer:
         assert self._shard is not None
         try:
             path = save_bad_batch(self.bad_batches, self.rank, self._shard, metrics)
-            saved = f"look at the last one with: python -m learner.bad_batch {path}"
+            saved = f"look at the last one with: python -m learner.monitoring.bad_batch {path}"
         except OSError as error:
             saved = f"the last one could not be saved: {error}"
         raise BadStepsError(

@@ -28,7 +28,7 @@ def socket_folder() -> Iterator[Path]:
 def _process_group() -> Iterator[None]:
     import torch
 
-    from learner.engine import init_distributed, shut_down_distributed
+    from learner.distributed.deepspeed_engine import init_distributed, shut_down_distributed
 
     init_distributed(torch.device("cpu"))
     yield

@@ -1,4 +1,4 @@
-"""Do the tests notice when an equation is broken? `python -m tests.mutation learner/losses.py ...`
+"""Do the tests notice when an equation is broken? `python -m tests.mutation learner/algorithms/losses.py ...`
 
 Changes one thing at a time in a copy of the project (a sign, a comparison, a constant, a clip's bound, a mask, a stop
 of the gradient) and runs the tests of the learner's equations until one fails. Prints the mutants that none noticed.
@@ -229,7 +229,7 @@ def run_tests(folder: Path, first: str) -> int:
 
 def test_file(folder: Path, name: str) -> Path:
     """Where the tests of a module stand."""
-    return folder / "tests" / "learner" / f"test_{name}.py"
+    return folder / "tests" / "learner" / "algorithms" / f"test_{name}.py"
 
 
 def preload() -> None:

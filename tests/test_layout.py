@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,30 +21,30 @@ MAY_IMPORT = {
 ONLY_IN = {
     "torch": (
         "learner/",
-        "actors/adapters.py",
-        "actors/cpu_kernels.py",
-        "actors/device_tensors.py",
-        "actors/device_weights.py",
-        "actors/engine.py",
-        "actors/weights.py",
+        "actors/weights/adapters.py",
+        "actors/engine/cpu_kernels.py",
+        "actors/weights/device_tensors.py",
+        "actors/weights/device_loader.py",
+        "actors/engine/engine.py",
+        "actors/weights/vllm_loader.py",
     ),
     "vllm": (
-        "actors/cpu_kernels.py",
-        "actors/cpu_memory.py",
-        "actors/device_weights.py",
-        "actors/engine.py",
-        "actors/engine_shortcuts.py",
-        "actors/engine_thread.py",
-        "actors/weights.py",
-        "learner/nccl_group.py",
+        "actors/engine/cpu_kernels.py",
+        "actors/engine/cpu_memory.py",
+        "actors/weights/device_loader.py",
+        "actors/engine/engine.py",
+        "actors/engine/shortcuts.py",
+        "actors/engine/thread.py",
+        "actors/weights/vllm_loader.py",
+        "learner/weights/nccl_group.py",
     ),
-    "deepspeed": ("learner/engine.py",),
+    "deepspeed": ("learner/distributed/deepspeed_engine.py",),
     "zmq": (
-        "buffer/credentials.py",
-        "buffer/doorkeeper.py",
-        "buffer/gate.py",
-        "buffer/client.py",
-        "buffer/weight_server.py",
+        "buffer/transport/credentials.py",
+        "buffer/transport/authenticator.py",
+        "buffer/transport/router.py",
+        "buffer/transport/connection.py",
+        "buffer/weights/server.py",
     ),
     "pickle": (),
     "marshal": (),
@@ -55,6 +56,19 @@ ONLY_IN = {
     "_pickle": (),
     "ray": (),
 }
+
+ORDER = {
+    "buffer": ("service", "ledger", "weights", "transport"),
+    "verifier": ("scoring", "rewards", "mathematics"),
+    "actors": ("rollouts", "engine", "tasks", "weights"),
+    "actors/tasks": ("text", "games", "datasets"),
+    "learner": ("algorithms", "monitoring", "checkpoints", "distributed", "models", "batches", "weights"),
+    "launch": ("processes", "terminal", "config"),
+}
+"""The folders in each folder: none imports one that stands before it."""
+MOST_FILES = 12
+"""In one folder, `__init__.py` aside."""
+MAY_HOLD_MORE = ("verifier/mathematics",)
 
 FORBIDDEN_CALLS = {
     *("eval", "exec", "compile", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
@@ -132,23 +146,86 @@ def test_every_package_keeps_the_rules(package: str):
 
 
 def test_no_module_has_a_standard_librarys_name():
-    modules = [path for package in PACKAGES for path in files(package) if not path.stem.startswith("__")]
+    """Directly in a package: a script there has that folder first on `sys.path`, ahead of the standard library."""
+    modules = [path for package in PACKAGES for path in (ROOT / package).iterdir() if not path.name.startswith("_")]
     shadowing = [path for path in modules if path.stem in sys.stdlib_module_names]
     assert shadowing == []
     assert not set(PACKAGES) & sys.stdlib_module_names
 
 
+def imported_modules(source: str) -> set[str]:
+    """Of ours, by full name; also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name for name in inner if is_module(name)} or {node.module}
+    return {name for name in names if name.split(".")[0] in PACKAGES}
+
+
+def is_module(name: str) -> bool:
+    return (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+
+
+def upward(folder: str, name: str, source: str) -> list[str]:
+    """What the file `name`, below `folder`, imports from folders there that stand before its own."""
+    order, own = ORDER[folder], name.removeprefix(f"{folder}/").split("/")[0]
+    if own not in order:
+        return []
+    above = {f"{folder}/{other}".replace("/", ".") for other in order[: order.index(own)]}
+    return [module for module in imported_modules(source) if any(f"{module}.".startswith(f"{a}.") for a in above)]
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_no_folder_imports_one_that_stands_above_it(folder: str):
+    assert sorted(ORDER[folder]) == sorted(path.parent.name for path in (ROOT / folder).glob("*/__init__.py"))
+    names = {path: path.relative_to(ROOT).as_posix() for path in files(folder)}
+    broken = {name: found for path, name in names.items() if (found := upward(folder, name, path.read_text()))}
+    assert broken == {}
+
+
+def test_the_order_finds_what_breaks_it():
+    source = "def f():\n    from learner.algorithms.losses import policy_loss"
+    assert upward("learner", "learner/models/head.py", source) == ["learner.algorithms.losses"]
+    assert upward("learner", "learner/algorithms/grpo.py", source) == []
+    assert upward("learner", "learner/train.py", source) == []
+    assert upward("actors/tasks", "actors/tasks/datasets/data.py", "import actors.tasks.text.multiply") != []
+
+
+def test_no_module_imports_itself_on_a_way_round():
+    modules = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): imported_modules(path.read_text())
+        for package in PACKAGES
+        for path in files(package)
+    }
+    TopologicalSorter(modules).prepare()
+
+
+def test_a_folder_holds_at_most_a_dozen_files():
+    folders = [ROOT / top for top in (*PACKAGES, "benchmarks")]
+    folders += [path for top in folders for path in top.rglob("*") if path.is_dir() and path.name != "__pycache__"]
+    held = {
+        folder.relative_to(ROOT).as_posix(): sum(
+            path.is_file() and path.name != "__init__.py" for path in folder.iterdir()
+        )
+        for folder in folders
+    }
+    assert {name: count for name, count in held.items() if count > MOST_FILES and name not in MAY_HOLD_MORE} == {}
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("buffer/x.py", "from actors.engine import Engine"),
+        ("buffer/x.py", "from actors.engine.engine import Engine"),
         ("buffer/x.py", "import zmq"),
-        ("verifier/x.py", "import buffer.wire"),
+        ("verifier/x.py", "import buffer.transport.messages"),
         ("actors/actor.py", "def f():\n    import learner.train"),
         ("actors/actor.py", "import torch.nn"),
         ("actors/actor.py", "import importlib\nimportlib.import_module('vllm.engine')"),
         ("learner/x.py", "from verifier import base"),
-        ("learner/checkpoint.py", "import deepspeed"),
+        ("learner/checkpoints/checkpoint.py", "import deepspeed"),
         ("learner/x.py", "from . import losses"),
         ("buffer/x.py", "import pickle"),
         ("launch/x.py", "eval('1')"),
@@ -170,13 +247,13 @@ def test_the_rules_find_what_breaks_them(name: str, source: str):
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("learner/x.py", "import torch\nfrom buffer.wire import decode"),
-        ("actors/engine.py", "import torch, vllm"),
+        ("learner/x.py", "import torch\nfrom buffer.transport.messages import decode"),
+        ("actors/engine/engine.py", "import torch, vllm"),
         ("launch/x.py", "from learner.config import LearnerConfig\nmodel.eval()"),
         ("learner/x.py", "import torch\ntorch.load(path, weights_only=True)"),
         ("launch/x.py", "import subprocess\nsubprocess.run(words)"),
         ("launch/x.py", "re.compile(text)"),
-        ("buffer/client.py", "import zmq"),
+        ("buffer/transport/connection.py", "import zmq"),
     ],
 )
 def test_the_rules_allow_what_they_should(name: str, source: str):

@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from verifier.base import Completion, RewardSpec, Score, Verdict
-from verifier.pool import ScoringPool
-from verifier.scorer import build_scorer
+from verifier.scoring.pool import ScoringPool
+from verifier.scoring.scorer import build_scorer
 
 TASKS = Path(__file__).resolve().parent.parent / "configs" / "task"
 EXPECTED_FIELDS = ("expected", "label", "correct")

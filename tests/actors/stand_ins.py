@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from actors.environments.base import Problem
-from actors.prompts import Task
-from actors.templates import Template
-from buffer.client import RequestRefused
+from actors.tasks.base import Problem
+from actors.tasks.task import Task
+from actors.tasks.templates import Template
 from buffer.trajectory import FinishReason, VersionSpan
-from buffer.wire import Manifest
+from buffer.transport.connection import RequestRefused
+from buffer.transport.messages import Manifest
 
 PARAMETERS = {"embed": "1", "head": "2"}
 

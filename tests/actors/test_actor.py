@@ -13,19 +13,19 @@ import pytest
 
 from actors.actor import Actor
 from actors.config import ActorConfig
-from actors.meter import Meter
-from actors.prompts import Task
-from buffer import wire
-from buffer.audit import audit
-from buffer.client import Connection
+from actors.metrics import Meter
+from actors.tasks.task import Task
 from buffer.config import BufferConfig
-from buffer.credentials import Credentials
 from buffer.curriculum_config import Stage
-from buffer.packed_group import unpack_group
-from buffer.server import Server
+from buffer.ledger.audit import audit
+from buffer.service.server import Server
+from buffer.transport import messages
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials
+from buffer.transport.packed_group import unpack_group
 from tests.actors.stand_ins import CORRIDOR, PARAMETERS, TURNS, Characters, FakeEngine, FakeWeights, sampled, sums
 from verifier.base import RewardSpec
-from verifier.pool import ScoringPool
+from verifier.scoring.pool import ScoringPool
 
 SECONDS = 20.0
 
@@ -49,12 +49,12 @@ class Loop:
     work: asyncio.Task[None]
     run_dir: Path
 
-    async def ask(self, message: wire.Message) -> Any:
+    async def ask(self, message: messages.Message) -> Any:
         return await asyncio.wait_for(asyncio.wrap_future(self.learner.request(message)), SECONDS)
 
-    async def batch(self, version: int) -> wire.Shard:
-        shard = await self.ask(wire.BatchRequest(version, 0, 1))
-        assert isinstance(shard, wire.Shard)
+    async def batch(self, version: int) -> messages.Shard:
+        shard = await self.ask(messages.BatchRequest(version, 0, 1))
+        assert isinstance(shard, messages.Shard)
         return shard
 
     async def until(self, condition: Callable[[], object]) -> None:
@@ -106,7 +106,7 @@ def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
             actor = Actor("actor-0", config, task, Characters(), *parts, max_staleness)  # type: ignore[arg-type]
             work = asyncio.create_task(actor.run(dict(PARAMETERS)))
             running = Loop(actor, engine, weights, learner, work, tmp_path)
-            await running.ask(wire.LearnerHello(0))
+            await running.ask(messages.LearnerHello(0))
             yield running
             work.cancel()
             await asyncio.wait([work], timeout=SECONDS)
@@ -222,10 +222,10 @@ def test_an_evaluation_is_reported_once_with_the_version_it_measured(loop: Loope
     async def check() -> None:
         async with loop(evaluation_prompts=2) as running:
             running.weights.publish(0)
-            await running.ask(wire.EvaluationRequest(0))
-            reports: tuple[wire.EvaluationReport, ...] = ()
+            await running.ask(messages.EvaluationRequest(0))
+            reports: tuple[messages.EvaluationReport, ...] = ()
             while not reports:
-                reports = (await running.ask(wire.EvaluationQuery(0))).reports
+                reports = (await running.ask(messages.EvaluationQuery(0))).reports
                 await asyncio.sleep(0.01)
             [report] = reports
             assert (report.requested_version, report.policy_version, report.num_prompts) == (0, 0, 2)
@@ -245,7 +245,7 @@ def test_newer_weights_wait_until_an_evaluation_is_through(loop: Looper):
             running.weights.publish(0)
             await running.until(lambda: running.actor.policy_version == 0)
             running.engine.open.clear()
-            await running.ask(wire.EvaluationRequest(0))
+            await running.ask(messages.EvaluationRequest(0))
             await running.until(lambda: any(name.startswith("evaluation") for name, _ in running.engine.requests))
             running.weights.publish(1)
             await asyncio.sleep(0.2)
@@ -253,7 +253,7 @@ def test_newer_weights_wait_until_an_evaluation_is_through(loop: Looper):
             running.engine.open.set()
             await running.until(lambda: running.engine.version == 1)
             await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
-            [report] = (await running.ask(wire.EvaluationQuery(0))).reports
+            [report] = (await running.ask(messages.EvaluationQuery(0))).reports
             assert report.policy_version == 0
 
     asyncio.run(check())
@@ -263,9 +263,9 @@ def test_a_held_out_prompt_that_cannot_be_read_counts_as_not_answered(loop: Loop
     async def check() -> None:
         async with loop(sums(long_prompt=9)) as running:
             running.weights.publish(0)
-            await running.ask(wire.EvaluationRequest(0))
+            await running.ask(messages.EvaluationRequest(0))
             await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
-            [report] = (await running.ask(wire.EvaluationQuery(0))).reports
+            [report] = (await running.ask(messages.EvaluationQuery(0))).reports
             assert (report.num_prompts, report.pass_at_1) == (3, pytest.approx(2 / 3))
 
     asyncio.run(check())
@@ -277,7 +277,7 @@ def test_weights_that_are_too_late_when_they_come_are_what_an_actor_says_it_wait
 
             async def waits_for(text: str) -> str:
                 while True:
-                    peers = (await running.ask(wire.StatusRequest())).peers
+                    peers = (await running.ask(messages.StatusRequest())).peers
                     found = [peer.waiting_for for peer in peers if text in peer.waiting_for]
                     if found:
                         return found[0]
@@ -288,7 +288,7 @@ def test_weights_that_are_too_late_when_they_come_are_what_an_actor_says_it_wait
             running.weights.link.clear()
             running.weights.publish(1)
             await running.until(lambda: running.weights.under_way == 1)
-            await running.ask(wire.Heartbeat("learner", "learner", 3, "", {}))
+            await running.ask(messages.Heartbeat("learner", "learner", 3, "", {}))
             await running.until(lambda: running.actor._learner_version == 3)
             running.weights.link.set()
             said = await waits_for("weights in time: policy 1 ")
@@ -324,7 +324,7 @@ def test_the_buffer_hears_which_weights_an_actor_has_and_what_it_waits_for(loop:
             peer = None
             async with asyncio.timeout(SECONDS):
                 while peer is None or not peer.waiting_for or peer.metrics["samples"] < 4:
-                    status = await running.ask(wire.StatusRequest())
+                    status = await running.ask(messages.StatusRequest())
                     peer = next((peer for peer in status.peers if peer.role == "actor"), None)
                     await asyncio.sleep(0.02)
             assert (peer.name, peer.policy_version, peer.waiting_for) == ("actor-0", 0, "prompts from the buffer")
@@ -342,8 +342,8 @@ def test_a_closing_run_gets_no_more_groups_but_its_last_evaluation(loop: Looper)
             running.weights.publish(0)
             await running.batch(0)
             await running.until(lambda: running.counts()["ready"] == 2)
-            await running.ask(wire.Close())
-            await running.ask(wire.EvaluationRequest(0))
+            await running.ask(messages.Close())
+            await running.ask(messages.EvaluationRequest(0))
             await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
             assert running.counts()["leased"] == 0
 
@@ -430,7 +430,7 @@ def test_a_full_disk_is_waited_for(loop: Looper, monkeypatch: pytest.MonkeyPatch
         async with loop() as running:
             fetch, failures = running.weights.fetch, iter([errno.ENOSPC, errno.EDQUOT])
 
-            async def fail_twice(manifest: wire.Manifest) -> object:
+            async def fail_twice(manifest: messages.Manifest) -> object:
                 for number in failures:
                     raise OSError(number, "no space left")
                 return await fetch(manifest)
@@ -444,7 +444,7 @@ def test_a_full_disk_is_waited_for(loop: Looper, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_verifier_that_always_hangs_is_counted_and_the_run_goes_on(loop: Looper, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "verifier"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "verifier" / "scoring"))
     options = {"num_workers": 1, "deadline_seconds": 0.2, "memory_bytes": 2 << 30}
     hanging = ScoringPool([RewardSpec("misbehaving_rewards:obedient")], **options)  # type: ignore[arg-type]
 
@@ -463,7 +463,7 @@ def test_a_verifier_that_always_hangs_is_counted_and_the_run_goes_on(loop: Loope
             async with asyncio.timeout(SECONDS):
                 timeouts = 0.0
                 while timeouts < 4:
-                    status = await running.ask(wire.StatusRequest())
+                    status = await running.ask(messages.StatusRequest())
                     actors = [peer for peer in status.peers if peer.role == "actor"]
                     timeouts = actors[0].metrics["verifier_timeouts"] if actors else 0.0
 
@@ -475,7 +475,7 @@ def test_a_verifier_that_always_hangs_is_counted_and_the_run_goes_on(loop: Loope
 
 @pytest.fixture
 def skipping(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScoringPool]:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "verifier"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "verifier" / "scoring"))
     options = {"num_workers": 1, "deadline_seconds": 5.0, "memory_bytes": 2 << 30, "on_error": "skip"}
     started = ScoringPool([RewardSpec("misbehaving_rewards:obedient")], **options)  # type: ignore[arg-type]
     yield started
@@ -556,7 +556,7 @@ def test_cancelling_ends_all_tasks_in_the_middle_of_the_work(loop: Looper):
 
 def test_the_meter_counts_the_time_without_requests(monkeypatch: pytest.MonkeyPatch):
     clock = [5.0]
-    monkeypatch.setattr("actors.meter.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("actors.metrics.time.monotonic", lambda: clock[0])
     meter = Meter()
     assert meter.metrics()["idle_fraction"] == 0.0
     clock[0] = 10.0
@@ -606,10 +606,10 @@ def test_episodes_are_played_turn_by_turn_and_rewarded_by_their_environment(loop
             # Every turn of every completion has a seed of its own.
             of_group = {name: seed for name, seed in running.engine.requests if name.startswith(f"{group.group_id}.")}
             assert len(of_group) == len(set(of_group.values())) == 5
-            await running.ask(wire.EvaluationRequest(0))
-            reports: tuple[wire.EvaluationReport, ...] = ()
+            await running.ask(messages.EvaluationRequest(0))
+            reports: tuple[messages.EvaluationReport, ...] = ()
             while not reports:
-                reports = (await running.ask(wire.StatusRequest())).reports
+                reports = (await running.ask(messages.StatusRequest())).reports
             assert (reports[0].pass_at_1, reports[0].num_prompts) == (1.0, 1)
             assert reports[0].reward_mean == pytest.approx(10.8)
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.fetch import WeightClient
-from actors.local_weights import LocalWeights
 from actors.relay import Relay, make_folder, own_address
-from buffer.client import Connection
-from buffer.credentials import Credentials
-from buffer.weight_server import WeightServer
-from buffer.weights_config import MEMORY_VARIABLE, WeightsConfig
-from buffer.wire import Manifest, Refused
-from learner.publisher import WeightStore
+from actors.weights.client import WeightClient
+from actors.weights.local import LocalWeights
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials
+from buffer.transport.messages import Manifest, Refused
+from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
+from buffer.weights.server import WeightServer
+from learner.weights.store import WeightStore
 
 CREDENTIALS = Credentials.plain("test")
 SECONDS = 20.0
@@ -141,7 +141,7 @@ def test_where_the_relay_has_died_the_learner_is_asked(start, monkeypatch: pytes
             actor = cluster.client("far", maps=True)
             task.cancel()
             relay.close()
-            monkeypatch.setattr("actors.fetch.RELAY_SECONDS", 0.2)
+            monkeypatch.setattr("actors.weights.client.RELAY_SECONDS", 0.2)
             assert holds(await cluster.take(actor), 1) and actor.pulled_bytes == 20_000
 
     asyncio.run(check())

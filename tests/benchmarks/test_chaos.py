@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import chaos
 from buffer.config import BufferConfig
-from buffer.ledger import Holder, Ledger
-from buffer.packed_group import pack_group
+from buffer.ledger.ledger import Holder, Ledger
+from buffer.transport.packed_group import pack_group
 from tests.learner.samples import make_group
 
 STAND_IN = "import subprocess, sys, time; print('started'); time.sleep(600)"

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_learner
-from benchmarks.gpu_report import BEGIN, END, tables, write_docs
-from benchmarks.gpu_work import SHAPES, Meter, num_parameters, random_model
-from benchmarks.learner_work import sequences
-from benchmarks.marked_lines import MARK
+from benchmarks import gpu
+from benchmarks.parts.gpu import learner
+from benchmarks.parts.gpu.report import BEGIN, END, tables, write_docs
+from benchmarks.parts.gpu.work import SHAPES, Meter, num_parameters, random_model
+from benchmarks.parts.learner.work import sequences
+from benchmarks.parts.marked_lines import MARK
 
 CPU = Meter(torch.device("cpu"))
 
@@ -45,8 +46,8 @@ def test_everything_is_measured_and_shown(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_without_deepspeed_the_same_step_is_made_by_torch_and_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(gpu_learner, "find_spec", lambda _: None)
-    found = gpu_learner.learner(CPU, SHAPES["tiny"], quick=True)
+    monkeypatch.setattr(learner, "find_spec", lambda _: None)
+    found = learner.learner(CPU, SHAPES["tiny"], quick=True)
     assert "DeepSpeed is not installed" in found["how"] and found["tokens_per_second"] > 0
 
 

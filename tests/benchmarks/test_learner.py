@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.learner import compare, gradients
-from benchmarks.learner_work import GROUP_SIZE, Work, forward_flops, save_model, sequences
+from benchmarks.parts.learner.work import GROUP_SIZE, Work, forward_flops, save_model, sequences
 
 
 def work(folder: Path) -> Work:

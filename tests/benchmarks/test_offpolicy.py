@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from benchmarks.offpolicy import main
-from benchmarks.offpolicy_cells import CORRECTIONS, STALENESS, Cell, Scale, add_line, grid, missing, read_lines
-from benchmarks.offpolicy_report import by_cell, draw, measure, updates_to
-from benchmarks.offpolicy_turn import InTurn
-from buffer.packed_group import PackedGroup, pack_group
+from benchmarks.parts.offpolicy.cells import CORRECTIONS, STALENESS, Cell, Scale, add_line, grid, missing, read_lines
+from benchmarks.parts.offpolicy.report import by_cell, draw, measure, updates_to
+from benchmarks.parts.offpolicy.turn import InTurn
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
-from buffer.wire import (
+from buffer.transport.messages import (
     BatchRequest,
     EvaluationQuery,
     EvaluationReports,
@@ -19,6 +18,7 @@ from buffer.wire import (
     Manifest,
     Shard,
 )
+from buffer.transport.packed_group import PackedGroup, pack_group
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks.marked_lines import MARK, heard
+from benchmarks.parts.marked_lines import MARK, heard
+from benchmarks.parts.peers.environment import peer_python
+from benchmarks.parts.peers.report import markdown, measured, measures, plot, ratio, spread
+from benchmarks.parts.peers.run import run_trl
+from benchmarks.parts.peers.work import Scale, Work
 from benchmarks.peers import LABELS, main, prepare
-from benchmarks.peers_environment import peer_python
-from benchmarks.peers_report import markdown, measured, measures, plot, ratio, spread
-from benchmarks.peers_run import run_trl
-from benchmarks.peers_work import Scale, Work
 
 
 def run(seconds_per_update: float, pass_at_1: list[list[float]], difference: float | None = None) -> dict[str, Any]:
@@ -160,12 +160,12 @@ def test_only_marked_lines_are_heard():
 
 def test_an_environment_is_made_once_and_a_failure_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    monkeypatch.setattr("benchmarks.peers_environment.subprocess.run", _install(fails=False))
+    monkeypatch.setattr("benchmarks.parts.peers.environment.subprocess.run", _install(fails=False))
     first = peer_python("trl", ["trl==1"], tmp_path, said.append)
     assert peer_python("trl", ["trl==1"], tmp_path, said.append) == first
     assert len(said) == 1
     assert peer_python("trl", ["trl==2"], tmp_path, said.append) != first
-    monkeypatch.setattr("benchmarks.peers_environment.subprocess.run", _install(fails=True))
+    monkeypatch.setattr("benchmarks.parts.peers.environment.subprocess.run", _install(fails=True))
     with pytest.raises(ValueError, match=r"No matching distribution; repair that .* --ways slipstream"):
         peer_python("trl", ["trl==3"], tmp_path, said.append)
 

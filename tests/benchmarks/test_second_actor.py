@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.second_actor import Rate, report
+from benchmarks.parts.async_vs_sync.second_actor import Rate, report
 
 
 def test_the_gain_is_held_against_the_work_that_two_cores_can_hold():

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import verifier_asking
-from benchmarks.verifier_asking import DIED, HANG, NOT_ASKED, Item, Unavailable, ask
-from benchmarks.verifier_data import boxed, own_solutions, rewritten
-from benchmarks.verifier_rewritings import CHANGES, REWRITINGS
-from benchmarks.verifier_trust import PAYLOADS
+from benchmarks.parts.verifier import asking
+from benchmarks.parts.verifier.asking import DIED, HANG, NOT_ASKED, Item, Unavailable, ask
+from benchmarks.parts.verifier.data import boxed, own_solutions, rewritten
+from benchmarks.parts.verifier.rewritings import CHANGES, REWRITINGS
+from benchmarks.parts.verifier.trust import PAYLOADS
 
 ROOT = Path(__file__).parents[2]
 CASES = [
@@ -85,12 +85,12 @@ def test_data_sets_that_are_not_here_are_left_out(tmp_path: Path):
 def test_hangs_and_deaths_are_counted_and_the_others_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     script = tmp_path / "odd.py"
     script.write_text(ODD_GRADER)
-    monkeypatch.setattr(verifier_asking, "SCRIPT", script)
+    monkeypatch.setattr(asking, "SCRIPT", script)
     items = [Item("", text, ("1",), True) for text in ("fine", "hang", "die", "fine", "die", "fine")]
     asked = ask("odd", sys.executable, items, 0.5)
     assert asked.release == "1.0"
     assert [outcome.problem for outcome in asked.outcomes] == ["", HANG, DIED, "", DIED, ""]
-    monkeypatch.setattr(verifier_asking, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(asking, "MAX_RESTARTS", 1)
     problems = [outcome.problem for outcome in ask("odd", sys.executable, items, 0.5).outcomes]
     assert problems == ["", HANG, DIED, NOT_ASKED, NOT_ASKED, NOT_ASKED]
 

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import weights
-from benchmarks.weights_deltas import compare
-from buffer.weights_config import MEMORY_VARIABLE
+from benchmarks.parts.weights.deltas import compare
+from buffer.weights.config import MEMORY_VARIABLE
 
 
 def test_the_shapes_are_those_of_the_models_they_are_named_after():

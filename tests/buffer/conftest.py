@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from buffer.config import BufferConfig
-from buffer.packed_group import PackedGroup, pack_group
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+from buffer.transport.packed_group import PackedGroup, pack_group
 
 ConfigMaker = Callable[..., BufferConfig]
 GroupMaker = Callable[..., PackedGroup]

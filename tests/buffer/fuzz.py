@@ -19,15 +19,15 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from buffer import wire
-from buffer.audit import audit
 from buffer.config import BufferConfig
-from buffer.gate import Incoming, read_incoming
-from buffer.ledger import Ledger
-from buffer.packed_group import PackedGroup, pack_group, unpack_group
-from buffer.schema import WireError
-from buffer.service import Service
+from buffer.ledger.audit import audit
+from buffer.ledger.ledger import Ledger
+from buffer.service.service import Service
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+from buffer.transport import messages as wire
+from buffer.transport.packed_group import PackedGroup, pack_group, unpack_group
+from buffer.transport.router import Incoming, read_incoming
+from buffer.transport.schema import WireError
 
 RUN_ID = "fuzzed"
 PER_TRANSACTION = 64

@@ -22,24 +22,25 @@ from unittest import mock
 
 import msgpack
 
-from buffer import server, wire
 from buffer.config import BufferConfig
-from buffer.credentials import Credentials
-from buffer.gate import Incoming
+from buffer.service import server
+from buffer.transport import messages
+from buffer.transport.credentials import Credentials
+from buffer.transport.router import Incoming
 
 RUN_ID = "run"
-PACKAGE = str(Path(server.__file__).parent)
+PACKAGE = str(Path(server.__file__).parents[1])
 _LENGTH = struct.Struct("!I")
 
 
 class Pipe:
-    """Whole messages over a stream socket, each an identity and the frames of `buffer/wire.py`."""
+    """Whole messages over a stream socket, each an identity and the frames of `buffer/transport/messages.py`."""
 
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
 
-    def send(self, identity: bytes, message: wire.Message, number: int) -> None:
-        body = msgpack.packb([identity, *wire.encode(message, number, RUN_ID)])
+    def send(self, identity: bytes, message: messages.Message, number: int) -> None:
+        body = msgpack.packb([identity, *messages.encode(message, number, RUN_ID)])
         self._stream.sendall(_LENGTH.pack(len(body)) + body)
 
     def poll(self, milliseconds: float) -> bool:
@@ -48,7 +49,7 @@ class Pipe:
     def receive(self) -> Incoming:
         """Raises EOFError when the other side is gone."""
         identity, *frames = msgpack.unpackb(self._read(_LENGTH.unpack(self._read(_LENGTH.size))[0]))
-        message, number = wire.decode(frames, RUN_ID)
+        message, number = messages.decode(frames, RUN_ID)
         return Incoming(identity, message, number)
 
     def _read(self, size: int) -> bytes:
@@ -65,7 +66,7 @@ class Pipe:
 
 
 class PipeGate:
-    """Stands in for `buffer/gate.py`."""
+    """Stands in for `buffer/transport/router.py`."""
 
     address = "a pipe"
 
@@ -116,16 +117,16 @@ class KilledBuffer:
     deaths: int = 0
     _pid: int = 0
     _pipe: Pipe | None = None
-    _unanswered: dict[tuple[bytes, int], wire.Message] = field(default_factory=dict)
+    _unanswered: dict[tuple[bytes, int], messages.Message] = field(default_factory=dict)
     _dies_at: float = math.inf
 
-    def ask(self, identity: bytes, message: wire.Message, number: int) -> None:
+    def ask(self, identity: bytes, message: messages.Message, number: int) -> None:
         """Send a request, now and after every death until it is answered."""
         self._unanswered[identity, number] = message
         if self._pipe is not None:
             self._try_to_send(identity, message, number)
 
-    def answers(self) -> Iterator[tuple[bytes, wire.Message, wire.Message] | None]:
+    def answers(self) -> Iterator[tuple[bytes, messages.Message, messages.Message] | None]:
         """Identity, request and answer, each once; None after each death."""
         while True:
             if self._pipe is None:
@@ -180,7 +181,7 @@ class KilledBuffer:
             os.write(2, f"the buffer failed: {error!r}\n".encode())
             os._exit(1)
 
-    def _try_to_send(self, identity: bytes, message: wire.Message, number: int) -> None:
+    def _try_to_send(self, identity: bytes, message: messages.Message, number: int) -> None:
         assert self._pipe is not None
         # When it has died the answers end, and everything is sent again.
         with suppress(ConnectionError):

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from buffer import wire
-from buffer.audit import audit
 from buffer.curriculum_config import Stage, write_levels
-from buffer.ledger_file import FILE_NAME
+from buffer.ledger.audit import audit
+from buffer.ledger.ledger_file import FILE_NAME
+from buffer.transport import messages
 from tests.buffer.dealing import Dealing
 from tests.buffer.killed_buffer import KilledBuffer
 
@@ -44,7 +44,7 @@ class Run:
         self.lineage: dict[int, tuple[str, ...]] = {}
         """Version -> groups of its batch, as the learner that made it saw them."""
 
-    def ask(self, identity: bytes, message: wire.Message) -> None:
+    def ask(self, identity: bytes, message: messages.Message) -> None:
         self.number += 1
         self.buffer.ask(identity, message, self.number)
 
@@ -56,12 +56,12 @@ class Run:
         self.lives += 1
         self.version = self.committed
         self.lineage = {version: groups for version, groups in self.lineage.items() if version < self.version}
-        self.ask(self.learner, wire.LearnerHello(self.version))
+        self.ask(self.learner, messages.LearnerHello(self.version))
 
     def go_on(self) -> None:
         """Until the last batch is committed."""
         self.begin_learning()
-        self.ask(ACTOR, wire.LeaseRequest("actor-0", 0, 3, "abc"))
+        self.ask(ACTOR, messages.LeaseRequest("actor-0", 0, 3, "abc"))
         for answer in self.buffer.answers():
             if answer is None:
                 self.check_the_file()
@@ -74,34 +74,34 @@ class Run:
             if self.committed == BATCHES:
                 return
 
-    def act(self, request: wire.Message, reply: wire.Message) -> None:
+    def act(self, request: messages.Message, reply: messages.Message) -> None:
         match reply:
-            case wire.LeaseReply():
+            case messages.LeaseReply():
                 for lease in reply.leases:
                     size = lease.samples_per_group or 2
                     group = self.make_group(lease.group_id, lease.prompt_id, self.version, size=size)
-                    self.ask(ACTOR, wire.GroupDelivery("actor-0", group))
-                self.ask(ACTOR, wire.LeaseRequest("actor-0", self.version, 3, "abc"))
-            case wire.GroupReceipt():
+                    self.ask(ACTOR, messages.GroupDelivery("actor-0", group))
+                self.ask(ACTOR, messages.LeaseRequest("actor-0", self.version, 3, "abc"))
+            case messages.GroupReceipt():
                 assert reply.outcome in ("stored", "duplicate"), reply
                 self.stored.add(reply.group_id)
             case _:
-                assert isinstance(request, wire.Heartbeat)
+                assert isinstance(request, messages.Heartbeat)
 
-    def learn(self, request: wire.Message, reply: wire.Message) -> None:
+    def learn(self, request: messages.Message, reply: messages.Message) -> None:
         match request, reply:
-            case wire.BatchRequest(), wire.Shard():
+            case messages.BatchRequest(), messages.Shard():
                 self.lineage[self.version] = tuple(group.header.group_id for group in reply.groups)
                 self.version += 1
-                self.ask(ACTOR, wire.Heartbeat("actor", "actor-0", self.version, "", {}))
+                self.ask(ACTOR, messages.Heartbeat("actor", "actor-0", self.version, "", {}))
                 if self.random.random() < 0.15:
                     return self.begin_learning()
                 if self.version % 3 == 0:
-                    return self.ask(self.learner, wire.CheckpointCommitted(self.version))
-            case wire.CheckpointCommitted(), wire.Done():
+                    return self.ask(self.learner, messages.CheckpointCommitted(self.version))
+            case messages.CheckpointCommitted(), messages.Done():
                 self.committed = request.policy_version
         if self.version < BATCHES:
-            self.ask(self.learner, wire.BatchRequest(self.version, 0, 1))
+            self.ask(self.learner, messages.BatchRequest(self.version, 0, 1))
 
     def check_the_file(self) -> None:
         """After a death: the ledger holds, and every group whose receipt was sent is in it."""

@@ -16,15 +16,16 @@ from typing import Any
 
 import pytest
 
-from buffer import ledger_file, wire
 from buffer.__main__ import main
-from buffer.audit import audit
-from buffer.client import Connection
 from buffer.config import BufferConfig
-from buffer.credentials import Credentials
-from buffer.ledger import Holder, Ledger
-from buffer.ledger_file import FILE_NAME
-from buffer.server import Server
+from buffer.ledger import ledger_file
+from buffer.ledger.audit import audit
+from buffer.ledger.ledger import Holder, Ledger
+from buffer.ledger.ledger_file import FILE_NAME
+from buffer.service.server import Server
+from buffer.transport import messages
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials
 
 HOLDER = Holder("actor-0-aa", "actor-0", 1)
 PLAIN = Credentials.plain("run")
@@ -73,7 +74,7 @@ def test_under_full_the_log_is_on_the_disk_before_the_acknowledgement(
     program = (
         "import os, sys\n"
         "from buffer.config import BufferConfig\n"
-        "from buffer.ledger import Holder, Ledger\n"
+        "from buffer.ledger.ledger import Holder, Ledger\n"
         f"ledger = Ledger(BufferConfig({str(run_dir)!r}, 'ipc://x', 10, 'a', 2, 1, durability={durability!r}), 0.0)\n"
         "for _ in range(3):\n"
         "    with ledger.transaction():\n"
@@ -150,20 +151,20 @@ def test_a_damaged_file_is_refused_with_one_sentence(
 # --- no space ---
 
 
-def asking_for_status(connection: Connection) -> wire.Status:
-    status = connection.call(wire.StatusRequest(), 60)
-    assert isinstance(status, wire.Status)
+def asking_for_status(connection: Connection) -> messages.Status:
+    status = connection.call(messages.StatusRequest(), 60)
+    assert isinstance(status, messages.Status)
     return status
 
 
 def fill_and_free(config: BufferConfig, make_group: Any, free: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Deliver more groups than there is space for; `free` makes space; every receipt comes in the end."""
     with serving(config) as server, Connection(server.address, "actor-0", PLAIN, resend_seconds=0.1) as actor:
-        actor.call(wire.LearnerHello(0))
-        granted = actor.call(wire.LeaseRequest("actor-0", 0, 40, "abc"))
-        assert isinstance(granted, wire.LeaseReply)
+        actor.call(messages.LearnerHello(0))
+        granted = actor.call(messages.LeaseRequest("actor-0", 0, 40, "abc"))
+        assert isinstance(granted, messages.LeaseReply)
         groups = [make_group(item.group_id, item.prompt_id, num_tokens=10_000) for item in granted.leases]
-        receipts = [actor.request(wire.GroupDelivery("actor-0", group), 120.0) for group in groups]
+        receipts = [actor.request(messages.GroupDelivery("actor-0", group), 120.0) for group in groups]
         while "buffer" not in {wait.who for wait in asking_for_status(actor).waits}:
             pass
         kept = audit(config.run_dir)
@@ -172,8 +173,8 @@ def fill_and_free(config: BufferConfig, make_group: Any, free: Any, caplog: pyte
         free(server)
         assert {getattr(receipt.result(), "outcome", "") for receipt in receipts} == {"stored"}
         while asking_for_status(actor).waits:
-            actor.call(wire.EvaluationRequest(0))
-            actor.call(wire.LearnerHello(0))
+            actor.call(messages.EvaluationRequest(0))
+            actor.call(messages.LearnerHello(0))
     found = audit(config.run_dir)
     assert (found.counts["ready"], found.problems) == (40, ())
     assert len([r for r in caplog.records if "no space for the ledger" in r.message]) == 1
@@ -182,7 +183,7 @@ def fill_and_free(config: BufferConfig, make_group: Any, free: Any, caplog: pyte
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("buffer.server.SPACE_SECONDS", 0.5)
+    monkeypatch.setattr("buffer.service.server.SPACE_SECONDS", 0.5)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -325,12 +326,12 @@ def test_wall_clock_steps_do_not_matter(make_config: Any, make_group: Any, monke
     begin = time.time()
     monkeypatch.setattr(time, "time", lambda: begin - 86_400.0 * next(steps))
     with serving(make_config(lease_seconds=30.0)) as server, Connection(server.address, "actor-0", PLAIN) as actor:
-        actor.call(wire.LearnerHello(0))
-        granted = actor.call(wire.LeaseRequest("actor-0", 0, 2, "abc"))
-        assert isinstance(granted, wire.LeaseReply)
-        waiting = actor.request(wire.BatchRequest(0, 0, 1))
+        actor.call(messages.LearnerHello(0))
+        granted = actor.call(messages.LeaseRequest("actor-0", 0, 2, "abc"))
+        assert isinstance(granted, messages.LeaseReply)
+        waiting = actor.request(messages.BatchRequest(0, 0, 1))
         assert all(wait.seconds >= 0 for wait in asking_for_status(actor).waits)
         for item in granted.leases:
-            actor.call(wire.GroupDelivery("actor-0", make_group(item.group_id, item.prompt_id)))
-        assert isinstance(waiting.result(), wire.Shard)
+            actor.call(messages.GroupDelivery("actor-0", make_group(item.group_id, item.prompt_id)))
+        assert isinstance(waiting.result(), messages.Shard)
         assert asking_for_status(actor).counts["pending"] == 0

@@ -12,12 +12,12 @@ from typing import Any
 
 import zmq
 
-from buffer import wire
-from buffer.client import Connection
-from buffer.credentials import Credentials
-from buffer.packed_group import check_group, read_group_header, unpack_group
-from buffer.schema import WireError
-from buffer.server import Server
+from buffer.service.server import Server
+from buffer.transport import messages
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials
+from buffer.transport.packed_group import check_group, read_group_header, unpack_group
+from buffer.transport.schema import WireError
 from tests.buffer.fuzz import Buffer, fuzz, group_of, mutant
 
 SEED = int(os.environ.get("FUZZ_SEED") or random.SystemRandom().randrange(1 << 32))
@@ -67,13 +67,13 @@ def test_a_server_under_mutants_still_answers_a_good_client(make_config: Any, tm
                     bad.connect(server.address)
                     for number in range(100):
                         bad.send_multipart(mutant(source.messages(chance), number, chance) or [b""])
-                status = good.call(wire.StatusRequest())
-                assert isinstance(status, wire.Status), f"seed {SEED}"
+                status = good.call(messages.StatusRequest())
+                assert isinstance(status, messages.Status), f"seed {SEED}"
             # Each of the twenty was ignored after its twentieth bad message.
             while sum(status.counts.get(name, 0) for name in ("wire_errors", "foreign_run")) < 20 * 20:
                 assert time.monotonic() < deadline, f"seed {SEED}: {status.counts}"
-                status = good.call(wire.StatusRequest())
-                assert isinstance(status, wire.Status)
+                status = good.call(messages.StatusRequest())
+                assert isinstance(status, messages.Status)
             assert status.counts["ignored"] > 0
     finally:
         source.ledger.close()

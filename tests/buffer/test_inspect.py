@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from buffer.__main__ import main
-from buffer.ledger import Holder, Ledger
-from buffer.waits import load_waits, save_waits
-from buffer.wire import Wait
+from buffer.ledger.ledger import Holder, Ledger
+from buffer.service.waits import load_waits, save_waits
+from buffer.transport.messages import Wait
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import RunPlan, plan_run
+from launch.config.plan import RunPlan, plan_run
 
 PlanMaker = Callable[..., RunPlan]
 

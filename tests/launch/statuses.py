@@ -1,6 +1,6 @@
 """What the buffer may say of a run, for the display's and the summary's tests."""
 
-from buffer.wire import EvaluationReport, Peer, StageStatus, Status, Wait
+from buffer.transport.messages import EvaluationReport, Peer, StageStatus, Status, Wait
 
 
 def report(version: int, pass_at_1: float, requested: int | None = None) -> EvaluationReport:

@@ -22,7 +22,7 @@ LAUNCHER = """
 import sys
 import launch.cluster as cluster
 import launch.session as session
-from launch.topology import processes
+from launch.processes.topology import processes
 
 learner = ("-c", sys.argv[1])
 
@@ -39,10 +39,10 @@ if __name__ == "__main__":
 
 HEAD = """
 import sys, time
-from buffer.client import Connection
+from buffer.transport.connection import Connection
 from buffer.config import load_run_config
-from buffer.credentials import client_credentials
-from buffer.wire import Heartbeat, LearnerHello
+from buffer.transport.credentials import client_credentials
+from buffer.transport.messages import Heartbeat, LearnerHello
 address = load_run_config(sys.argv[1])["buffer"]["address"]
 buffer = Connection(address, "learner-0", client_credentials(sys.argv[1]))
 buffer.call(LearnerHello(0))

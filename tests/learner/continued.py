@@ -13,14 +13,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from learner.algorithm import AdvantageInputs
-from learner.checkpoint import newest_checkpoint
+from learner.algorithms.base import AdvantageInputs
+from learner.algorithms.ppo import PPO
+from learner.checkpoints.checkpoint import newest_checkpoint
 from learner.config import LoraConfig, ModelConfig, OptimizerConfig
-from learner.engine import all_reduce_sum, init_distributed, rank_and_world_size, shut_down_distributed
-from learner.model import PolicyModel
+from learner.distributed.deepspeed_engine import (
+    all_reduce_sum,
+    init_distributed,
+    rank_and_world_size,
+    shut_down_distributed,
+)
+from learner.models.policy import PolicyModel
 from learner.networks import Networks
-from learner.ppo import PPO
-from learner.steps import Annotations, critic_step, policy_step, score_batch
+from learner.passes import Annotations, critic_step, policy_step, score_batch
 from tests.learner.ranks import critic_engine, policy_engine
 from tests.learner.samples import CPU, make_batch, make_group
 

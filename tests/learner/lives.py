@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import learner
-from learner.engine import init_distributed
-from learner.ppo import PPO
+from learner.algorithms.ppo import PPO
+from learner.distributed.deepspeed_engine import init_distributed
 from tests.learner.samples import CPU
 from tests.learner.scripted_run import learn
 

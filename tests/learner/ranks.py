@@ -15,13 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import learner.engine
+import learner.distributed.deepspeed_engine
 from buffer.leaving import leave
 from buffer.trajectory import TrajectoryGroup
-from learner.algorithm import AdvantageInputs, Algorithm
-from learner.batch import TrainingBatch
+from learner.algorithms.base import AdvantageInputs, Algorithm
+from learner.algorithms.metrics import MetricSums, summarize
+from learner.algorithms.ppo import PPO
+from learner.batches.batch import TrainingBatch
 from learner.config import OptimizerConfig
-from learner.engine import (
+from learner.distributed.deepspeed_engine import (
     TrainingEngine,
     all_reduce_max,
     all_reduce_sum,
@@ -30,10 +32,8 @@ from learner.engine import (
     rank_and_world_size,
     shut_down_distributed,
 )
-from learner.metrics import MetricSums, summarize
-from learner.model import PolicyModel, ValueModel
-from learner.ppo import PPO
-from learner.steps import Annotations, critic_step, policy_step, score_batch
+from learner.models.policy import PolicyModel, ValueModel
+from learner.passes import Annotations, critic_step, policy_step, score_batch
 from tests.learner.samples import CPU, make_batch, make_group
 
 STAGES = (0, 2, 3)
@@ -77,7 +77,7 @@ def _engine(
     model: torch.nn.Module, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype, offload: bool
 ) -> TrainingEngine:
     # In so small a model every parameter would be kept whole.
-    learner.engine.PERSISTENT_ELEMENTS = 0
+    learner.distributed.deepspeed_engine.PERSISTENT_ELEMENTS = 0
     bfloat16 = dtype == torch.bfloat16
     return TrainingEngine(model, optimizer, zero_stage=stage, bfloat16=bfloat16, cpu_offload=offload, device=CPU)
 

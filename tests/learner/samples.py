@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
-from learner.batch import TrainingBatch
+from learner.batches.batch import TrainingBatch
 from learner.sft import END, PAD, character_tokenizer
 
 CPU = torch.device("cpu")

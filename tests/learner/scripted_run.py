@@ -16,17 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.adapters import Merger, tensor_at
-from actors.local_weights import LocalWeights
-from buffer.audit import Audit, audit
-from buffer.client import Connection
+from actors.weights.adapters import Merger, tensor_at
+from actors.weights.local import LocalWeights
 from buffer.config import BufferConfig
-from buffer.credentials import Credentials
-from buffer.packed_group import pack_group
-from buffer.server import Server
-from buffer.slots import hold
-from buffer.weights_config import WeightsConfig
-from buffer.wire import (
+from buffer.ledger.audit import Audit, audit
+from buffer.service.server import Server
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials
+from buffer.transport.messages import (
     EvaluationReport,
     GroupDelivery,
     Heartbeat,
@@ -36,10 +33,13 @@ from buffer.wire import (
     ManifestRequest,
     Message,
 )
-from learner.algorithm import Algorithm
+from buffer.transport.packed_group import pack_group
+from buffer.weights.config import WeightsConfig
+from buffer.weights.shared_memory import hold
+from learner.algorithms.base import Algorithm
 from learner.config import LearnerConfig, ModelConfig, OptimizerConfig
-from learner.publisher import NamedTensors, WeightStore
 from learner.train import Trainer
+from learner.weights.store import NamedTensors, WeightStore
 from tests.learner.samples import CPU, make_group, plain_model
 
 GROUPS_PER_BATCH = 4

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from learner.engine import STATE_CLASSES
-from learner.state_file import read_state_file
+from learner.distributed.deepspeed_engine import STATE_CLASSES
+from learner.distributed.state_file import read_state_file
 from tests.learner.torchrun import run_ranks
 
 pytestmark = pytest.mark.system

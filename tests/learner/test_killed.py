@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.ledger_file import FILE_NAME
+from buffer.ledger.ledger_file import FILE_NAME
 from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
 
 pytestmark = pytest.mark.system
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 TOTAL_STEPS = 16
 SIGKILL = -9
 LINES = {
-    "checkpoint.py": 600,
-    "manifest.py": 150,
-    "rng.py": 20,
+    "checkpoints/checkpoint.py": 600,
+    "checkpoints/manifest.py": 150,
+    "checkpoints/rng.py": 20,
     "train.py": 1100,
-    "engine.py": 2900,
-    "publisher.py": 1200,
-    "steps.py": 900,
+    "distributed/deepspeed_engine.py": 2900,
+    "weights/store.py": 1200,
+    "passes.py": 900,
 }
 """About how many lines of each file one life executes on its way past its second checkpoint."""
 

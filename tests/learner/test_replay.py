@@ -8,10 +8,10 @@ from contextlib import closing
 import pytest
 
 import tests.learner.scripted_run
-from buffer.ledger_file import FILE_NAME
-from learner.checkpoint import newest_checkpoint
-from learner.grpo import GRPO
-from learner.health import NoSignalError
+from buffer.ledger.ledger_file import FILE_NAME
+from learner.algorithms.grpo import GRPO
+from learner.checkpoints.checkpoint import newest_checkpoint
+from learner.monitoring.stop_conditions import NoSignalError
 from tests.learner.scripted_run import GROUPS_PER_BATCH
 from tests.learner.test_survival import equal_rewards
 from tests.learner.test_train import Runs, start_run

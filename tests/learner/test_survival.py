@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import learner.checkpoint
+import learner.checkpoints.checkpoint
 import tests.learner.scripted_run
 from buffer.trajectory import TrajectoryGroup
-from buffer.wire import TensorEntry
-from learner.algorithm import Algorithm, LossInputs, LossOutputs, ValueLossInputs
-from learner.bad_batch import load_bad_batch
-from learner.checkpoint import CheckpointError, CheckpointWriteError, newest_checkpoint
-from learner.grpo import GRPO
-from learner.health import BadStepsError, NoSignalError
-from learner.ppo import PPO
+from buffer.transport.messages import TensorEntry
+from learner.algorithms.base import Algorithm, LossInputs, LossOutputs, ValueLossInputs
+from learner.algorithms.grpo import GRPO
+from learner.algorithms.ppo import PPO
+from learner.checkpoints.checkpoint import CheckpointError, CheckpointWriteError, newest_checkpoint
+from learner.monitoring.bad_batch import load_bad_batch
+from learner.monitoring.stop_conditions import BadStepsError, NoSignalError
 from tests.learner.samples import make_group
 from tests.learner.scripted_run import GROUPS_PER_BATCH
 from tests.learner.test_train import Runs, assert_trained_once, scalars, start_run
@@ -81,7 +81,9 @@ def test_too_many_of_them_in_a_row_end_the_run_with_the_batch_on_disk(start_run:
     run, published = start_run(), Published()
     run.start_actor()
     algorithm = Watched(event=lambda name: published.version >= 2)
-    with pytest.raises(BadStepsError, match=r"policy 4: 2 batches in a row .*python -m learner\.bad_batch .*/00000003"):
+    with pytest.raises(
+        BadStepsError, match=r"policy 4: 2 batches in a row .*python -m learner\.monitoring\.bad_batch .*/00000003"
+    ):
         run.learn(algorithm, 9, on_publish=published, max_bad_steps=2, checkpoint_every=2)
     shard, groups = load_bad_batch(run.directory / "bad_batches" / "00000003-rank-0.msgpack")
     assert shard.policy_version == 3 and len(groups) == GROUPS_PER_BATCH
@@ -150,14 +152,14 @@ def test_a_batch_that_has_had_an_effect_is_finished_before_the_end(start_run: Ru
 
 def fail_first(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """The first `number` checkpoints find the disk full."""
-    write, calls = learner.checkpoint.write_manifest, itertools.count()
+    write, calls = learner.checkpoints.checkpoint.write_manifest, itertools.count()
 
     def write_manifest(folder: Path) -> None:
         if next(calls) < number:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(folder)
 
-    monkeypatch.setattr(learner.checkpoint, "write_manifest", write_manifest)
+    monkeypatch.setattr(learner.checkpoints.checkpoint, "write_manifest", write_manifest)
 
 
 def test_a_checkpoint_that_cannot_be_written_is_tried_again_and_nothing_counts_as_done(

@@ -10,14 +10,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from learner.agreement import LogprobMismatchError
-from learner.algorithm import Algorithm
-from learner.checkpoint import newest_checkpoint
-from learner.corrections import VTrace
-from learner.grpo import GRPO
-from learner.ppo import PPO
-from learner.prefetch import Prefetch
-from learner.report import LAYOUT
+from learner.algorithms.base import Algorithm
+from learner.algorithms.corrections import VTrace
+from learner.algorithms.grpo import GRPO
+from learner.algorithms.ppo import PPO
+from learner.batches.prefetch import Prefetch
+from learner.checkpoints.checkpoint import newest_checkpoint
+from learner.monitoring.logprob_check import LogprobMismatchError
+from learner.monitoring.tensorboard import LAYOUT
 from tests.learner.samples import plain_model
 from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
 

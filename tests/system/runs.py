@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.family import marked
+from launch.processes.process_tree import marked
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL_RUN = (

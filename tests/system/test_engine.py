@@ -13,21 +13,21 @@ import pytest
 import torch
 
 from actors.config import ActorConfig
-from actors.engine import prepare_environment
-from actors.environments import bandit
-from actors.play import play
-from actors.prompts import TaskConfig, load_task
-from actors.rollout import task_prompt_ids
-from buffer.client import Connection, host_id
-from buffer.credentials import Credentials
-from buffer.weights_config import WeightsConfig
-from learner.publisher import WeightStore
+from actors.engine.engine import prepare_environment
+from actors.rollouts.episode import play
+from actors.rollouts.trajectories import task_prompt_ids
+from actors.tasks.games import bandit
+from actors.tasks.task import TaskConfig, load_task
+from buffer.transport.connection import Connection, host_id
+from buffer.transport.credentials import Credentials
+from buffer.weights.config import WeightsConfig
 from learner.sft import SftSettings, train
+from learner.weights.store import WeightStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from actors.engine import Engine, SampledCompletion
+    from actors.engine.engine import Engine, SampledCompletion
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -97,8 +97,8 @@ def test_weights_arrive_whole_and_in_flight(base: Path, tmp_path: Path, num_work
 async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from actors.engine import Engine
-    from actors.fetch import WeightClient
+    from actors.engine.engine import Engine
+    from actors.weights.client import WeightClient
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     address = f"ipc://{tmp_path}/weights.ipc"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from benchmarks.chaos import account
-from buffer.audit import audit
+from buffer.ledger.audit import audit
 from tests.system.runs import Launch, Traces, finish, reward_curve
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]

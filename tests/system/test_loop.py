@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from buffer.audit import audit
+from buffer.ledger.audit import audit
 from tests.system.runs import ROOT, Launch, Traces, finish, reward_curve
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]

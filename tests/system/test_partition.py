@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos import account
-from buffer.audit import audit
+from buffer.ledger.audit import audit
 from tests.system.cable import Cable, Quality
 from tests.system.runs import ROOT, SMALL_RUN
 

@@ -1,0 +1,1 @@
+"""From prompts to sampled episodes, scored and packed as groups of trajectories."""

@@ -1,0 +1,1 @@
+"""Tasks whose problems are read from files."""

@@ -1,0 +1,1 @@
+"""Tasks of several turns: boards, bandits, and what counts as an action."""

@@ -1,0 +1,1 @@
+"""Generated tasks of one answer."""

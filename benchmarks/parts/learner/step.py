@@ -1,0 +1,74 @@
+"""Our learner's step as benchmarks measure it: from received groups to metrics, by the learner's own functions.
+
+Imports DeepSpeed, so `DS_ACCELERATOR` must be set before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from benchmarks.parts.learner.groups import completion_lengths, split_by_completion, trajectory_groups
+from benchmarks.parts.learner.work import LEARNING_RATE, Sequences
+from buffer.transport.packed_group import pack_group, unpack_group
+from learner.algorithms.base import AdvantageInputs
+from learner.algorithms.grpo import GRPO
+from learner.algorithms.metrics import summarize
+from learner.batches.batch import TrainingBatch
+from learner.config import OptimizerConfig
+from learner.distributed.deepspeed_engine import TrainingEngine, all_reduce_max, all_reduce_sum, init_distributed
+from learner.models.policy import PolicyModel
+from learner.monitoring.tensorboard import batch_metrics
+from learner.passes import Annotations, policy_step, score_batch
+
+
+class OurStep:
+    """One optimizer step over `data`, again and again.
+
+    Args:
+        policy: the network, of which `data` is a sample: nothing is corrected, the distance only looked at.
+        data: the batch.
+        tokens_per_microbatch: packed tokens of one pass.
+        device: where the network is to live.
+        bfloat16: whether it is in that type, with float32 master weights.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        data: Sequences,
+        tokens_per_microbatch: int,
+        device: torch.device,
+        *,
+        bfloat16: bool = False,
+    ) -> None:
+        init_distributed(device)
+        self._tokens_per_microbatch, self._device, self._algorithm = tokens_per_microbatch, device, GRPO()
+        optimizer = OptimizerConfig(learning_rate=LEARNING_RATE)
+        self.engine = TrainingEngine(
+            policy, optimizer, zero_stage=0, bfloat16=bfloat16, cpu_offload=False, device=device
+        )
+        unsampled = trajectory_groups(data, [np.zeros(length, np.float32) for length in completion_lengths(data)])
+        batch = TrainingBatch.from_groups(unsampled, [0] * len(unsampled), 0, device)
+        logprobs = score_batch(self.engine, batch, tokens_per_microbatch).cpu().numpy()
+        sampled = trajectory_groups(data, split_by_completion(data, np.minimum(logprobs, 0.0)))
+        self._received = [pack_group(group) for group in sampled]
+
+    def accumulate(self) -> None:
+        """Up to the gradient."""
+        groups = [unpack_group(group) for group in self._received]
+        self._batch = TrainingBatch.from_groups(groups, [0] * len(groups), 0, self._device)
+        inputs = (self._batch.rewards, self._batch.group_index, self._batch.sequence_index)
+        outputs = self._algorithm.advantages(AdvantageInputs(*inputs, self._batch.behavior_logprobs))
+        annotations = Annotations(outputs.advantages, None, None, None, None)
+        everything = range(len(self._batch.trajectories))
+        self._sums = policy_step(
+            self.engine, self._algorithm, self._batch, everything, annotations, self._tokens_per_microbatch
+        )
+
+    def finish(self) -> None:
+        """From the gradient to the metrics."""
+        self.engine.step(LEARNING_RATE)
+        totals = self._sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max)
+        metrics = batch_metrics(self._batch) | summarize(totals)
+        assert metrics["policy/num_tokens"] == self._batch.num_scored_tokens

@@ -1,0 +1,97 @@
+r"""The data sets of `--data` as items: every gold against the answer in its own solution, and against rewritings.
+
+Only sets whose golds are mathematical answers. A set without solutions gets the gold in a box, as a model would write
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.parts.verifier.asking import Item
+from benchmarks.parts.verifier.rewritings import CHANGES, REWRITINGS
+
+Row = dict[str, Any]
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\b")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+
+
+def boxed(answer: object) -> str:
+    return f"So the answer is $\\boxed{{{answer}}}$."
+
+
+def _last_box(text: str) -> str:
+    """A plain second writing of "the content of the last box"."""
+    at = [match.end() for match in _BOX.finditer(text)][-1] + 1
+    end, depth = at, 1
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        end += 1
+    return text[at : end - 1].strip()
+
+
+def _solved(row: Row) -> tuple[str, str]:
+    return row["solution"], row["answer"]
+
+
+def _plain(row: Row) -> tuple[str, str]:
+    return boxed(row["answer"]), _DOLLAR.sub("", row["answer"])
+
+
+SETS: dict[str, Callable[[Row], tuple[str, str]]] = {
+    "eval/math500": _solved,
+    "eval/gsm8k": lambda row: (row["answer"], row["answer"].rpartition("#### ")[2]),
+    "eval/aime24": lambda row: (
+        row["solution"] if _BOX.search(row["solution"]) else boxed(row["answer"]),
+        row["answer"],
+    ),
+    "eval/amc23": lambda row: (boxed(f"{row['answer']:g}"), str(row["answer"])),
+    "eval/minerva_math": lambda row: (row["solution"], _last_box(row["solution"])),
+    "eval/olympiadbench": lambda row: (boxed(row["final_answer"][0]), row["final_answer"][0].replace("$", "")),
+    "eval/gaokao2023en": _plain,
+    "eval/college_math": _plain,
+    "train/math_lvl3to5_8k": _solved,
+    "train/gsm8k": lambda row: (row["answer"], row["answer"].rpartition("#### ")[2]),
+}
+"""(completion, gold) of one row of each set."""
+NO_GOLD = ("", "None")
+"""Rows whose answer is missing in the set itself."""
+
+
+def own_solutions(data: Path) -> dict[str, list[Item]]:
+    """Every row of every set that is there: its solution against its gold; kind is the set's name."""
+    found = {}
+    for name, read in SETS.items():
+        path = data / f"{name}.jsonl"
+        if path.exists():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            pairs = [read(row) for row in rows]
+            found[name] = [Item(name, completion, (gold,), True) for completion, gold in pairs if gold not in NO_GOLD]
+    return found
+
+
+def rewritten(golds: Iterable[str], most: int) -> list[Item]:
+    """Every gold against itself, against at most `most` ways to write the same and as many ways to write another."""
+    items = []
+    for gold in golds:
+        chance = random.Random(zlib.crc32(gold.encode()))
+        items.append(Item("itself", boxed(gold), (gold,), True))
+        for rules, expected in ((REWRITINGS, True), (CHANGES, False)):
+            made = [(name, text) for name, rule in rules.items() if (text := rule(gold, chance)) and text != gold]
+            for name, text in chance.sample(made, min(most, len(made))):
+                items.append(Item(name, boxed(text), (gold,), expected))
+    return items
+
+
+def distinct_golds(sets: dict[str, list[Item]]) -> list[str]:
+    """The golds of all sets, each once, shuffled alike in every run."""
+    golds = sorted({gold for items in sets.values() for item in items for gold in item.golds})
+    random.Random(0).shuffle(golds)
+    return golds

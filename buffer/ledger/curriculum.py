@@ -1,0 +1,165 @@
+"""The curriculum's state: which stage it is, which epoch of it, and so which prompt is dealt next.
+
+Owned by `buffer/ledger/ledger.py`; written inside the ledger's transactions. Everything is rows of the ledger's file: a
+table `stages` with one row per stage begun, the last of them with its epoch and the prompts that epoch passes over,
+and every group's share of correct completions. So a restart at any moment deals on where it stopped.
+
+A stage's prompts are dealt in epochs: within one no prompt comes twice, and none is left out but those that the
+difficulty filter passes over, which is decided once, when the epoch begins. A stage ends when a batch is cut, in the
+same transaction; occurrences dealt before belong to their stage for good. A rollback of the learner brings no stage
+back: what was dealt stays dealt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from bisect import bisect_right
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.config import BufferConfig
+from buffer.curriculum_config import Stage, prompts_of, read_levels
+from buffer.ledger.ledger_file import SUCCESS, LedgerFile
+from buffer.ledger.prompt_order import RecentGroups, epoch_order
+from buffer.transport.messages import StageStatus
+
+log = logging.getLogger(__name__)
+
+
+class Curriculum:
+    """Deals the prompts of one run. Call `open` inside a transaction, then `load`, before anything else.
+
+    Raises:
+        ValueError: when stages have levels and the run has none written down, or a stage has no prompts.
+    """
+
+    def __init__(self, config: BufferConfig, file: LedgerFile) -> None:
+        self._config, self._file = config, file
+        self._stages = tuple(config.stages) or (Stage(),)
+        self._levels = np.zeros(config.num_prompts, np.int64)
+        if any(stage.has_levels for stage in self._stages):
+            self._levels = read_levels(Path(config.run_dir), config.num_prompts)
+        for number, stage in enumerate(self._stages, start=1):
+            if not prompts_of(stage, self._levels).size:
+                raise ValueError(f"curriculum stage {number} has no prompts in {config.run_dir}; change its levels")
+        self._num_recent = max(config.skip_solved.seen, config.skip_unsolved.seen)
+        """Groups of each prompt that the filter looks at, those dealt last; 0: it is off."""
+        described = json.dumps([asdict(stage) for stage in self._stages]).encode() + self._levels.tobytes()
+        self.fingerprint = hashlib.sha256(described).hexdigest()[:16]
+        """Names the stages and the prompts of each."""
+
+    def open(self) -> None:
+        """Begin the first stage of a new ledger; `load` finds the state of an old one."""
+        if not self._file.one("SELECT COUNT(*) FROM stages"):
+            self._begin_stage(1, 0, 0.0, 0)
+
+    def load(self) -> None:
+        """Rebuild everything kept in memory from the file."""
+        self._firsts = [row[0] for row in self._file.rows("SELECT first_occurrence FROM stages ORDER BY stage")]
+        self._number = len(self._firsts)
+        self._stage = self._stages[self._number - 1]
+        self._began_version, self._epoch, self._epoch_first, packed = self._file.rows(
+            "SELECT policy_version, epoch, epoch_first_occurrence, passed_over FROM stages WHERE stage = ?",
+            self._number,
+        )[0]
+        prompts = prompts_of(self._stage, self._levels)
+        # One bit per prompt, zeros where the column is shorter; NumPy fills with them only after a first byte.
+        skipped = np.unpackbits(np.frombuffer(packed or b"\0", np.uint8), count=len(prompts)).astype(np.bool_)
+        self._set_epoch(prompts, skipped)
+        delivered = "occurrence >= ? AND num_samples IS NOT NULL"
+        sql = f"SELECT occurrence, prompt_id, {SUCCESS} FROM occurrences WHERE {delivered} ORDER BY occurrence"
+        groups = self._file.rows(sql, self._firsts[-1]) if self._num_recent else []
+        self._recent = RecentGroups(len(self._levels), self._num_recent, groups)
+
+    def deal(self, occurrence: int) -> int:
+        """The prompt of the next new occurrence; they count on without a gap."""
+        if occurrence - self._epoch_first >= len(self._order):
+            self._begin_epoch(occurrence)
+        return int(self._order[occurrence - self._epoch_first])
+
+    def stage_of(self, occurrence: int) -> Stage:
+        """The stage that dealt it."""
+        return self._stages[bisect_right(self._firsts, occurrence) - 1]
+
+    def delivered(self, occurrence: int, prompt_id: int, success: float) -> None:
+        """A group came in, with this share of correct completions; for the filter, if it is on."""
+        if self._num_recent and occurrence >= self._firsts[-1]:
+            self._recent.add(occurrence, prompt_id, success)
+
+    def advance(self, next_version: int) -> None:
+        """A batch was cut, and the next one is for `next_version`: begin the next stage if this one is over."""
+        while self._number < len(self._stages) and self._stage.ends(
+            next_version, self._began_version, self._successes()
+        ):
+            before = self.status()
+            self._begin_stage(self._number + 1, next_version, before.success, before.num_groups)
+            log.info(
+                "stage %d of %d begins at policy %d: success %.2f over %d groups",
+                *(self._number, len(self._stages), next_version, before.success, before.num_groups),
+            )
+
+    def status(self) -> StageStatus:
+        """For the display, the event files and `inspect`."""
+        successes = self._successes()
+        groups = len(successes)
+        success = sum(successes) / groups if groups else 0.0
+        return StageStatus(self._number, len(self._stages), success, groups, self._num_passed_over)
+
+    # --- inside ---
+
+    def _successes(self) -> list[float]:
+        """Of the stage's groups dealt last, as far as the learner has had them or they were dropped for having no
+        signal: without these a stage whose prompts are all solved would never end.
+        """
+        rows = self._file.rows(
+            f"SELECT {SUCCESS} FROM occurrences WHERE occurrence >= ? AND (state IN ('used', 'done')"
+            " OR state = 'dropped' AND num_samples IS NOT NULL) ORDER BY occurrence DESC LIMIT ?",
+            *(self._firsts[-1], self._stage.over_groups),
+        )
+        return [row[0] for row in rows]
+
+    def _begin_stage(self, number: int, policy_version: int, success_before: float, groups_before: int) -> None:
+        occurrence = self._file.meta("issued", 0)
+        self._file.write(
+            "INSERT INTO stages (stage, first_occurrence, policy_version, began_at, success_before, groups_before,"
+            " epoch, epoch_first_occurrence, num_passed_over, passed_over) VALUES (?, ?, ?, ?, ?, ?, 0, ?, 0, x'')",
+            *(number, occurrence, policy_version, time.time(), success_before, groups_before, occurrence),
+        )
+        self.load()
+
+    def _begin_epoch(self, occurrence: int) -> None:
+        prompts = prompts_of(self._stage, self._levels)
+        self._epoch, self._epoch_first = self._epoch + 1, occurrence
+        skipped = self._filter(prompts)
+        where = f"stage {self._number}, epoch {self._epoch}"
+        if skipped.all():
+            log.warning("%s: the filter would pass all %d prompts over, so it rests in this epoch", where, len(prompts))
+            skipped = np.zeros(len(prompts), np.bool_)
+        elif skipped.any():
+            log.info("%s: %d of %d prompts are passed over", where, skipped.sum(), len(prompts))
+        self._file.write(
+            "UPDATE stages SET epoch = ?, epoch_first_occurrence = ?, num_passed_over = ?, passed_over = ?"
+            " WHERE stage = ?",
+            *(self._epoch, occurrence, int(skipped.sum()), np.packbits(skipped).tobytes(), self._number),
+        )
+        self._set_epoch(prompts, skipped)
+
+    def _filter(self, prompts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which prompts of the stage the epoch that begins now passes over."""
+        config = self._config
+        if not self._num_recent or (config.revisit_epochs and self._epoch % config.revisit_epochs == 0):
+            return np.zeros(len(prompts), np.bool_)
+        return self._recent.teach_nothing(prompts, config.skip_solved, config.skip_unsolved)
+
+    def _set_epoch(self, prompts: NDArray[np.int64], skipped: NDArray[np.bool_]) -> None:
+        config = self._config
+        self._num_passed_over = int(skipped.sum())
+        self._order = epoch_order(
+            prompts[~skipped], shuffle=config.shuffle, seed=config.seed, stage=self._number, epoch=self._epoch
+        )

@@ -1,0 +1,436 @@
+"""The prompt ledger: for every prompt occurrence its state, for every ready or used group its contents, in one file.
+
+An occurrence is one dealing of a prompt id. It is always in exactly one state, and changes it only inside
+`transaction`, together with the group's contents; which changes there are stands in `buffer/ledger/states.py`:
+
+    pending -> leased -> ready -> used -> done        dropped(reason) from leased and ready
+
+    issued = pending + leased + ready + used + done + sum(dropped by reason)
+
+A group is named `occurrence.attempt`; each new lease of an occurrence is a new attempt, so a late copy of an older one
+is told apart and counted. Contents of done and dropped groups are deleted, their rows stay. Which prompt a new
+occurrence deals says `buffer/ledger/curriculum.py`; which batches a group was in, `buffer/ledger/batches.py`. Called by
+`buffer/service/service.py` only. `now` is always seconds of a monotonic clock; deadlines are kept in memory, and on
+reopening every holder of a lease gets a full one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from buffer.config import BufferConfig
+from buffer.ledger.batches import Uses
+from buffer.ledger.curriculum import Curriculum
+from buffer.ledger.evaluations import Evaluations
+from buffer.ledger.ledger_file import LedgerFile
+from buffer.ledger.no_signal import REASON as NO_SIGNAL
+from buffer.ledger.no_signal import NoSignal
+from buffer.ledger.sampler import Candidate
+from buffer.ledger.stale_tokens import newest_sampled_version
+from buffer.ledger.states import FIRST_STATE
+from buffer.transport.packed_group import GroupHeader, PackedGroup, read_group_header
+
+STALE = "stale"
+_THESE = "occurrence IN (SELECT value FROM json_each(?))"
+_GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who leases: one connection of one actor process, and which of its requests."""
+
+    name: str
+    """Unique per process, so that a restarted actor is not taken for its predecessor."""
+    actor_id: str
+    request_number: int
+
+
+class Ledger:
+    """The single writer of one run's ledger.
+
+    Raises:
+        ValueError: when the file belongs to other prompts or another order of them, or is in use.
+    """
+
+    def __init__(self, config: BufferConfig, now: float) -> None:
+        self._config = config
+        self.file = LedgerFile(Path(config.run_dir), config.durability)
+        self.evaluations = Evaluations(self.file)
+        self.counts: Counter[str] = Counter()
+        """Occurrences by state; dropped ones by reason as `dropped:reason`."""
+        self.leased: Counter[int] = Counter()
+        """Leased groups by the version of the actor that leased them."""
+        self.ready: Counter[int] = Counter()
+        """Ready groups, which were never used, by oldest version."""
+        self._deadlines: dict[str, float] = {}
+        self._headers: dict[int, GroupHeader] = {}
+        """Of ready groups delivered to this process: what was checked on the way in is not decoded on the way out."""
+        try:
+            self.curriculum = Curriculum(config, self.file)
+            self.uses, self.no_signal = Uses(config, self.file), NoSignal(config, self.file)
+            with self.file.transaction():
+                self._check_identity()
+                self.curriculum.open()
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+        for name in self._holder_names():
+            self._deadlines[name] = now + config.lease_seconds
+
+    def _check_identity(self) -> None:
+        config = self._config
+        wanted: dict[str, int | str] = {
+            "data_fingerprint": config.data_fingerprint,
+            "num_prompts": config.num_prompts,
+            "shuffle": int(config.shuffle),
+            "seed": config.seed,
+            "curriculum": self.curriculum.fingerprint,
+        }
+        for key, value in wanted.items():
+            stored = self.file.meta(key, None)
+            if stored is None:
+                self.file.set_meta(key, value)
+            elif stored != value:
+                raise ValueError(
+                    f"the ledger in {config.run_dir} was made with {key} {stored!r}, the configuration says"
+                    f" {value!r}; restore that setting or start a new run_dir"
+                )
+
+    def _load(self) -> None:
+        """Rebuild everything kept in memory from the file."""
+        sql = "SELECT state, reason, COUNT(*) FROM occurrences GROUP BY state, reason"
+        counted = {_count_key(state, reason): number for state, reason, number in self.file.rows(sql)}
+        self.counts = Counter(counted)
+        by_version = "SELECT oldest_version, COUNT(*) FROM occurrences WHERE state = '{}' GROUP BY oldest_version"
+        self.leased = Counter(dict(self.file.rows(by_version.format("leased"))))
+        self.ready = Counter(dict(self.file.rows(by_version.format("ready"))))
+        self.curriculum.load()
+        self.uses.load()
+        self.no_signal.load()
+
+    def _holder_names(self) -> set[str]:
+        rows = self.file.rows("SELECT DISTINCT holder FROM occurrences WHERE state = 'leased'")
+        return {row[0] for row in rows} | self.evaluations.holders()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes inside become durable together when it ends, or none of them when it raises."""
+        deadlines = dict(self._deadlines)
+        try:
+            with self.file.transaction():
+                yield
+        except BaseException:
+            self._load()
+            # Who was heard of stays so; who lost everything has it again, and its deadline.
+            self._deadlines = deadlines | self._deadlines
+            raise
+
+    def close(self) -> None:
+        """Close the file; everything committed stays."""
+        self.file.close()
+
+    # --- leases ---
+
+    def issue(self, holder: Holder, policy_version: int, now: float) -> tuple[str, int]:
+        """Lease the next occurrence: the oldest pending one, else a new one. Returns group_id and prompt_id."""
+        pending = self.counts["pending"] and self.file.rows(
+            "SELECT occurrence, prompt_id, attempt FROM occurrences WHERE state = 'pending' ORDER BY occurrence LIMIT 1"
+        )
+        lease = (holder.name, holder.actor_id, holder.request_number, policy_version)
+        if pending:
+            occurrence, prompt_id, attempt = pending[0]
+            attempt += 1
+            self.file.write(
+                "UPDATE OR FAIL occurrences SET state = 'leased', attempt = ?, holder = ?, actor_id = ?,"
+                " request_number = ?, oldest_version = ?, num_tokens = 0, num_tokens_squared = 0 WHERE occurrence = ?",
+                *(attempt, *lease, occurrence),
+            )
+            self._move("pending", "leased")
+            self.file.count("reissued")
+        else:
+            occurrence, attempt = self.file.meta("issued", 0), 0
+            prompt_id = self.curriculum.deal(occurrence)
+            self.file.set_meta("issued", occurrence + 1)
+            self.file.write(
+                "INSERT OR FAIL INTO occurrences"
+                " (occurrence, prompt_id, attempt, state, holder, actor_id, request_number, oldest_version)"
+                f" VALUES (?, ?, ?, '{FIRST_STATE}', ?, ?, ?, ?)",
+                *(occurrence, prompt_id, attempt, *lease),
+            )
+            self.counts["leased"] += 1
+        self.leased[policy_version] += 1
+        self.watch(holder.name, now)
+        return f"{occurrence}.{attempt}", prompt_id
+
+    def leases_of(self, holder: Holder) -> list[tuple[str, int]]:
+        """The leases this very request was given, as (group_id, prompt_id), as far as they are still out."""
+        rows = self.file.rows(
+            "SELECT occurrence || '.' || attempt, prompt_id FROM occurrences"
+            " WHERE state = 'leased' AND holder = ? AND request_number = ? ORDER BY occurrence",
+            holder.name,
+            holder.request_number,
+        )
+        return [(group_id, prompt_id) for group_id, prompt_id in rows]
+
+    def deliver(self, group: PackedGroup, next_version: int) -> str:
+        """Take in a group that was leased; the next batch is for `next_version`.
+
+        Returns:
+            stored; dropped: it is too stale, or has no signal; duplicate: this attempt is known already; late: its
+            lease was given up or issued again; unknown: never issued.
+        """
+        header = group.header
+        row = self._find(header.group_id)
+        if row is None or row.prompt_id != header.prompt_id:
+            outcome = "unknown"
+        elif row.is_older_attempt or row.state == "pending" or (row.state == "dropped" and not row.is_judged):
+            outcome = "late"
+        else:
+            outcome = "stored" if row.state == "leased" else "duplicate"
+        if row is None or outcome != "stored":
+            self.file.count(outcome)
+            return outcome
+        if header.oldest_version < row.oldest_version:
+            self.file.count("older_than_leased")
+        masks = self._config.on_stale == "mask"
+        useful_version = newest_sampled_version(group) if masks else header.oldest_version
+        if self._config.on_stale != "wait" and useful_version + self._config.max_staleness < next_version:
+            self._end_lease(row.occurrence, row.oldest_version, self._stale(row.occurrence))
+            return "dropped"
+        reason = NO_SIGNAL if self.no_signal.drops(header) else ""
+        state = "dropped" if reason else "ready"
+        success = header.num_correct / len(header.details)
+        spread = _spread(header.rewards) if self._config.sampler == "prioritized" else None
+        self.file.write(
+            "UPDATE OR FAIL occurrences SET state = ?, reason = ?, oldest_version = ?, useful_version = ?,"
+            " num_tokens = ?, num_tokens_squared = ?, num_samples = ?, num_correct = ?, reward_spread = ?"
+            " WHERE occurrence = ?",
+            *(state, reason, header.oldest_version, useful_version, sum(header.num_tokens)),
+            *(sum(number**2 for number in header.num_tokens), len(header.details), header.num_correct, spread),
+            row.occurrence,
+        )
+        self._move("leased", _count_key(state, reason))
+        self.curriculum.delivered(row.occurrence, row.prompt_id, success)
+        _take(self.leased, row.oldest_version)
+        if reason:
+            return "dropped"
+        self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
+        self.ready[header.oldest_version] += 1
+        self._headers[row.occurrence] = header
+        return outcome
+
+    def give_back(self, group_id: str, reason: str) -> bool:
+        """End a lease unsampled: pending again, or dropped under `reason`. False when it is not out."""
+        row = self._find(group_id)
+        if row is None or row.is_older_attempt or row.state != "leased":
+            return False
+        self._end_lease(row.occurrence, row.oldest_version, reason)
+        return True
+
+    def release(self, holder_name: str) -> int:
+        """End all leases and evaluations of one holder; they are pending again. Returns how many."""
+        rows = self.file.rows(
+            "SELECT occurrence, oldest_version FROM occurrences WHERE state = 'leased' AND holder = ?", holder_name
+        )
+        for occurrence, version in rows:
+            self._end_lease(occurrence, version, "")
+        self._deadlines.pop(holder_name, None)
+        if rows:
+            self.file.count("expired", len(rows))
+        return len(rows) + self.evaluations.release(holder_name)
+
+    def keep(self, holder_name: str, now: float) -> None:
+        """The holder is alive: extend what it holds."""
+        if holder_name in self._deadlines:
+            self._deadlines[holder_name] = now + self._config.lease_seconds
+
+    def watch(self, holder_name: str, now: float) -> None:
+        """The holder has been given something: from now on it must be heard of."""
+        self._deadlines[holder_name] = now + self._config.lease_seconds
+
+    def silent(self, now: float) -> list[str]:
+        """Holders whose deadline has passed."""
+        return [name for name, deadline in self._deadlines.items() if deadline <= now]
+
+    def other_holders(self, holder_name: str, actor_id: str) -> list[str]:
+        """Who else holds leases under this actor_id."""
+        rows = self.file.rows(
+            "SELECT DISTINCT holder FROM occurrences WHERE state = 'leased' AND actor_id = ? AND holder != ?",
+            actor_id,
+            holder_name,
+        )
+        return [row[0] for row in rows]
+
+    def leased_by_actor(self) -> dict[str, int]:
+        """How many leases each actor holds."""
+        sql = "SELECT actor_id, COUNT(*) FROM occurrences WHERE state = 'leased' GROUP BY actor_id ORDER BY actor_id"
+        return dict(self.file.rows(sql))
+
+    # --- batches ---
+
+    def candidates(self, policy_version: int) -> list[Candidate]:
+        """What the batch for `policy_version` may be made of: all of it, or under fifo at least what comes first."""
+        size = self._config.groups_per_batch
+        if self.ready.total() + self.uses.num_reusable(policy_version) < size:
+            return []
+        rows = self.file.rows(
+            "SELECT occurrence, oldest_version, 0, COALESCE(reward_spread, 0) FROM occurrences WHERE state = 'ready'"
+            " ORDER BY oldest_version, occurrence LIMIT ?",
+            size if self._config.sampler == "fifo" else -1,
+        )
+        return [Candidate(*row) for row in rows] + self.uses.candidates(policy_version)
+
+    def use(self, occurrences: Sequence[int], policy_version: int) -> None:
+        """Hand groups out as the batch for `policy_version`, in the given order."""
+        listed = json.dumps(occurrences)
+        sql = f"SELECT occurrence, oldest_version, state FROM occurrences WHERE {_THESE}"
+        for occurrence, version, state in self.file.rows(sql, listed):
+            if state == "ready":
+                self._move("ready", "used")
+                _take(self.ready, version)
+            elif state != "used":
+                raise RuntimeError(f"occurrence {occurrence} is {state}, neither ready nor used")
+        self.file.write(f"UPDATE OR FAIL occurrences SET state = 'used' WHERE state = 'ready' AND {_THESE}", listed)
+        self.uses.add(policy_version, listed)
+        self.uses.load()
+
+    def payload(self, occurrence: int) -> PackedGroup:
+        """The contents of a ready or used group."""
+        frames = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
+        header = self._headers.pop(occurrence, None)
+        return read_group_header(*frames) if header is None else PackedGroup(header, *frames)
+
+    def commit(self, policy_version: int, next_version: int) -> int:
+        """The effect of all batches before `policy_version` is durable. Returns how many groups are done.
+
+        Done are those that can be in no batch from `next_version` on; their contents are deleted.
+        """
+        last = self._config.num_batches * self._config.updates_per_batch
+        done, expired = self.uses.finished(policy_version, next_version, is_over=0 < last <= next_version)
+        self.file.write(f"DELETE FROM payloads WHERE {_THESE}", json.dumps(done))
+        self.file.write(f"UPDATE OR FAIL occurrences SET state = 'done' WHERE {_THESE}", json.dumps(done))
+        if expired:
+            self.file.count("uses_expired", expired)
+        self._move("used", "done", len(done))
+        self.uses.load()
+        return len(done)
+
+    def drop_stale(self, next_version: int) -> int:
+        """Ready groups that no batch from `next_version` on can use are sampled again or dropped. Returns how many."""
+        rows = self.file.rows(
+            "SELECT occurrence FROM occurrences WHERE state = 'ready' AND useful_version < ?",
+            next_version - self._config.max_staleness,
+        )
+        for (occurrence,) in rows:
+            reason = self._stale(occurrence)
+            self.file.write("DELETE FROM payloads WHERE occurrence = ?", occurrence)
+            self.file.write(
+                "UPDATE OR FAIL occurrences SET state = ?, reason = ?, num_samples = NULL, num_correct = NULL"
+                " WHERE occurrence = ?",
+                *("dropped" if reason else "pending", reason, occurrence),
+            )
+            self._headers.pop(occurrence, None)
+        if rows:
+            self._load()
+        return len(rows)
+
+    def roll_back(self, policy_version: int) -> int:
+        """The learner is back at `policy_version`: uses from there on are undone. Returns how many will be made again.
+
+        Groups without any other use are ready again. Done ones (the learner went back behind a committed checkpoint)
+        have no contents any more; their prompts are pending, so that none is skipped.
+        """
+        undone = "occurrence IN (SELECT occurrence FROM uses WHERE used_version >= ?)"
+        only_use = undone + " AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.occurrence = occurrences.occurrence"
+        only_use += " AND used_version < ?)"
+        number = self.file.one(
+            "SELECT COUNT(*) FROM uses CROSS JOIN occurrences USING (occurrence)"
+            " WHERE used_version >= ? AND state = 'used'",
+            policy_version,
+        )
+        self.file.write(
+            f"UPDATE OR FAIL occurrences SET state = 'ready' WHERE state = 'used' AND {only_use}",
+            *(policy_version, policy_version),
+        )
+        resampled = self.file.write(
+            "UPDATE OR FAIL occurrences SET state = 'pending', num_samples = NULL, num_correct = NULL"
+            f" WHERE state = 'done' AND {only_use}",
+            *(policy_version, policy_version),
+        )
+        self.file.write("DELETE FROM uses WHERE used_version >= ?", policy_version)
+        self.evaluations.roll_back(policy_version)
+        self.no_signal.begin_anew()
+        self.file.count("rolled_back", number)
+        self.file.count("resampled", resampled)
+        self._load()
+        return int(number)
+
+    # --- inside ---
+
+    def _find(self, group_id: str) -> _Row | None:
+        match = _GROUP_ID.fullmatch(group_id)
+        if match is None:
+            return None
+        rows = self.file.rows(
+            "SELECT occurrence, prompt_id, attempt, state, oldest_version, num_samples IS NOT NULL FROM occurrences"
+            " WHERE occurrence = ?",
+            int(match[1]),
+        )
+        if not rows or int(match[2]) > rows[0][2]:
+            return None
+        occurrence, prompt_id, attempt, state, oldest_version, is_judged = rows[0]
+        return _Row(occurrence, prompt_id, int(match[2]) < attempt, state, oldest_version, bool(is_judged))
+
+    def _end_lease(self, occurrence: int, version: int, reason: str) -> None:
+        state = "dropped" if reason else "pending"
+        self.file.write(
+            "UPDATE OR FAIL occurrences SET state = ?, reason = ? WHERE occurrence = ?", state, reason, occurrence
+        )
+        self._move("leased", _count_key(state, reason))
+        _take(self.leased, version)
+
+    def _stale(self, occurrence: int) -> str:
+        """Count one more group of it that came too late: why it is dropped, or "" when it is to be sampled again."""
+        num_stale = self.file.one("SELECT num_stale FROM occurrences WHERE occurrence = ?", occurrence) + 1
+        self.file.write("UPDATE OR FAIL occurrences SET num_stale = ? WHERE occurrence = ?", num_stale, occurrence)
+        self.file.count(STALE)
+        return STALE if num_stale > self._config.max_reissues else ""
+
+    def _move(self, origin: str, target: str, number: int = 1) -> None:
+        self.counts[origin] -= number
+        self.counts[target] += number
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    occurrence: int
+    prompt_id: int
+    is_older_attempt: bool
+    state: str
+    oldest_version: int
+    is_judged: bool
+    """Whether this attempt came in, or came in and was dropped for what it holds."""
+
+
+def _count_key(state: str, reason: str) -> str:
+    return f"dropped:{reason}" if state == "dropped" else state
+
+
+def _spread(rewards: Sequence[float]) -> float:
+    """Mean |reward - mean reward|: the mean |advantage| under the group's mean as the baseline."""
+    mean = sum(rewards) / len(rewards)
+    return sum(abs(reward - mean) for reward in rewards) / len(rewards)
+
+
+def _take(counts: Counter[int], version: int) -> None:
+    """Count one less; versions without groups are removed, so that the counters stay as short as max_staleness."""
+    counts[version] -= 1
+    if not counts[version]:
+        del counts[version]

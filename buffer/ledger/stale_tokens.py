@@ -1,0 +1,38 @@
+"""Tokens of a group that are too old to be trained on, for `on_stale: mask`. Pure functions of packed groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from buffer.trajectory import Trajectory, TrajectoryGroup
+from buffer.transport.packed_group import PackedGroup, pack_group, unpack_group
+
+
+def newest_sampled_version(packed: PackedGroup) -> int:
+    """The version of the group's newest token that is in a loss mask: with all older ones masked something is left.
+
+    Raises:
+        WireError: when the contents break a rule of `Trajectory`.
+    """
+    return max(int(t.token_versions[t.loss_mask].max()) for t in unpack_group(packed).trajectories)
+
+
+def mask_older_tokens(packed: PackedGroup, oldest_version: int) -> PackedGroup:
+    """The group without the tokens of versions below `oldest_version` in its loss masks.
+
+    A trajectory of which nothing is left is left out: it can teach nothing, and the others are compared without it. At
+    least one must have newer tokens.
+    """
+    group = unpack_group(packed)
+    masked = [_masked(trajectory, oldest_version) for trajectory in group.trajectories]
+    return pack_group(TrajectoryGroup(group.group_id, group.prompt_id, tuple(t for t in masked if t is not None)))
+
+
+def _masked(trajectory: Trajectory, oldest_version: int) -> Trajectory | None:
+    mask = trajectory.loss_mask & (trajectory.token_versions >= oldest_version)
+    if not mask.any():
+        return None
+    logprobs = np.where(mask, trajectory.behavior_logprobs, np.float32(0))
+    return replace(trajectory, loss_mask=mask, behavior_logprobs=logprobs)

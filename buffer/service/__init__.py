@@ -1,0 +1,1 @@
+"""The buffer's process: the socket loop and what it answers."""

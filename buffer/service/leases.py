@@ -1,0 +1,224 @@
+"""Who is given which prompts: lease requests, parked until they can be granted, and what their actors are known to be.
+
+Owned by `buffer/service/service.py`. A lease request waits for: admission (`buffer/ledger/admission.py`), an
+evaluation that the actor's weights are new enough for, or the end of the run. Unblocked by: batches handed out, newer
+weights on the actor (its heartbeats count), ends of leases. It never gives up by itself; the client's timeout does.
+
+A connection has one lease request under way: a newer one answers the older with no leases. A repeat is answered as
+the first time, from memory or, after a restart of the buffer, from the ledger, so no lease is granted to nobody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+
+from buffer.config import BufferConfig
+from buffer.ledger.admission import in_time, room, slot, wanted
+from buffer.ledger.ledger import Holder, Ledger
+from buffer.service.progress import Progress
+from buffer.transport import messages
+
+log = logging.getLogger(__name__)
+
+REPLIES_KEPT = 8
+"""Answers remembered per connection, for repeats that cross the answer on the way."""
+PRESUMED_DEAD_SECONDS = 15.0
+"""A parked request is repeated every few seconds while its process lives; one unheard of for so long gets nothing."""
+
+NO_LEASES = messages.LeaseReply(leases=(), evaluate_version=-1, closing=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One answer, to be sent once the transaction is committed."""
+
+    identity: bytes
+    request_number: int
+    message: messages.Message
+
+
+@dataclass(slots=True)
+class _Client:
+    """One connection of one actor process."""
+
+    actor_id: str
+    heard: float
+    version_number: int = -1
+    """The request that told `policy_version`; a late repeat of an older one tells nothing."""
+    policy_version: int = -1
+    parked: tuple[int, messages.LeaseRequest] | None = None
+    parked_since: float = 0.0
+    replies: OrderedDict[int, messages.LeaseReply] = field(default_factory=OrderedDict)
+
+    def learn(self, number: int, policy_version: int) -> None:
+        if number > self.version_number:
+            self.version_number, self.policy_version = number, policy_version
+
+
+class Leasing:
+    """Grants leases and evaluations. `now` is seconds of a monotonic clock."""
+
+    def __init__(self, config: BufferConfig, ledger: Ledger, progress: Progress) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._progress = progress
+        self._limits = config.limits
+        self._clients: dict[bytes, _Client] = {}
+
+    def heard(self, identity: bytes, now: float) -> None:
+        """Any message proves that its sender lives: what it holds is extended."""
+        self._ledger.keep(holder_name(identity), now)
+        if identity in self._clients:
+            self._clients[identity].heard = now
+
+    def learn_version(self, identity: bytes, number: int, policy_version: int) -> None:
+        """A heartbeat told which weights this actor samples with."""
+        if identity in self._clients:
+            self._clients[identity].learn(number, policy_version)
+
+    def request(self, identity: bytes, request: messages.LeaseRequest, number: int, now: float) -> list[Outgoing]:
+        """Answer a repeat or a refusal at once; park anything else for `grant`."""
+        if request.data_fingerprint != self._config.data_fingerprint:
+            reason = (
+                f"actor {request.actor_id} reads prompts with fingerprint {request.data_fingerprint!r}, the run's is"
+                f" {self._config.data_fingerprint!r}; give every process the same data"
+            )
+            return [Outgoing(identity, number, messages.Refused(reason))]
+        client = self._clients.get(identity)
+        known = self._granted_before(identity, request, number) if client is None else client.replies.get(number)
+        if client is None:
+            self._replace_predecessors(identity, request.actor_id)
+            client = self._clients[identity] = _Client(request.actor_id, now)
+        client.learn(number, request.policy_version)
+        if known is not None:
+            return [self._remember(identity, client, number, known)]
+        newest = max(client.replies, default=-1) if client.parked is None else client.parked[0]
+        if number < newest:
+            return [Outgoing(identity, number, NO_LEASES)]
+        superseded = client.parked is not None and client.parked[0] < number
+        if client.parked is None:
+            client.parked_since = now
+        client.parked = (number, request)
+        return [Outgoing(identity, newest, NO_LEASES)] if superseded else []
+
+    def expire(self, now: float) -> None:
+        """End the leases of silent actors, and forget silent connections."""
+        seconds = self._config.lease_seconds
+        for name in self._ledger.silent(now):
+            released = self._ledger.release(name)
+            if released:
+                log.warning("%s was silent for %.0f s: %d leases pending again", name, seconds, released)
+        for identity in [i for i, client in self._clients.items() if now - client.heard > seconds]:
+            del self._clients[identity]
+
+    def grant(self, now: float) -> list[Outgoing]:
+        """Answer every parked request that can be answered."""
+        outgoing: list[Outgoing] = []
+        for identity, client in self._clients.items():
+            if client.parked is None or now - client.heard > PRESUMED_DEAD_SECONDS:
+                continue
+            number, request = client.parked
+            reply = self._try(Holder(holder_name(identity), request.actor_id, number), client, request, now)
+            if reply is not None:
+                client.parked = None
+                outgoing.append(self._remember(identity, client, number, reply))
+        return outgoing
+
+    def waits(self, now: float) -> list[messages.Wait]:
+        """Which actors wait for leases, and what keeps them from having any."""
+        waiting = [c for c in self._clients.values() if c.parked and now - c.heard <= PRESUMED_DEAD_SECONDS]
+        return [
+            messages.Wait(c.actor_id, self._what_a_lease_lacks(c.policy_version), now - c.parked_since) for c in waiting
+        ]
+
+    def _what_a_lease_lacks(self, policy_version: int) -> str:
+        counts, next_version = self._ledger.counts, self._progress.next_version
+        if self._progress.closing:
+            return "the last evaluation"
+        if slot(policy_version, next_version, self._limits) < 0:
+            return f"newer weights: it has policy {policy_version}, the next batch is for policy {next_version}"
+        if self._batches_ahead() < self._limits.num_slots and not self._wanted(policy_version):
+            return "the end of the run: all groups it needs were given out"
+        outstanding = f"{counts['leased']} leased and {counts['ready']} ready groups"
+        return f"room: the batches within max_staleness are full, with {outstanding}"
+
+    def _try(
+        self, holder: Holder, client: _Client, request: messages.LeaseRequest, now: float
+    ) -> messages.LeaseReply | None:
+        evaluations, closing = self._ledger.evaluations, self._progress.closing
+        evaluate_version = evaluations.take(client.policy_version, holder.name, holder.request_number)
+        if evaluate_version >= 0:
+            self._ledger.watch(holder.name, now)
+        number = 0 if closing else min(request.num_groups, self._admissible(client.policy_version))
+        leases = [self._ledger.issue(holder, client.policy_version, now) for _ in range(number)]
+        # While an evaluation is unfinished an idle actor stays at hand, in case the one that runs it dies.
+        finished = closing and not evaluations.num_unfinished()
+        if leases or evaluate_version >= 0 or finished:
+            return self._reply(leases, evaluate_version)
+        return None
+
+    def _admissible(self, policy_version: int) -> int:
+        """How many groups an actor at `policy_version` may start now."""
+        number = room(self._outstanding(), policy_version, self._progress.next_version, self._limits)
+        return min(number, self._wanted(policy_version)) if number else 0
+
+    def _outstanding(self) -> Counter[int]:
+        """Leased and ready groups by oldest version; of the leased those that will not be waited for do not count."""
+        leased = self._ledger.leased
+        if self._config.on_stale != "wait":
+            leased = in_time(leased, self._progress.next_version, self._limits)
+        return leased + self._ledger.ready
+
+    def _wanted(self, policy_version: int) -> int:
+        """How many groups more the batches under way need."""
+        outstanding, reusable = self._outstanding(), self._ledger.uses.reusable
+        where = policy_version, self._progress.next_version, self._limits, self._batches_ahead()
+        return wanted(outstanding, reusable, *where)
+
+    def _batches_ahead(self) -> int:
+        """Batches that groups are sampled for now: as many as may be under way at once, and the run still needs."""
+        done = self._progress.next_version // self._limits.updates_per_batch
+        left = self._config.num_batches - done if self._config.num_batches else self._limits.num_slots
+        return max(0, min(left, self._limits.num_slots))
+
+    def _granted_before(
+        self, identity: bytes, request: messages.LeaseRequest, number: int
+    ) -> messages.LeaseReply | None:
+        """The answer to a repeat whose first answer was committed before a restart of the buffer."""
+        holder = Holder(holder_name(identity), request.actor_id, number)
+        leases = self._ledger.leases_of(holder)
+        version = self._ledger.evaluations.taken(holder.name, number)
+        return self._reply(leases, version) if leases or version >= 0 else None
+
+    def _replace_predecessors(self, identity: bytes, actor_id: str) -> None:
+        """An actor that comes back as a new process samples nothing of what the old one had leased."""
+        replaced = {i: c for i, c in self._clients.items() if c.actor_id == actor_id and i != identity}
+        for old in replaced:
+            del self._clients[old]
+        names = {holder_name(old) for old in replaced}
+        names.update(self._ledger.other_holders(holder_name(identity), actor_id))
+        for name in sorted(names):
+            released = self._ledger.release(name)
+            log.info("%s replaces %s: %d leases pending again", holder_name(identity), name, released)
+
+    def _reply(self, leases: list[tuple[str, int]], evaluate_version: int) -> messages.LeaseReply:
+        seconds = self._config.lease_seconds
+        granted = []
+        for group_id, prompt_id in leases:
+            stage = self._ledger.curriculum.stage_of(int(group_id.partition(".")[0]))
+            how = stage.samples_per_group, stage.max_new_tokens
+            granted.append(messages.Lease(group_id, prompt_id, seconds, *how))
+        return messages.LeaseReply(tuple(granted), evaluate_version, self._progress.closing)
+
+    def _remember(self, identity: bytes, client: _Client, number: int, reply: messages.LeaseReply) -> Outgoing:
+        client.replies[number] = reply
+        if len(client.replies) > REPLIES_KEPT:
+            client.replies.popitem(last=False)
+        return Outgoing(identity, number, reply)
+
+
+def holder_name(identity: bytes) -> str:
+    """How a connection is called in the ledger and the logs."""
+    return identity.decode("utf-8", "backslashreplace")

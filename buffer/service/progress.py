@@ -1,0 +1,32 @@
+"""How far the run is, as the buffer knows it: three facts kept in the ledger's file and shared by its services."""
+
+from __future__ import annotations
+
+from buffer.ledger.ledger_file import LedgerFile
+
+
+class Progress:
+    """Read freely; written with `set`, inside the ledger's transaction."""
+
+    def __init__(self, file: LedgerFile) -> None:
+        self._file = file
+        self.next_version: int = file.meta("next_version", 0)
+        """The policy version the next batch will be handed out for."""
+        self.policy_version: int = file.meta("policy_version", 0)
+        """The learner's newest version."""
+        self.closing: bool = bool(file.meta("closing", 0))
+        """The learner wants no more groups."""
+
+    def set(
+        self, *, next_version: int | None = None, policy_version: int | None = None, closing: bool | None = None
+    ) -> None:
+        """Change what is given."""
+        if next_version is not None:
+            self.next_version = next_version
+            self._file.set_meta("next_version", next_version)
+        if policy_version is not None:
+            self.policy_version = policy_version
+            self._file.set_meta("policy_version", policy_version)
+        if closing is not None:
+            self.closing = closing
+            self._file.set_meta("closing", int(closing))

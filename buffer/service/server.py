@@ -1,0 +1,129 @@
+"""The buffer's socket: one ROUTER, one thread, many messages per transaction.
+
+Every turn drains the waiting messages, handles them inside one ledger transaction and sends the answers after the
+commit, so an acknowledged group is in the file. Waits for: messages, at most `TICK_SECONDS`. What does not belong to
+the run stays outside (`buffer/transport/router.py`) and is counted in the ledger. SIGTERM and SIGINT end the process
+after the transaction under way.
+
+A transaction that finds no space on the disk leaves nothing behind and nobody is answered; everybody asks again until
+there is space. A run directory that was deleted ends the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sqlite3
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from buffer.config import BufferConfig
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.ledger_file import is_out_of_space
+from buffer.service.leases import Outgoing
+from buffer.service.service import Service
+from buffer.service.waits import REFRESH_SECONDS, save_waits
+from buffer.transport.credentials import Credentials, server_credentials
+from buffer.transport.messages import StatusRequest
+from buffer.transport.router import Gate, Incoming
+
+log = logging.getLogger(__name__)
+
+MESSAGES_PER_TURN = 256
+TICK_SECONDS = 0.2
+"""How late the end of a lease, or a signal, may be noticed."""
+SPACE_SECONDS = 5.0
+"""The disk has space again when it has taken everything for so long."""
+
+
+class Server:
+    """The buffer process: the ledger behind a socket.
+
+    Raises:
+        ValueError: when the ledger is in use or belongs to other data, or the address is in use, or is not local and
+            the credentials have no keys.
+    """
+
+    def __init__(self, config: BufferConfig, credentials: Credentials) -> None:
+        self._config = config
+        self._ledger = Ledger(config, time.monotonic())
+        self._service = Service(config, self._ledger)
+        self._stopping = False
+        self._refused_space = -SPACE_SECONDS
+        self._waits_saved = -REFRESH_SECONDS
+        try:
+            self._gate = Gate(config.address, credentials)
+        except BaseException:
+            self._ledger.close()
+            raise
+        self.address = self._gate.address
+        """Where it listens, with the port that was found for a wildcard."""
+
+    def stop(self) -> None:
+        """End `run` within one tick. May be called from a signal handler or another thread."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until `stop`, then close the ledger."""
+        log.info("buffer listens on %s", self.address)
+        try:
+            while not self._stopping:
+                self._gate.socket.poll(int(TICK_SECONDS * 1000))
+                self._turn()
+        finally:
+            self._gate.close()
+            self._ledger.close()
+        log.info("buffer closed")
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        messages, more_waiting = self._gate.receive(MESSAGES_PER_TURN, now)
+        self._ledger.file.check_present()
+        try:
+            outgoing = self._carry_out(messages, more_waiting, now)
+        except sqlite3.OperationalError as error:
+            if not is_out_of_space(error):
+                raise
+            outgoing = self._out_of_space(messages, now)
+        for answer in outgoing:
+            self._gate.send(answer.identity, answer.message, answer.request_number)
+        if now - self._waits_saved >= REFRESH_SECONDS:
+            self._waits_saved = now
+            save_waits(Path(self._config.run_dir), self._service.waits(now))
+
+    def _carry_out(self, messages: Sequence[Incoming], more_waiting: bool, now: float) -> list[Outgoing]:
+        """Everything one turn changes, in one transaction; the answers may be sent once it is committed."""
+        outgoing: list[Outgoing] = []
+        num_changes = self._ledger.file.num_changes
+        with self._ledger.transaction():
+            for name, number in self._gate.take_counts().items():
+                self._ledger.file.count(name, number)
+            for incoming in messages:
+                outgoing += self._service.receive(incoming.identity, incoming.message, incoming.number, now)
+            # With more messages waiting a peer's sign of life may be among them: nobody is silent yet.
+            outgoing += self._service.wake(now, may_expire=not more_waiting)
+        since, has_written = self._service.out_of_space_since, self._ledger.file.num_changes > num_changes
+        if since is not None and has_written and now - self._refused_space >= SPACE_SECONDS:
+            log.info("the ledger's disk has space again after %.0f s", now - since)
+            self._service.out_of_space_since = None
+        return outgoing
+
+    def _out_of_space(self, messages: Sequence[Incoming], now: float) -> list[Outgoing]:
+        """Nothing of this turn was kept: begin anew from the file, as after a restart. Only status is answered."""
+        since = self._service.out_of_space_since
+        if since is None:
+            log.error("no space for the ledger in %s; nothing is acknowledged until there is", self._config.run_dir)
+        self._refused_space = now
+        self._service = Service(self._config, self._ledger)
+        self._service.out_of_space_since = now if since is None else since
+        asking = [incoming for incoming in messages if isinstance(incoming.message, StatusRequest)]
+        return [Outgoing(incoming.identity, incoming.number, self._service.status(now)) for incoming in asking]
+
+
+def serve(config: BufferConfig) -> None:
+    """Run the buffer in this process until SIGTERM or SIGINT."""
+    server = Server(config, server_credentials(config.run_dir))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: server.stop())
+    server.run()

@@ -1,0 +1,274 @@
+"""What the buffer answers to each message: receipts, shards, evaluations, numbers. No sockets in here.
+
+Owned by `buffer/service/server.py`, which calls `receive` for each message and `wake` after them, all inside one ledger
+transaction, and sends what they return once that is committed. Lease requests go to `buffer/service/leases.py`.
+
+A batch request waits for: enough ready groups, and leased groups that would otherwise become too old. Unblocked by:
+deliveries, ends of leases. It never gives up by itself; the client's timeout does. Every request may arrive again with
+the same number, also after a restart of the buffer, and has its effect once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from buffer.config import BufferConfig
+from buffer.ledger.admission import in_time
+from buffer.ledger.batches import BatchRow
+from buffer.ledger.ledger import Ledger
+from buffer.ledger.sampler import SAMPLERS, balance, next_batch
+from buffer.ledger.stale_tokens import mask_older_tokens
+from buffer.service.leases import Leasing, Outgoing, holder_name
+from buffer.service.progress import Progress
+from buffer.transport import messages
+from buffer.transport.packed_group import PackedGroup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _ParkedBatch:
+    request_number: int
+    request: messages.BatchRequest
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    heartbeat: messages.Heartbeat
+    heard: float
+    waiting_since: float
+
+    def waiting_seconds(self, now: float) -> float:
+        return now - self.waiting_since if self.heartbeat.waiting_for else 0.0
+
+
+class Service:
+    """The buffer's behavior over its ledger. `now` is seconds of a monotonic clock."""
+
+    def __init__(self, config: BufferConfig, ledger: Ledger) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._limits = config.limits
+        self._progress = Progress(ledger.file)
+        self._leasing = Leasing(config, ledger, self._progress)
+        self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
+        self._peers: dict[tuple[str, str], _Peer] = {}
+        self.out_of_space_since: float | None = None
+        """Since when the file system has taken nothing more; set by the server."""
+
+    def receive(self, identity: bytes, message: messages.Message, number: int, now: float) -> list[Outgoing]:
+        """Carry `message` out. Returns the answers that are due at once; parked requests are answered by `wake`."""
+        self._leasing.heard(identity, now)
+        match message:
+            case messages.LeaseRequest():
+                return self._leasing.request(identity, message, number, now)
+            case messages.BatchRequest():
+                self._batches[identity, message.rank] = _ParkedBatch(
+                    number, message, self._since(identity, message, now)
+                )
+                self._set_policy_version(message.policy_version)
+                return []
+            case messages.LearnerHello():
+                reply = self._learner_hello(identity, message, number)
+            case messages.Heartbeat():
+                reply = self._heartbeat(identity, message, number, now)
+            case messages.StatusRequest():
+                reply = self.status(now)
+            case _:
+                reply = self._from_actor(message) or self._from_learner(message)
+        return [Outgoing(identity, number, reply)]
+
+    def wake(self, now: float, *, may_expire: bool = True) -> list[Outgoing]:
+        """End the leases of silent actors if it `may_expire` them, and answer every parked request that can be."""
+        if may_expire:
+            self._leasing.expire(now)
+        outgoing: list[Outgoing] = []
+        for key, parked in list(self._batches.items()):
+            reply = self._shard(parked.request, now - parked.since)
+            if reply is not None:
+                del self._batches[key]
+                outgoing.append(Outgoing(key[0], parked.request_number, reply))
+        return outgoing + self._leasing.grant(now)
+
+    def status(self, now: float) -> messages.Status:
+        """The display's numbers: occurrences by state, how many were issued, and the counters."""
+        ledger, progress = self._ledger, self._progress
+        counts = dict.fromkeys(("pending", "leased", "ready", "used", "done"), 0)
+        counts |= ledger.counts
+        counts |= {"issued": ledger.file.meta("issued", 0)} | ledger.file.counters()
+        peers = []
+        for peer in self._peers.values():
+            beat, silent_seconds = peer.heartbeat, now - peer.heard
+            shown = (beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
+            peers.append(messages.Peer(*shown, waiting_seconds=peer.waiting_seconds(now)))
+        reports, waits, stage = ledger.evaluations.reports(), self.waits(now), ledger.curriculum.status()
+        return messages.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage)
+
+    def waits(self, now: float) -> tuple[messages.Wait, ...]:
+        """Who waits for what, the longest wait first: what the buffer knows itself, else what the peers say."""
+        waits = self._leasing.waits(now)
+        for parked in self._batches.values():
+            who, for_what = f"learner-{parked.request.rank}", self._what_a_batch_lacks(parked.request)
+            waits.append(messages.Wait(who, for_what, now - parked.since))
+        known = {wait.who for wait in waits}
+        for peer in self._peers.values():
+            beat = peer.heartbeat
+            if beat.waiting_for and beat.name not in known:
+                waits.append(messages.Wait(beat.name, beat.waiting_for, peer.waiting_seconds(now)))
+        if self.out_of_space_since is not None:
+            waits.append(messages.Wait("buffer", "space on the ledger's disk", now - self.out_of_space_since))
+        return tuple(sorted(waits, key=lambda wait: -wait.seconds))
+
+    def _what_a_batch_lacks(self, request: messages.BatchRequest) -> str:
+        ledger = self._ledger
+        available = ledger.ready.total() + ledger.uses.num_reusable(request.policy_version)
+        missing = self._limits.groups_per_batch - available
+        holders = ", ".join(f"{number} at {actor}" for actor, number in ledger.leased_by_actor().items())
+        where = f"leased: {holders}" if holders else "none is leased"
+        if missing > 0:
+            return f"{missing} more groups for policy {request.policy_version} ({where})"
+        return f"older groups that would become too stale ({where})"
+
+    def _from_actor(self, message: messages.Message) -> messages.Message | None:
+        match message:
+            case messages.GroupDelivery():
+                group_id = message.group.header.group_id
+                outcome = self._ledger.deliver(message.group, self._progress.next_version)
+                if outcome not in ("stored", "dropped"):
+                    log.info("group %s of %s is %s", group_id, message.actor_id, outcome)
+                return messages.GroupReceipt(group_id, outcome)
+            case messages.LeaseReturn():
+                given_back = sum(self._ledger.give_back(group_id, message.reason) for group_id in message.group_ids)
+                log.info("%s gave %d leases back %s", message.actor_id, given_back, message.reason)
+                return messages.Done()
+            case messages.EvaluationReport():
+                if self._ledger.evaluations.report(message):
+                    log.info("policy %d: pass@1 %.3f", message.policy_version, message.pass_at_1)
+                return messages.Done()
+            case _:
+                return None
+
+    def _from_learner(self, message: messages.Message) -> messages.Message:
+        match message:
+            case messages.CheckpointCommitted():
+                done = self._ledger.commit(message.policy_version, self._progress.next_version)
+                log.info("policy %d is committed: %d groups done", message.policy_version, done)
+                return messages.Done()
+            case messages.EvaluationRequest():
+                self._ledger.evaluations.request(message.policy_version)
+                return messages.Done()
+            case messages.EvaluationQuery():
+                return messages.EvaluationReports(self._ledger.evaluations.reports(message.since_version))
+            case messages.Close():
+                if not self._progress.closing:
+                    self._progress.set(closing=True)
+                    log.info("closing: no more leases")
+                return messages.Done()
+            case _:
+                return messages.Refused(f"the buffer does not answer {type(message).__name__}")
+
+    # --- batches ---
+
+    def _since(self, identity: bytes, request: messages.BatchRequest, now: float) -> float:
+        """When the rank asked first; a repeat of the request does not restart the wait."""
+        parked = self._batches.get((identity, request.rank))
+        return parked.since if parked and parked.request == request else now
+
+    def _shard(self, request: messages.BatchRequest, waited_seconds: float) -> messages.Message | None:
+        """The rank's shard; the first rank to ask has the batch cut. None while the learner has to wait."""
+        version, world_size = request.policy_version, request.world_size
+        if not 0 <= request.rank < world_size or self._limits.groups_per_batch % world_size:
+            return messages.Refused(
+                f"rank {request.rank} of {world_size} cannot have an equal share of {self._limits.groups_per_batch}"
+                " groups; make buffer.groups_per_batch a multiple of the number of learner ranks"
+            )
+        rows = self._ledger.uses.batch(version)
+        if not rows:
+            refused = self._refuse_batch(version)
+            if refused is not None or not self._cut(version, waited_seconds):
+                return refused
+            rows = self._ledger.uses.batch(version)
+        costs = [row.cost(request.tokens_at_par) for row in rows]
+        shards = balance(costs, world_size, self._limits.updates_per_batch)
+        mine = [rows[index] for index in shards[request.rank]]
+        groups = tuple(self._contents(row, version) for row in mine)
+        return messages.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
+
+    def _contents(self, row: BatchRow, version: int) -> PackedGroup:
+        """A group as the learner is to see it."""
+        packed, most = self._ledger.payload(row.occurrence), self._config.max_staleness
+        masks = self._config.on_stale == "mask" and row.staleness > most
+        return mask_older_tokens(packed, version - most) if masks else packed
+
+    def _refuse_batch(self, version: int) -> messages.Refused | messages.NoMoreBatches | None:
+        wanted, next_version = self._config.num_batches, self._progress.next_version
+        if wanted and next_version >= wanted * self._limits.updates_per_batch:
+            return messages.Refused(f"all {wanted} batches were handed out; raise buffer.num_batches to go on")
+        if self._ledger.no_signal.stop_reason is not None:
+            return messages.NoMoreBatches(self._ledger.no_signal.stop_reason)
+        if version != next_version:
+            return messages.Refused(
+                f"the next batch is for policy {next_version}, not {version}; a learner that starts or goes back says"
+                f" LearnerHello first, and takes {self._limits.updates_per_batch} optimizer steps per batch"
+            )
+        return None
+
+    def _cut(self, version: int, waited_seconds: float) -> bool:
+        ledger, config = self._ledger, self._config
+        candidates = ledger.candidates(version)
+        waits = config.on_stale == "wait"
+        following = version + self._limits.updates_per_batch
+        leased = ledger.leased if waits else in_time(ledger.leased, following, self._limits)
+        groups = candidates, leased, ledger.ready
+        chosen = next_batch(SAMPLERS[config.sampler], *groups, version, self._limits, seed=config.seed, waits=waits)
+        if not chosen:
+            return False
+        ledger.use(chosen, version)
+        self._progress.set(next_version=following)
+        if not waits:
+            ledger.drop_stale(following)
+        ledger.curriculum.advance(following)
+        staleness = [row.staleness for row in ledger.uses.batch(version)]
+        too_old = sum(number > self._limits.max_staleness for number in staleness)
+        if too_old and config.on_stale == "mask":
+            ledger.file.count("masked", too_old)
+        log.info(
+            "batch for policy %d: %d groups, staleness mean %.2f max %d, waited %.1f s",
+            *(version, len(chosen), sum(staleness) / len(staleness), max(staleness), waited_seconds),
+        )
+        return True
+
+    # --- the learner's life ---
+
+    def _learner_hello(self, identity: bytes, hello: messages.LearnerHello, number: int) -> messages.Message:
+        """Roll back once; a repeat that arrives after other ranks have been served must not do it again."""
+        file, call = self._ledger.file, f"{holder_name(identity)} {number}"
+        if file.meta("hello", "") == call:
+            return messages.LearnerWelcome(file.meta("hello_rolled_back", 0), file.meta("hello_outstanding", 0))
+        version = hello.policy_version
+        rolled_back = self._ledger.roll_back(version)
+        self._batches.clear()
+        self._progress.set(next_version=version, policy_version=version, closing=False)
+        file.set_meta("hello", call)
+        file.set_meta("hello_rolled_back", rolled_back)
+        outstanding = self._ledger.counts["leased"] + self._ledger.counts["ready"]
+        file.set_meta("hello_outstanding", outstanding)
+        log.info("the learner starts at policy %d: %d uses of groups are undone", version, rolled_back)
+        return messages.LearnerWelcome(rolled_back, outstanding)
+
+    def _heartbeat(self, identity: bytes, heartbeat: messages.Heartbeat, number: int, now: float) -> messages.Message:
+        known = self._peers.get((heartbeat.role, heartbeat.name))
+        unchanged = known is not None and known.heartbeat.waiting_for == heartbeat.waiting_for
+        since = known.waiting_since if known is not None and unchanged else now
+        self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now, since)
+        if heartbeat.role == "learner":
+            self._set_policy_version(heartbeat.policy_version)
+        else:
+            self._leasing.learn_version(identity, number, heartbeat.policy_version)
+        return messages.HeartbeatReply(self._progress.policy_version, self._progress.closing)
+
+    def _set_policy_version(self, version: int) -> None:
+        if version > self._progress.policy_version:
+            self._progress.set(policy_version=version)

@@ -1,0 +1,1 @@
+"""Messages, their checks, and the encrypted sockets that carry them."""

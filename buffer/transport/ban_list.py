@@ -1,0 +1,69 @@
+"""Peers that send what they should not: logged once in a while, and ignored for a while when they keep doing it.
+
+Owned by `buffer/transport/router.py`. `now` is seconds of a monotonic clock. Memory is bounded, whatever names peers
+give themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+MAX_PEERS = 1_000
+"""Peers remembered; the one that was good for longest is forgotten for a new one."""
+BAD_MESSAGES = 20
+"""So many bad messages within `WINDOW_SECONDS` and the peer is ignored for `IGNORED_SECONDS`."""
+WINDOW_SECONDS = 60.0
+IGNORED_SECONDS = 30.0
+LINES_PER_WINDOW = 100
+"""Log lines about all peers together within `WINDOW_SECONDS`."""
+
+
+@dataclass(slots=True)
+class _Offender:
+    since: float
+    num_bad: int = 0
+    ignored_until: float = 0.0
+
+
+class Offenders:
+    """Bad messages by peer."""
+
+    def __init__(self) -> None:
+        self._peers: OrderedDict[bytes, _Offender] = OrderedDict()
+        self._lines_since = 0.0
+        self._num_lines = 0
+
+    def is_ignored(self, identity: bytes, now: float) -> bool:
+        """Whether messages of this peer are dropped unread."""
+        peer = self._peers.get(identity)
+        return peer is not None and now < peer.ignored_until
+
+    def note(self, identity: bytes, complaint: Exception, now: float) -> None:
+        """A bad message arrived."""
+        peer = self._peers.get(identity)
+        if peer is None or now - peer.since >= WINDOW_SECONDS:
+            peer = self._peers[identity] = _Offender(now)
+            self._say(now, "message of %s dropped: %s", _text(identity), complaint)
+        self._peers.move_to_end(identity)
+        peer.num_bad += 1
+        if peer.num_bad >= BAD_MESSAGES:
+            peer.num_bad, peer.ignored_until = 0, now + IGNORED_SECONDS
+            self._say(now, "%s keeps sending them: ignored for %.0f s", _text(identity), IGNORED_SECONDS)
+        if len(self._peers) > MAX_PEERS:
+            self._peers.popitem(last=False)
+
+    def _say(self, now: float, text: str, *values: object) -> None:
+        if now - self._lines_since >= WINDOW_SECONDS:
+            self._lines_since, self._num_lines = now, 0
+        self._num_lines += 1
+        if self._num_lines <= LINES_PER_WINDOW:
+            log.warning(text, *values)
+
+
+def _text(identity: bytes) -> str:
+    """A peer's name as it may stand in a log: on one line, without control characters."""
+    return repr(identity[:80])[2:-1]

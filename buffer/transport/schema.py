@@ -1,0 +1,200 @@
+"""The types of message fields with their limits, and readers that check received values against them.
+
+`buffer/transport/messages.py` declares messages as dataclasses with these types; `reader` turns an annotation into one
+function, made once. A reader raises `WireError` and nothing else, and builds nothing whose size the sender only
+claimed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgpack
+
+MAX_HEADER_BYTES = 1 << 22
+MAX_INTEGER = (1 << 63) - 1
+"""What the ledger's database can hold; msgpack alone would let unsigned numbers above it through."""
+MAX_VERSION = 1 << 40
+MAX_ITEMS = 1 << 16
+
+Frame = bytes | memoryview
+"""A memoryview is a large frame where ZeroMQ has it: it lasts as long as somebody holds it."""
+Frames = list[Frame]
+Reader = Callable[[Any, Frames], Any]
+"""Takes a decoded msgpack value and the frames that are left, last one first."""
+
+
+class WireError(ValueError):
+    """A message that is not one of ours: wrong schema, kind, type, length, range or size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A number from `least` to `most`, both included; NaN is outside."""
+
+    least: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """At most `longest` characters, all of them matching `pattern`, or printable where that is empty."""
+
+    longest: int
+    pattern: str = ""
+
+
+Name = Annotated[str, Text(128, r"(?:[A-Za-z0-9_][A-Za-z0-9_.:@-]*)?")]
+"""An identifier, empty where there is none: it may be shown, logged and stored, and is no path to anywhere."""
+Line = Annotated[str, Text(4096)]
+"""Words for a person, on one line without control characters."""
+PathName = Annotated[str, Text(4096, r"[^\0]+")]
+"""A path; whoever opens it checks where it leads."""
+Version = Annotated[int, Within(0, MAX_VERSION)]
+VersionOrNone = Annotated[int, Within(-1, MAX_VERSION)]
+VersionDistance = Annotated[int, Within(-MAX_VERSION, MAX_VERSION)]
+Count = Annotated[int, Within(0, MAX_INTEGER)]
+SmallCount = Annotated[int, Within(0, MAX_ITEMS)]
+Number = Annotated[float, Within(-1e300, 1e300)]
+Seconds = Annotated[float, Within(0, 1e12)]
+
+
+def check_name(name: str, what: str) -> None:
+    """Refuse a name that no server of the run would take.
+
+    Raises:
+        ValueError: when it is empty, too long, or has characters that may not be in a log or a path.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,127}", name):
+        raise ValueError(f"{what} {name[:150]!r} is not made of 1 to 128 letters, digits and _.:@-; choose another")
+
+
+def unpack_header(frame: bytes) -> Any:
+    """The msgpack value in `frame`.
+
+    Raises:
+        WireError: it is too large or not one whole msgpack value.
+    """
+    if len(frame) > MAX_HEADER_BYTES:
+        raise WireError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    try:
+        # Walked through once without building anything: after that every length in it is known to be true.
+        walker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES)
+        walker.feed(frame)
+        walker.skip()
+        return msgpack.unpackb(frame, raw=False, strict_map_key=True)
+    # msgpack raises ValueError subclasses, UnicodeDecodeError and, on deep nesting, RecursionError or StackError.
+    except (ValueError, RecursionError, msgpack.UnpackException) as error:
+        raise WireError(f"the header is not msgpack: {type(error).__name__}") from error
+
+
+def reader(wanted: Any, special: dict[Any, Reader]) -> Reader:
+    """Checks and builds a value of the annotation `wanted`; `special` knows the types that travel in frames."""
+    if wanted in special:
+        return special[wanted]
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is Annotated:
+        return _text(arguments[1]) if arguments[0] is str else _number(arguments[0], arguments[1])
+    if wanted is float:
+        return _float
+    if wanted is bool:
+        return _bool
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return _sequence(reader(arguments[0], special))
+    if origin is tuple:
+        return _record(tuple, "a tuple", [reader(kind, special) for kind in arguments])
+    if origin is dict:
+        return _mapping(reader(arguments[0], special), reader(arguments[1], special))
+    if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
+        return record(wanted, special)
+    raise TypeError(
+        f"a message field of type {wanted} has no limits; use one of the types in buffer/transport/schema.py"
+    )
+
+
+def record(cls: type[Any], special: dict[Any, Reader]) -> Reader:
+    """Checks and builds the dataclass `cls` from the list of its fields."""
+    kinds = field_types(cls).values()
+    return _record(lambda values: cls(*values), cls.__name__, [reader(kind, special) for kind in kinds])
+
+
+def field_types(cls: type[Any]) -> dict[str, Any]:
+    """Field names and resolved annotations."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _record(build: Callable[[Any], Any], name: str, readers: list[Reader]) -> Reader:
+    def read(value: Any, rest: Frames) -> Any:
+        if type(value) is not list or len(value) != len(readers):
+            raise WireError(f"{name} has {len(readers)} fields")
+        return build([read_one(item, rest) for read_one, item in zip(readers, value, strict=True)])
+
+    return read
+
+
+def _sequence(read_one: Reader) -> Reader:
+    def read(value: Any, rest: Frames) -> Any:
+        if type(value) is not list or len(value) > MAX_ITEMS:
+            raise WireError(f"expected at most {MAX_ITEMS} values, got {_describe(value)}")
+        return tuple([read_one(item, rest) for item in value])
+
+    return read
+
+
+def _mapping(read_key: Reader, read_value: Reader) -> Reader:
+    def read(value: Any, rest: Frames) -> Any:
+        if type(value) is not dict or len(value) > MAX_ITEMS:
+            raise WireError(f"expected a map of at most {MAX_ITEMS} entries, got {_describe(value)}")
+        return {read_key(key, rest): read_value(item, rest) for key, item in value.items()}
+
+    return read
+
+
+def _text(limit: Text) -> Reader:
+    matches = re.compile(limit.pattern, re.DOTALL).fullmatch if limit.pattern else str.isprintable
+
+    def read(value: Any, rest: Frames) -> Any:
+        if type(value) is not str:
+            raise WireError(f"expected str, got {type(value).__name__}")
+        if len(value) > limit.longest:
+            raise WireError(f"a text of {len(value)} characters; at most {limit.longest} are allowed")
+        if not matches(value):
+            raise WireError(f"the text {value[:60]!r} has characters that are not allowed there")
+        return value
+
+    return read
+
+
+def _number(wanted: type[Any], limit: Within) -> Reader:
+    kinds = (int,) if wanted is int else (int, float)
+
+    def read(value: Any, rest: Frames) -> Any:
+        if type(value) not in kinds:
+            raise WireError(f"expected {wanted.__name__}, got {type(value).__name__}")
+        if not limit.least <= value <= limit.most:
+            raise WireError(f"the number {value} is not between {limit.least} and {limit.most}")
+        return wanted(value)
+
+    return read
+
+
+def _float(value: Any, rest: Frames) -> float:
+    """Any float, for measurements that may be NaN."""
+    if type(value) not in (int, float):
+        raise WireError(f"expected float, got {type(value).__name__}")
+    return float(value)
+
+
+def _bool(value: Any, rest: Frames) -> bool:
+    if type(value) is not bool:
+        raise WireError(f"expected bool, got {type(value).__name__}")
+    return value
+
+
+def _describe(value: Any) -> str:
+    return f"{len(value)}" if isinstance(value, list | dict) else type(value).__name__

@@ -1,0 +1,34 @@
+"""What both ends of a weight transfer agree on: checksums, names, and which bytes of a version's file hold numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from buffer.transport.messages import TensorEntry
+from buffer.weights.delta import Layout
+
+ALIGNMENT_BYTES = 64
+"""Of every tensor's first byte in a version's file."""
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+"""End the names of the two matrices that are published instead of a layer's weight."""
+
+
+def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> str:
+    """XXH3 of the bytes, 16 hexadecimal digits: as fast as memory, made to find damage and not forgery."""
+    return xxhash.xxh3_64_hexdigest(data.data if isinstance(data, np.ndarray) else data)
+
+
+def layout_of(tensors: tuple[TensorEntry, ...]) -> Layout:
+    """Runs of tensors whose numbers have one size, with the padding between them."""
+    runs: list[tuple[int, int, int]] = []
+    for entry in tensors:
+        number_bytes = entry.num_bytes // max(1, math.prod(entry.shape))
+        if runs and runs[-1][2] == number_bytes:
+            runs[-1] = (runs[-1][0], entry.offset + entry.num_bytes - runs[-1][0], number_bytes)
+        elif number_bytes:
+            runs.append((entry.offset, entry.num_bytes, number_bytes))
+    return runs

@@ -1,0 +1,185 @@
+"""Serves published versions: the newest manifest to whoever waits for it, and bytes to whoever cannot map the file.
+
+One thread answers; what it answers with is in `buffer/weights/versions.py`. Whoever publishes calls `announce` and goes
+on; a slow or dead reader costs nothing but the memory of the versions that are kept anyway and, for half a minute at
+most, of one more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import zmq
+
+from buffer.transport.credentials import Credentials
+from buffer.transport.messages import (
+    Chunk,
+    ChunkRequest,
+    DeltaReply,
+    DeltaRequest,
+    Manifest,
+    ManifestRequest,
+    Message,
+    NoNewVersion,
+    Refused,
+    RelayHello,
+    RelayPlace,
+)
+from buffer.transport.router import Gate
+from buffer.weights.layout import checksum
+from buffer.weights.relay_tree import RelayTree
+from buffer.weights.shared_memory import Slot
+from buffer.weights.versions import Asker, KeptVersions
+
+MESSAGES_PER_TURN = 16
+TICK_SECONDS = 0.2
+"""How late the end of a parked request's time, or of the server, may be noticed."""
+LONGEST_PARK_SECONDS = 60.0
+
+
+@dataclass
+class Throttle:
+    """Lets `bytes_per_second` through on average; 0: everything."""
+
+    bytes_per_second: float
+    free_at: float = 0.0
+    """When the next bytes may go, on the monotonic clock."""
+
+    def take(self, num_bytes: int, now: float) -> None:
+        """Count bytes that are sent now."""
+        if self.bytes_per_second:
+            self.free_at = max(self.free_at, now) + num_bytes / self.bytes_per_second
+
+
+class WeightServer:
+    """Serves versions at `address` until `close`.
+
+    Args:
+        address: ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5556.
+        credentials: the run's id and the server's keys.
+        keep_versions: versions served; whoever pulls an older one is told to ask for the newest.
+        bytes_per_second: of chunks, to all readers together; 0: as fast as they go.
+        relay_fanout: relays that pull from here; the others pull from them. 0: all from here.
+
+    Raises:
+        ValueError: when the address is in use or is none, or is not local and the credentials have no keys.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        *,
+        keep_versions: int,
+        bytes_per_second: float = 0.0,
+        relay_fanout: int = 0,
+    ) -> None:
+        self._throttle = Throttle(bytes_per_second)
+        self._relays = RelayTree(relay_fanout)
+        self._parked: dict[bytes, tuple[int, ManifestRequest, float]] = {}
+        self._wanted_chunks: dict[Asker, ChunkRequest] = {}
+        self._wanted_deltas: dict[Asker, Future[bytes]] = {}
+        self._gate = Gate(address, credentials)
+        self.address = self._gate.address
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._kept = KeptVersions(keep_versions, self._wake_up)
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
+        self._thread.start()
+
+    def announce(self, manifest: Manifest, slot: Slot) -> list[Slot]:
+        """Offer a version that is whole. Returns the slots that nobody is sent any more."""
+        retired = self._kept.add(manifest, slot)
+        self._wake_up()
+        return retired
+
+    def _wake_up(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> list[Slot]:
+        """Stop serving. Returns the slots that were served; none the second time."""
+        if self._closing:
+            return []
+        self._closing = True
+        self._wake_up()
+        self._thread.join(timeout=5)
+        slots = self._kept.close()
+        self._gate.close()
+        os.close(self._wake)
+        return slots
+
+    # --- the thread ---
+
+    def _serve(self) -> None:
+        """Waits for: a message, a publication, a delta that is made, a parked request's time, or room in the rate."""
+        poller = zmq.Poller()
+        poller.register(self._gate.socket, zmq.POLLIN)
+        poller.register(self._wake, zmq.POLLIN)
+        while not self._closing:
+            ready = dict(poller.poll(self._patience_milliseconds()))
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if self._gate.socket in ready:
+                self._receive()
+            self._answer_parked()
+            self._answer_deltas()
+            self._answer_chunks()
+
+    def _patience_milliseconds(self) -> int:
+        if not self._wanted_chunks:
+            return int(TICK_SECONDS * 1000)
+        return int(1000 * min(max(self._throttle.free_at - time.monotonic() + 0.001, 0.0), TICK_SECONDS))
+
+    def _receive(self) -> None:
+        now = time.monotonic()
+        messages, _ = self._gate.receive(MESSAGES_PER_TURN, now)
+        for incoming in messages:
+            asker = incoming.identity, incoming.number
+            match incoming.message:
+                case ManifestRequest() as request:
+                    self._parked[asker[0]] = (asker[1], request, now + min(request.wait_seconds, LONGEST_PARK_SECONDS))
+                case RelayHello(address=address, host_id=host):
+                    self._answer(asker, RelayPlace(self._relays.hear(host, address, now)))
+                case ChunkRequest() as request:
+                    # A request that was repeated while it waits for its turn is answered once.
+                    self._wanted_chunks[asker] = request
+                case DeltaRequest(publication=publication, base=base):
+                    self._wanted_deltas[asker] = self._kept.delta(base, publication)
+                case other:
+                    self._answer(asker, Refused(f"the weight store does not answer {type(other).__name__}"))
+
+    def _answer(self, asker: Asker, message: Message) -> None:
+        self._gate.send(asker[0], message, asker[1])
+
+    def _answer_parked(self) -> None:
+        newest, now = self._kept.newest(), time.monotonic()
+        for identity, (number, request, deadline) in list(self._parked.items()):
+            if newest is not None and newest.publication != request.known_publication:
+                relay = self._relays.at(request.host_id, now)
+                self._answer((identity, number), replace(newest, relay=relay))
+            elif now >= deadline:
+                self._answer((identity, number), NoNewVersion())
+            else:
+                continue
+            del self._parked[identity]
+
+    def _answer_deltas(self) -> None:
+        for asker, delta in list(self._wanted_deltas.items()):
+            if delta.done():
+                del self._wanted_deltas[asker]
+                self._answer(asker, DeltaReply(len(delta.result()), checksum(delta.result())))
+
+    def _answer_chunks(self) -> None:
+        now = time.monotonic()
+        for asker, request in list(self._wanted_chunks.items())[:MESSAGES_PER_TURN]:
+            if self._throttle.free_at > now:
+                return
+            del self._wanted_chunks[asker]
+            reply = self._kept.chunk(request, asker)
+            self._throttle.take(request.num_bytes if isinstance(reply, Chunk) else 0, now)
+            if reply is not None:
+                self._answer(asker, reply)

@@ -1,0 +1,144 @@
+"""The versions that a weight store serves, and what turns one into another: bytes for whoever asks, in pieces.
+
+Pieces are sent from the slot where the version lies, without a copy. A slot is given back only when ZeroMQ has let go
+of all its pieces, so nobody is sent bytes that are being overwritten. A reader that stalls keeps its pieces until
+ZeroMQ gives it up: one version is lent at a time, and pieces of others are copies meanwhile.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.transport.messages import Chunk, ChunkRequest, Manifest, Refused
+from buffer.transport.schema import Frame
+from buffer.weights.delta import encode
+from buffer.weights.layout import checksum, layout_of
+from buffer.weights.shared_memory import Slot, hold, let_go
+
+WORTHWHILE_SHARE = 0.5
+"""A delta that is larger than this share of the version is not sent."""
+LOW_PRIORITY = 10
+"""Niceness of the thread that makes deltas: the training step goes first."""
+Asker = tuple[bytes, int]
+"""A connection's name and the number of its request."""
+
+
+class KeptVersions:
+    """The newest versions and the deltas between them. Any thread may call.
+
+    Args:
+        keep_versions: how many.
+        wake: called in another thread when a delta is made.
+    """
+
+    def __init__(self, keep_versions: int, wake: Callable[[], None]) -> None:
+        self._keep_versions, self._wake = keep_versions, wake
+        self._kept: dict[str, tuple[Manifest, Slot]] = {}
+        """By publication, the newest last."""
+        self._deltas: dict[tuple[str, str], Future[bytes]] = {}
+        """By (base, publication)."""
+        self._lent: Slot | None = None
+        self._pieces: WeakValueDictionary[Asker, NDArray[np.uint8]] = WeakValueDictionary()
+        """Of `_lent`, by who asked for them: those that a message or ZeroMQ still holds."""
+        self._leaving: list[Slot] = []
+        """Not served any more, but lent."""
+        self._lock = threading.Lock()
+        """Guards all of this, and with it every slot that is served from."""
+        self._encoder = ThreadPoolExecutor(1, "weight-deltas", initializer=_give_way)
+
+    def add(self, manifest: Manifest, slot: Slot) -> list[Slot]:
+        """Keep a version that is whole. Returns the slots that are neither kept nor lent any more."""
+        with self._lock:
+            self._kept[manifest.publication] = (manifest, slot)
+            surplus = list(self._kept)[: -self._keep_versions]
+            retired = self._leaving + [self._kept.pop(publication)[1] for publication in surplus]
+            for key in [key for key in self._deltas if key[1] in surplus]:
+                del self._deltas[key]
+            self._leaving = [slot for slot in retired if slot is self._lent and self._pieces]
+            return [slot for slot in retired if slot not in self._leaving]
+
+    def newest(self) -> Manifest | None:
+        """What was added last."""
+        with self._lock:
+            return next(reversed(self._kept.values()), (None, None))[0]
+
+    def chunk(self, request: ChunkRequest, asker: Asker) -> Chunk | Refused | None:
+        """The bytes asked for; a slot they lie in stays as it is until the chunk is gone.
+
+        None: they are on their way. The request was repeated because the link is slow, which a second answer would
+        make slower.
+        """
+        with self._lock:
+            if asker in self._pieces:
+                return None
+            if request.publication not in self._kept:
+                return Refused(f"publication {request.publication} is not kept here; ask for the manifest again")
+            manifest, slot = self._kept[request.publication]
+            delta = self._deltas.get((request.base, request.publication))
+            made = delta.result() if delta is not None and delta.done() else b""
+            size = len(made) if request.base else manifest.num_bytes
+            start, end = request.offset, request.offset + request.num_bytes
+            if not start < end <= size:
+                return Refused(f"bytes {request.offset}+{request.num_bytes} lie outside {size}")
+            data = memoryview(made)[start:end] if request.base else self._lend(slot, start, end, asker)
+        return Chunk(start, checksum(data), data)
+
+    def _lend(self, slot: Slot, start: int, end: int, asker: Asker) -> Frame:
+        piece = slot.array[start:end]
+        if self._lent is not slot and self._pieces:
+            return piece.tobytes()
+        self._lent = slot
+        self._pieces[asker] = piece
+        return piece.data
+
+    def delta(self, base: str, publication: str) -> Future[bytes]:
+        """The delta between two kept versions, made once; of others, nothing."""
+        key = base, publication
+        with self._lock:
+            if key not in self._deltas:
+                if base not in self._kept or publication not in self._kept:
+                    nothing: Future[bytes] = Future()
+                    nothing.set_result(b"")
+                    return nothing
+                old, new = self._kept[base][0], self._kept[publication][0]
+                self._deltas[key] = self._encoder.submit(_compare, old, new)
+                self._deltas[key].add_done_callback(lambda _: self._wake())
+            return self._deltas[key]
+
+    def close(self) -> list[Slot]:
+        """Make no more deltas. Returns all slots: what is lent of them stays readable, but nobody may write there."""
+        self._encoder.shutdown(wait=True, cancel_futures=True)
+        return [*self._leaving, *(slot for _, slot in self._kept.values())]
+
+
+def _give_way() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+
+
+def _compare(old: Manifest, new: Manifest) -> bytes:
+    """The delta between two published files; nothing when it is not worth it or one of them is gone."""
+    if layout_of(old.tensors) != layout_of(new.tensors) or old.num_bytes != new.num_bytes:
+        return b""
+    files: list[BinaryIO] = []
+    try:
+        for manifest in (old, new):
+            files.append(hold(Path(manifest.path)))
+        before, after = (
+            np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8) for file in files
+        )
+        return encode(before, after, layout_of(new.tensors), int(WORTHWHILE_SHARE * new.num_bytes))
+    except FileNotFoundError:
+        return b""
+    finally:
+        for file in files:
+            let_go(file)

@@ -1,0 +1,113 @@
+"""From overrides to plain sections: Hydra composes `configs/`, and whatever is wrong becomes one sentence.
+
+A setting that a frozen dataclass knows may be set although no YAML file mentions it; `launch/config/plan.py` refuses
+those that none knows. Hydra's own settings are no settings of a run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+NO_GROUPS = ("template",)
+"""Folders of `configs/` whose files a setting names: `task.template=NAME`."""
+GROUPS = tuple(
+    sorted(
+        path.name
+        for path in CONFIG_DIR.iterdir()
+        if path.is_dir() and path.name[0] not in "._" and path.name not in NO_GROUPS
+    )
+)
+
+
+def compose_config(overrides: Sequence[str], known: Iterable[str]) -> DictConfig:
+    """Hydra's composition of configs/ with the overrides, Hydra's own settings included.
+
+    Args:
+        overrides: key=value, as typed.
+        known: the settings and sections at the top.
+
+    Raises:
+        ValueError: one sentence for whatever is wrong with an override.
+    """
+    names = sorted({*known, *GROUPS})
+    prepared = [_prepared(item, names) for item in overrides]
+    try:
+        with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
+            config: DictConfig = compose("config", overrides=prepared, return_hydra_config=True)
+    except MissingConfigException as error:
+        raise ValueError(_missing_option(error)) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ValueError(_one_sentence(error, overrides)) from error
+    return config
+
+
+def own_sections(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """Everything but Hydra's own settings, resolved.
+
+    Raises:
+        ValueError: a reference to a setting that is not there.
+    """
+    try:
+        container = OmegaConf.to_container(without_hydra(composed), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(_one_sentence(error, overrides)) from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """The run's configuration as it stands in `configs/`."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+
+
+def choices(composed: DictConfig) -> dict[str, str]:
+    """Which file of each group was taken."""
+    return {str(group): str(name) for group, name in composed.hydra.runtime.choices.items()}
+
+
+def unknown_setting(section: str, key: str, known: Iterable[str]) -> ValueError:
+    """The error for a setting nobody reads, with the nearest that exist, or all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=2, cutoff=0.6)
+    there = f"did you mean {' or '.join(section + name for name in near)}?"
+    if not near:
+        there = f"the settings there are {', '.join(names)}"
+    return ValueError(f"{section}{key} is not a known setting; {there}")
+
+
+def _prepared(item: str, names: Sequence[str]) -> str:
+    """The override for Hydra, with the sign that lets it set what no YAML file mentions."""
+    key, separator, _ = item.partition("=")
+    if key.startswith("~"):
+        raise ValueError(f"{item} would remove what the processes need; set another value with key=value")
+    if not separator:
+        raise ValueError(f"{item!r} is not of the form key=value; write for example total_steps=10")
+    path = key.lstrip("+")
+    root = path.partition(".")[0]
+    if root not in names:
+        raise unknown_setting("", root, names)
+    return f"++{item}" if "." in path and path == key else item
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    there = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    near = difflib.get_close_matches(option, there, n=1)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    return f"{group}={option} does not exist; configs/{group}/ offers {', '.join(there)}{hint}"
+
+
+def _one_sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's first line, with what was typed."""
+    text = str(error) or type(error).__name__
+    typed = f" (in: {' '.join(overrides)})" if overrides else ""
+    return f"{text.splitlines()[0].strip().rstrip('.')}{typed}; configs/ lists what can be set"

@@ -1,0 +1,178 @@
+"""The launcher's own settings: what stands at the top, who starts what, and the small models that are made here.
+
+Frozen dataclasses that `launch/config/plan.py` fills from Hydra's composition; the other sections belong to the
+packages that use them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+
+from buffer.curriculum_config import Stage
+from verifier.base import RewardSpec
+
+MODES = ("async", "sync")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What stands at the top of the configuration, for all processes together."""
+
+    run_dir: str | None = None
+    """None: runs/DATE-TIME-TASK-ALGORITHM."""
+    mode: str = "async"
+    """async | sync: actors and learner at the same time, or strictly in turn."""
+    seed: int = 0
+    total_steps: int = 1
+    groups_per_batch: int = 1
+    samples_per_group: int = 1
+    updates_per_batch: int = 1
+    max_staleness: int = 0
+    temperature: float = 1.0
+    max_new_tokens: int = 1
+    reward: list[RewardSpec] = field(default_factory=list)
+    """Named, weighted rewards, added up; exactly one of them is a grader: docs/rewards.md."""
+    curriculum: list[Stage] = field(default_factory=list)
+    """Stages that the run goes through; empty: all prompts from first to last."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode} is unknown; use async or sync")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness={self.max_staleness} is below 0; use 0 for strictly in turn, or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The user's files, for tasks that read some."""
+
+    path: str = ""
+    eval_path: str = ""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Who starts what on this machine."""
+
+    num_actors: int = 1
+    relays: list[str] = field(default_factory=list)
+    """Commands that run one command line on another host, such as `ssh -tt node-1`; each starts a relay there."""
+    host: str = "127.0.0.1"
+    """The address of this machine that buffer and weight store listen at; actors elsewhere must reach it."""
+    encryption: str = "curve"
+    """curve | none: authenticated and encrypted sockets, or plain ones, on this machine only."""
+    buffer_port: int = 0
+    weights_port: int = 0
+    pin_cores: bool = True
+    learner_cores: int = 1
+    separate_devices: bool = False
+    """CUDA: the learner's ranks and every actor get devices of their own; otherwise all see all of them."""
+    max_restarts: int = 3
+    """How often a process may fail without progress of the run in between."""
+    healthy_seconds: float = 60.0
+    """How long a process that was restarted must live, and the run get ahead with it, to count as well again."""
+    hung_seconds: float = 60.0
+    """How long a process may be halted or silent before it is killed and restarted; 0: for ever."""
+    grace_seconds: float = 3.5
+    tensorboard: bool = False
+    tensorboard_port: int = 6006
+    min_free_bytes: int = 200_000_000
+    cache_dir: str = "~/.cache/slipstream"
+
+    def __post_init__(self) -> None:
+        self._check_relays()
+        for name in ("num_actors", "learner_cores"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"cluster.{name}={getattr(self, name)} must be at least 1")
+        for name in ("buffer_port", "weights_port", "tensorboard_port"):
+            if not 0 <= getattr(self, name) < 65536:
+                raise ValueError(f"cluster.{name}={getattr(self, name)} is not a port; use 0 (any) to 65535")
+        ports = [port for port in (self.buffer_port, self.weights_port, self.tensorboard_port) if port]
+        if len(set(ports)) < len(ports):
+            raise ValueError(
+                f"cluster.buffer_port={self.buffer_port}, weights_port={self.weights_port} and"
+                f" tensorboard_port={self.tensorboard_port} must differ; 0 takes any free one"
+            )
+        for name in ("healthy_seconds", "hung_seconds", "grace_seconds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"cluster.{name}={getattr(self, name)} is below 0; use 0 or more")
+        self._check_host()
+        if self.max_restarts < 0:
+            raise ValueError(f"cluster.max_restarts={self.max_restarts} is below 0; use 0 to never start one again")
+
+    @property
+    def reaches_other_hosts(self) -> bool:
+        """Whether processes on other hosts can connect to this one's."""
+        return not IPv4Address(self.host).is_loopback
+
+    def _check_relays(self) -> None:
+        for command in self.relays:
+            try:
+                words = shlex.split(command)
+            except ValueError as error:
+                raise ValueError(f"cluster.relays: {command!r} is no command ({error}); close its quotation") from error
+            if not words:
+                raise ValueError("cluster.relays: an entry is empty; give a command such as 'ssh -tt node-1'")
+
+    def _check_host(self) -> None:
+        try:
+            host = IPv4Address(self.host)
+        except ValueError as error:
+            raise ValueError(f"cluster.host={self.host} is no IPv4 address; use one of this machine's") from error
+        if host.is_unspecified:
+            raise ValueError(f"cluster.host={host} is nowhere to connect to; use one address of this machine")
+        if self.encryption not in ("curve", "none"):
+            raise ValueError(f"cluster.encryption={self.encryption} is unknown; use curve or none")
+        if self.encryption == "none" and not host.is_loopback:
+            raise ValueError(
+                f"cluster.encryption=none would let anyone who reaches cluster.host={host} in; use curve, or the host"
+                " 127.0.0.1"
+            )
+
+
+@dataclass(frozen=True)
+class EmbeddedConfig:
+    """The small model that is built here when `model.path` is null."""
+
+    tokenizer: str = "characters"
+    """characters | bpe."""
+    vocabulary: int = 4096
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_layers: int = 3
+    num_heads: int = 3
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in ("characters", "bpe"):
+            raise ValueError(f"embedded.tokenizer={self.tokenizer} is unknown; use characters or bpe")
+        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 32:
+            raise ValueError(
+                f"embedded.hidden_size={self.hidden_size} must be num_heads={self.num_heads} times a multiple of 32,"
+                " the head sizes that the CPU engine supports"
+            )
+
+
+@dataclass(frozen=True)
+class PretrainingConfig:
+    """How the embedded model learns from its noisy teacher."""
+
+    error_rate: float = 0.2
+    """How often the teacher errs; the task says at what."""
+    clean_share: float = 0.0
+    """The first traces, as a share of all, are free of errors: they teach the facts before the noise."""
+    num_traces: int = 20000
+    steps: int = 1000
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    seed: int = 0
+    num_threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_traces", 0), ("steps", 0), ("batch_size", 1), ("num_threads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"pretraining.{name}={getattr(self, name)} must be at least {least}")
+        for name in ("error_rate", "clean_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"pretraining.{name}={getattr(self, name)} must lie between 0 and 1")

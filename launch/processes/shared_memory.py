@@ -1,0 +1,93 @@
+"""Whether the versions of the weights fit in /dev/shm, seen before the run. A container has 64 MB there by default.
+
+Where they do not fit, the run goes on with its versions in RUN_DIR: slower to publish, never out of room in the middle.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from buffer.config import read_section
+from buffer.machine import available_memory_bytes
+from buffer.weights.config import WeightsConfig
+from buffer.weights.device_handle import RECORD_BYTES
+from buffer.weights.layout import ALIGNMENT_BYTES
+from buffer.weights.shared_memory import most_slots
+from launch.config.adapters import folder_layers, folder_shapes
+from launch.config.devices import has_cuda
+from launch.config.plan import RunPlan
+from launch.processes.guardian import SHARED_MEMORY
+from launch.processes.topology import actor_threads
+from learner.config import LearnerConfig, LoraConfig
+
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+EXCHANGE_BYTES_PER_THREAD = 4 << 20
+"""On a CPU, vLLM's workers of one engine exchange results in shared memory, with a buffer for every thread of each."""
+
+
+def lack_of_shared_memory(plan: RunPlan) -> str:
+    """Why the versions cannot lie in shared memory, and the way out, in one sentence; nothing where they can.
+
+    The model's folder must be known. Relays have the shared memory of other hosts.
+    """
+    weights = read_section(WeightsConfig, plan.sections["weights"], "weights")
+    if not weights.shared_memory:
+        return ""
+    slots, each, exchanged = most_slots(weights.keep_versions), version_bytes(plan.sections), _exchanged_bytes(plan)
+    wanted = slots * each + exchanged
+    # What lies there is memory, and counts towards the container's limit.
+    free, memory = free_bytes(), available_memory_bytes()
+    if wanted <= min(free, memory):
+        return ""
+    where, way_out = (
+        (f"{SHARED_MEMORY} has {_mb(free)} free", f"--shm-size={math.ceil(wanted / 1e9)}g gives a container more of it")
+        if free <= memory
+        else (f"{_mb(memory)} of memory are free", "--memory gives a container more of it")
+    )
+    workers = f" and {_mb(exchanged)} that vLLM's workers need in any case" if exchanged else ""
+    return (
+        f"note: the weights would take up to {_mb(wanted)} of shared memory ({slots} versions of {_mb(each)}{workers}),"
+        f" but {where}, so they lie in {plan.run_dir / 'weights'}, which is slower; {way_out}"
+    )
+
+
+def free_bytes() -> int:
+    """What is free in /dev/shm; 0 where there is no such folder, or it may not be written."""
+    return shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
+
+
+def version_bytes(sections: dict[str, Any]) -> int:
+    """The size of one published version: adapters alone, a record of device memory, or every tensor of the model."""
+    if sections["weights"]["transport"] != "file":
+        return RECORD_BYTES
+    folder, learner = Path(sections["model"]["path"]), read_section(LearnerConfig, sections["learner"], "learner")
+    lora = learner.lora
+    if lora.publishes_adapters:
+        # Two matrices in float32 beside every layer, [rank, in] and [out, rank].
+        sides = [sum(shape) for name, shape in folder_layers(folder).items() if _is_target(name, lora)]
+        return sum(4 * lora.rank * side + 2 * ALIGNMENT_BYTES for side in sides)
+    number_bytes = NUMBER_BYTES[learner.publish_dtype]
+    shapes = folder_shapes(folder)
+    if shapes:
+        return sum(math.prod(shape) * number_bytes + ALIGNMENT_BYTES for shape in shapes.values())
+    # Other files do not say what is in them; their numbers most likely have the size of those that are published.
+    return sum(path.stat().st_size for path in folder.glob("pytorch_model*.bin"))
+
+
+def _is_target(name: str, lora: LoraConfig) -> bool:
+    return not lora.target_modules or any(f".{name}".endswith(f".{target}") for target in lora.target_modules)
+
+
+def _exchanged_bytes(plan: RunPlan) -> int:
+    workers = plan.sections["actor"]["tensor_parallel_size"]
+    if workers == 1 or has_cuda():
+        return 0
+    return int(plan.cluster.num_actors * workers * actor_threads(plan) * EXCHANGE_BYTES_PER_THREAD)
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"

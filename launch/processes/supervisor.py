@@ -1,0 +1,234 @@
+"""Starts a run's processes, watches them, restarts those that fail, and ends them all together.
+
+Actors, buffer and learner come back from durable state, a bounded number of times without progress in between. The
+learner is the run's clock: when it ends well, the run is over. Ending is a promise: after `stop` no process of the run
+is left, nor any that these have started, in whatever process group or session they put it; and when the launcher is
+killed before it can stop anybody, the guardian does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from launch.processes.process_tree import MARK, is_stopped, kill, marked
+from launch.processes.topology import ProcessSpec
+
+logger = logging.getLogger(__name__)
+
+NOT_WORTH_RETRYING = (2, 3)
+"""Exit statuses of a user's mistake and of a refused log-probability check: the next attempt would end the same."""
+LONGEST_BACKOFF_SECONDS = 30.0
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+
+
+class RunFailedError(RuntimeError):
+    """A process failed for good; the message names it, its exit status and its log."""
+
+
+@dataclass
+class _Child:
+    spec: ProcessSpec
+    mark: str
+    process: subprocess.Popen[bytes]
+    started: float
+    num_restarts: int = 0
+    """Since the run last got ahead with it."""
+    version_at_failure: int = -1
+    restart_at: float = 0.0
+    given_up: bool = False
+
+
+class Supervisor:
+    """The processes of one run. Whoever calls `start` calls `stop`, also when `start` fails.
+
+    Args:
+        specs: in starting order.
+        log_dir: one log file per process, appended to over restarts.
+        max_restarts: per process, without progress in between.
+        healthy_seconds: how long a process must have lived until its restarts may be forgotten.
+        run_mark: the mark of everything the run starts.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ProcessSpec],
+        log_dir: Path,
+        *,
+        max_restarts: int,
+        healthy_seconds: float,
+        run_mark: str,
+    ) -> None:
+        self._specs = tuple(specs)
+        self._log_dir = log_dir
+        self._max_restarts = max_restarts
+        self._healthy_seconds = healthy_seconds
+        self._run_mark = run_mark
+        self._children: list[_Child] = []
+        self._newest_version = 0
+        self.notes: dict[str, str] = {}
+        """What became of processes that failed, by name, until they are well again."""
+
+    def start(self) -> None:
+        """Start all processes. Call it once, from the main thread: children end with the thread that started them."""
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        for spec in self._specs:
+            mark = f"{self._run_mark}.{spec.name}"
+            self._children.append(_Child(spec, mark, self._start(spec, mark), time.monotonic()))
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process id by name, of all that are not given up."""
+        return {child.spec.name: child.process.pid for child in self._children if not child.given_up}
+
+    def running_seconds(self) -> dict[str, float]:
+        """How long every process has been running, by name; those that are not are left out."""
+        now = time.monotonic()
+        return {child.spec.name: now - child.started for child in self._children if child.process.poll() is None}
+
+    def stopped(self) -> set[str]:
+        """Names of the processes that are halted by SIGSTOP, or have a descendant that is."""
+        return {mark.partition(".")[2] for pid, mark in marked(self._run_mark).items() if is_stopped(pid)}
+
+    def progress(self, policy_version: int) -> None:
+        """The run has got this far: what was restarted for it, and still lives, counts as well again."""
+        self._newest_version = max(self._newest_version, policy_version)
+        for name, seconds in self.running_seconds().items():
+            child = self._child(name)
+            ahead = self._newest_version > child.version_at_failure
+            if child.num_restarts and ahead and seconds >= self._healthy_seconds:
+                child.num_restarts = 0
+                self.notes.pop(name, None)
+
+    def kill(self, name: str, reason: str) -> None:
+        """End a process that does not answer; `poll` finds it failed."""
+        child = self._child(name)
+        logger.warning("%s %s: killed", name, reason)
+        _kill_family(child)
+        child.process.wait()
+
+    def start_again(self, name: str) -> None:
+        """A process that has ended, well in its own opinion, is still needed."""
+        self._schedule_restart(self._child(name), 0, time.monotonic())
+
+    def poll(self) -> bool:
+        """Restart what failed. Returns True when the learner has ended well.
+
+        Raises:
+            RunFailedError: when a process is not worth restarting any more, and the run cannot do without it.
+        """
+        now = time.monotonic()
+        for child in self._children:
+            status = child.process.poll()
+            if status is None or child.given_up:
+                continue
+            if child.spec.role == "learner" and status == 0 and child.restart_at == 0.0:
+                return True
+            if child.restart_at == 0.0:
+                self._schedule_restart(child, status, now)
+            elif now >= child.restart_at:
+                child.restart_at = 0.0
+                child.process, child.started = self._start(child.spec, child.mark), now
+        return False
+
+    def _schedule_restart(self, child: _Child, status: int, now: float) -> None:
+        log = self._log_path(child.spec)
+        failed = f"{child.spec.name} ended with status {status}; its log is {log}"
+        # What it started may have outlived it.
+        _kill_family(child)
+        if status in NOT_WORTH_RETRYING or child.num_restarts >= self._max_restarts:
+            self._give_up(child, f"{failed}\n{last_line(log)}")
+            return
+        backoff = min(2.0**child.num_restarts, LONGEST_BACKOFF_SECONDS)
+        child.num_restarts += 1
+        child.restart_at = now + backoff
+        child.version_at_failure = self._newest_version
+        times = "once" if child.num_restarts == 1 else f"{child.num_restarts} times"
+        self.notes[child.spec.name] = f"{child.spec.name} was restarted {times}, last after status {status}"
+        logger.warning("%s; restart %d in %.0f s", failed, child.num_restarts, backoff)
+
+    def _give_up(self, child: _Child, why: str) -> None:
+        """The run goes on as long as it has what it needs: buffer, learner and one actor."""
+        child.given_up = True
+        role = child.spec.role
+        no_actor = all(other.given_up for other in self._children if other.spec.role == "actor")
+        if role in ("buffer", "learner") or (role == "actor" and no_actor):
+            raise RunFailedError(why)
+        self.notes[child.spec.name] = f"{child.spec.name} is given up; its log is {self._log_path(child.spec)}"
+        logger.error("%s\n%s is given up", why, child.spec.name)
+
+    def _child(self, name: str) -> _Child:
+        return next(child for child in self._children if child.spec.name == name)
+
+    def stop(self, grace_seconds: float) -> None:
+        """End everything: the learner, which may write a checkpoint for `grace_seconds`, and then the buffer it needs.
+
+        Waits for: every process. Gives up after: the grace and one more second, by killing what is left.
+        """
+        buffers = [child for child in self._children if child.spec.role == "buffer"]
+        others = [child for child in self._children if child.spec.role != "buffer"]
+        _ask_to_end(others)
+        _wait([child for child in others if child.spec.role == "learner"], grace_seconds)
+        _ask_to_end(buffers)
+        _wait(self._children, 1.0)
+        for child in self._children:
+            _kill_family(child)
+            child.process.wait()
+
+    def _start(self, spec: ProcessSpec, mark: str) -> subprocess.Popen[bytes]:
+        logger.info("starting %s: %s", spec.name, spec.command_line)
+        with self._log_path(spec).open("ab") as log:
+            return subprocess.Popen(
+                spec.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **spec.environment, MARK: mark},
+                # A session of its own: Ctrl-C reaches only the launcher, which ends the others in order.
+                start_new_session=True,
+                # Safe beside threads: it only makes system calls.
+                preexec_fn=partial(_end_with_the_launcher, os.getpid()),  # noqa: PLW1509
+            )
+
+    def _log_path(self, spec: ProcessSpec) -> Path:
+        return self._log_dir / f"{spec.name}.log"
+
+
+def _end_with_the_launcher(launcher: int) -> None:
+    """Runs in the child: the kernel sends SIGTERM when the launcher is gone, however it went."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:
+        os._exit(1)
+
+
+def _ask_to_end(children: Sequence[_Child]) -> None:
+    for child in children:
+        if child.process.poll() is None:
+            child.process.terminate()
+
+
+def _wait(children: Sequence[_Child], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(child.process.poll() is None for child in children):
+        time.sleep(0.02)
+
+
+def _kill_family(child: _Child) -> None:
+    """Kill a process and all it has started, also after it is gone itself."""
+    child.process.kill()
+    kill(marked(child.mark))
+
+
+def last_line(log: Path) -> str:
+    """How a log ends, for the message of a failure."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "(its log is empty)"

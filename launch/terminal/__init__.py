@@ -1,0 +1,1 @@
+"""What a terminal shows during a run and at its end."""

@@ -1,0 +1,1 @@
+"""The algorithms, their advantages, losses and corrections."""

@@ -1,0 +1,286 @@
+"""What an algorithm is: advantages once per batch, a loss once per microbatch, and what they need to be given.
+
+An algorithm is one frozen class, chosen once by Hydra's `_target_` and called by the training loop, which knows no
+algorithm's name. It owns coefficients and no state, talks to no process, and calls no model. All token tensors are
+packed over scored tokens [N]; the advantages see a rank's whole batch, the losses one microbatch of whole sequences.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from learner.algorithms.advantages import Reduce, shape_rewards, terminal_rewards, whiten
+from learner.algorithms.corrections import Correction, DecoupledTIS, Distance
+from learner.algorithms.kl import KLSettings
+from learner.algorithms.losses import Aggregation, batch_counts, kl_estimate, policy_loss, token_weights, weighted_sum
+from learner.algorithms.metrics import MetricSums, policy_metrics
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdvantageInputs:
+    """One rank's batch: whole groups."""
+
+    rewards: Tensor
+    """[num_sequences] float: one per trajectory."""
+    group_index: Tensor
+    """[num_sequences] int64: the group of each trajectory."""
+    sequence_index: Tensor
+    """[N] int64: the trajectory of each scored token; contiguous, in order, every trajectory at least once."""
+    behavior_logprobs: Tensor
+    """[N] log mu."""
+    values: Tensor | None = None
+    """[N] the critic's, if the algorithm needs one."""
+    proximal_logprobs: Tensor | None = None
+    """[N] log pi_prox; None when a batch gets one optimizer step and no extra forward pass was made."""
+    ref_logprobs: Tensor | None = None
+    """[N] the reference's, if the algorithm needs one."""
+    kl_coef: float | None = None
+    """The coefficient of this batch; None: the algorithm's `kl_coef`."""
+    reduce: Reduce | None = None
+    """Sums a small float64 tensor over the ranks; None with one rank."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdvantageOutputs:
+    """What the losses are given; no gradient."""
+
+    advantages: Tensor
+    """[N]."""
+    returns: Tensor | None
+    """[N] the critic's targets; None without a critic."""
+    token_rewards: Tensor
+    """[N] the reward at each trajectory's last token, less the KL penalty if it is in the reward."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossInputs:
+    """One microbatch of the policy. Only `logprobs` and `entropy` carry a gradient."""
+
+    logprobs: Tensor
+    """[N] log pi."""
+    entropy: Tensor
+    """[N] nats, of the whole distribution each token was drawn from."""
+    behavior_logprobs: Tensor
+    """[N] log mu."""
+    advantages: Tensor
+    """[N]."""
+    token_weights: Tensor
+    """[N] from `Algorithm.token_weights`; 0 masks a token."""
+    sequence_index: Tensor
+    """[N] int64: the trajectory of each token; every trajectory is here whole."""
+    proximal_logprobs: Tensor | None = None
+    """[N] log pi_prox; None with one optimizer step per batch: then pi_prox = sg(pi)."""
+    ref_logprobs: Tensor | None = None
+    """[N] the reference's; needed with `kl=loss`, otherwise only shown in the metrics."""
+    kl_coef: float | None = None
+    """The coefficient of this step; None: the algorithm's `kl_coef`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueLossInputs:
+    """One microbatch of the critic. Only `values` carries a gradient."""
+
+    values: Tensor
+    """[N] under the weights being trained."""
+    old_values: Tensor
+    """[N] when the batch began."""
+    returns: Tensor
+    """[N] targets."""
+    token_weights: Tensor
+    """[N] from `Algorithm.token_weights`; 0 masks a token."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossOutputs:
+    """A share of the global loss: the shares of all microbatches of all ranks add up to it."""
+
+    loss: Tensor
+    """Scalar to call backward on."""
+    metrics: MetricSums
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(KLSettings, ABC):
+    """The clipped policy loss with its corrections, and what differs between algorithms as methods to write.
+
+    Raises:
+        ValueError: when fields contradict each other.
+    """
+
+    needs_critic: ClassVar[bool] = False
+    min_group_size: ClassVar[int] = 1
+    """Completions per prompt below which every advantage would be 0."""
+
+    correction: Correction = field(default_factory=DecoupledTIS)
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    """u = pi/pi_prox is clipped to [1 - clip_low, 1 + clip_high]."""
+    whiten_advantages: bool = False
+    """Mean 0 and variance 1 over the scored tokens of the whole batch, all ranks together."""
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
+    reward_clip: float | None = None
+    """A reward r counts as clip(reward_scale r + reward_shift, -reward_clip, reward_clip); None: unclipped."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    aggregation: Aggregation = "token_mean"
+    constant_length: int = 0
+    """Tokens; for `aggregation=constant` only."""
+
+    def __post_init__(self) -> None:
+        KLSettings.__post_init__(self)
+        name = type(self).__name__
+        if self.correction.corrects_targets and not self.needs_critic:
+            raise ValueError(
+                f"algorithm: {name} has no critic whose targets {type(self.correction).__name__} could correct; choose"
+                " algorithm=ppo, or correction=decoupled_tis"
+            )
+        if self.correction.judges_completions and self.needs_critic:
+            raise ValueError(
+                f"algorithm: {type(self.correction).__name__} asks whether a completion as a whole was good, and the"
+                f" critic of {name} judges every token by itself; choose an algorithm without critic, for example"
+                " algorithm=rloo, or correction=decoupled_tis"
+            )
+        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+            raise ValueError(
+                f"algorithm: clip_low={self.clip_low} must lie in [0, 1] and clip_high={self.clip_high} at or above 0;"
+                " 0.2 is usual for both"
+            )
+        if self.reward_scale <= 0 or (self.reward_clip is not None and self.reward_clip <= 0):
+            raise ValueError(
+                f"algorithm: reward_scale={self.reward_scale} and reward_clip={self.reward_clip} must be above 0, or"
+                " good and bad completions look alike; leave reward_clip null to clip nothing"
+            )
+        if self.aggregation not in get_args(Aggregation):
+            raise ValueError(
+                f"algorithm: aggregation is {self.aggregation!r}; choose token_mean, sequence_mean or constant"
+            )
+        if self.aggregation == "constant" and self.constant_length < 1:
+            raise ValueError(
+                f"algorithm: aggregation=constant divides by constant_length={self.constant_length}; set it to the"
+                " longest completion in tokens"
+            )
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether `AdvantageInputs.proximal_logprobs` must be given even with one optimizer step per batch."""
+        return self.correction.corrects_targets
+
+    @abstractmethod
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        """From rewards to what the losses weigh each token by. Waits for: the other ranks, where `reduce` is called."""
+
+    def value_loss(self, inputs: ValueLossInputs) -> LossOutputs:
+        """The critic's share of the loss, for its own optimizer; only where `needs_critic`."""
+        raise TypeError(f"{type(self).__name__} has no critic, so it has no value loss")
+
+    def token_weights(
+        self, loss_mask: Tensor, sequence_index: Tensor, *, num_tokens: float, num_sequences: float
+    ) -> Tensor:
+        """[N] what each token counts; the counts are `losses.batch_counts` of one optimizer step over all ranks."""
+        return token_weights(
+            loss_mask,
+            sequence_index,
+            aggregation=self.aggregation,
+            num_tokens=num_tokens,
+            num_sequences=num_sequences,
+            constant_length=self.constant_length,
+        )
+
+    def loss(self, inputs: LossInputs) -> LossOutputs:
+        """policy_loss + kl_coef * KL (if in the loss) - entropy_coef * entropy, of one microbatch."""
+        mask = inputs.token_weights > 0
+        proximal = inputs.logprobs.detach() if inputs.proximal_logprobs is None else inputs.proximal_logprobs
+        distance = Distance(proximal, inputs.behavior_logprobs, inputs.advantages, mask, inputs.sequence_index)
+        weights = self.correction.weights(distance)
+        denominator = self.denominator(inputs.logprobs, distance)
+        policy_term = self.policy_term(inputs, denominator, weights, mask)
+        entropy = weighted_sum(inputs.entropy, mask, inputs.token_weights)
+        total = policy_term - self.entropy_coef * entropy if self.entropy_coef else policy_term
+        metrics = policy_metrics(
+            logprobs=inputs.logprobs,
+            proximal_logprobs=proximal,
+            behavior_logprobs=inputs.behavior_logprobs,
+            ratio_logprobs=denominator,
+            advantages=inputs.advantages,
+            entropy=inputs.entropy,
+            importance_weights=weights,
+            capped=self.correction.ratios(distance) > self.correction.cap,
+            loss_mask=mask,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+        )
+        if self.kl == "loss" or inputs.ref_logprobs is not None:
+            penalty, kl_metrics = self._reference_kl(inputs, mask)
+            total = total + penalty
+            metrics = metrics + kl_metrics
+        terms = MetricSums({"policy_loss": policy_term.detach(), "total_loss": total.detach()})
+        return LossOutputs(total, metrics + terms)
+
+    def denominator(self, logprobs: Tensor, distance: Distance) -> Tensor:
+        """[N] log of what pi is divided by in the clipped ratio; no gradient."""
+        return distance.behavior_logprobs if self.correction.clips_behavior else distance.proximal_logprobs
+
+    def policy_term(self, inputs: LossInputs, denominator: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+        """Scalar: the clipped policy loss."""
+        return policy_loss(
+            inputs.logprobs,
+            denominator,
+            inputs.behavior_logprobs,
+            inputs.advantages,
+            mask,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            importance_weights=weights,
+            token_weights=inputs.token_weights,
+        )
+
+    def token_rewards(self, batch: AdvantageInputs) -> Tensor:
+        """[N] each trajectory's shaped reward at its last token, less kl_coef * k1 on every token if KL is there.
+
+        The KL is that of pi_prox, or of mu where the batch has no `proximal_logprobs`.
+        """
+        logprobs = batch.behavior_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
+        shaped = shape_rewards(batch.rewards, scale=self.reward_scale, shift=self.reward_shift, clip=self.reward_clip)
+        rewards = terminal_rewards(shaped, batch.sequence_index, dtype=logprobs.dtype)
+        if self.kl == "reward":
+            reference = self._given(batch.ref_logprobs, "ref_logprobs")
+            rewards = rewards - self._kl_coef(batch.kl_coef) * kl_estimate(logprobs.detach(), reference, "k1")
+        return rewards
+
+    def whitened(self, advantages: Tensor, batch: AdvantageInputs) -> Tensor:
+        """[N] the advantages of all tokens, whitened over all ranks if `whiten_advantages`."""
+        if not self.whiten_advantages:
+            return advantages
+        return whiten(advantages, torch.ones_like(advantages, dtype=torch.bool), reduce=batch.reduce)
+
+    def _kl_coef(self, given: float | None) -> float:
+        return self.kl_coef if given is None else given
+
+    def _reference_kl(self, inputs: LossInputs, mask: Tensor) -> tuple[Tensor, MetricSums]:
+        """(the KL term of the loss, 0 unless it belongs there; the KL to the reference as sums over tokens)."""
+        # Masked before they are subtracted: the gradient of e^NaN is NaN even where it is not summed.
+        reference = torch.where(mask, self._given(inputs.ref_logprobs, "ref_logprobs"), 0.0)
+        logprobs = torch.where(mask, inputs.logprobs, 0.0)
+        fixed = logprobs.detach()
+        coefficient = self._kl_coef(inputs.kl_coef) if self.kl == "loss" else 0.0
+        estimate = kl_estimate(logprobs, reference, self.kl_kind or "k3")
+        penalty = coefficient * weighted_sum(estimate, mask, inputs.token_weights)
+        ones = torch.ones_like(inputs.token_weights)
+        sums = {
+            "kl_penalty": penalty.detach(),
+            "reference_kl_k1": weighted_sum(kl_estimate(fixed, reference, "k1"), mask, ones),
+            "reference_kl_k3": weighted_sum(kl_estimate(fixed, reference, "k3"), mask, ones),
+            "num_sequences": batch_counts(mask, inputs.sequence_index)[1],
+        }
+        return penalty, MetricSums(sums)
+
+    def _given(self, tensor: Tensor | None, name: str) -> Tensor:
+        if tensor is None:
+            raise ValueError(f"{type(self).__name__} needs {name}, but the batch was not annotated with it")
+        return tensor

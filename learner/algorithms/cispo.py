@@ -1,0 +1,33 @@
+"""CISPO (MiniMax-M1, 2025): GRPO's advantages, and REINFORCE with a clipped ratio as a constant weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from learner.algorithms.base import LossInputs
+from learner.algorithms.grpo import GRPO
+from learner.algorithms.losses import cispo_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(GRPO):
+    """Every token keeps its gradient; the clip only bounds how much it counts."""
+
+    clip_low: float = 1.0
+    """1: unbounded below, as published."""
+    clip_high: float = 4.0
+
+    def policy_term(self, inputs: LossInputs, denominator: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+        """Scalar: -sum m/N w clip(u) A log pi."""
+        return cispo_loss(
+            inputs.logprobs,
+            denominator,
+            inputs.advantages,
+            mask,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            importance_weights=weights,
+            token_weights=inputs.token_weights,
+        )

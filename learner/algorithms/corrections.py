@@ -1,0 +1,329 @@
+"""The corrections: what the distance between mu and pi_prox does to the loss `sg(w) * min(u A, clip(u) A)`.
+
+One frozen class each, chosen by Hydra's `_target_` and called by the algorithm; the equations are those of
+`learner/algorithms/importance.py`. Shapes as there. A correction says by class attributes what it must be given; the
+algorithm refuses one that it cannot serve.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from learner.algorithms.advantages import gae
+from learner.algorithms.importance import (
+    SequenceRatio,
+    ratio,
+    sequence_log_ratio,
+    sum_per_sequence,
+    to_tokens,
+    truncated_weights,
+    vtrace,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Distance:
+    """What a correction may look at: one microbatch of whole sequences, [N] or [B, T]; no gradient."""
+
+    proximal_logprobs: Tensor
+    """log pi_prox."""
+    behavior_logprobs: Tensor
+    """log mu."""
+    advantages: Tensor
+    loss_mask: Tensor
+    """bool."""
+    sequence_index: Tensor | None = None
+    """[N] int64: the sequence of each packed token; None: every row is one."""
+
+    def ratios(self) -> Tensor:
+        """pi_prox/mu of each token; 1 where the mask is False."""
+        return ratio(self.proximal_logprobs, self.behavior_logprobs, self.loss_mask)
+
+    def sequence_ratios(self, kind: SequenceRatio) -> Tensor:
+        """pi_prox/mu of its whole sequence at each token; 1 where the mask is False."""
+        logs = self.proximal_logprobs, self.behavior_logprobs
+        return sequence_log_ratio(*logs, self.loss_mask, self.sequence_index, kind=kind).exp()
+
+    def ones(self) -> Tensor:
+        """1 at each token, 0 where the mask is False, in the precision of the ratios."""
+        return self.loss_mask.to(self.ratios().dtype)
+
+    def truncated(self, cap: float) -> Tensor:
+        """min(pi_prox/mu, cap) of each token; 0 where the mask is False."""
+        logs = self.proximal_logprobs, self.behavior_logprobs
+        return truncated_weights(*logs, self.loss_mask, max_importance_weight=cap)
+
+
+class Correction(ABC):
+    """What the distance between mu and pi_prox does to the loss."""
+
+    corrects_targets: ClassVar[bool] = False
+    """Whether it corrects what a critic is to learn; needs pi_prox before the advantages are made."""
+    judges_completions: ClassVar[bool] = False
+    """Whether it asks if a completion as a whole was good, which a critic's advantage per token does not tell."""
+    clips_behavior: ClassVar[bool] = False
+    """Whether the clipped ratio is pi/mu instead of pi/pi_prox."""
+
+    @abstractmethod
+    def weights(self, distance: Distance) -> Tensor:
+        """The weight w of every token, without gradient; 0 where the mask is False."""
+
+    def ratios(self, distance: Distance) -> Tensor:
+        """What is weighed, before anything is cut off: pi_prox/mu of each token, or of its sequence."""
+        return distance.ratios()
+
+    @property
+    def cap(self) -> float:
+        """The ratio above which a token counts as capped; infinite when nothing is truncated."""
+        return math.inf
+
+    def estimate(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        loss_mask: Tensor,
+        *,
+        gamma: float,
+        lam: float,
+        proximal_logprobs: Tensor | None,
+        behavior_logprobs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """(advantages, the critic's targets), padded [B, T]; a correction of the critic's targets overrides this."""
+        return gae(rewards, values, loss_mask, gamma=gamma, lam=lam)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoupledTIS(Correction):
+    """Truncated importance sampling beside a proximal clip: w = min(pi_prox/mu, C), u = pi/pi_prox."""
+
+    max_importance_weight: float = 2.0
+    """C: above 0; 1 never amplifies a token, infinity never truncates one."""
+
+    def __post_init__(self) -> None:
+        _check_cap("decoupled_tis", "max_importance_weight", self.max_importance_weight)
+
+    def weights(self, distance: Distance) -> Tensor:
+        """min(pi_prox/mu, C)."""
+        return distance.truncated(self.max_importance_weight)
+
+    @property
+    def cap(self) -> float:
+        """C."""
+        return self.max_importance_weight
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedTIS(Correction):
+    """PPO's clip against mu as a weight: w = min(pi_prox/mu, C), 0 once pi_prox is where the advantage wants it.
+
+    That is above `high` for A > 0 and below `low` for A < 0. A token on the wrong side keeps its weight, so that what
+    went too far can come back. u = pi/pi_prox.
+    """
+
+    low: float = 0.6
+    high: float = 2.0
+    max_importance_weight: float = 5.0
+    """C."""
+
+    def __post_init__(self) -> None:
+        _check_interval("clipped_tis", self.low, self.high)
+        _check_cap("clipped_tis", "max_importance_weight", self.max_importance_weight)
+
+    def weights(self, distance: Distance) -> Tensor:
+        """min(pi_prox/mu, C), or 0."""
+        ratios = distance.ratios()
+        arrived = torch.where(distance.advantages < 0, ratios < self.low, ratios > self.high)
+        return distance.truncated(self.max_importance_weight) * ~arrived
+
+    @property
+    def cap(self) -> float:
+        """C."""
+        return self.max_importance_weight
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask(Correction):
+    """IcePop: a token whose pi_prox/mu lies outside [low, high] is left out; inside, w = pi_prox/mu. u = pi/pi_prox."""
+
+    low: float = 0.5
+    high: float = 5.0
+
+    def __post_init__(self) -> None:
+        _check_interval("token_mask", self.low, self.high)
+
+    def weights(self, distance: Distance) -> Tensor:
+        """pi_prox/mu where it lies in [low, high], else 0."""
+        return _inside(self.ratios(distance), self.low, self.high) * distance.loss_mask
+
+
+@dataclass(frozen=True, slots=True)
+class PPOBehavior(Correction):
+    """Textbook PPO on stale data: u = pi/mu is clipped, w = 1. The trust region then lies around old policies."""
+
+    clips_behavior: ClassVar[bool] = True
+
+    def weights(self, distance: Distance) -> Tensor:
+        """1 on every token of the mask."""
+        return distance.ones()
+
+
+@dataclass(frozen=True, slots=True)
+class NoCorrection(Correction):
+    """Data is taken as if pi_prox had sampled it: w = 1, u = pi/pi_prox. The metrics still show the distance."""
+
+    def weights(self, distance: Distance) -> Tensor:
+        """1 on every token of the mask."""
+        return distance.ones()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceMask(Correction):
+    """A sequence whose ratio pi_prox/mu lies outside [low, high] is left out; inside, w is that ratio. u = pi/pi_prox.
+
+    The ratio of a long sequence is all or nothing as a product; its geometric mean does not depend on the length.
+    """
+
+    ratio: SequenceRatio = "geometric"
+    low: float = 0.5
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        _check_kind("sequence_mask", self.ratio)
+        _check_interval("sequence_mask", self.low, self.high)
+
+    def weights(self, distance: Distance) -> Tensor:
+        """The sequence's ratio where it lies in [low, high], else 0."""
+        return _inside(self.ratios(distance), self.low, self.high) * distance.loss_mask
+
+    def ratios(self, distance: Distance) -> Tensor:
+        """pi_prox/mu of the whole sequence."""
+        return distance.sequence_ratios(self.ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceTIS(Correction):
+    """Every token of a sequence weighs w = min(C, pi_prox/mu of the whole sequence). u = pi/pi_prox."""
+
+    ratio: SequenceRatio = "product"
+    max_importance_weight: float = 2.0
+    """C."""
+
+    def __post_init__(self) -> None:
+        _check_kind("sequence_tis", self.ratio)
+        _check_cap("sequence_tis", "max_importance_weight", self.max_importance_weight)
+
+    def weights(self, distance: Distance) -> Tensor:
+        """min(C, the sequence's ratio)."""
+        return self.ratios(distance).clamp(max=self.max_importance_weight) * distance.loss_mask
+
+    def ratios(self, distance: Distance) -> Tensor:
+        """pi_prox/mu of the whole sequence."""
+        return distance.sequence_ratios(self.ratio)
+
+    @property
+    def cap(self) -> float:
+        """C."""
+        return self.max_importance_weight
+
+
+@dataclass(frozen=True, slots=True)
+class TOPR(Correction):
+    """Tapered off-policy REINFORCE: good completions weigh 1, bad ones min(1, pi_prox/mu of the whole sequence).
+
+    What was good is imitated however unlikely it has become; what was bad is pushed away only as far as the policy
+    would still say it. Good is a completion whose advantages sum to 0 or more.
+    """
+
+    judges_completions: ClassVar[bool] = True
+
+    def weights(self, distance: Distance) -> Tensor:
+        """1 or min(1, the sequence's product ratio)."""
+        mask, index = distance.loss_mask, distance.sequence_index
+        sums = sum_per_sequence(torch.where(mask, distance.advantages, 0.0), index)
+        tapered = self.ratios(distance).clamp(max=1.0)
+        return torch.where(to_tokens(sums >= 0, index), torch.ones_like(tapered), tapered) * mask
+
+    def ratios(self, distance: Distance) -> Tensor:
+        """pi_prox/mu of the whole sequence."""
+        return distance.sequence_ratios("product")
+
+    @property
+    def cap(self) -> float:
+        """1."""
+        return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class VTrace(Correction):
+    """IMPALA: critic's targets and advantages are corrected too; w = min(pi_prox/mu, rho_bar), u = pi/pi_prox."""
+
+    corrects_targets: ClassVar[bool] = True
+
+    rho_bar: float = 1.0
+    c_bar: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_cap("vtrace", "rho_bar", self.rho_bar)
+        _check_cap("vtrace", "c_bar", self.c_bar)
+        if self.c_bar > self.rho_bar:
+            raise ValueError(
+                f"correction vtrace: c_bar={self.c_bar} is above rho_bar={self.rho_bar}, and V-trace is defined for"
+                " c_bar <= rho_bar; set c_bar lower"
+            )
+
+    def weights(self, distance: Distance) -> Tensor:
+        """min(pi_prox/mu, rho_bar)."""
+        return distance.truncated(self.rho_bar)
+
+    @property
+    def cap(self) -> float:
+        """rho_bar."""
+        return self.rho_bar
+
+    def estimate(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        loss_mask: Tensor,
+        *,
+        gamma: float,
+        lam: float,
+        proximal_logprobs: Tensor | None,
+        behavior_logprobs: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """V-trace's advantages and targets."""
+        if proximal_logprobs is None:
+            raise ValueError("correction vtrace needs proximal_logprobs, but the batch was not annotated with them")
+        coefficients = {"gamma": gamma, "lam": lam, "rho_bar": self.rho_bar, "c_bar": self.c_bar}
+        targets, advantages = vtrace(proximal_logprobs, behavior_logprobs, rewards, values, loss_mask, **coefficients)
+        return advantages, targets
+
+
+def _inside(ratios: Tensor, low: float, high: float) -> Tensor:
+    return ratios * ((ratios >= low) & (ratios <= high))
+
+
+def _check_cap(name: str, setting: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(
+            f"correction {name}: {setting} is {value}, which would remove every token; set it above 0 (1 or 2 is usual)"
+        )
+
+
+def _check_interval(name: str, low: float, high: float) -> None:
+    if not 0 <= low <= 1 <= high:
+        raise ValueError(
+            f"correction {name}: the interval [{low}, {high}] must contain 1 and not reach below 0, or on-policy tokens"
+            " are masked too; set low to 0..1 and high to 1 or more"
+        )
+
+
+def _check_kind(name: str, kind: str) -> None:
+    if kind not in get_args(SequenceRatio):
+        raise ValueError(f"correction {name}: ratio is {kind!r}; choose product or geometric")

@@ -1,0 +1,51 @@
+"""GRPO (Shao et al. 2024): the other completions of the same prompt take the critic's place.
+
+Dr. GRPO, DAPO, RLOO and REINFORCE++-baseline are settings of it, files of their own in `configs/algorithm/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from learner.algorithms.advantages import group_relative, leave_one_out
+from learner.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm
+from learner.algorithms.importance import sum_per_sequence
+
+Baseline = Literal["group_mean", "leave_one_out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Algorithm):
+    """Every token of a completion gets its advantage: reward less the baseline, over the group's deviation."""
+
+    min_group_size: ClassVar[int] = 2
+
+    baseline: Baseline = "group_mean"
+    """group_mean, or leave_one_out: the mean of the others only (RLOO)."""
+    normalize_std: bool = True
+    """Divide by the group's standard deviation; off, easy and hard prompts keep their smaller advantages."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline not in get_args(Baseline):
+            raise ValueError(f"algorithm: baseline is {self.baseline!r}; choose group_mean or leave_one_out")
+        if self.baseline == "leave_one_out" and self.normalize_std:
+            raise ValueError(
+                "algorithm: baseline=leave_one_out with normalize_std=True is no published estimator; set normalize_std"
+                " to false, or baseline to group_mean"
+            )
+
+    @torch.no_grad()
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        """Of the completions' total rewards, KL penalty included if it is in the reward."""
+        token_rewards = self.token_rewards(batch)
+        totals = sum_per_sequence(token_rewards, batch.sequence_index)
+        if self.baseline == "leave_one_out":
+            compared = leave_one_out(totals, batch.group_index)
+        else:
+            compared = group_relative(totals, batch.group_index, normalize_std=self.normalize_std)
+        advantages = self.whitened(compared[batch.sequence_index], batch)
+        return AdvantageOutputs(advantages, None, token_rewards)

@@ -1,0 +1,36 @@
+"""REINFORCE++ (Hu et al. 2025): no critic and no groups; advantages are normalized over the whole batch.
+
+Its variant with the group's mean as baseline is a setting of GRPO: `configs/algorithm/reinforce_pp_baseline.yaml`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from learner.algorithms.advantages import gae, pad, pad_mask
+from learner.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePP(Algorithm):
+    """Every token gets the rewards that follow it, KL penalties among them, whitened over the whole batch."""
+
+    gamma: float = 1.0
+    whiten_advantages: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f"algorithm: gamma={self.gamma} must lie in [0, 1]; 1 is usual")
+
+    @torch.no_grad()
+    def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
+        """A_t = sum_{k >= t} gamma^(k - t) r_k, then whitened over all ranks."""
+        token_rewards = self.token_rewards(batch)
+        mask = pad_mask(batch.sequence_index, len(batch.rewards))
+        rewards = pad(token_rewards, mask)
+        # Without values, GAE at lambda 1 is the sum of what follows.
+        sums, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=self.gamma, lam=1.0)
+        return AdvantageOutputs(self.whitened(sums[mask], batch), None, token_rewards)

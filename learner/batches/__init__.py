@@ -1,0 +1,1 @@
+"""From received groups to packed microbatches."""

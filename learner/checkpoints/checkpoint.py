@@ -1,0 +1,277 @@
+"""Checkpoints that are complete or absent: written under a temporary name, flushed, then renamed.
+
+`RUN_DIR/checkpoints/00000050/` holds `policy/` (a Hugging Face folder), `policy_state/` and `critic_state/` (what
+DeepSpeed needs to go on), `adapter/` (only with LoRA, in peft's format; `policy/` has it merged), `reference.pt` (only
+where the reference is refreshed), `rng/` (random generators, a file per rank), `learner.json` and `manifest.json`
+(every file's size and digest). Only folders whose name is a number count. One whose files are not as they were written
+is reported and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from torch import nn
+
+from learner.checkpoints.manifest import defect, write_manifest
+from learner.checkpoints.rng import load_generators, save_generators
+from learner.config import LoraConfig
+from learner.distributed.deepspeed_engine import TrainingEngine, any_rank, barrier, rank_and_world_size
+from learner.distributed.state_file import read_state_file, write_state
+from learner.models.lora import save_adapter
+
+logger = logging.getLogger(__name__)
+
+POLICY_PREFIX = "causal_lm."
+REFERENCE = "reference.pt"
+INCOMPLETE, BROKEN = ".incomplete", ".broken"
+
+
+class CheckpointError(ValueError):
+    """There are checkpoints, and none that this learner can go on from."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint was not written, on any rank; those before it are untouched."""
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The complete checkpoint with the highest version, if there is one. Its files are not looked at."""
+    return next(iter(_complete(directory)), None)
+
+
+def sound_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None before the first.
+
+    Broken newer ones are reported and set aside as VERSION.broken, and unfinished ones are removed. Called by one rank.
+
+    Raises:
+        CheckpointError: when there are checkpoints and none is sound: starting anew would forget the run.
+    """
+    for leftover in directory.glob(f"*{INCOMPLETE}"):
+        shutil.rmtree(leftover)
+    broken: list[tuple[Path, str]] = []
+    for checkpoint in _complete(directory):
+        problem = defect(checkpoint)
+        if problem is None:
+            for path, _ in broken:
+                shutil.rmtree(path.with_suffix(BROKEN), ignore_errors=True)
+                path.rename(path.with_suffix(BROKEN))
+            return checkpoint
+        logger.error("checkpoint %s is broken: %s", checkpoint, problem)
+        broken.append((checkpoint, problem))
+    if broken:
+        raise CheckpointError(
+            f"none of the {len(broken)} checkpoints in {directory} is sound (the newest, {broken[0][0].name}:"
+            f" {broken[0][1]}); restore one from a copy, or remove them all to start again at policy 0"
+        )
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `state`."""
+    state: dict[str, Any] = json.loads((checkpoint / "learner.json").read_text())
+    return state
+
+
+def save_checkpoint(
+    directory: Path,
+    policy_version: int,
+    policy: TrainingEngine,
+    critic: TrainingEngine | None,
+    *,
+    reference: nn.Module | None = None,
+    base_path: Path,
+    dtype: torch.dtype,
+    lora: LoraConfig | None = None,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write one checkpoint; every rank must call it.
+
+    Args:
+        directory: RUN_DIR/checkpoints.
+        policy_version: names the folder.
+        policy: gathered into a Hugging Face folder, and saved with its optimizer.
+        critic: saved with its optimizer; None without one.
+        reference: rank 0's is saved; None when it can be had from the model's folder.
+        base_path: the folder the policy started from; configuration and tokenizer are copied from it.
+        dtype: of the exported weights.
+        lora: the policy's adapters; None without.
+        state: small JSON-able values to resume with.
+        keep: how many checkpoints stay; the oldest are removed after the new one is complete.
+
+    Raises:
+        CheckpointWriteError: on every rank, when any of them could not write its part; nothing is left of it.
+    """
+    rank, world_size = rank_and_world_size()
+    final = directory / f"{policy_version:08d}"
+    temporary = final.with_suffix(INCOMPLETE)
+
+    def finish() -> None:
+        state_of_run = {"policy_version": policy_version, "num_ranks": world_size, **state}
+        (temporary / "learner.json").write_text(json.dumps(state_of_run, indent=2))
+        write_manifest(temporary)
+        _flush(temporary)
+        temporary.rename(final)
+        try:
+            _flush_one(directory)
+        except OSError:
+            # Its name may not survive a power cut, so it must not count now either.
+            shutil.rmtree(final, ignore_errors=True)
+            raise
+
+    try:
+        _on_rank_0(lambda: _make_empty(temporary), policy.device)
+        _together(lambda: export_policy(policy, temporary / "policy", base_path=base_path, dtype=dtype), policy.device)
+        if lora is not None and lora.rank:
+            _together(lambda: export_adapter(policy, temporary / "adapter", lora, base_path), policy.device)
+        _together(lambda: policy.save(temporary / "policy_state"), policy.device)
+        if critic is not None:
+            _together(lambda: critic.save(temporary / "critic_state"), policy.device)
+        if reference is not None:
+            _on_rank_0(lambda: write_state(reference.state_dict(), temporary / REFERENCE), policy.device)
+        _together(lambda: save_generators(_generators(temporary, rank)), policy.device)
+        _on_rank_0(finish, policy.device)
+    except CheckpointWriteError:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if rank == 0:
+        _remove_old(directory, keep)
+        logger.info("checkpoint of policy %d written to %s", policy_version, final)
+    barrier()
+    return final
+
+
+def export_policy(policy: TrainingEngine, folder: Path, *, base_path: Path, dtype: torch.dtype) -> None:
+    """The policy as a Hugging Face folder that transformers and vLLM load; every rank must call it.
+
+    Raises:
+        OSError: when the folder cannot be written; after all ranks have gathered.
+    """
+    rank, _ = rank_and_world_size()
+    weights = {name.removeprefix(POLICY_PREFIX): tensor for name, tensor in policy.gather(dtype)}
+    if rank:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(base_path.iterdir()):
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and "index" not in path.name:
+            shutil.copy2(path, folder / path.name)
+    try:
+        save_torch_state_dict(weights, folder, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
+
+
+def export_adapter(policy: TrainingEngine, folder: Path, lora: LoraConfig, base_path: Path) -> None:
+    """The policy's adapters as a folder that peft loads; every rank must call it. Raises what `export_policy` does."""
+    tensors = {name.removeprefix(POLICY_PREFIX): tensor for name, tensor in policy.gather(torch.float32, adapters=True)}
+    if rank_and_world_size()[0] == 0:
+        save_adapter(tensors, folder, lora, base_path)
+
+
+def check_same_adapters(checkpoint: Path, written: LoraConfig, wanted: LoraConfig) -> None:
+    """Whether the adapters in `checkpoint` are those that this run trains.
+
+    Raises:
+        CheckpointError: their rank, alpha or layers are others.
+    """
+    names = written.differences(wanted)
+    if names:
+        theirs, ours = (
+            " and ".join(f"learner.lora.{name}={getattr(lora, name)}" for name in names) for lora in (written, wanted)
+        )
+        raise CheckpointError(
+            f"{checkpoint} was written with {theirs}, which {ours} cannot go on from; set what it was, or start a new"
+            f" run from it with model.path={checkpoint / 'policy'}"
+        )
+
+
+def load_checkpoint(
+    checkpoint: Path, policy: TrainingEngine, critic: TrainingEngine | None, reference: nn.Module | None = None
+) -> None:
+    """Weights, master weights, optimizer state and random generators as they were; every rank must call it.
+
+    `reference`, where it was saved, gets its weights back too.
+
+    Raises:
+        CheckpointError: when sharded state was written by another number of ranks.
+    """
+    rank, world_size = rank_and_world_size()
+    written_by = int(read_state(checkpoint)["num_ranks"])
+    if written_by != world_size and policy.is_sharded:
+        raise CheckpointError(
+            f"{checkpoint} was written by {written_by} learner ranks and its state is sharded; continue with"
+            f" learner.num_ranks={written_by} instead of {world_size}"
+        )
+    policy.load(checkpoint / "policy_state")
+    if critic is not None:
+        critic.load(checkpoint / "critic_state")
+    if reference is not None:
+        reference.load_state_dict(read_state_file(checkpoint / REFERENCE))
+    if written_by == world_size:
+        load_generators(_generators(checkpoint, rank))
+    logger.info("resumed from %s", checkpoint)
+
+
+def _complete(directory: Path) -> list[Path]:
+    """The newest first."""
+    numbered = [path for path in directory.glob("*") if path.name.isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name), reverse=True)
+
+
+def _generators(checkpoint: Path, rank: int) -> Path:
+    return checkpoint / "rng" / f"rank-{rank}.pt"
+
+
+def _together(write: Callable[[], None], device: torch.device) -> None:
+    """`write`, and CheckpointWriteError on every rank when it raised OSError on any. Also a barrier."""
+    problem = ""
+    try:
+        write()
+    except OSError as error:
+        problem = str(error)
+    if any_rank(bool(problem), device):
+        raise CheckpointWriteError(problem or "another rank could not write its part; its log says why")
+
+
+def _on_rank_0(write: Callable[[], None], device: torch.device) -> None:
+    rank, _ = rank_and_world_size()
+    _together(write if rank == 0 else lambda: None, device)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _remove_old(directory: Path, keep: int) -> None:
+    complete = _complete(directory)
+    kept = complete[: max(keep, 1)]
+    set_aside = [path for path in directory.glob(f"*{BROKEN}") if int(path.stem) < int(kept[-1].name)]
+    for old in (*complete[len(kept) :], *set_aside):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""DeepSpeed, ranks, and what the ranks say to each other."""

@@ -1,0 +1,1 @@
+"""Policy and critic: attention, output layer, adapters, faster layers."""

@@ -1,0 +1,164 @@
+"""The networks the learner trains: a Hugging Face decoder over packed sequences, with a language-model or a value head.
+
+Sequences are concatenated to one axis and no padding is computed: position ids restart with every sequence, and
+`learner/models/attention.py` keeps attention inside each one. What sequences have in common at their beginning, such
+as a group's prompt, is computed once and repeated only for attention. Only the scored tokens go through the head, and
+their [tokens x vocabulary] matrix is never held whole. `learner/models/cpu_layers.py` has layers that are faster than
+transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from learner.batches.prefix_sharing import SharedPrefixes
+from learner.config import LoraConfig
+from learner.models.attention import PACKED_ATTENTION
+from learner.models.cpu_layers import hasten
+from learner.models.head import ScoringHead
+from learner.models.lora import add_adapters, four_bit_base
+
+
+class ScoredDecoder(nn.Module):
+    """A decoder over packed sequences, and what its states say about the tokens to score."""
+
+    tokens_at_par: float
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        boundaries: Sequence[int],
+        targets: Tensor,
+        shared: SharedPrefixes | None = None,
+    ) -> Any:
+        """What the subclass makes of the states [M, hidden_size] that the scored tokens were sampled from.
+
+        Args:
+            token_ids: [N] int64 packed sequences.
+            position_ids: [N] int64, restarting at 0 with every sequence.
+            boundaries: [num_sequences + 1] start offsets and N.
+            targets: [M] int64 indices into N of the tokens to score; never the first of a sequence.
+            shared: what the sequences have in common; None: every token is computed.
+        """
+        predecessors = targets - 1
+        computed, positions = token_ids, position_ids
+        if shared is not None:
+            computed, positions = token_ids[shared.computed], position_ids[shared.computed]
+            predecessors = shared.source[predecessors]
+        output = self._decoder()(
+            input_ids=computed.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            boundaries=tuple(boundaries),
+            shared=shared,
+        )
+        # An index's gradient assumes that rows repeat and sorts them; this one's only adds.
+        states = output.last_hidden_state[0].index_select(0, predecessors)
+        return self._outputs(states, token_ids[targets])
+
+    def _decoder(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _outputs(self, states: Tensor, scored: Tensor) -> Any:
+        """Of [M, hidden_size] states and the [M] int64 tokens that came after them."""
+        raise NotImplementedError
+
+
+class PolicyModel(ScoredDecoder):
+    """A causal language model that scores given tokens under the sampling temperature."""
+
+    def __init__(self, causal_lm: PreTrainedModel, temperature: float) -> None:
+        super().__init__()
+        causal_lm.set_output_embeddings(ScoringHead.of(causal_lm.get_output_embeddings()))
+        hasten(causal_lm)
+        self.causal_lm = causal_lm
+        self.temperature = temperature
+        self.tokens_at_par = _tokens_at_par(causal_lm.get_decoder())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype,
+        temperature: float,
+        checkpointing: bool,
+        lora: LoraConfig | None = None,
+    ) -> PolicyModel:
+        """The Hugging Face folder `path` as a policy; `temperature` is the one the actors sample at."""
+        lora = lora or LoraConfig()
+        policy = cls(_load(AutoModelForCausalLM, path, dtype, checkpointing, base_4bit=lora.base_4bit), temperature)
+        if lora.rank:
+            add_adapters(policy.causal_lm, lora)
+        return policy
+
+    def _decoder(self) -> nn.Module:
+        decoder: nn.Module = self.causal_lm.get_decoder()
+        return decoder
+
+    def _outputs(self, states: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the scored tokens, and the entropy of the distributions they were drawn from.
+
+        Returns:
+            logprobs [M] float32 and entropy [M] float32 in nats.
+        """
+        scores: tuple[Tensor, Tensor] = self.causal_lm.get_output_embeddings()(states, scored, self.temperature)
+        return scores
+
+
+class ValueModel(ScoredDecoder):
+    """A decoder with a fresh scalar head: V(s_t) at the state each scored token was sampled from."""
+
+    def __init__(self, decoder: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        hasten(decoder)
+        self.decoder = decoder
+        self.tokens_at_par = _tokens_at_par(decoder)
+        self.value_head = nn.Linear(hidden_size, 1)
+        # Zero values at the start: the first advantages are then the returns, not the noise of a random head.
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: torch.dtype, checkpointing: bool) -> ValueModel:
+        """A critic whose decoder starts from the policy's folder `path`."""
+        decoder = _load(AutoModel, path, dtype, checkpointing)
+        return cls(decoder, decoder.config.hidden_size).to(dtype)
+
+    def _decoder(self) -> nn.Module:
+        return self.decoder
+
+    def _outputs(self, states: Tensor, scored: Tensor) -> Tensor:
+        """Values [M] float32 of the states before the scored tokens."""
+        values: Tensor = self.value_head(states).squeeze(-1)
+        return values.float()
+
+
+def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool, *, base_4bit: bool = False) -> Any:
+    quantized = (
+        {"quantization_config": four_bit_base(), "device_map": {"": torch.cuda.current_device()}} if base_4bit else {}
+    )
+    network = kind.from_pretrained(path, dtype=dtype, attn_implementation=PACKED_ATTENTION, **quantized)
+    network.config.use_cache = False
+    if checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers loads in evaluation mode, where it recomputes nothing and keeps every activation.
+        network.train()
+    return network
+
+
+def _tokens_at_par(decoder: Any) -> float:
+    """Length in tokens at which a sequence's attention costs as many operations as its linear layers.
+
+    Per token 2 for each parameter of a layer against 2 x hidden_size x length: scores and values, their causal half.
+    """
+    embedding = decoder.get_input_embeddings().weight
+    parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter is not embedding)
+    return float(parameters / (decoder.config.num_hidden_layers * decoder.config.hidden_size))

@@ -1,0 +1,1 @@
+"""What a run reports, and what stops it."""

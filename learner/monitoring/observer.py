@@ -1,0 +1,135 @@
+"""The learner's talk about itself: heartbeats of every rank; on rank 0 event files, status and evaluations too.
+
+Owned by the training loop. Answers of the buffer are picked up a step later, so that asking never costs a wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from buffer.transport.connection import Connection
+from buffer.transport.messages import (
+    Close,
+    EvaluationQuery,
+    EvaluationReport,
+    EvaluationReports,
+    EvaluationRequest,
+    Heartbeat,
+    Message,
+    Status,
+    StatusRequest,
+)
+from learner.batches.batch import TrainingBatch
+from learner.monitoring.tensorboard import Reporter, StepClock
+
+logger = logging.getLogger(__name__)
+
+TROUBLES = (
+    "learner/bad_steps",
+    "learner/failed_checkpoints",
+    "reward/batches_without_signal",
+    "importance/far_batches",
+)
+"""Metrics that the display is told of while they are not 0."""
+
+
+class Observer:
+    """What one rank says and asks.
+
+    Args:
+        buffer: connection to the buffer.
+        directory: of the event files.
+        first_version: where the learner starts.
+        rank, world_size: only rank 0 reports.
+    """
+
+    def __init__(self, buffer: Connection, directory: Path, first_version: int, *, rank: int, world_size: int) -> None:
+        self._buffer, self._rank, self._world_size = buffer, rank, world_size
+        self._reporter = Reporter(directory, first_version) if rank == 0 else None
+        self._clock = StepClock()
+        self._evaluated: set[tuple[int, int]] = set()
+        self._status: Future[Message] | None = None
+        self._shown: dict[str, float] = {}
+
+    def heartbeat(self, policy_version: int, waiting_for: str = "") -> Future[Message]:
+        """This rank is alive, at `policy_version`, and waits for something or works."""
+        heartbeat = Heartbeat("learner", f"learner-{self._rank}", policy_version, waiting_for, self._shown)
+        return self._buffer.request(heartbeat, timeout_seconds=60.0)
+
+    def report(self, batch: TrainingBatch, metrics: Mapping[str, float], policy_version: int) -> None:
+        """A batch led to `policy_version`."""
+        if self._reporter is None:
+            return
+        self._clock.step(
+            wait_seconds=metrics["learner/wait_seconds"],
+            num_samples=len(batch.trajectories) * self._world_size,
+            num_tokens=batch.num_scored_tokens * self._world_size,
+        )
+        rates = self._clock.summary()
+        self._shown = {"reward": metrics["reward/mean"], "staleness": metrics["staleness/mean"], **rates}
+        self._shown |= {name.partition("/")[2]: metrics[name] for name in TROUBLES if metrics.get(name)}
+        self._reporter.scalars(
+            {**metrics, **{f"learner/{name}": value for name, value in rates.items()}}, policy_version
+        )
+        self._reporter.staleness(batch, policy_version)
+        self._collect_answers(policy_version)
+
+    def _collect_answers(self, policy_version: int) -> None:
+        if self._status is not None and self._status.done():
+            status = self._status.result()
+            if isinstance(status, Status) and self._reporter is not None:
+                self._reporter.status(status, policy_version)
+                self._report_evaluations(status.reports)
+        if self._status is None or self._status.done():
+            self._status = self._buffer.request(StatusRequest(), timeout_seconds=60.0)
+
+    def request_evaluation(self, policy_version: int) -> None:
+        """Ask for an evaluation on the held-out prompts; on other ranks nothing."""
+        if self._reporter is not None:
+            self._buffer.call(EvaluationRequest(policy_version), timeout_seconds=60.0)
+
+    def last_evaluation(self, policy_version: int, timeout_seconds: float, stopping: threading.Event) -> None:
+        """Close the run for new groups and evaluate its last version.
+
+        Waits for: an actor's report. Unblocked by: it, or `stopping`. Gives up after: `timeout_seconds`.
+        """
+        if self._reporter is None:
+            return
+        self.request_evaluation(policy_version)
+        self._buffer.call(Close(), timeout_seconds=60.0)
+        deadline = time.monotonic() + timeout_seconds
+        while time.monotonic() < deadline and not stopping.is_set():
+            self.heartbeat(policy_version, "the last evaluation")
+            reports = self._buffer.call(EvaluationQuery(policy_version), timeout_seconds=60.0)
+            assert isinstance(reports, EvaluationReports)
+            if reports.reports:
+                self._report_evaluations(reports.reports)
+                return
+            time.sleep(0.2)
+        logger.warning("policy %d was not evaluated in time", policy_version)
+
+    def _report_evaluations(self, reports: Sequence[EvaluationReport]) -> None:
+        for report in reports:
+            key = (report.requested_version, report.policy_version)
+            if key not in self._evaluated and self._reporter is not None:
+                self._evaluated.add(key)
+                self._reporter.evaluation(report)
+                logger.info(
+                    "policy %d: pass@1 %.3f on %d held-out prompts",
+                    *(report.policy_version, report.pass_at_1, report.num_prompts),
+                )
+
+    def say_goodbye(self, policy_version: int) -> None:
+        """The launcher's summary is made from the last heartbeat, so it must have arrived before this process ends."""
+        if self._reporter is not None:
+            self.heartbeat(policy_version).result(timeout=10.0)
+
+    def close(self) -> None:
+        """Flush and close the event files."""
+        if self._reporter is not None:
+            self._reporter.close()

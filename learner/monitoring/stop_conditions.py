@@ -1,0 +1,171 @@
+"""Whether training still makes sense: steps that were skipped, batches nothing can be learned from, data too old.
+
+Owned by the training loop, told about every batch on every rank with the same numbers, so that all ranks stop alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+
+from learner.batches.batch import TrainingBatch
+from learner.distributed.deepspeed_engine import all_reduce_max, any_rank, rank_and_world_size
+
+logger = logging.getLogger(__name__)
+
+WARN_AFTER = 3
+"""Batches in a row without signal from which on it is said."""
+MIN_EFFECTIVE_SAMPLE_SIZE = 0.3
+WEIGHT_MEAN_BOUNDS = (0.5, 2.0)
+MAX_WEIGHT_STD = 1.0
+"""Outside these data is so off-policy that the estimates of any correction are mostly noise or mostly bias."""
+BOUNDS = {
+    "importance/bound_effective_sample_size": MIN_EFFECTIVE_SAMPLE_SIZE,
+    "importance/bound_weight_mean_low": WEIGHT_MEAN_BOUNDS[0],
+    "importance/bound_weight_mean_high": WEIGHT_MEAN_BOUNDS[1],
+    "importance/bound_weight_std": MAX_WEIGHT_STD,
+}
+"""The same as lines beside the curves."""
+NO_JUDGEMENT = frozenset({"timeout", "crash", "error"})
+"""Verdicts that say nothing about the completion."""
+
+
+class RunStoppedError(RuntimeError):
+    """The run must not go on by itself: exit status 3, which is not tried again."""
+
+
+class BadStepsError(RunStoppedError):
+    """Steps in a row had a loss or gradient that was not finite."""
+
+
+class NoSignalError(RunStoppedError):
+    """Batches in a row taught nothing."""
+
+
+class StepWatch:
+    """Counts skipped optimizer steps.
+
+    Args:
+        max_bad_steps: so many batches in a row with a skipped step end the run.
+    """
+
+    def __init__(self, max_bad_steps: int) -> None:
+        self._max_bad_steps = max_bad_steps
+        self._in_a_row = 0
+        self._total = 0
+
+    def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a batch that led to `policy_version`; returns what to show about it."""
+        skipped = [name for name in ("policy", "value") if metrics.get(f"{name}/skipped")]
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        self._total += bool(skipped)
+        if skipped and rank_and_world_size()[0] == 0:
+            logger.warning(
+                "policy %d: the step of the %s was skipped, its loss or gradient was not finite (%d in a row of %d)",
+                *(policy_version, " and of the ".join(skipped), self._in_a_row, self._max_bad_steps),
+            )
+        return {"learner/bad_steps": float(self._total)}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return self._in_a_row >= self._max_bad_steps
+
+
+class DistanceWatch:
+    """Says when the data gets too off-policy, and when it is near enough again."""
+
+    def __init__(self) -> None:
+        self._crossed: list[str] = []
+        self._num_far = 0
+
+    def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a batch that led to `policy_version`; returns what to show.
+
+        How many bounds are crossed, how many batches crossed one so far, and the bounds as lines beside the curves.
+        A step of the critic alone has no importance weights, and nothing is shown.
+        """
+        if "importance/weight_mean" not in metrics:
+            return {}
+        crossed = bounds_crossed(metrics)
+        if rank_and_world_size()[0] == 0 and bool(crossed) != bool(self._crossed):
+            if crossed:
+                logger.warning(
+                    "policy %d: this data is far off-policy: %s; lower max_staleness or the learning rate, or choose"
+                    " another correction",
+                    *(policy_version, "; ".join(crossed)),
+                )
+            else:
+                logger.info("policy %d: the data is near enough to the policy again", policy_version)
+        self._crossed = crossed
+        self._num_far += bool(crossed)
+        return {"importance/warning": float(len(crossed)), "importance/far_batches": float(self._num_far), **BOUNDS}
+
+
+def bounds_crossed(metrics: Mapping[str, float]) -> list[str]:
+    """One phrase for each bound that the weights pi_prox/mu of a batch have left."""
+    sample_size, mean = metrics["importance/effective_sample_size"], metrics["importance/weight_mean"]
+    std, (low, high) = metrics["importance/weight_std"], WEIGHT_MEAN_BOUNDS
+    crossed = []
+    if sample_size < MIN_EFFECTIVE_SAMPLE_SIZE:
+        crossed.append(f"effective sample size {sample_size:.2g} is below {MIN_EFFECTIVE_SAMPLE_SIZE}")
+    if not low <= mean <= high:
+        crossed.append(f"mean weight {mean:.2g} is outside {low} to {high}")
+    if std > MAX_WEIGHT_STD:
+        crossed.append(f"weight deviation {std:.2g} is above {MAX_WEIGHT_STD}")
+    return crossed
+
+
+class SignalWatch:
+    """Counts batches in a row that teach nothing: no two rewards differ where it matters, or nothing was judged.
+
+    Args:
+        compares_groups: rewards matter within their group only, because the algorithm compares no others.
+        max_batches: so many in a row end the run; 0 never does.
+    """
+
+    def __init__(self, *, compares_groups: bool, max_batches: int) -> None:
+        self._compares_groups, self._max_batches = compares_groups, max_batches
+        self.num_batches = 0
+
+    def see(self, batch: TrainingBatch) -> str | None:
+        """Look at one batch. Returns why the run is to stop, None to go on."""
+        reason = self._reason(batch)
+        is_first_rank = rank_and_world_size()[0] == 0
+        if reason is None:
+            if self.num_batches >= WARN_AFTER and is_first_rank:
+                logger.info(
+                    "policy %d: there is something to learn again after %d batches without",
+                    *(batch.policy_version, self.num_batches),
+                )
+            self.num_batches = 0
+            return None
+        self.num_batches += 1
+        said = f"policy {batch.policy_version}: nothing to learn from {self.num_batches} batches in a row: {reason}"
+        if self.num_batches == WARN_AFTER and is_first_rank:
+            logger.warning("%s", said)
+        return said if self.num_batches == self._max_batches else None
+
+    def _reason(self, batch: TrainingBatch) -> str | None:
+        verdicts = Counter(trajectory.verdict for trajectory in batch.trajectories)
+        if not any_rank(bool(verdicts.keys() - NO_JUDGEMENT), batch.device):
+            shares = ", ".join(f"{name} {count / verdicts.total():.0%}" for name, count in verdicts.most_common())
+            return f"the verifier judged no completion ({shares}); see verifier.deadline_seconds"
+        if self._compares_groups:
+            differ = any_rank(_differ_within_a_group(batch), batch.device)
+        else:
+            ends = all_reduce_max(torch.stack([batch.rewards.max(), -batch.rewards.min()]))
+            differ = float(ends.sum()) > 0
+        if differ:
+            return None
+        where = "within every group" if self._compares_groups else "of the batch"
+        mean, (verdict, count) = float(batch.rewards.mean()), verdicts.most_common(1)[0]
+        return f"all rewards {where} are equal (mean {mean:g}, verdict {verdict} {count / verdicts.total():.0%})"
+
+
+def _differ_within_a_group(batch: TrainingBatch) -> bool:
+    groups = [batch.rewards[batch.group_index == group] for group in range(len(batch.staleness))]
+    return any(bool(rewards.max() > rewards.min()) for rewards in groups)

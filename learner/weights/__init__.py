@@ -1,0 +1,1 @@
+"""Where the learner publishes its weights."""

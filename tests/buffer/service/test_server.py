@@ -1,0 +1,180 @@
+"""The real server over real sockets, in this process and as a process that is killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from omegaconf import OmegaConf
+
+from buffer.ledger.audit import audit
+from buffer.service.server import Server
+from buffer.transport import messages
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import Credentials, ensure_credentials
+from buffer.transport.packed_group import unpack_group
+
+ROOT = Path(__file__).parents[3]
+CREDENTIALS = Credentials.plain("test")
+
+
+@pytest.fixture
+def server(make_config: Any) -> Iterator[Server]:
+    started = Server(make_config(address="tcp://127.0.0.1:*"), CREDENTIALS)
+    thread = threading.Thread(target=started.run)
+    thread.start()
+    yield started
+    started.stop()
+    thread.join()
+
+
+def credit(version: int = 0, num_groups: int = 4) -> messages.LeaseRequest:
+    return messages.LeaseRequest("actor-0", version, num_groups, "abc")
+
+
+def connect(address: str, name: str, credentials: Credentials = CREDENTIALS) -> Connection:
+    return Connection(address, name, credentials, timeout_seconds=20, resend_seconds=0.2)
+
+
+def finish(connection: Connection, leases: tuple[messages.Lease, ...], version: int, make_group: Any) -> list[str]:
+    groups = [make_group(lease.group_id, lease.prompt_id, version, num_tokens=20_000) for lease in leases]
+    futures = [connection.request(messages.GroupDelivery("actor-0", group)) for group in groups]
+    return [receipt.outcome for future in futures if isinstance(receipt := future.result(), messages.GroupReceipt)]
+
+
+def test_leases_deliveries_and_batches_over_tcp(server: Server, make_group: Any):
+    with connect(server.address, "actor-0") as actor, connect(server.address, "learner") as learner:
+        assert learner.call(messages.LearnerHello(0)) == messages.LearnerWelcome(0, 0)
+        for version in range(4):
+            granted = actor.call(credit(version))
+            assert isinstance(granted, messages.LeaseReply)
+            waiting: Future[messages.Message] = learner.request(messages.BatchRequest(version, 0, 1))
+            assert set(finish(actor, granted.leases, version, make_group)) == {"stored"}
+            shard = waiting.result()
+            assert isinstance(shard, messages.Shard)
+            group = unpack_group(shard.groups[0])
+            assert [t.num_tokens for t in group.trajectories] == [20_000, 20_000]
+            assert max(shard.staleness) <= 1
+            learner.call(messages.CheckpointCommitted(version))
+        status = learner.call(messages.StatusRequest())
+        assert isinstance(status, messages.Status)
+        assert (status.counts["used"], status.counts["done"]) == (2, 6)
+
+
+def test_broken_messages_are_counted_and_the_server_lives(
+    server: Server, make_config: Any, caplog: pytest.LogCaptureFixture
+):
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.LINGER, 1000)
+        stranger.setsockopt(zmq.IDENTITY, b"stranger")
+        stranger.connect(server.address)
+        for frames in ([b"hello"], [b""], [b"\x93\x01\x02\x03", b"x"]):
+            stranger.send_multipart(frames)
+        with connect(server.address, "learner") as learner:
+            while True:
+                status = learner.call(messages.StatusRequest())
+                assert isinstance(status, messages.Status)
+                if status.counts.get("wire_errors") == 3:
+                    break
+    assert len([r for r in caplog.records if "message of stranger dropped" in r.message]) == 1
+
+
+def test_an_address_in_use_frees_the_ledger_again(server: Server, make_config: Any, tmp_path: Path):
+    config = make_config(address=server.address, run_dir=str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is in use; end the process that listens there"):
+            Server(config, CREDENTIALS)
+
+
+def write_config(run_dir: Path, **changes: object) -> str:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    section = {
+        "run_dir": "moved since",
+        "address": address,
+        "num_prompts": 10,
+        "data_fingerprint": "abc",
+        "groups_per_batch": 2,
+        "max_staleness": 1,
+    }
+    OmegaConf.save(OmegaConf.create({"buffer": section | changes}), run_dir / "config.yaml")
+    return address
+
+
+def start_process(run_dir: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "buffer", "serve", str(run_dir)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=run_dir, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def test_a_killed_buffer_is_restarted_and_everybody_goes_on(run_dir: Path, make_group: Any):
+    address, credentials = write_config(run_dir), ensure_credentials(run_dir).for_client()
+    process = start_process(run_dir)
+    with connect(address, "actor-0", credentials) as actor, connect(address, "learner", credentials) as learner:
+        learner.call(messages.LearnerHello(0))
+        granted = actor.call(credit())
+        assert isinstance(granted, messages.LeaseReply)
+        assert finish(actor, granted.leases[:1], 0, make_group) == ["stored"]
+        waiting = learner.request(messages.BatchRequest(0, 0, 1))
+        more = actor.request(credit(version=1))
+        process.kill()
+        process.communicate()
+        deliveries = [
+            actor.request(messages.GroupDelivery("actor-0", make_group(lease.group_id, lease.prompt_id)))
+            for lease in granted.leases[1:]
+        ]
+        process = start_process(run_dir)
+        shard = waiting.result()
+        assert isinstance(shard, messages.Shard)
+        assert [group.header.group_id for group in shard.groups] == ["0.0", "1.0"]
+        outcomes = [receipt.outcome for d in deliveries if isinstance(receipt := d.result(), messages.GroupReceipt)]
+        assert set(outcomes) <= {"stored", "duplicate"}
+        regranted = more.result()
+        assert isinstance(regranted, messages.LeaseReply)
+        assert [lease.group_id for lease in regranted.leases] == ["4.0", "5.0"]
+        again = learner.call(messages.BatchRequest(0, 0, 1))
+        assert isinstance(again, messages.Shard)
+        assert [group.header.group_id for group in again.groups] == ["0.0", "1.0"]
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0, errors
+    found = audit(run_dir)
+    assert (found.counts["used"], found.counts["ready"], found.counts["leased"]) == (2, 2, 2)
+    assert found.holds
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"max_staleness": -2}, "buffer: buffer.max_staleness is -2; use 0 for strictly in turn, or more\n"),
+        ({"leases": 3}, "buffer: buffer.leases is not a known setting"),
+    ],
+)
+def test_a_wrong_setting_ends_with_one_sentence(run_dir: Path, changes: dict[str, object], sentence: str):
+    write_config(run_dir, **changes)
+    process = start_process(run_dir)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert errors.startswith(sentence)
+    assert errors.count("\n") == 1
+
+
+def test_sigint_closes_the_ledger_cleanly(run_dir: Path):
+    address, credentials = write_config(run_dir), ensure_credentials(run_dir).for_client()
+    process = start_process(run_dir)
+    with connect(address, "learner", credentials) as learner:
+        learner.call(messages.LearnerHello(0))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert not (run_dir / "ledger.sqlite-wal").exists()

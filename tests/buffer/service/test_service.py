@@ -1,0 +1,332 @@
+"""The buffer's answers, without sockets: every message, its repeats, and what is left waiting."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from buffer.config import BufferConfig
+from buffer.ledger.audit import audit
+from buffer.ledger.ledger import Ledger
+from buffer.service.leases import PRESUMED_DEAD_SECONDS
+from buffer.service.service import Service
+from buffer.transport import messages
+
+ACTOR, OTHER, LEARNER = b"actor-0-aa", b"actor-1-bb", b"learner-cc"
+
+
+class Buffer:
+    """A service with a clock of its own; `tell` returns all answers as {(identity, number): message}."""
+
+    def __init__(self, config: BufferConfig, make_group: Any) -> None:
+        self.config, self.make_group, self.now, self.number = config, make_group, 0.0, 100
+        self.open()
+
+    def open(self) -> None:
+        self.ledger = Ledger(self.config, self.now)
+        self.service = Service(self.config, self.ledger)
+
+    def reopen(self) -> None:
+        self.ledger.close()
+        self.open()
+
+    def tell(self, identity: bytes, message: messages.Message, number: int) -> dict[tuple[bytes, int], Any]:
+        with self.ledger.transaction():
+            outgoing = self.service.receive(identity, message, number, self.now) + self.service.wake(self.now)
+        return {(o.identity, o.request_number): o.message for o in outgoing}
+
+    def ask(self, identity: bytes, message: messages.Message) -> Any:
+        """The answer to a request that is answered at once."""
+        self.number += 1
+        return self.tell(identity, message, self.number)[identity, self.number]
+
+    def wait(self, seconds: float) -> dict[tuple[bytes, int], Any]:
+        self.now += seconds
+        with self.ledger.transaction():
+            return {(o.identity, o.request_number): o.message for o in self.service.wake(self.now)}
+
+    def deliver(self, leases: tuple[messages.Lease, ...], version: int = 0, actor: bytes = ACTOR) -> list[str]:
+        groups = (self.make_group(lease.group_id, lease.prompt_id, version) for lease in leases)
+        return [self.ask(actor, messages.GroupDelivery("actor-0", group)).outcome for group in groups]
+
+
+def credit(version: int = 0, num_groups: int = 4, actor_id: str = "actor-0") -> messages.LeaseRequest:
+    return messages.LeaseRequest(actor_id, version, num_groups, "abc")
+
+
+def report(version: int, requested: int) -> messages.EvaluationReport:
+    return messages.EvaluationReport("actor-0", requested, version, 10, 0.5, 0.25, 12.0, 1.0)
+
+
+def ids(reply: messages.LeaseReply) -> list[str]:
+    return [lease.group_id for lease in reply.leases]
+
+
+@pytest.fixture
+def start(make_config: Any, make_group: Any):
+    started = []
+
+    def begin(**changes: Any) -> Buffer:
+        buffer = Buffer(make_config(**changes), make_group)
+        started.append(buffer)
+        buffer.ask(LEARNER, messages.LearnerHello(0))
+        return buffer
+
+    yield begin
+    for buffer in started:
+        buffer.ledger.close()
+        assert audit(buffer.config.run_dir).problems == ()
+
+
+def test_a_lease_becomes_a_batch_and_is_done(start: Any):
+    buffer = start()
+    granted = buffer.ask(ACTOR, credit())
+    assert len(granted.leases) == 4, "(max_staleness + 1) * groups_per_batch"
+    assert buffer.tell(LEARNER, messages.BatchRequest(0, 0, 1), 1) == {}
+    assert buffer.deliver(granted.leases[:1]) == ["stored"]
+    lease = granted.leases[1]
+    answers = buffer.tell(
+        ACTOR, messages.GroupDelivery("actor-0", buffer.make_group(lease.group_id, lease.prompt_id)), 50
+    )
+    shard = answers[LEARNER, 1]
+    assert [group.header.group_id for group in shard.groups] == ["0.0", "1.0"]
+    assert (shard.policy_version, shard.num_groups_in_batch, shard.staleness) == (0, 2, (0, 0))
+    assert buffer.ask(LEARNER, messages.CheckpointCommitted(1)) == messages.Done()
+    counts = buffer.ask(LEARNER, messages.StatusRequest()).counts
+    assert (counts["done"], counts["leased"], counts["issued"]) == (2, 2, 4)
+
+
+def test_in_sync_mode_nothing_is_leased_while_a_batch_trains(start: Any):
+    buffer = start(max_staleness=0)
+    granted = buffer.ask(ACTOR, credit())
+    assert len(granted.leases) == 2
+    buffer.deliver(granted.leases)
+    assert len(buffer.ask(LEARNER, messages.BatchRequest(0, 0, 1)).groups) == 2
+    assert buffer.tell(ACTOR, credit(), 500) == {}
+    # The actor's heartbeat after loading the new weights unblocks the request it has waiting.
+    heartbeat = messages.Heartbeat("actor", "actor-0", 1, "lease", {})
+    answers = buffer.tell(ACTOR, heartbeat, 501)
+    assert len(answers[ACTOR, 500].leases) == 2
+
+
+def test_a_repeated_lease_request_is_answered_as_the_first_time(start: Any):
+    buffer = start()
+    first = buffer.tell(ACTOR, credit(num_groups=2), 1)[ACTOR, 1]
+    assert buffer.tell(ACTOR, credit(num_groups=2), 1)[ACTOR, 1] == first
+    buffer.reopen()
+    again = buffer.tell(ACTOR, credit(num_groups=2), 1)[ACTOR, 1]
+    assert again == first, "the ledger knows what was granted before a restart"
+    assert buffer.ledger.counts["leased"] == 2
+    assert ids(buffer.tell(ACTOR, credit(num_groups=1), 2)[ACTOR, 2]) == ["2.0"]
+
+
+def test_a_newer_request_answers_the_older_with_no_leases(start: Any):
+    buffer = start()
+    buffer.ask(ACTOR, credit())
+    assert buffer.tell(OTHER, credit(actor_id="actor-1"), 1) == {}
+    assert buffer.tell(OTHER, credit(actor_id="actor-1"), 1) == {}, "a repeat keeps waiting"
+    assert ids(buffer.tell(OTHER, credit(1, actor_id="actor-1"), 2)[OTHER, 1]) == []
+    assert ids(buffer.tell(OTHER, credit(actor_id="actor-1"), 1)[OTHER, 1]) == []
+
+
+def test_other_prompts_are_refused(start: Any):
+    refused = start().ask(ACTOR, dataclasses.replace(credit(), data_fingerprint="xyz"))
+    assert "'xyz'" in refused.reason
+    assert "'abc'" in refused.reason
+
+
+def test_a_silent_actor_loses_its_leases_and_its_late_copy_is_told_apart(start: Any):
+    buffer = start()
+    granted = buffer.ask(ACTOR, credit())
+    assert buffer.tell(OTHER, credit(actor_id="actor-1"), 1) == {}
+    buffer.wait(buffer.config.lease_seconds - 1)
+    assert buffer.tell(OTHER, credit(actor_id="actor-1"), 1) == {}
+    reissued = buffer.wait(1)[OTHER, 1]
+    assert ids(reissued) == ["0.1", "1.1", "2.1", "3.1"]
+    assert buffer.deliver(granted.leases[:1]) == ["late"]
+    assert buffer.deliver(reissued.leases[:1], actor=OTHER) == ["stored"]
+    counts = buffer.service.status(buffer.now).counts
+    assert (counts["late"], counts["reissued"], counts["expired"]) == (1, 4, 4)
+
+
+def test_heartbeats_keep_leases(start: Any):
+    buffer = start()
+    buffer.ask(ACTOR, credit())
+    for _ in range(5):
+        buffer.wait(buffer.config.lease_seconds * 0.9)
+        buffer.ask(ACTOR, messages.Heartbeat("actor", "actor-0", 0, "", {}))
+    assert buffer.ledger.counts["leased"] == 4
+
+
+def test_a_restarted_actor_gets_its_predecessors_prompts_at_once(start: Any):
+    buffer = start()
+    buffer.ask(LEARNER, messages.EvaluationRequest(0))
+    assert buffer.ask(ACTOR, credit()).evaluate_version == 0
+    granted = buffer.ask(b"actor-0-zz", credit())
+    assert ids(granted) == ["0.1", "1.1", "2.1", "3.1"]
+    assert granted.evaluate_version == 0
+
+
+def test_nothing_is_granted_to_a_request_whose_process_is_presumed_dead(start: Any):
+    buffer = start()
+    granted = buffer.ask(ACTOR, credit())
+    buffer.tell(OTHER, credit(actor_id="actor-1"), 1)
+    buffer.now += PRESUMED_DEAD_SECONDS + 1
+    buffer.ask(ACTOR, messages.LeaseReturn("actor-0", tuple(ids(granted)), ""))
+    assert buffer.ledger.counts["pending"] == 4
+    assert len(buffer.tell(OTHER, credit(actor_id="actor-1"), 1)[OTHER, 1].leases) == 4, "it lives after all"
+
+
+def test_returned_leases_are_pending_or_dropped(start: Any):
+    buffer = start()
+    granted = buffer.ask(ACTOR, credit())
+    buffer.ask(ACTOR, messages.LeaseReturn("actor-0", tuple(ids(granted))[:1], ""))
+    buffer.ask(ACTOR, messages.LeaseReturn("actor-0", tuple(ids(granted))[1:2], "too_long"))
+    counts = buffer.service.status(0).counts
+    assert (counts["pending"], counts["dropped:too_long"], counts["leased"]) == (1, 1, 2)
+
+
+def test_ranks_get_one_cut_and_repeats_get_the_same_also_after_a_restart(start: Any):
+    buffer = start(groups_per_batch=4)
+    buffer.deliver(buffer.ask(ACTOR, credit(num_groups=8)).leases)
+    shards = [buffer.ask(LEARNER, messages.BatchRequest(0, rank, 2)) for rank in (0, 1)]
+    names = [[group.header.group_id for group in shard.groups] for shard in shards]
+    assert sorted(names[0] + names[1]) == ["0.0", "1.0", "2.0", "3.0"]
+    buffer.reopen()
+    repeated = [buffer.ask(LEARNER, messages.BatchRequest(0, rank, 2)) for rank in (1, 0)]
+    assert [[group.header.group_id for group in shard.groups] for shard in repeated] == names[::-1]
+    assert buffer.ledger.counts["used"] == 4
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (messages.BatchRequest(0, 0, 3), "multiple of the number of learner ranks"),
+        (messages.BatchRequest(0, 2, 2), "rank 2 of 2"),
+        (messages.BatchRequest(0, 0, 0), "rank 0 of 0"),
+        (messages.BatchRequest(5, 0, 1), "the next batch is for policy 0, not 5"),
+    ],
+)
+def test_impossible_batches_are_refused(start: Any, request_: messages.BatchRequest, reason: str):
+    assert reason in start().ask(LEARNER, request_).reason
+
+
+def test_a_returning_learner_gets_its_groups_again_once(start: Any):
+    buffer = start(max_staleness=2)
+    for version in range(3):
+        buffer.deliver(buffer.ask(ACTOR, credit(version, num_groups=2)).leases, version)
+        buffer.ask(LEARNER, messages.BatchRequest(version, 0, 1))
+    buffer.ask(LEARNER, messages.CheckpointCommitted(1))
+    welcome = buffer.tell(b"learner-dd", messages.LearnerHello(1), 1)[b"learner-dd", 1]
+    assert welcome == messages.LearnerWelcome(4, 4)
+    first = buffer.ask(b"learner-dd", messages.BatchRequest(1, 0, 1))
+    assert [group.header.group_id for group in first.groups] == ["2.0", "3.0"]
+    assert buffer.tell(b"learner-dd", messages.LearnerHello(1), 1)[b"learner-dd", 1] == welcome
+    buffer.reopen()
+    assert buffer.tell(b"learner-dd", messages.LearnerHello(1), 1)[b"learner-dd", 1] == welcome
+    assert (buffer.ledger.counts["used"], buffer.ledger.counts["ready"]) == (2, 2)
+    assert buffer.service.status(0).policy_version == 1
+
+
+def test_the_run_leases_no_more_than_its_batches_need(start: Any):
+    buffer = start(num_batches=2, max_staleness=3)
+    granted = buffer.ask(ACTOR, credit(num_groups=99))
+    assert len(granted.leases) == 4
+    buffer.ask(ACTOR, messages.LeaseReturn("actor-0", ("3.0",), "broken"))
+    replaced = buffer.ask(ACTOR, credit(num_groups=99))
+    assert ids(replaced) == ["4.0"], "a dropped group is replaced"
+    buffer.deliver((*granted.leases[:3], *replaced.leases))
+    for version in (0, 1):
+        assert len(buffer.ask(LEARNER, messages.BatchRequest(version, 0, 1)).groups) == 2
+    assert "all 2 batches" in buffer.ask(LEARNER, messages.BatchRequest(2, 0, 1)).reason
+
+
+def test_evaluations_go_to_the_first_actor_with_weights_new_enough(start: Any):
+    buffer = start()
+    buffer.ask(ACTOR, credit())
+    buffer.ask(LEARNER, messages.EvaluationRequest(2))
+    buffer.ask(LEARNER, messages.EvaluationRequest(3))
+    assert buffer.tell(ACTOR, credit(1), 200) == {}
+    handed = buffer.tell(ACTOR, credit(3), 201)[ACTOR, 201]
+    assert (handed.evaluate_version, handed.leases) == (2, ())
+    assert buffer.tell(ACTOR, credit(3), 201)[ACTOR, 201] == handed
+    buffer.reopen()
+    assert buffer.tell(ACTOR, credit(3), 201)[ACTOR, 201] == handed
+    assert buffer.tell(ACTOR, credit(3), 202)[ACTOR, 202].evaluate_version == 3
+    assert buffer.tell(OTHER, credit(3, actor_id="actor-1"), 1) == {}
+    buffer.ask(ACTOR, report(3, 2))
+    buffer.ask(ACTOR, report(3, 2))
+    assert buffer.ask(LEARNER, messages.EvaluationQuery(0)).reports == (report(3, 2),)
+    assert buffer.ask(LEARNER, messages.EvaluationQuery(3)).reports == ()
+    buffer.now += buffer.config.lease_seconds
+    answers = buffer.tell(OTHER, credit(3, actor_id="actor-1"), 1)
+    assert answers[OTHER, 1].evaluate_version == 3, "its actor fell silent"
+
+
+def test_closing_ends_leases_but_not_evaluation(start: Any):
+    buffer = start()
+    buffer.ask(ACTOR, credit())
+    assert buffer.tell(OTHER, credit(actor_id="actor-1"), 1) == {}
+    buffer.ask(LEARNER, messages.EvaluationRequest(1))
+    assert buffer.tell(LEARNER, messages.Close(), 60) == {(LEARNER, 60): messages.Done()}, "an evaluation is unfinished"
+    assert buffer.ask(LEARNER, messages.Heartbeat("learner", "rank-0", 1, "", {})).closing
+    handed = buffer.tell(ACTOR, credit(1), 300)[ACTOR, 300]
+    assert (handed.evaluate_version, handed.closing, handed.leases) == (1, True, ())
+    answers = buffer.tell(ACTOR, report(1, 1), 301)
+    assert answers[OTHER, 1] == messages.LeaseReply((), -1, True)
+    buffer.reopen()
+    assert buffer.ask(ACTOR, credit(1)).closing, "a restart does not open it again"
+    buffer.ask(LEARNER, messages.LearnerHello(1))
+    assert not buffer.service.status(0).closing
+
+
+def test_status_shows_the_peers(start: Any):
+    buffer = start()
+    buffer.ask(ACTOR, messages.Heartbeat("actor", "actor-0", 3, "lease", {"tokens_per_second": 5.0}))
+    buffer.now += 4
+    assert buffer.ask(LEARNER, messages.Heartbeat("learner", "rank-0", 7, "", {})).policy_version == 7
+    status = buffer.ask(LEARNER, messages.StatusRequest())
+    assert status.peers[0] == messages.Peer("actor", "actor-0", 3, "lease", 4.0, {"tokens_per_second": 5.0}, 4.0)
+    assert status.policy_version == 7
+
+
+def test_a_wait_lasts_until_its_reason_changes(start: Any):
+    buffer = start()
+    for waiting_for, seconds in (("lease", 2.0), ("lease", 5.0), ("weights", 0.0), ("", 0.0)):
+        buffer.ask(ACTOR, messages.Heartbeat("actor", "actor-0", 0, waiting_for, {}))
+        assert [(w.who, w.for_what) for w in buffer.service.waits(buffer.now)] == (
+            [("actor-0", waiting_for)] if waiting_for else []
+        )
+        buffer.now += 2 if waiting_for == "lease" else 0
+        assert buffer.service.status(buffer.now).peers[0].waiting_seconds == (4.0 if seconds == 5.0 else seconds)
+
+
+def test_the_buffer_says_who_waits_for_what_and_since_when(start: Any):
+    buffer = start()
+    granted = buffer.ask(ACTOR, credit(num_groups=3))
+    buffer.deliver(granted.leases[:1])
+    buffer.tell(LEARNER, messages.BatchRequest(0, 0, 1), 1)
+    buffer.wait(7)
+    buffer.tell(LEARNER, messages.BatchRequest(0, 0, 1), 1)
+    others = buffer.ask(OTHER, credit(num_groups=1, actor_id="actor-1"))
+    buffer.tell(OTHER, credit(actor_id="actor-1"), 900)
+    buffer.ask(OTHER, messages.Heartbeat("actor", "actor-1", 0, "prompts", {}))
+    buffer.now += 1
+    assert buffer.service.waits(buffer.now) == (
+        messages.Wait("learner-0", "1 more groups for policy 0 (leased: 2 at actor-0, 1 at actor-1)", 8.0),
+        messages.Wait(
+            "actor-1", "room: the batches within max_staleness are full, with 3 leased and 1 ready groups", 1.0
+        ),
+    )
+    buffer.deliver(granted.leases[1:])
+    buffer.tell(LEARNER, messages.BatchRequest(1, 0, 1), 2)
+    assert buffer.service.waits(buffer.now)[-1].for_what == "1 more groups for policy 1 (leased: 1 at actor-1)"
+    buffer.deliver(others.leases, actor=OTHER)
+    buffer.tell(OTHER, credit(actor_id="actor-1"), 901)
+    assert [wait.for_what for wait in buffer.service.waits(buffer.now)] == [
+        "newer weights: it has policy 0, the next batch is for policy 2"
+    ]
+
+
+def test_what_is_not_for_the_buffer_is_refused(start: Any):
+    assert "does not answer ManifestRequest" in start().ask(ACTOR, messages.ManifestRequest(0, 1.0)).reason

@@ -1,0 +1,104 @@
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from buffer.transport.messages import LearnerHello, LearnerWelcome, Message, Peer, Status, StatusRequest
+from learner.batches.batch import TrainingBatch
+from learner.monitoring.logprob_check import LogprobCheck, LogprobMismatchError, OlderGroups, say_hello
+from tests.learner.samples import CPU, make_batch, make_group
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+TOLERANCE = 0.02
+
+
+def batch(version: int, *, spanning: bool = False) -> TrainingBatch:
+    """Two groups sampled under `version` alone, or begun under the version before it."""
+    made = make_batch([make_group(f"g{i}", i, version=version) for i in range(2)], version)
+    return replace(made, of_one_version=torch.zeros_like(made.of_one_version)) if spanning else made
+
+
+def shifted(made: TrainingBatch, by: float) -> Tensor:
+    return made.behavior_logprobs - by
+
+
+def test_a_fresh_learner_refuses_what_disagrees_and_names_the_difference():
+    check, made = LogprobCheck(TOLERANCE, OlderGroups()), batch(0)
+    with pytest.raises(
+        LogprobMismatchError, match=r"policy 0: .* by 0\.5000 on average and by 0\.5000 at most over \d+"
+    ):
+        check.compare(made, shifted(made, 0.5))
+    assert not check.agreed
+
+
+def test_log_probabilities_that_are_no_numbers_disagree():
+    made = batch(0)
+    with pytest.raises(LogprobMismatchError, match="by nan on average"):
+        LogprobCheck(TOLERANCE, OlderGroups()).compare(made, torch.full_like(made.behavior_logprobs, torch.nan))
+
+
+@pytest.mark.parametrize("made", [batch(3, spanning=True), replace(batch(3), policy_version=4)], ids=["span", "older"])
+def test_tokens_of_other_weights_say_nothing(made: TrainingBatch):
+    check = LogprobCheck(TOLERANCE, OlderGroups())
+    check.compare(made, shifted(made, 9.0))
+    assert not check.agreed
+    check.compare(batch(5), shifted(batch(5), 0.01))
+    assert check.agreed
+
+
+def test_a_learner_that_returned_only_reports_while_older_groups_may_come(caplog: pytest.LogCaptureFixture):
+    """Four groups were out, and an actor had version 6 of before: the first that must agree is that of 7."""
+    check = LogprobCheck(TOLERANCE, OlderGroups(4, newest_version=6))
+    for version in (5, 6):
+        check.compare(batch(version), shifted(batch(version), 0.5))
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2 and not check.agreed
+    with pytest.raises(LogprobMismatchError, match="policy 7"):
+        check.compare(batch(7), shifted(batch(7), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("number", "newest_version", "num_used", "version", "may_come"),
+    [(0, -1, 0, 0, False), (1, -1, 0, 9, True), (8, -1, 8, 9, False), (0, 3, 0, 3, True), (0, 3, 0, 4, False)],
+)
+def test_older_groups_are_counted_and_dated(
+    number: int, newest_version: int, num_used: int, version: int, may_come: bool
+):
+    older = OlderGroups(number, newest_version)
+    older.use(num_used)
+    assert older.may_come(version) is may_come
+
+
+class Buffer:
+    """Answers as the buffer does."""
+
+    def __init__(self, issued: int, policy_version: int, actor_version: int, outstanding: int) -> None:
+        peer = Peer("actor", "actor-0", actor_version, "", 0.0, {})
+        self.status = Status({"issued": issued}, policy_version, False, (peer,), ())
+        self.outstanding = outstanding
+        self.heard: list[Message] = []
+
+    def call(self, message: Message, timeout_seconds: float | None = None) -> Message:
+        self.heard.append(message)
+        return LearnerWelcome(0, self.outstanding) if isinstance(message, LearnerHello) else self.status
+
+
+@pytest.mark.parametrize(
+    ("buffer", "last_tolerated"),
+    [(Buffer(0, 0, -1, 0), -1), (Buffer(9, 4, 2, 0), 6), (Buffer(9, 4, 8, 0), 10)],
+    ids=["fresh", "the learner was ahead", "an actor is ahead"],
+)
+def test_the_hello_finds_out_what_is_older(buffer: Buffer, last_tolerated: int):
+    older = say_hello(buffer, 3, 2, CPU, rank=0)  # type: ignore[arg-type]
+    # The status of before the hello, which moves the buffer's version back.
+    assert buffer.heard == [StatusRequest(), LearnerHello(3)]
+    assert [version for version in range(20) if older.may_come(version)] == list(range(last_tolerated + 1))
+
+
+def test_groups_that_are_out_are_older_whatever_their_version():
+    older = say_hello(Buffer(9, 4, 4, 5), 3, 1, CPU, rank=0)  # type: ignore[arg-type]
+    assert older.may_come(99)
+    older.use(5)
+    assert not older.may_come(99)

@@ -1,0 +1,133 @@
+r"""Literal numbers: numerals with a base, and decimals to the precision that the gold states.
+
+A numeral `1011_2` is its value; the base may be left out on one side. A decimal gold with at least two digits that
+count states a precision: a decimal with more places passes when it rounds to the gold. A whole number, a half and a
+quarter (27.0, 2.5, 0.75) state none. Any number passes that rounds to a gold which calls itself rounded
+(`\approx 3.14`, `3.14 (to 2 d.p.)`). Nothing else is ever rounded to a whole number, and an answer with fewer places
+never passes.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from verifier.mathematics.expression import value_of
+
+MAX_DIGITS = 300
+
+_BASES = {
+    name: base for base, name in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], 2)
+}
+_BASES |= {"sixteen": 16, "hex": 16, "binary": 2, "octal": 8, "decimal": 10}
+_NUMERAL = re.compile(
+    r"(-?)\s*\(?\s*(?:\\text\s*\{\s*)?([0-9a-fA-F]+(?:\.[0-9a-fA-F]+)?)[})\s]*"
+    r"(?:_\s*(?:\{\s*(?:\\text\s*\{)?\s*\(?\s*(\w+)[\s})]*\}|(\d+))|\(?\s*(?:\\text\s*\{\s*)?\(?base[\s-]*(\w+)[\s)}]*)"
+)
+_PROGRAMMING = re.compile(r"(-?)0([xXbB])([0-9a-fA-F]+)")
+_DECIMAL = re.compile(
+    r"([-+]?)\s*(\d*)\.(\d+)(?:\s*(?:\\cdot\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(\d))|[eE]([-+]?\d{1,4})))?"
+)
+_ROUNDED = re.compile(
+    r"(?:\\approx|\\text\s*\{\s*(?:about|approximately|approx\.?)\s*\}|\b(?:about|approximately|approx\.?))\s*(.+)"
+    r"|(.+?)\s*\(?\s*(?:\\text\s*\{)?\s*\(?(?:(?:correct|rounded)\s+)?to\s+(?:the\s+nearest\s+\w+|\w+\s+(?:d\.?p\.?|decimal|s\.?f\.?|significant)).*"
+)
+
+
+class Numeral(NamedTuple):
+    """The value, the digits with their sign in capitals without leading zeros, and the base."""
+
+    value: Fraction
+    digits: str
+    base: int
+
+
+def same_numeral(prediction: str, gold: str) -> bool | None:
+    """Compares numerals of which at least one names its base; None for others."""
+    if not (
+        "_" in prediction + gold
+        or "base" in prediction + gold
+        or "0x" in prediction + gold
+        or "0b" in prediction + gold
+    ):
+        return None
+    first, second = _numeral(prediction), _numeral(gold)
+    if first is None and second is None:
+        return None
+    if first is not None and second is not None:
+        # 1_3 and 1_7 are the same number in different bases; what was asked for is one of them.
+        return first.value == second.value and (first.base == second.base or first.digits != second.digits)
+    numeral, other = (first, gold) if first is not None else (second, prediction)
+    if numeral is None:
+        return None
+    bare = re.sub(r"^(-?)0+(?=.)", r"\1", other.replace(" ", "").upper())
+    return bare == numeral.digits or value_of(other) == numeral.value
+
+
+def same_rounded(prediction: str, gold: str) -> bool | None:
+    """True when the prediction rounds to what the gold states; None where the gold states no precision."""
+    if "." not in gold and "approx" not in gold and "about" not in gold and " to " not in gold:
+        return None
+    rounded = _ROUNDED.fullmatch(gold)
+    said = _ROUNDED.fullmatch(prediction)
+    literal = _decimal(_unrounded(rounded[1] or rounded[2]) if rounded else gold)
+    answer = _unrounded(said[1] or said[2]) if said else prediction
+    if literal is None:
+        return None
+    value, half_step, places, counting = literal
+    other = _decimal(answer)
+    if other is not None and other[2] > places and (counting > 1 or rounded):
+        return _rounds_to(other[0], value, half_step) or None
+    if rounded and (exact_value := value_of(answer)) is not None:
+        return _rounds_to(exact_value, value, half_step)
+    if (said or rounded) and other is not None:
+        return other[0] == value
+    return None
+
+
+def _unrounded(text: str) -> str:
+    return text.strip().rstrip("(,{").strip()
+
+
+def _rounds_to(value: Any, rounded: Fraction, half_step: Fraction) -> bool:
+    """Whether `value`, a Fraction or a real number, rounds to `rounded`, halves away from zero."""
+    low, high = rounded - half_step, rounded + half_step
+    if not isinstance(value, Fraction):
+        low, high = (value.context.mpf(bound.numerator) / bound.denominator for bound in (low, high))
+    return bool(low <= value < high) if rounded >= 0 else bool(low < value <= high)
+
+
+def _decimal(text: str) -> tuple[Fraction, Fraction, int, int] | None:
+    """(value, half a step of its last place, places relative to its exponent, digits that count) of a literal."""
+    match = _DECIMAL.fullmatch(text.strip())
+    if match is None or len(text) > MAX_DIGITS:
+        return None
+    exponent = int(match[4] or match[5] or match[6] or 0)
+    scale = Fraction(10) ** (exponent - len(match[3]))
+    digits = match[2] + match[3]
+    value = int(digits) * scale
+    # Halves and quarters are rarely rounded ones.
+    counting = len(digits.lstrip("0")) if exponent or value.denominator > 4 else 0
+    return (-value if match[1] == "-" else value), scale / 2, len(match[3]) - exponent, counting
+
+
+def _numeral(text: str) -> Numeral | None:
+    """A numeral that names its base, or None."""
+    if match := _PROGRAMMING.fullmatch(text):
+        sign, digits, base = match[1], match[3], 16 if match[2] in "xX" else 2
+    elif match := _NUMERAL.fullmatch(text):
+        name = (match[3] or match[4] or match[5]).lower()
+        sign, digits = match[1], match[2]
+        base = int(name) if name.isdecimal() and len(name) < 3 else _BASES.get(name, 0)
+    else:
+        return None
+    whole, _, fraction = digits.upper().partition(".")
+    # a_{16} is a term of a sequence.
+    is_symbol = len(digits) == 1 and digits.islower()
+    if not 2 <= base <= 36 or is_symbol or len(digits) > MAX_DIGITS:
+        return None
+    if any(int(digit, 36) >= base for digit in whole + fraction):
+        return None
+    value = Fraction(int(whole + fraction, base), base ** len(fraction))
+    return Numeral(-value if sign else value, sign + (digits.upper().lstrip("0") or "0"), base)

@@ -1,0 +1,158 @@
+r"""The graders: rewards that judge the answer and decide the verdict. docs/rewards.md has their table.
+
+`correct`, `wrong` and `no_answer` are options of every grader: what each verdict is worth before weighting.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+from verifier.base import Completion, Grader, Verdict
+from verifier.mathematics import symbolic
+from verifier.mathematics.answer import judge
+from verifier.mathematics.extract import ANSWER_FORMATS, AnswerFormat, extract_answer, last_boxed, last_tagged
+from verifier.rewards import countdown, knights_knaves
+from verifier.rewards.format import LOGIC_TAGS, has_tags_in_order
+from verifier.rewards.registry import register
+
+
+@register("accuracy")
+def accuracy(
+    correct: float = 1.0,
+    wrong: float = 0.0,
+    no_answer: float = 0.0,
+    format: AnswerFormat = "any",
+    after_thinking: bool = False,
+    allow_truncated: bool = True,
+) -> Grader:
+    """The final answer means the same as the gold, mathematically.
+
+    Args:
+        correct, wrong, no_answer: values.
+        format: where the answer stands: `boxed`, `tags` or `any`.
+        after_thinking: an answer counts only behind a closed </think>.
+        allow_truncated: False: what the length limit ended has no answer.
+    """
+    if format not in ANSWER_FORMATS:
+        raise ValueError(f"format is {format!r}; choose one of {', '.join(ANSWER_FORMATS)}")
+
+    def grade(completion: Completion) -> Verdict:
+        if completion.truncated and not allow_truncated:
+            return Verdict.NO_ANSWER
+        if after_thinking and "</think>" not in completion.text:
+            return Verdict.NO_ANSWER
+        return judge(completion.text, completion.gold, format=format).verdict
+
+    def explain(completion: Completion) -> str:
+        return judge(completion.text, completion.gold, format=format).rule
+
+    return Grader(grade, _values(correct, wrong, no_answer), symbolic.prepare, explain)
+
+
+@register("boxed_format")
+def boxed_format(correct: float = 1.0, wrong: float = -0.5, no_answer: float = -1.0) -> Grader:
+    """The seed recipe's: right in the last box, wrong in it, or nothing boxed."""
+    return accuracy(correct, wrong, no_answer, format="boxed")
+
+
+@register("boxed_exact")
+def boxed_exact(correct: float = 1.0, wrong: float = -0.5, no_answer: float = -1.0) -> Grader:
+    """The last box as the same whole number, or else the same text without spaces; cheap."""
+
+    def grade(completion: Completion) -> Verdict:
+        return _verdict(last_boxed(completion.text), lambda answer: _same_exactly(answer, completion.gold))
+
+    return Grader(grade, _values(correct, wrong, no_answer))
+
+
+@register("countdown")
+def countdown_expression(correct: float = 1.0, wrong: float = 0.1, no_answer: float = 0.0) -> Grader:
+    """TinyZero's: an expression in <answer> with each number once, equal to the target."""
+
+    def grade(completion: Completion) -> Verdict:
+        answer = last_tagged(completion.text)
+        if answer is None:
+            return Verdict.NO_ANSWER
+        numbers, target = _read_countdown(completion.gold)
+        return _verdict(answer, lambda expression: countdown.check(expression, numbers, target))
+
+    return Grader(grade, _values(correct, wrong, no_answer))
+
+
+@register("countdown_equation")
+def countdown_equation(correct: float = 1.0, wrong: float = 0.0, no_answer: float = 0.0) -> Grader:
+    """mini-deepseek-r1's: `countdown` without the reward for an answer that is wrong."""
+    return countdown_expression(correct, wrong, no_answer)
+
+
+@register("multiply")
+def multiply(correct: float = 1.0, wrong: float = 0.1, no_answer: float = 0.0) -> Grader:
+    """TinyZero's: the gold's whole number in <answer>."""
+
+    def grade(completion: Completion) -> Verdict:
+        answer = extract_answer(completion.text, format="tags")
+        return _verdict(answer, lambda found: _same_exactly(found, completion.gold))
+
+    return Grader(grade, _values(correct, wrong, no_answer))
+
+
+@register("knights_knaves")
+def knights_knaves_roles(
+    correct: float = 2.0,
+    wrong: float = -1.5,
+    no_answer: float = -2.0,
+    strict_tags: bool = True,
+) -> Grader:
+    """Logic-RL's: what everyone is, said in <answer> of everyone once and of nobody else.
+
+    Args:
+        correct, wrong, no_answer: values.
+        strict_tags: an answer counts only where `tag_format` is met too.
+    """
+
+    def grade(completion: Completion) -> Verdict:
+        text = completion.text
+        if strict_tags and not has_tags_in_order(text, LOGIC_TAGS):
+            return Verdict.NO_ANSWER
+        gold = knights_knaves.read_gold(completion.gold)
+        said = knights_knaves.parse_answer(last_tagged(text) or "", list(gold))
+        if said is None:
+            return Verdict.NO_ANSWER
+        return Verdict.CORRECT if said == gold else Verdict.WRONG
+
+    return Grader(grade, _values(correct, wrong, no_answer))
+
+
+def _values(correct: float, wrong: float, no_answer: float) -> Mapping[Verdict, float]:
+    return {Verdict.CORRECT: float(correct), Verdict.WRONG: float(wrong), Verdict.NO_ANSWER: float(no_answer)}
+
+
+def _verdict(answer: str | None, is_right: Callable[[str], bool]) -> Verdict:
+    if answer is None:
+        return Verdict.NO_ANSWER
+    return Verdict.CORRECT if is_right(answer) else Verdict.WRONG
+
+
+def _same_exactly(answer: str, gold: str) -> bool:
+    first, second = as_integer(answer), as_integer(gold)
+    if first is not None and second is not None:
+        return first == second
+    return "".join(answer.split()) == "".join(gold.split())
+
+
+def as_integer(text: str) -> int | None:
+    """The whole number that `text` writes in ASCII digits, thousands commas and a sign allowed, or None."""
+    digits = text.strip().replace(",", "").removeprefix("+")
+    is_short = digits.removeprefix("-").isdecimal() and digits.isascii() and len(digits) < 1000
+    return int(digits) if is_short else None
+
+
+def _read_countdown(gold: str) -> tuple[list[int], int]:
+    try:
+        problem = json.loads(gold)
+        return [int(number) for number in problem["numbers"]], int(problem["target"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'countdown: the gold is {gold[:80]!r}; it must be a JSON object {{"numbers": [...], "target": n}}'
+        ) from error

@@ -1,0 +1,1 @@
+"""Scoring in processes of their own, with deadlines and bounded memory."""
