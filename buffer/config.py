@@ -24,6 +24,16 @@ T = TypeVar("T")
 DURABILITIES = ("full", "normal", "memory")
 ON_STALE = ("wait", "drop", "mask")
 
+MOVED_MODULES = {
+    "learner.cispo": "learner.algorithms.cispo",
+    "learner.corrections": "learner.algorithms.corrections",
+    "learner.grpo": "learner.algorithms.grpo",
+    "learner.gspo": "learner.algorithms.gspo",
+    "learner.ppo": "learner.algorithms.ppo",
+    "learner.reinforce_pp": "learner.algorithms.reinforce_pp",
+}
+"""Where the modules are that configurations of older runs name by another path."""
+
 
 @dataclass(frozen=True)
 class BufferConfig:
@@ -180,7 +190,7 @@ def _sentence(cls: type[Any], section: str, error: OmegaConfBaseException) -> st
 
 
 def load_run_config(run_dir: str | Path) -> dict[str, Any]:
-    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml.
+    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml, with the classes' present paths.
 
     Raises:
         ValueError: when there is none or it is not a mapping.
@@ -194,4 +204,16 @@ def load_run_config(run_dir: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds no mapping; restore the file the launcher wrote")
-    return {str(key): value for key, value in loaded.items()}
+    return {str(key): _with_present_classes(value) for key, value in loaded.items()}
+
+
+def _with_present_classes(value: Any, key: Any = None) -> Any:
+    """`value` with every `_target_` in it, at any depth, as it is called now."""
+    if isinstance(value, dict):
+        return {name: _with_present_classes(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_present_classes(item) for item in value]
+    if key != "_target_" or not isinstance(value, str):
+        return value
+    module, dot, name = value.rpartition(".")
+    return f"{MOVED_MODULES.get(module, module)}{dot}{name}"

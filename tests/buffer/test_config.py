@@ -92,6 +92,22 @@ def test_the_runs_configuration_is_read_resolved(tmp_path: Path):
     assert load_run_config(tmp_path) == {"seed": 3, "buffer": {"seed": 3}}
 
 
+def test_classes_of_older_runs_are_read_by_their_present_paths(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(
+        "algorithm:\n  _target_: learner.ppo.PPO\n  correction: {_target_: learner.corrections.DecoupledTIS, high: 2}\n"
+        "correction: {_target_: learner.algorithms.corrections.VTrace}\n"
+        "own: [{_target_: learner.opo.OPO, note: learner.ppo.PPO}]\n"
+    )
+    assert load_run_config(tmp_path) == {
+        "algorithm": {
+            "_target_": "learner.algorithms.ppo.PPO",
+            "correction": {"_target_": "learner.algorithms.corrections.DecoupledTIS", "high": 2},
+        },
+        "correction": {"_target_": "learner.algorithms.corrections.VTrace"},
+        "own": [{"_target_": "learner.opo.OPO", "note": "learner.ppo.PPO"}],
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [(None, "does not exist"), ("- 1\n", "no mapping"), ("a: ${b}\n", "cannot be read"), ("a: [", "cannot be read")],

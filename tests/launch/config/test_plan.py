@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from buffer.config import load_run_config
 from launch.cluster import main
 from launch.config.compose import CONFIG_DIR, GROUPS, compose_config
 from launch.config.plan import KNOWN, notices, plan_run, write_config
@@ -289,6 +291,23 @@ def test_resume_wants_a_run_whose_data_is_still_there(make_plan: Any, run_dir: P
     assert "has no value" in refusal(f"resume={run_dir}")
     (run_dir / "config.yaml").write_text("- seed\n")
     assert "holds no mapping" in refusal(f"resume={run_dir}")
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith(("algorithm=", "correction="))])
+def test_a_run_from_before_the_modules_moved_resumes(make_plan: Any, run_dir: Path, option: str):
+    """Its config.yaml names every class directly in `learner`."""
+    plan = make_plan(option, *(["algorithm=grpo"] if option == "correction=topr" else []))
+    write_config(plan)
+    config = run_dir / "config.yaml"
+    text = config.read_text()
+    old = text.replace("_target_: learner.algorithms.", "_target_: learner.")
+    assert old.count("_target_: learner.") == text.count("_target_: ") == 3
+    assert "learner.algorithms." not in old
+    config.write_text(old)
+    resumed = plan_run([f"resume={run_dir}"]).sections
+    for section in ("algorithm", "correction"):
+        assert resumed[section] == load_run_config(run_dir)[section] == plan.sections[section]
+        assert instantiate(resumed[section]) == instantiate(plan.sections[section])
 
 
 def test_a_run_in_turn_is_never_stale_and_sampled_from_seeds(make_plan: Any):
