@@ -30,7 +30,7 @@ from buffer.transport.schema import check_name
 from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
 from buffer.weights.relay_tree import HELLO_SECONDS
 from buffer.weights.server import WeightServer
-from buffer.weights.shared_memory import SlotPool, lead_to
+from buffer.weights.shared_memory import SegmentPool, lead_to
 
 logger = logging.getLogger("relay")
 
@@ -52,7 +52,7 @@ class Relay:
         self, folder: Path, store: Connection, server: WeightServer, client: WeightClient, host_id: str
     ) -> None:
         self._store, self._server, self._client, self._host_id = store, server, client, host_id
-        self._slots = SlotPool(folder)
+        self._slots = SegmentPool(folder)
         self._parent = ""
         self.policy_version = -1
         """Of the newest version that is served here."""

@@ -68,8 +68,10 @@ def score_batch(
     """
     outputs: list[Tensor] = []
     everything, agree = range(len(batch.trajectories)), isinstance(network, TrainingEngine)
-    at_par = network.tokens_at_par
-    for micro, counts, _ in _microbatches(batch, everything, tokens_per_microbatch, at_par, stopping, agree=agree):
+    crossover_tokens = network.attention_crossover_tokens
+    for micro, counts, _ in _microbatches(
+        batch, everything, tokens_per_microbatch, crossover_tokens, stopping, agree=agree
+    ):
         output = network.forward(micro) if isinstance(network, TrainingEngine) else network(*micro.inputs)
         if counts:
             outputs.append(output[0] if isinstance(output, tuple) else output)
@@ -144,8 +146,10 @@ def _accumulate(
     stopping: Stopping,
 ) -> MetricSums:
     metrics = MetricSums()
-    at_par = engine.tokens_at_par
-    for micro, counts, last in _microbatches(batch, part, tokens_per_microbatch, at_par, stopping, agree=True):
+    crossover_tokens = engine.attention_crossover_tokens
+    for micro, counts, last in _microbatches(
+        batch, part, tokens_per_microbatch, crossover_tokens, stopping, agree=True
+    ):
         outputs = loss(micro)
         engine.backward(outputs.loss if counts else outputs.loss * 0.0, last=last)
         if counts:
@@ -157,7 +161,7 @@ def _microbatches(
     batch: TrainingBatch,
     part: range,
     tokens_per_microbatch: int,
-    tokens_at_par: float,
+    attention_crossover_tokens: float,
     stopping: Stopping,
     *,
     agree: bool,
@@ -166,7 +170,7 @@ def _microbatches(
     total = batch.num_microbatches(part, tokens_per_microbatch)
     if agree:
         total = int(all_reduce_max(torch.tensor([total], device=batch.device))[0])
-    own = batch.microbatches(part, tokens_per_microbatch, total, tokens_at_par)
+    own = batch.microbatches(part, tokens_per_microbatch, total, attention_crossover_tokens)
     for index in range(total):
         if agree and any_rank(stopping(), batch.device):
             raise PassAbandonedError

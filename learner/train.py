@@ -101,7 +101,7 @@ class Trainer:
             self.world_size,
             device,
             config.batch_timeout_seconds,
-            self.networks.policy.tokens_at_par,
+            self.networks.policy.attention_crossover_tokens,
         )
         self._publication: Future[Manifest] | None = None
         self._logprobs = LogprobCheck(config.logprob_tolerance, OlderGroups())

@@ -108,7 +108,7 @@ class Engine:
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
-        from actors.engine.shortcuts import quicken
+        from actors.engine.shortcuts import patch_for_cpu
 
         if on_cpu:
             from actors.engine.cpu_memory import count_only_what_is_needed
@@ -143,7 +143,7 @@ class Engine:
         )
         settings = arguments.create_engine_config()
         llm = LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)
-        quicken(llm)
+        patch_for_cpu(llm)
         return llm
 
     async def start(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What vLLM's engine does for every token of every sequence, done once for many tokens.
 
-With hundreds of short sequences and a small model that is an eighth of a step. `quicken` puts the shortcuts into an
-engine of this process; what comes out of it stays the same.
+With hundreds of short sequences and a small model that is an eighth of a step. `patch_for_cpu` puts the shortcuts into
+an engine of this process; what comes out of it stays the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECODING = {"num_lookahead_tokens": 0}
 """What the scheduler asks a running sequence's slots with, beside the number of tokens."""
 
 
-def quicken(llm: LLMEngine) -> None:
+def patch_for_cpu(llm: LLMEngine) -> None:
     """Put the shortcuts into `llm`, which has no request yet."""
     core: Any = llm.engine_core
     keep_blocks(core.engine_core.scheduler.kv_cache_manager)

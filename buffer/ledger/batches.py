@@ -27,12 +27,14 @@ class BatchRow:
     num_tokens_squared: int
     """Each trajectory's number squared, added up."""
 
-    def cost(self, tokens_at_par: float) -> float:
+    def cost(self, attention_crossover_tokens: float) -> float:
         """What training on it costs, as `wire.BatchRequest` says, in tokens."""
-        return self.num_tokens + (self.num_tokens_squared / tokens_at_par if tokens_at_par > 0 else 0.0)
+        return self.num_tokens + (
+            self.num_tokens_squared / attention_crossover_tokens if attention_crossover_tokens > 0 else 0.0
+        )
 
 
-class Uses:
+class Batches:
     """The table `uses`. Call `load` before anything else, and when a transaction was undone."""
 
     def __init__(self, config: BufferConfig, file: LedgerFile) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.config import BufferConfig
-from buffer.ledger.batches import Uses
+from buffer.ledger.batches import Batches
 from buffer.ledger.curriculum import Curriculum
 from buffer.ledger.evaluations import Evaluations
 from buffer.ledger.ledger_file import LedgerFile
@@ -73,7 +73,7 @@ class Ledger:
         """Of ready groups delivered to this process: what was checked on the way in is not decoded on the way out."""
         try:
             self.curriculum = Curriculum(config, self.file)
-            self.uses, self.no_signal = Uses(config, self.file), NoSignal(config, self.file)
+            self.uses, self.no_signal = Batches(config, self.file), NoSignal(config, self.file)
             with self.file.transaction():
                 self._check_identity()
                 self.curriculum.open()

@@ -57,7 +57,7 @@ class _Client:
             self.version_number, self.policy_version = number, policy_version
 
 
-class Leasing:
+class Leases:
     """Grants leases and evaluations. `now` is seconds of a monotonic clock."""
 
     def __init__(self, config: BufferConfig, ledger: Ledger, progress: Progress) -> None:

@@ -26,7 +26,7 @@ from buffer.service.service import Service
 from buffer.service.waits import REFRESH_SECONDS, save_waits
 from buffer.transport.credentials import Credentials, server_credentials
 from buffer.transport.messages import StatusRequest
-from buffer.transport.router import Gate, Incoming
+from buffer.transport.router import Incoming, Router
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,11 @@ class Server:
         self._refused_space = -SPACE_SECONDS
         self._waits_saved = -REFRESH_SECONDS
         try:
-            self._gate = Gate(config.address, credentials)
+            self._router = Router(config.address, credentials)
         except BaseException:
             self._ledger.close()
             raise
-        self.address = self._gate.address
+        self.address = self._router.address
         """Where it listens, with the port that was found for a wildcard."""
 
     def stop(self) -> None:
@@ -69,16 +69,16 @@ class Server:
         log.info("buffer listens on %s", self.address)
         try:
             while not self._stopping:
-                self._gate.socket.poll(int(TICK_SECONDS * 1000))
+                self._router.socket.poll(int(TICK_SECONDS * 1000))
                 self._turn()
         finally:
-            self._gate.close()
+            self._router.close()
             self._ledger.close()
         log.info("buffer closed")
 
     def _turn(self) -> None:
         now = time.monotonic()
-        messages, more_waiting = self._gate.receive(MESSAGES_PER_TURN, now)
+        messages, more_waiting = self._router.receive(MESSAGES_PER_TURN, now)
         self._ledger.file.check_present()
         try:
             outgoing = self._carry_out(messages, more_waiting, now)
@@ -87,7 +87,7 @@ class Server:
                 raise
             outgoing = self._out_of_space(messages, now)
         for answer in outgoing:
-            self._gate.send(answer.identity, answer.message, answer.request_number)
+            self._router.send(answer.identity, answer.message, answer.request_number)
         if now - self._waits_saved >= REFRESH_SECONDS:
             self._waits_saved = now
             save_waits(Path(self._config.run_dir), self._service.waits(now))
@@ -97,7 +97,7 @@ class Server:
         outgoing: list[Outgoing] = []
         num_changes = self._ledger.file.num_changes
         with self._ledger.transaction():
-            for name, number in self._gate.take_counts().items():
+            for name, number in self._router.take_counts().items():
                 self._ledger.file.count(name, number)
             for incoming in messages:
                 outgoing += self._service.receive(incoming.identity, incoming.message, incoming.number, now)

@@ -19,7 +19,7 @@ from buffer.ledger.batches import BatchRow
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.sampler import SAMPLERS, balance, next_batch
 from buffer.ledger.stale_tokens import mask_older_tokens
-from buffer.service.leases import Leasing, Outgoing, holder_name
+from buffer.service.leases import Leases, Outgoing, holder_name
 from buffer.service.progress import Progress
 from buffer.transport import messages
 from buffer.transport.packed_group import PackedGroup
@@ -52,7 +52,7 @@ class Service:
         self._ledger = ledger
         self._limits = config.limits
         self._progress = Progress(ledger.file)
-        self._leasing = Leasing(config, ledger, self._progress)
+        self._leases = Leases(config, ledger, self._progress)
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
         self.out_of_space_since: float | None = None
@@ -60,10 +60,10 @@ class Service:
 
     def receive(self, identity: bytes, message: messages.Message, number: int, now: float) -> list[Outgoing]:
         """Carry `message` out. Returns the answers that are due at once; parked requests are answered by `wake`."""
-        self._leasing.heard(identity, now)
+        self._leases.heard(identity, now)
         match message:
             case messages.LeaseRequest():
-                return self._leasing.request(identity, message, number, now)
+                return self._leases.request(identity, message, number, now)
             case messages.BatchRequest():
                 self._batches[identity, message.rank] = _ParkedBatch(
                     number, message, self._since(identity, message, now)
@@ -83,14 +83,14 @@ class Service:
     def wake(self, now: float, *, may_expire: bool = True) -> list[Outgoing]:
         """End the leases of silent actors if it `may_expire` them, and answer every parked request that can be."""
         if may_expire:
-            self._leasing.expire(now)
+            self._leases.expire(now)
         outgoing: list[Outgoing] = []
         for key, parked in list(self._batches.items()):
             reply = self._shard(parked.request, now - parked.since)
             if reply is not None:
                 del self._batches[key]
                 outgoing.append(Outgoing(key[0], parked.request_number, reply))
-        return outgoing + self._leasing.grant(now)
+        return outgoing + self._leases.grant(now)
 
     def status(self, now: float) -> messages.Status:
         """The display's numbers: occurrences by state, how many were issued, and the counters."""
@@ -108,7 +108,7 @@ class Service:
 
     def waits(self, now: float) -> tuple[messages.Wait, ...]:
         """Who waits for what, the longest wait first: what the buffer knows itself, else what the peers say."""
-        waits = self._leasing.waits(now)
+        waits = self._leases.waits(now)
         for parked in self._batches.values():
             who, for_what = f"learner-{parked.request.rank}", self._what_a_batch_lacks(parked.request)
             waits.append(messages.Wait(who, for_what, now - parked.since))
@@ -190,7 +190,7 @@ class Service:
             if refused is not None or not self._cut(version, waited_seconds):
                 return refused
             rows = self._ledger.uses.batch(version)
-        costs = [row.cost(request.tokens_at_par) for row in rows]
+        costs = [row.cost(request.attention_crossover_tokens) for row in rows]
         shards = balance(costs, world_size, self._limits.updates_per_batch)
         mine = [rows[index] for index in shards[request.rank]]
         groups = tuple(self._contents(row, version) for row in mine)
@@ -266,7 +266,7 @@ class Service:
         if heartbeat.role == "learner":
             self._set_policy_version(heartbeat.policy_version)
         else:
-            self._leasing.learn_version(identity, number, heartbeat.policy_version)
+            self._leases.learn_version(identity, number, heartbeat.policy_version)
         return messages.HeartbeatReply(self._progress.policy_version, self._progress.closing)
 
     def _set_policy_version(self, version: int) -> None:

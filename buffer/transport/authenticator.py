@@ -37,7 +37,7 @@ _REASONS = {
 _WATCHED = sum(_REASONS) | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
-class Doorkeeper:
+class Authenticator:
     """Guards `socket`, which must not be bound yet. `count` is called with "rejected" for each one turned away."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Doorkeeper:
         socket.monitor(MONITOR_ADDRESS, _WATCHED)
         self._events = context.socket(zmq.PAIR)
         self._events.connect(MONITOR_ADDRESS)
-        self._thread = threading.Thread(target=self._run, name="doorkeeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="authenticator", daemon=True)
         self._thread.start()
 
     def join(self) -> None:
@@ -76,7 +76,7 @@ class Doorkeeper:
                 elif self._requests in ready:
                     self._authenticate(self._requests.recv_multipart())
         except zmq.ContextTerminated:
-            pass  # The gate is closed: this is how the thread ends.
+            pass  # The router is closed: this is how the thread ends.
         finally:
             self._requests.close(linger=0)
             self._events.close(linger=0)

@@ -29,7 +29,7 @@ class _Offender:
     ignored_until: float = 0.0
 
 
-class Offenders:
+class BanList:
     """Bad messages by peer."""
 
     def __init__(self) -> None:

@@ -180,13 +180,13 @@ class LearnerWelcome:
 class BatchRequest:
     """Rank `rank` of `world_size` wants its shard of the batch for `policy_version`. Waits for: ready groups.
 
-    Shards cost about the same: a trajectory of T tokens T (1 + T / `tokens_at_par`), or T where that is 0.
+    Shards cost about the same: a trajectory of T tokens T (1 + T / `attention_crossover_tokens`), or T where that is 0.
     """
 
     policy_version: Version
     rank: SmallCount
     world_size: SmallCount
-    tokens_at_par: Number = 0.0
+    attention_crossover_tokens: Number = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import zmq
 
-from buffer.transport.authenticator import Doorkeeper
-from buffer.transport.ban_list import Offenders
+from buffer.transport.authenticator import Authenticator
+from buffer.transport.ban_list import BanList
 from buffer.transport.connection import bounded_socket
 from buffer.transport.credentials import Credentials
 from buffer.transport.messages import (
@@ -62,7 +62,7 @@ def read_incoming(identity: bytes, frames: list[bytes], run_id: str) -> Incoming
     return Incoming(identity, message, number)
 
 
-class Gate:
+class Router:
     """A ROUTER bound to `address` for the run of `credentials`. Used by one thread, except `take_counts`.
 
     Raises:
@@ -74,10 +74,10 @@ class Gate:
         self._run_id = credentials.run_id
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
-        self._offenders = Offenders()
+        self._ban_list = BanList()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self._open(credentials)
-        self._doorkeeper = Doorkeeper(self.context, self.socket, credentials, self._count)
+        self._authenticator = Authenticator(self.context, self.socket, credentials, self._count)
         try:
             self.socket.bind(address)
         except zmq.ZMQError as error:
@@ -107,14 +107,14 @@ class Gate:
                 identity, frames = self._frames()
             except zmq.Again:
                 return sound, False
-            if self._offenders.is_ignored(identity, now):
+            if self._ban_list.is_ignored(identity, now):
                 self._count("ignored")
                 continue
             try:
                 sound.append(read_incoming(identity, frames, self._run_id))
             except WireError as error:
                 self._count("foreign_run" if isinstance(error, ForeignRunError) else "wire_errors")
-                self._offenders.note(identity, error, now)
+                self._ban_list.note(identity, error, now)
         return sound, True
 
     def _frames(self) -> tuple[bytes, list[bytes]]:
@@ -157,4 +157,4 @@ class Gate:
         self.socket.disable_monitor()
         self.socket.close()
         self.context.term()
-        self._doorkeeper.join()
+        self._authenticator.join()

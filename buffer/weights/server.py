@@ -29,10 +29,10 @@ from buffer.transport.messages import (
     RelayHello,
     RelayPlace,
 )
-from buffer.transport.router import Gate
+from buffer.transport.router import Router
 from buffer.weights.layout import checksum
 from buffer.weights.relay_tree import RelayTree
-from buffer.weights.shared_memory import Slot
+from buffer.weights.shared_memory import Segment
 from buffer.weights.versions import Asker, KeptVersions
 
 MESSAGES_PER_TURN = 16
@@ -83,7 +83,7 @@ class WeightServer:
         self._parked: dict[bytes, tuple[int, ManifestRequest, float]] = {}
         self._wanted_chunks: dict[Asker, ChunkRequest] = {}
         self._wanted_deltas: dict[Asker, Future[bytes]] = {}
-        self._gate = Gate(address, credentials)
+        self._gate = Router(address, credentials)
         self.address = self._gate.address
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._kept = KeptVersions(keep_versions, self._wake_up)
@@ -91,7 +91,7 @@ class WeightServer:
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
-    def announce(self, manifest: Manifest, slot: Slot) -> list[Slot]:
+    def announce(self, manifest: Manifest, slot: Segment) -> list[Segment]:
         """Offer a version that is whole. Returns the slots that nobody is sent any more."""
         retired = self._kept.add(manifest, slot)
         self._wake_up()
@@ -100,7 +100,7 @@ class WeightServer:
     def _wake_up(self) -> None:
         os.eventfd_write(self._wake, 1)
 
-    def close(self) -> list[Slot]:
+    def close(self) -> list[Segment]:
         """Stop serving. Returns the slots that were served; none the second time."""
         if self._closing:
             return []

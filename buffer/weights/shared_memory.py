@@ -18,16 +18,16 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-SPARE_SLOTS = 2
+SPARE_SEGMENTS = 2
 """Retired slots that are kept for reuse; of more than these the memory is given back."""
 
 
-def most_slots(keep_versions: int) -> int:
+def most_segments(keep_versions: int) -> int:
     """Slots that a writer has at most: of the versions it keeps, of the next one, and retired ones still being read."""
-    return keep_versions + 1 + SPARE_SLOTS
+    return keep_versions + 1 + SPARE_SEGMENTS
 
 
-class Slot:
+class Segment:
     """`num_bytes` of memory under a name in `folder`, locked for writing until `publish`.
 
     Raises:
@@ -73,18 +73,18 @@ class Slot:
             self._descriptor = -1
 
 
-class SlotPool:
+class SegmentPool:
     """The slots of one writer in `folder`, which is emptied of an earlier one's. Used by one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._retired: list[Slot] = []
+        self._retired: list[Segment] = []
         self._num_made = 0
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob("*.weights"), *folder.glob("*.part")):
             leftover.unlink()
 
-    def take(self, num_bytes: int) -> Slot:
+    def take(self, num_bytes: int) -> Segment:
         """A slot to write: a retired one that nobody reads any more, or a fresh one.
 
         Raises:
@@ -95,12 +95,12 @@ class SlotPool:
                 self._retired.remove(slot)
                 return slot
         self._num_made += 1
-        return Slot(self._folder, f"slot-{self._num_made}", num_bytes)
+        return Segment(self._folder, f"slot-{self._num_made}", num_bytes)
 
-    def retire(self, slot: Slot) -> None:
+    def retire(self, slot: Segment) -> None:
         """The version in `slot` is not wanted any more; whoever reads it may finish."""
         self._retired.append(slot)
-        while len(self._retired) > SPARE_SLOTS:
+        while len(self._retired) > SPARE_SEGMENTS:
             self._retired.pop(0).remove()
 
     def close(self) -> None:

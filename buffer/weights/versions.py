@@ -23,7 +23,7 @@ from buffer.transport.messages import Chunk, ChunkRequest, Manifest, Refused
 from buffer.transport.schema import Frame
 from buffer.weights.delta import encode
 from buffer.weights.layout import checksum, layout_of
-from buffer.weights.shared_memory import Slot, hold, let_go
+from buffer.weights.shared_memory import Segment, hold, let_go
 
 WORTHWHILE_SHARE = 0.5
 """A delta that is larger than this share of the version is not sent."""
@@ -43,20 +43,20 @@ class KeptVersions:
 
     def __init__(self, keep_versions: int, wake: Callable[[], None]) -> None:
         self._keep_versions, self._wake = keep_versions, wake
-        self._kept: dict[str, tuple[Manifest, Slot]] = {}
+        self._kept: dict[str, tuple[Manifest, Segment]] = {}
         """By publication, the newest last."""
         self._deltas: dict[tuple[str, str], Future[bytes]] = {}
         """By (base, publication)."""
-        self._lent: Slot | None = None
+        self._lent: Segment | None = None
         self._pieces: WeakValueDictionary[Asker, NDArray[np.uint8]] = WeakValueDictionary()
         """Of `_lent`, by who asked for them: those that a message or ZeroMQ still holds."""
-        self._leaving: list[Slot] = []
+        self._leaving: list[Segment] = []
         """Not served any more, but lent."""
         self._lock = threading.Lock()
         """Guards all of this, and with it every slot that is served from."""
         self._encoder = ThreadPoolExecutor(1, "weight-deltas", initializer=_give_way)
 
-    def add(self, manifest: Manifest, slot: Slot) -> list[Slot]:
+    def add(self, manifest: Manifest, slot: Segment) -> list[Segment]:
         """Keep a version that is whole. Returns the slots that are neither kept nor lent any more."""
         with self._lock:
             self._kept[manifest.publication] = (manifest, slot)
@@ -93,7 +93,7 @@ class KeptVersions:
             data = memoryview(made)[start:end] if request.base else self._lend(slot, start, end, asker)
         return Chunk(start, checksum(data), data)
 
-    def _lend(self, slot: Slot, start: int, end: int, asker: Asker) -> Frame:
+    def _lend(self, slot: Segment, start: int, end: int, asker: Asker) -> Frame:
         piece = slot.array[start:end]
         if self._lent is not slot and self._pieces:
             return piece.tobytes()
@@ -115,7 +115,7 @@ class KeptVersions:
                 self._deltas[key].add_done_callback(lambda _: self._wake())
             return self._deltas[key]
 
-    def close(self) -> list[Slot]:
+    def close(self) -> list[Segment]:
         """Make no more deltas. Returns all slots: what is lent of them stays readable, but nobody may write there."""
         self._encoder.shutdown(wait=True, cancel_futures=True)
         return [*self._leaving, *(slot for _, slot in self._kept.values())]

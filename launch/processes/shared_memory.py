@@ -16,7 +16,7 @@ from buffer.machine import available_memory_bytes
 from buffer.weights.config import WeightsConfig
 from buffer.weights.device_handle import RECORD_BYTES
 from buffer.weights.layout import ALIGNMENT_BYTES
-from buffer.weights.shared_memory import most_slots
+from buffer.weights.shared_memory import most_segments
 from launch.config.adapters import folder_layers, folder_shapes
 from launch.config.devices import has_cuda
 from launch.config.plan import RunPlan
@@ -37,7 +37,7 @@ def lack_of_shared_memory(plan: RunPlan) -> str:
     weights = read_section(WeightsConfig, plan.sections["weights"], "weights")
     if not weights.shared_memory:
         return ""
-    slots, each, exchanged = most_slots(weights.keep_versions), version_bytes(plan.sections), _exchanged_bytes(plan)
+    slots, each, exchanged = most_segments(weights.keep_versions), version_bytes(plan.sections), _exchanged_bytes(plan)
     wanted = slots * each + exchanged
     # What lies there is memory, and counts towards the container's limit.
     free, memory = free_bytes(), available_memory_bytes()

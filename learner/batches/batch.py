@@ -122,7 +122,7 @@ class TrainingBatch:
         return fewest_parts(*self._lengths(part), tokens_per_microbatch)
 
     def microbatches(
-        self, part: range, tokens_per_microbatch: int, at_least: int = 1, tokens_at_par: float = math.inf
+        self, part: range, tokens_per_microbatch: int, at_least: int = 1, attention_crossover_tokens: float = math.inf
     ) -> list[MicroBatch]:
         """`part` in order, packed into few microbatches of about equal cost.
 
@@ -130,11 +130,11 @@ class TrainingBatch:
             part: trajectories.
             tokens_per_microbatch: budget of each, of computed tokens.
             at_least: how many, although fewer would do; more than there are trajectories count as so many.
-            tokens_at_par: as `even_cuts` has it; infinite: cost is tokens.
+            attention_crossover_tokens: as `even_cuts` has it; infinite: cost is tokens.
         """
         lengths, common = self._lengths(part)
         number = max(fewest_parts(lengths, common, tokens_per_microbatch), at_least)
-        cuts = even_cuts(lengths, common, tokens_per_microbatch, number, tokens_at_par)
+        cuts = even_cuts(lengths, common, tokens_per_microbatch, number, attention_crossover_tokens)
         return [self._pack(range(part.start + start, part.start + stop)) for start, stop in pairwise(cuts)]
 
     def scored_slice(self, part: range) -> slice:

@@ -28,22 +28,23 @@ def fewest_parts(lengths: Sequence[int], common: Sequence[int], budget: int) -> 
 
 
 def even_cuts(
-    lengths: Sequence[int], common: Sequence[int], budget: int, num_parts: int, tokens_at_par: float
+    lengths: Sequence[int], common: Sequence[int], budget: int, num_parts: int, attention_crossover_tokens: float
 ) -> list[int]:
     """Bounds [num_parts + 1] of runs within `budget` tokens whose largest estimated cost is as small as can be.
 
-    A sequence of T tokens costs T (1 + T / tokens_at_par): its linear layers, and its attention, which costs as much at
-    that length; after another one with which it has C tokens in common, C (1 + C / tokens_at_par) less.
+    A sequence of T tokens costs T (1 + T / attention_crossover_tokens): its linear layers, and its attention, which
+    costs as much at that length. After a sequence with the same first C tokens it costs C (1 + C /
+    attention_crossover_tokens) less.
 
     Args:
         lengths: tokens of each sequence, at least one.
         common: as `fewest_parts` has it.
         budget: computed tokens; a longer sequence stands alone.
         num_parts: at least `fewest_parts`; with fewer sequences each is a part.
-        tokens_at_par: tokens.
+        attention_crossover_tokens: tokens.
     """
     tokens = _Costs(lengths, common)
-    costs = _Costs(*([length * (1 + length / tokens_at_par) for length in of] for of in (lengths, common)))
+    costs = _Costs(*([length * (1 + length / attention_crossover_tokens) for length in of] for of in (lengths, common)))
     low, high = costs.largest, costs.all_together
     if len(_fill(costs, low, tokens, budget)) - 1 > num_parts:
         for _ in range(_ROUNDS):

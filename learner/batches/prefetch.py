@@ -42,7 +42,7 @@ class Prefetch:
         rank, world_size: of the learner.
         device: where the batch's tensors go.
         timeout_seconds: after which a request fails.
-        tokens_at_par: as `learner.batches.packing.even_cuts` has it; shards are dealt by the same cost.
+        attention_crossover_tokens: as `learner.batches.packing.even_cuts` has it; shards are dealt by the same cost.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Prefetch:
         world_size: int,
         device: torch.device,
         timeout_seconds: float,
-        tokens_at_par: float,
+        attention_crossover_tokens: float,
     ) -> None:
         self._buffer, self._rank, self._world_size = buffer, rank, world_size
-        self._tokens_at_par = tokens_at_par
+        self._attention_crossover_tokens = attention_crossover_tokens
         self._device, self._timeout_seconds = device, timeout_seconds
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._asked: tuple[int, Future[Received | NoMoreBatches]] | None = None
@@ -67,7 +67,7 @@ class Prefetch:
         ConnectionError when the connection was closed.
         """
         if self._asked is None or self._asked[0] != policy_version:
-            request = BatchRequest(policy_version, self._rank, self._world_size, self._tokens_at_par)
+            request = BatchRequest(policy_version, self._rank, self._world_size, self._attention_crossover_tokens)
             coming: Future[Received | NoMoreBatches] = Future()
             answer = self._buffer.request(request, timeout_seconds=self._timeout_seconds)
             answer.add_done_callback(lambda answered: self._arrived(answered, coming))

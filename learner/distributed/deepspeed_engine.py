@@ -79,7 +79,7 @@ class TrainingEngine:
         full_base: Callable[[], nn.Module] | None = None,
     ) -> None:
         self.device, self._full_base = device, full_base
-        self.tokens_at_par = model.tokens_at_par
+        self.attention_crossover_tokens = model.attention_crossover_tokens
         """As `learner.batches.packing.even_cuts` has it."""
         # DeepSpeed's replicated bfloat16 optimizer starts Adam's bias correction at the second step; stage 1 does not.
         self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage

@@ -1,8 +1,8 @@
 """Norms, attention and feed-forward layers of transformers' decoders, in fewer passes over memory on a CPU.
 
-`hasten` gives the modules that it knows a subclass which computes the same in float32 and float64 on a CPU. Whatever
-else they are called with goes the way transformers has it, and modules that it does not know are left alone. A module's
-weights are read in its own passes only: they may be sharded, frozen, or have adapters beside them.
+`patch_for_cpu` gives the modules that it knows a subclass which computes the same in float32 and float64 on a CPU.
+Whatever else they are called with goes the way transformers has it, and modules that it does not know are left alone. A
+module's weights are read in its own passes only: they may be sharded, frozen, or have adapters beside them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEED_FORWARDS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
 """Classes of transformers, by name."""
 
 
-def hasten(network: nn.Module) -> None:
+def patch_for_cpu(network: nn.Module) -> None:
     """Let the modules of `network` that are known compute in fewer passes, in place."""
     angles = _Angles()
     for module in network.modules():

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from learner.batches.prefix_sharing import SharedPrefixes
 from learner.config import LoraConfig
 from learner.models.attention import PACKED_ATTENTION
-from learner.models.cpu_layers import hasten
+from learner.models.cpu_layers import patch_for_cpu
 from learner.models.head import ScoringHead
 from learner.models.lora import add_adapters, four_bit_base
 
@@ -28,7 +28,7 @@ from learner.models.lora import add_adapters, four_bit_base
 class ScoredDecoder(nn.Module):
     """A decoder over packed sequences, and what its states say about the tokens to score."""
 
-    tokens_at_par: float
+    attention_crossover_tokens: float
 
     def forward(
         self,
@@ -77,10 +77,10 @@ class PolicyModel(ScoredDecoder):
     def __init__(self, causal_lm: PreTrainedModel, temperature: float) -> None:
         super().__init__()
         causal_lm.set_output_embeddings(ScoringHead.of(causal_lm.get_output_embeddings()))
-        hasten(causal_lm)
+        patch_for_cpu(causal_lm)
         self.causal_lm = causal_lm
         self.temperature = temperature
-        self.tokens_at_par = _tokens_at_par(causal_lm.get_decoder())
+        self.attention_crossover_tokens = _attention_crossover_tokens(causal_lm.get_decoder())
 
     @classmethod
     def load(
@@ -118,9 +118,9 @@ class ValueModel(ScoredDecoder):
 
     def __init__(self, decoder: nn.Module, hidden_size: int) -> None:
         super().__init__()
-        hasten(decoder)
+        patch_for_cpu(decoder)
         self.decoder = decoder
-        self.tokens_at_par = _tokens_at_par(decoder)
+        self.attention_crossover_tokens = _attention_crossover_tokens(decoder)
         self.value_head = nn.Linear(hidden_size, 1)
         # Zero values at the start: the first advantages are then the returns, not the noise of a random head.
         nn.init.zeros_(self.value_head.weight)
@@ -154,7 +154,7 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool, 
     return network
 
 
-def _tokens_at_par(decoder: Any) -> float:
+def _attention_crossover_tokens(decoder: Any) -> float:
     """Length in tokens at which a sequence's attention costs as many operations as its linear layers.
 
     Per token 2 for each parameter of a layer against 2 x hidden_size x length: scores and values, their causal half.

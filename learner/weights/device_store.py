@@ -20,7 +20,7 @@ from buffer.transport.credentials import Credentials
 from buffer.transport.messages import TensorEntry
 from buffer.weights.config import WeightsConfig
 from buffer.weights.device_handle import RECORD_BYTES, DeviceHandle, Record, Rendezvous, pack_record
-from buffer.weights.shared_memory import Slot
+from buffer.weights.shared_memory import Segment
 from learner.weights.store import NamedTensors, WeightStore
 
 Version = list[tuple[str, Tensor]]
@@ -68,30 +68,30 @@ class DeviceStore(WeightStore):
     ) -> None:
         super().__init__(directory, config, credentials, memory)
         self._device, self._describe = device, describe
-        self._buffers: dict[Slot, Tensor] = {}
+        self._buffers: dict[Segment, Tensor] = {}
         """Never given back: an actor that is slow for ever may still read one whose slot was removed."""
         self._copied: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def _fill(self, tensors: NamedTensors, dtype: torch.dtype | None) -> Slot:
+    def _fill(self, tensors: NamedTensors, dtype: torch.dtype | None) -> Segment:
         slot = super()._fill(tensors, dtype)
         if self._copied is not None:
             self._copied.record()
         return slot
 
-    def _take(self) -> Slot:
+    def _take(self) -> Segment:
         slot = self._slots.take(RECORD_BYTES)
         if slot not in self._buffers:
             self._buffers[slot] = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
             slot.array[:] = bytearray(pack_record(self._describe(self._buffers[slot])))
         return slot
 
-    def _tensor(self, slot: Slot, entry: TensorEntry) -> Tensor:
+    def _tensor(self, slot: Segment, entry: TensorEntry) -> Tensor:
         flat = self._buffers[slot][entry.offset : entry.offset + entry.num_bytes]
         return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
-    def _seal(self, slot: Slot) -> tuple[TensorEntry, ...]:
+    def _seal(self, slot: Segment) -> tuple[TensorEntry, ...]:
         """Without checksums: the bytes never pass the host. Waits for: the device's copies, not for the next step."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -127,7 +127,7 @@ class GroupStore(DeviceStore):
         self._meetings = ThreadPoolExecutor(1, thread_name_prefix="meeting")
         """NCCL cannot be told to give up, so it waits in a thread that can be left behind."""
 
-    def _deliver(self, policy_version: int, slot: Slot) -> None:
+    def _deliver(self, policy_version: int, slot: Segment) -> None:
         """Waits for: every member to take part. Gives up after: `meeting_seconds`, with an OSError."""
         version = [(entry.name, self._tensor(slot, entry)) for entry in self._entries]
         meeting = self._meetings.submit(self._meet, version)

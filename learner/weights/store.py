@@ -25,7 +25,7 @@ from buffer.transport.messages import Manifest, TensorEntry
 from buffer.weights.config import WeightsConfig
 from buffer.weights.layout import ALIGNMENT_BYTES, checksum
 from buffer.weights.server import WeightServer
-from buffer.weights.shared_memory import Slot, SlotPool, lead_to
+from buffer.weights.shared_memory import Segment, SegmentPool, lead_to
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class WeightStore:
         self, directory: Path, config: WeightsConfig, credentials: Credentials, memory: Path | None = None
     ) -> None:
         self._directory = directory
-        self._slots = SlotPool(lead_to(directory, memory))
+        self._slots = SegmentPool(lead_to(directory, memory))
         self._store_id = uuid.uuid4().hex[:8]
         self._host_id = host_id()
         self._entries: tuple[TensorEntry, ...] = ()
         """The layout, the same in every version."""
         self._num_bytes = 0
-        self._spare: Slot | None = None
+        self._spare: Segment | None = None
         self._server = WeightServer(
             config.address,
             credentials,
@@ -84,7 +84,7 @@ class WeightStore:
             raise self._explained(policy_version, error) from error
         return self._background.submit(self._announce, policy_version, slot, started)
 
-    def _fill(self, tensors: NamedTensors, dtype: torch.dtype | None) -> Slot:
+    def _fill(self, tensors: NamedTensors, dtype: torch.dtype | None) -> Segment:
         if not self._entries:
             # Only when all have been seen is it known how much room they need.
             tensors = [(name, tensor.detach().to("cpu", dtype, copy=True)) for name, tensor in tensors]
@@ -101,7 +101,7 @@ class WeightStore:
             raise ValueError(f"tensor {missing.name} was published before and is missing now")
         return slot
 
-    def _announce(self, policy_version: int, slot: Slot, started: float) -> Manifest:
+    def _announce(self, policy_version: int, slot: Segment, started: float) -> Manifest:
         entries = self._seal(slot)
         try:
             path = slot.publish(f"v{policy_version:08d}-{self._store_id}.weights")
@@ -118,7 +118,7 @@ class WeightStore:
 
     # --- where the bytes lie: what `learner/weights/device_store.py` does otherwise ---
 
-    def _take(self) -> Slot:
+    def _take(self) -> Segment:
         """A slot with room for a version.
 
         Raises:
@@ -126,18 +126,18 @@ class WeightStore:
         """
         return self._slots.take(self._num_bytes)
 
-    def _tensor(self, slot: Slot, entry: TensorEntry) -> Tensor:
+    def _tensor(self, slot: Segment, entry: TensorEntry) -> Tensor:
         """The place of a tensor in a slot's version."""
         return torch.from_numpy(_place(slot, entry)).view(getattr(torch, entry.dtype)).view(entry.shape)
 
-    def _seal(self, slot: Slot) -> tuple[TensorEntry, ...]:
+    def _seal(self, slot: Segment) -> tuple[TensorEntry, ...]:
         """The layout with checksums, once every byte is there."""
         return tuple(replace(entry, checksum=checksum(_place(slot, entry))) for entry in self._entries)
 
-    def _deliver(self, policy_version: int, slot: Slot) -> None:
+    def _deliver(self, policy_version: int, slot: Segment) -> None:
         """After the announcement: nothing, readers come by themselves."""
 
-    def _prepare_next(self, retired: list[Slot]) -> None:
+    def _prepare_next(self, retired: list[Segment]) -> None:
         """Have memory ready for the next version, so that the learner never waits for it."""
         for slot in retired:
             self._slots.retire(slot)
@@ -176,6 +176,6 @@ def _lay_out(tensors: list[tuple[str, Tensor]]) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-def _place(slot: Slot, entry: TensorEntry) -> NDArray[np.uint8]:
+def _place(slot: Segment, entry: TensorEntry) -> NDArray[np.uint8]:
     """[num_bytes] uint8: where the tensor's bytes lie."""
     return slot.array[entry.offset : entry.offset + entry.num_bytes]

@@ -65,7 +65,7 @@ class Pipe:
         self._stream.close()
 
 
-class PipeGate:
+class PipeRouter:
     """Stands in for `buffer/transport/router.py`."""
 
     address = "a pipe"
@@ -173,7 +173,7 @@ class KilledBuffer:
         try:
             if instructions:
                 _die_after(instructions)
-            with mock.patch.object(server, "Gate", lambda *_: PipeGate(pipe)):
+            with mock.patch.object(server, "Router", lambda *_: PipeRouter(pipe)):
                 server.Server(self.config, Credentials.plain(RUN_ID)).run()
         except (EOFError, ConnectionError):
             os._exit(0)

@@ -85,7 +85,9 @@ def plain_step(policy: PolicyModel, data: Sequences, budget: int, device: torch.
         everything, mask = range(len(batch.trajectories)), torch.ones_like(batch.sequence_index, dtype=torch.bool)
         counts = {"num_tokens": batch.num_scored_tokens, "num_sequences": len(batch.trajectories)}
         weights = algorithm.token_weights(mask, batch.sequence_index, **counts).float()
-        for micro in batch.microbatches(everything, budget, tokens_at_par=policy.tokens_at_par):
+        for micro in batch.microbatches(
+            everything, budget, attention_crossover_tokens=policy.attention_crossover_tokens
+        ):
             logprobs, entropy = policy(*micro.inputs)
             loss = algorithm.loss(
                 LossInputs(

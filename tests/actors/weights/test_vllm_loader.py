@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.weights.local import LocalWeights
 from actors.weights.vllm_loader import FileTransferEngine, FileUpdateInfo, export_folder
 from buffer.transport.messages import Manifest, TensorEntry
-from buffer.weights.shared_memory import Slot, SlotPool
+from buffer.weights.shared_memory import Segment, SegmentPool
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -23,7 +23,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def published(folder: Path, named: Iterable[tuple[str, Tensor]]) -> tuple[Slot, LocalWeights]:
+def published(folder: Path, named: Iterable[tuple[str, Tensor]]) -> tuple[Segment, LocalWeights]:
     """Tensors as they lie in shared memory, without a learner."""
     entries, offset = [], 0
     tensors = [(name, tensor.detach()) for name, tensor in named]
@@ -31,7 +31,7 @@ def published(folder: Path, named: Iterable[tuple[str, Tensor]]) -> tuple[Slot, 
         dtype = str(tensor.dtype).removeprefix("torch.")
         entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, tensor.nbytes, ""))
         offset += tensor.nbytes
-    slot = SlotPool(folder).take(offset)
+    slot = SegmentPool(folder).take(offset)
     for (_, tensor), entry in zip(tensors, entries, strict=True):
         slot.array[entry.offset : entry.offset + entry.num_bytes] = tensor.reshape(-1).view(torch.uint8).numpy()
     path = slot.publish("v4.weights")

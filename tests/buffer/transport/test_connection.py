@@ -14,7 +14,7 @@ import zmq
 from buffer.transport import messages
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import Credentials
-from buffer.transport.router import Gate
+from buffer.transport.router import Router
 
 CREDENTIALS = Credentials.plain("test")
 
@@ -27,19 +27,19 @@ class Answering:
     def __init__(self, address: str, answer: Answer) -> None:
         self.heard: list[int] = []
         self._answer, self._stop = answer, threading.Event()
-        self._gate = Gate(address, CREDENTIALS)
-        self.address = self._gate.address
+        self._router = Router(address, CREDENTIALS)
+        self.address = self._router.address
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self._gate.socket.poll(10)
-            for incoming in self._gate.receive(10, time.monotonic())[0]:
+            self._router.socket.poll(10)
+            for incoming in self._router.receive(10, time.monotonic())[0]:
                 self.heard.append(incoming.number)
                 for reply in self._answer(incoming.message, incoming.number):
-                    self._gate.socket.send_multipart([incoming.identity, *reply])
-        self._gate.close()
+                    self._router.socket.send_multipart([incoming.identity, *reply])
+        self._router.close()
 
     def close(self) -> None:
         self._stop.set()
@@ -206,7 +206,7 @@ def test_a_reopened_socket_takes_over_its_identity(serving: Callable[..., Answer
 def test_a_port_in_use_gives_one_sentence(serving: Callable[..., Answering], address: str):
     server = serving("tcp://127.0.0.1:*", echo)
     with pytest.raises(ValueError, match=f"{server.address} is in use; end the process"):
-        Gate(server.address, CREDENTIALS)
+        Router(server.address, CREDENTIALS)
     with pytest.raises(ValueError, match="cannot listen on ipc:///nowhere"):
-        Gate("ipc:///nowhere/at/all", CREDENTIALS)
+        Router("ipc:///nowhere/at/all", CREDENTIALS)
     server.close()

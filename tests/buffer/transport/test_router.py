@@ -12,10 +12,10 @@ import zmq
 
 from buffer.transport import ban_list, messages
 from buffer.transport.authenticator import GONE
-from buffer.transport.ban_list import Offenders
+from buffer.transport.ban_list import BanList
 from buffer.transport.connection import Connection
 from buffer.transport.credentials import Credentials
-from buffer.transport.router import Gate
+from buffer.transport.router import Router
 from buffer.transport.schema import WireError
 
 RUN, OTHER_RUN = Credentials.new("run"), Credentials.new("other")
@@ -23,8 +23,8 @@ SECONDS = 20.0
 
 
 @pytest.fixture
-def gate() -> Iterator[Gate]:
-    opened = Gate("tcp://127.0.0.1:*", RUN)
+def router() -> Iterator[Router]:
+    opened = Router("tcp://127.0.0.1:*", RUN)
     yield opened
     opened.close()
 
@@ -36,21 +36,21 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def serve_until(gate: Gate, condition: Callable[[], object]) -> None:
+def serve_until(router: Router, condition: Callable[[], object]) -> None:
     def answer() -> object:
-        for incoming in gate.receive(10, time.monotonic())[0]:
-            gate.send(incoming.identity, messages.Done(), incoming.number)
+        for incoming in router.receive(10, time.monotonic())[0]:
+            router.send(incoming.identity, messages.Done(), incoming.number)
         return condition()
 
     until(answer)
 
 
-def test_a_client_of_the_run_is_answered(gate: Gate):
-    with Connection(gate.address, "actor-0", RUN.for_client(), timeout_seconds=SECONDS) as connection:
+def test_a_client_of_the_run_is_answered(router: Router):
+    with Connection(router.address, "actor-0", RUN.for_client(), timeout_seconds=SECONDS) as connection:
         future = connection.request(messages.Close())
-        serve_until(gate, future.done)
+        serve_until(router, future.done)
         assert future.result() == messages.Done()
-    assert gate.take_counts() == {}
+    assert router.take_counts() == {}
 
 
 NO_KEY = "it has no key or another server's, or broke off"
@@ -65,17 +65,17 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("stranger", STRANGERS)
-def test_a_stranger_gets_nothing_and_is_logged_once(gate: Gate, stranger: str, caplog: pytest.LogCaptureFixture):
+def test_a_stranger_gets_nothing_and_is_logged_once(router: Router, stranger: str, caplog: pytest.LogCaptureFixture):
     credentials, reason = STRANGERS[stranger]
     heard: list[object] = []
     rejected = 0
     for _ in range(3):
-        with Connection(gate.address, "spy", credentials.for_client(), timeout_seconds=0.5) as connection:
+        with Connection(router.address, "spy", credentials.for_client(), timeout_seconds=0.5) as connection:
             asked = connection.request(messages.StatusRequest())
-            until(lambda: heard.extend(gate.receive(10, 0.0)[0]) or asked.done())  # noqa: B023
+            until(lambda: heard.extend(router.receive(10, 0.0)[0]) or asked.done())  # noqa: B023
             with pytest.raises(TimeoutError, match=r"no answer to StatusRequest .* the last handshake failed: "):
                 asked.result()
-        rejected += gate.take_counts().get("rejected", 0)
+        rejected += router.take_counts().get("rejected", 0)
     assert not heard
     assert rejected >= 3
     lines = [record.message for record in caplog.records if record.name == "buffer.transport.authenticator"]
@@ -87,24 +87,24 @@ def test_a_stranger_gets_nothing_and_is_logged_once(gate: Gate, stranger: str, c
     assert RUN.client_secret.decode() not in caplog.text
 
 
-def test_something_that_does_not_speak_the_protocol_gets_nothing(gate: Gate, caplog: pytest.LogCaptureFixture):
-    port = int(gate.address.rpartition(":")[2])
+def test_something_that_does_not_speak_the_protocol_gets_nothing(router: Router, caplog: pytest.LogCaptureFixture):
+    port = int(router.address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as browser:
         browser.settimeout(SECONDS)
         received = browser.recv(4096)
-        until(lambda: gate._doorkeeper._handshakes._addresses)
+        until(lambda: router._authenticator._handshakes._addresses)
         browser.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100)
         with suppress(ConnectionResetError):
             while part := browser.recv(4096):
                 received += part
     assert len(received) <= 64
     assert b"run" not in received
-    until(lambda: gate.take_counts().get("rejected"))
+    until(lambda: router.take_counts().get("rejected"))
     assert "a connection from 127.0.0.1 was turned away: it does not speak ZeroMQ" in caplog.text
 
 
 def test_a_server_without_the_runs_keys_is_not_believed(caplog: pytest.LogCaptureFixture):
-    impostor = Gate("tcp://127.0.0.1:*", replace(OTHER_RUN, run_id="run"))
+    impostor = Router("tcp://127.0.0.1:*", replace(OTHER_RUN, run_id="run"))
     with Connection(impostor.address, "actor-0", RUN.for_client(), timeout_seconds=0.5) as connection:
         asked = connection.request(messages.Close())
         serve_until(impostor, asked.done)
@@ -113,16 +113,16 @@ def test_a_server_without_the_runs_keys_is_not_believed(caplog: pytest.LogCaptur
     impostor.close()
 
 
-def test_another_runs_id_is_dropped_counted_and_logged_once(gate: Gate, caplog: pytest.LogCaptureFixture):
+def test_another_runs_id_is_dropped_counted_and_logged_once(router: Router, caplog: pytest.LogCaptureFixture):
     replayed = replace(RUN.for_client(), run_id="yesterday")
-    with Connection(gate.address, "actor-0", replayed, timeout_seconds=60, resend_seconds=0.05) as connection:
+    with Connection(router.address, "actor-0", replayed, timeout_seconds=60, resend_seconds=0.05) as connection:
         connection.request(messages.Close())
         counted = 0
 
         def several() -> bool:
             nonlocal counted
-            assert gate.receive(10, 0.0) == ([], False)
-            counted += gate.take_counts().get("foreign_run", 0)
+            assert router.receive(10, 0.0) == ([], False)
+            counted += router.take_counts().get("foreign_run", 0)
             return counted >= 3
 
         until(several)
@@ -132,13 +132,13 @@ def test_another_runs_id_is_dropped_counted_and_logged_once(gate: Gate, caplog: 
 
 
 def test_answers_of_another_run_reach_nobody(caplog: pytest.LogCaptureFixture):
-    gate = Gate("tcp://127.0.0.1:*", RUN)
-    with Connection(gate.address, "actor-0", RUN.for_client(), timeout_seconds=1) as connection:
+    router = Router("tcp://127.0.0.1:*", RUN)
+    with Connection(router.address, "actor-0", RUN.for_client(), timeout_seconds=1) as connection:
         asked = connection.request(messages.Close())
 
         def answer() -> bool:
-            for incoming in gate.receive(10, 0.0)[0]:
-                gate.socket.send_multipart(
+            for incoming in router.receive(10, 0.0)[0]:
+                router.socket.send_multipart(
                     [incoming.identity, *messages.encode(messages.Done(), incoming.number, "yesterday")]
                 )
             return asked.done()
@@ -146,38 +146,38 @@ def test_answers_of_another_run_reach_nobody(caplog: pytest.LogCaptureFixture):
         until(answer)
         with pytest.raises(TimeoutError):
             asked.result()
-    gate.close()
+    router.close()
     assert "dropped: it belongs to run 'yesterday'" in caplog.text
 
 
-def test_a_nameless_connection_is_dropped(gate: Gate):
+def test_a_nameless_connection_is_dropped(router: Router):
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger, dealer.curve_serverkey = 0, RUN.server_public
         dealer.curve_publickey, dealer.curve_secretkey = RUN.client_public, RUN.client_secret
         for identity in (b"two\nlines", b"\xff\xfe", b"../x"):
             dealer.setsockopt(zmq.IDENTITY, identity)
-            dealer.connect(gate.address)
+            dealer.connect(router.address)
             dealer.send_multipart(messages.encode(messages.Close(), 0, "run"))
-            until(lambda: gate.receive(10, 0.0) == ([], False) and gate.take_counts().get("wire_errors"))
-            dealer.disconnect(gate.address)
+            until(lambda: router.receive(10, 0.0) == ([], False) and router.take_counts().get("wire_errors"))
+            dealer.disconnect(router.address)
 
 
-def test_a_message_larger_than_allowed_is_dropped(gate: Gate, monkeypatch: pytest.MonkeyPatch):
+def test_a_message_larger_than_allowed_is_dropped(router: Router, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("buffer.transport.router.MAX_MESSAGE_BYTES", 1000)
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger, dealer.curve_serverkey = 0, RUN.server_public
         dealer.curve_publickey, dealer.curve_secretkey = RUN.client_public, RUN.client_secret
         dealer.setsockopt(zmq.IDENTITY, b"big")
-        dealer.connect(gate.address)
+        dealer.connect(router.address)
         dealer.send_multipart([*messages.encode(messages.Chunk(0, "", b"x" * 300), 0, "run"), *[b"x" * 300] * 4])
-        until(lambda: gate.receive(10, 0.0) == ([], False) and gate.take_counts().get("wire_errors"))
+        until(lambda: router.receive(10, 0.0) == ([], False) and router.take_counts().get("wire_errors"))
         dealer.send_multipart(messages.encode(messages.Close(), 7, "run"))
-        until(lambda: [incoming.number for incoming in gate.receive(10, 0.0)[0]] == [7])
+        until(lambda: [incoming.number for incoming in router.receive(10, 0.0)[0]] == [7])
 
 
 def test_plain_sockets_stay_on_this_machine():
     with pytest.raises(ValueError, match="or use tcp://127"):
-        Gate("tcp://0.0.0.0:*", Credentials.plain("run"))
+        Router("tcp://0.0.0.0:*", Credentials.plain("run"))
     with pytest.raises(ValueError, match="or use tcp://127"):
         Connection("tcp://10.0.0.1:5", "actor-0", Credentials.plain("run"))
 
@@ -189,7 +189,7 @@ def test_a_name_that_no_server_takes_is_refused_at_once():
 
 
 def test_who_keeps_sending_nonsense_is_ignored_for_a_while(caplog: pytest.LogCaptureFixture):
-    peers, now = Offenders(), 100.0
+    peers, now = BanList(), 100.0
     for _ in range(ban_list.BAD_MESSAGES - 1):
         peers.note(b"bad", WireError("nonsense"), now)
     assert not peers.is_ignored(b"bad", now)
@@ -204,7 +204,7 @@ def test_who_keeps_sending_nonsense_is_ignored_for_a_while(caplog: pytest.LogCap
 
 
 def test_rare_mistakes_are_forgiven():
-    peers = Offenders()
+    peers = BanList()
     for number in range(10 * ban_list.BAD_MESSAGES):
         now = number * ban_list.WINDOW_SECONDS
         peers.note(b"clumsy", WireError("nonsense"), now)
@@ -212,7 +212,7 @@ def test_rare_mistakes_are_forgiven():
 
 
 def test_names_made_up_by_the_thousand_cost_bounded_memory_and_lines(caplog: pytest.LogCaptureFixture):
-    peers = Offenders()
+    peers = BanList()
     for number in range(5 * ban_list.MAX_PEERS):
         peers.note(b"peer-%d\n\x1b" % number, WireError("nonsense"), 1.0)
     assert len(peers._peers) == ban_list.MAX_PEERS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.weights.shared_memory import SPARE_SLOTS, SlotPool, hold, lead_to
+from buffer.weights.shared_memory import SPARE_SEGMENTS, SegmentPool, hold, lead_to
 
 
 def killed(work: Callable[[], object]) -> None:
@@ -21,7 +21,7 @@ def killed(work: Callable[[], object]) -> None:
 
 def test_what_a_killed_writer_left_half_written_is_never_seen_and_goes_with_the_next_one(tmp_path: Path):
     def write_half() -> None:
-        pool = SlotPool(tmp_path)
+        pool = SegmentPool(tmp_path)
         pool.take(100).publish("v1.weights")
         slot = pool.take(100)
         slot.array[:50] = 7
@@ -31,12 +31,12 @@ def test_what_a_killed_writer_left_half_written_is_never_seen_and_goes_with_the_
     assert half.read_bytes() == bytes([7] * 50 + [0] * 50)
     # The lock went with its process; only the name says that the contents are not whole.
     assert [path.name for path in tmp_path.glob("*.weights")] == ["v1.weights"]
-    SlotPool(tmp_path)
+    SegmentPool(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_that_was_killed_holds_nothing(tmp_path: Path):
-    pool = SlotPool(tmp_path)
+    pool = SegmentPool(tmp_path)
     first = pool.take(64)
     path = first.publish("v1.weights")
     killed(lambda: hold(path).readlines())
@@ -48,7 +48,7 @@ def test_a_reader_that_was_killed_holds_nothing(tmp_path: Path):
 
 
 def test_a_slot_that_is_being_written_again_cannot_be_read_under_any_name(tmp_path: Path):
-    pool = SlotPool(tmp_path)
+    pool = SegmentPool(tmp_path)
     slot = pool.take(64)
     path = slot.publish("v1.weights")
     pool.retire(slot)
@@ -61,7 +61,7 @@ def test_a_slot_that_is_being_written_again_cannot_be_read_under_any_name(tmp_pa
 
 
 def test_a_name_that_another_version_took_while_it_was_opened_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pool = SlotPool(tmp_path)
+    pool = SegmentPool(tmp_path)
     slot = pool.take(64)
     path = slot.publish("v1.weights")
     opened = Path.open
@@ -78,8 +78,8 @@ def test_a_name_that_another_version_took_while_it_was_opened_is_gone(tmp_path: 
 
 
 def test_only_slots_of_the_size_asked_for_are_reused_and_few_are_kept(tmp_path: Path):
-    pool = SlotPool(tmp_path)
-    slots = [pool.take(64) for _ in range(SPARE_SLOTS + 2)]
+    pool = SegmentPool(tmp_path)
+    slots = [pool.take(64) for _ in range(SPARE_SEGMENTS + 2)]
     for index, slot in enumerate(slots):
         slot.publish(f"v{index}.weights")
         pool.retire(slot)
@@ -93,9 +93,9 @@ def test_only_slots_of_the_size_asked_for_are_reused_and_few_are_kept(tmp_path: 
 def test_a_folder_leads_to_memory_or_nowhere_whatever_it_was_before(tmp_path: Path):
     folder, memory = tmp_path / "run" / "weights", tmp_path / "memory"
     assert lead_to(folder, None) == folder and not folder.exists()
-    SlotPool(folder).take(8)
+    SegmentPool(folder).take(8)
     for _ in range(2):
         assert lead_to(folder, memory).resolve() == memory
-        SlotPool(folder).take(8)
+        SegmentPool(folder).take(8)
         assert [path.suffix for path in memory.iterdir()] == [".part"]
     assert not lead_to(folder, None).is_symlink()

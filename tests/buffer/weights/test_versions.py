@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from buffer.transport.messages import Chunk, ChunkRequest, Manifest, Refused
-from buffer.weights.shared_memory import Slot, SlotPool
+from buffer.weights.shared_memory import Segment, SegmentPool
 from buffer.weights.versions import KeptVersions
 
 SIZE = 1_000
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Iterator[SlotPool]:
-    made = SlotPool(tmp_path / "weights")
+def pool(tmp_path: Path) -> Iterator[SegmentPool]:
+    made = SegmentPool(tmp_path / "weights")
     yield made
     made.close()
 
@@ -27,7 +27,7 @@ def kept() -> Iterator[KeptVersions]:
         slot.remove()
 
 
-def add(kept: KeptVersions, pool: SlotPool, version: int) -> tuple[Slot, list[Slot]]:
+def add(kept: KeptVersions, pool: SegmentPool, version: int) -> tuple[Segment, list[Segment]]:
     """The slot of a version that consists of its number, and the slots that came back for it."""
     slot = pool.take(SIZE)
     slot.array[:] = version
@@ -39,7 +39,7 @@ def ask(kept: KeptVersions, version: int, number: int) -> Chunk | Refused | None
     return kept.chunk(ChunkRequest(f"s:{version}", "", 100 * number, 100), (b"actor", number))
 
 
-def test_a_slot_comes_back_when_the_last_of_its_chunks_is_gone(kept: KeptVersions, pool: SlotPool):
+def test_a_slot_comes_back_when_the_last_of_its_chunks_is_gone(kept: KeptVersions, pool: SegmentPool):
     first, _ = add(kept, pool, 1)
     chunks = [ask(kept, 1, number) for number in range(3)]
     second, came_back = add(kept, pool, 2)
@@ -55,7 +55,7 @@ def test_a_slot_comes_back_when_the_last_of_its_chunks_is_gone(kept: KeptVersion
     assert came_back == [first, third]
 
 
-def test_chunks_are_copies_while_those_of_another_version_are_on_their_way(kept: KeptVersions, pool: SlotPool):
+def test_chunks_are_copies_while_those_of_another_version_are_on_their_way(kept: KeptVersions, pool: SegmentPool):
     add(kept, pool, 1)
     lent = ask(kept, 1, 0)
     second, _ = add(kept, pool, 2)
@@ -74,7 +74,7 @@ def test_chunks_are_copies_while_those_of_another_version_are_on_their_way(kept:
 
 
 def test_a_request_that_is_repeated_while_its_answer_is_on_its_way_is_not_answered_again(
-    kept: KeptVersions, pool: SlotPool
+    kept: KeptVersions, pool: SegmentPool
 ):
     add(kept, pool, 1)
     chunk = ask(kept, 1, 0)

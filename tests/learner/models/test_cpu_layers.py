@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, apply_rotary_pos_emb
 
 from learner.models.attention import PACKED_ATTENTION
-from learner.models.cpu_layers import _Angles, _Attention, _FeedForward, _Norm, _Rotation, hasten
+from learner.models.cpu_layers import _Angles, _Attention, _FeedForward, _Norm, _Rotation, patch_for_cpu
 
 SIZES = {
     "vocab_size": 50,
@@ -68,7 +68,7 @@ def known(network: nn.Module) -> set[str]:
 def test_layers_compute_what_those_of_transformers_do(kind: type[PreTrainedConfig]):
     network = decoder(kind)
     expected, right = states_and_gradients(network)
-    hasten(network)
+    patch_for_cpu(network)
     assert len(known(network)) == 3
     found, gradients = states_and_gradients(network)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -86,7 +86,7 @@ def test_a_pass_at_other_positions_is_rotated_by_other_angles(kind: type[PreTrai
     positions = [torch.arange(10), 2 * torch.arange(10)]
     expected = [network(position_ids=ids.unsqueeze(0), **inputs).last_hidden_state for ids in positions]
     assert not torch.allclose(*expected, atol=1e-3)
-    hasten(network)
+    patch_for_cpu(network)
     for ids, right in zip(positions, expected, strict=True):
         found = network(position_ids=ids.unsqueeze(0), **inputs).last_hidden_state
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
@@ -95,7 +95,7 @@ def test_a_pass_at_other_positions_is_rotated_by_other_angles(kind: type[PreTrai
 def test_lower_precision_is_rounded_where_transformers_rounds_it():
     network = decoder(Qwen2Config, torch.bfloat16)
     expected, right = states_and_gradients(network)
-    hasten(network)
+    patch_for_cpu(network)
     found, gradients = states_and_gradients(network)
     assert torch.equal(found, expected)
     assert all(torch.equal(gradient, right[name]) for name, gradient in gradients.items())
@@ -105,14 +105,14 @@ def test_what_is_not_known_is_left_alone():
     # Gemma's norm has another formula.
     network = decoder(GemmaConfig, head_dim=8)
     kinds = [type(module) for module in network.modules()]
-    hasten(network)
+    patch_for_cpu(network)
     assert [type(module) for module in network.modules()] == kinds
 
 
 def test_other_attention_is_left_to_transformers():
     network = decoder(Qwen2Config)
     network.config._attn_implementation = "eager"
-    hasten(network)
+    patch_for_cpu(network)
     token_ids = torch.arange(3, 13).unsqueeze(0)
     cached = network(input_ids=token_ids[:, :6], use_cache=True)
     rest = network(input_ids=token_ids[:, 6:], past_key_values=cached.past_key_values).last_hidden_state
@@ -121,7 +121,7 @@ def test_other_attention_is_left_to_transformers():
 
 def test_a_copy_of_a_hastened_network_is_one_and_is_by_itself():
     network = decoder(Qwen2Config)
-    hasten(network)
+    patch_for_cpu(network)
     twin = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -134,7 +134,7 @@ def test_a_copy_of_a_hastened_network_is_one_and_is_by_itself():
 def test_the_norm_and_its_gradient_are_exact_in_float64():
     norm = Qwen2RMSNorm(6, eps=0.01).double()
     nn.init.uniform_(norm.weight, 0.5, 1.5)
-    hasten(norm)
+    patch_for_cpu(norm)
     states = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
     expected = states / (states.square().mean(-1, keepdim=True) + 0.01).sqrt() * norm.weight
     torch.testing.assert_close(norm(states), expected, rtol=1e-12, atol=1e-12)
@@ -171,7 +171,7 @@ def test_the_feed_forward_layer_and_its_gradient_are_exact_in_float64():
     states = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
     inputs = [states, *layer.parameters()]
     expected = layer(states)
-    hasten(layer)
+    patch_for_cpu(layer)
     found = layer(states)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn_like(found)
@@ -187,7 +187,7 @@ def test_a_frozen_weight_gets_no_gradient_and_the_others_theirs(frozen: str):
     states = torch.randn(5, 32, dtype=torch.float64)
     layer(states).sum().backward()
     right = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    hasten(layer)
+    patch_for_cpu(layer)
     layer.zero_grad()
     layer(states).sum().backward()
     for name, parameter in layer.named_parameters():
@@ -198,7 +198,7 @@ def test_a_frozen_weight_gets_no_gradient_and_the_others_theirs(frozen: str):
 @pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
 def test_a_linear_layer_that_is_more_than_its_weight_is_called(name: str):
     layer = feed_forward()
-    hasten(layer)
+    patch_for_cpu(layer)
     states, calls = torch.randn(5, 32, dtype=torch.float64), []
     layer.get_submodule(name).register_forward_hook(lambda *_: calls.append(1))
     expected = layer(states)
@@ -216,5 +216,5 @@ def test_another_activation_is_left_to_transformers():
     layer = feed_forward(hidden_act="gelu")
     states = torch.randn(5, 32, dtype=torch.float64)
     expected = layer(states)
-    hasten(layer)
+    patch_for_cpu(layer)
     assert torch.equal(layer(states), expected)

@@ -156,7 +156,7 @@ def test_records_survive_the_way_and_others_are_refused():
         DeviceHandle("GPU-0", "ab" * 64, 1 << 40, 3, "cd", 4, "ef" * 64, True),
     ):
         assert unpack_record(pack_record(record)) == record
-    for other in (b"\x00" * 64, b"[]", b'{"kind": "Rendezvous"}', b'{"kind": "Slot"}'):
+    for other in (b"\x00" * 64, b"[]", b'{"kind": "Rendezvous"}', b'{"kind": "Segment"}'):
         with pytest.raises(RuntimeError, match="holds no record of a device"):
             unpack_record(other)
 

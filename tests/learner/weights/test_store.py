@@ -26,7 +26,7 @@ from buffer.transport.messages import (
 )
 from buffer.weights.config import WeightsConfig
 from buffer.weights.layout import checksum
-from buffer.weights.shared_memory import hold, most_slots
+from buffer.weights.shared_memory import hold, most_segments
 from learner.weights.store import ALIGNMENT_BYTES, WeightStore
 
 Stores = Callable[..., WeightStore]
@@ -313,7 +313,7 @@ def test_a_store_never_has_more_slots_than_room_was_looked_for(open_store: Store
     for version in range(8):
         readers.append(hold(Path(store.publish(version, weights(version)).result(10).path)))
         num_slots.append(len([*(tmp_path / "weights").glob("*.weights"), *(tmp_path / "weights").glob("*.part")]))
-    assert max(num_slots) == num_slots[-1] == most_slots(2)
+    assert max(num_slots) == num_slots[-1] == most_segments(2)
     for reader in readers:
         reader.close()
 
