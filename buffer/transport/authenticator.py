@@ -94,10 +94,11 @@ class Authenticator:
         if turned_away is None:
             return
         address, reason = turned_away
-        self._count("rejected")
         if address not in self._logged and len(self._logged) < MAX_ADDRESSES:
             self._logged.add(address)
             log.warning("a connection from %s was turned away: %s", address, reason)
+        # Last: whoever sees the count finds the line in the log.
+        self._count("rejected")
 
 
 class _Handshakes:
