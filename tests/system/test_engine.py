@@ -50,11 +50,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def perturb(model: PreTrainedModel, seed: int) -> list[tuple[str, torch.Tensor]]:
-    """Move every parameter and return copies, as the learner publishes them."""
+    """Draw every parameter anew and return copies, as the learner publishes them.
+
+    Nothing adds up over versions: with larger weights, rounding errors would grow with the number of updates.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in model.named_parameters():
+            parameter.copy_(("norm" in name) + 0.15 * torch.randn(parameter.shape, generator=generator))
     return [(name, parameter.detach().clone()) for name, parameter in model.named_parameters()]
 
 
