@@ -8,6 +8,9 @@ COUNTS = (
     *("samples_per_group", "max_new_tokens", "max_groups_in_flight", "tensor_parallel_size"),
     *("evaluation_prompts", "chunk_bytes"),
 )
+DTYPES = ("float32", "bfloat16", "float16")
+ABOVE_ZERO = ("kv_cache_gib", "heartbeat_seconds", "weights_timeout_seconds", "sample_timeout_seconds")
+"""Settings that may be any number above 0."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,28 @@ class ActorConfig:
                 f"max_new_tokens={self.max_new_tokens} leaves no room for a prompt in the model's context of"
                 f" {self.max_tokens} tokens; lower it or use a model with a longer context"
             )
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")
         if self.kv_cache not in ("keep", "recompute"):
             raise ValueError(f"actor.kv_cache={self.kv_cache} is unknown; use keep or recompute")
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"actor.{name}={getattr(self, name)} must be at least 1")
-        for name in ("evaluation_temperature", "evaluation_max_new_tokens"):
-            if getattr(self, name) < 0:
+        for name in ("evaluation_temperature", "evaluation_max_new_tokens", "seed"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"actor.{name}={getattr(self, name)} must not be below 0")
+        for name in ABOVE_ZERO:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"actor.{name}={getattr(self, name)} must be above 0")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"actor.gpu_memory_utilization={self.gpu_memory_utilization} is a share of the device; use a number"
+                " above 0 and at most 1"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"actor.dtype={self.dtype} is unknown; use one of {', '.join(DTYPES)}")
+        if self.max_new_tokens < self.evaluation_max_new_tokens >= self.max_tokens:
+            raise ValueError(
+                f"actor.evaluation_max_new_tokens={self.evaluation_max_new_tokens} leaves no room for a prompt in the"
+                f" model's context of {self.max_tokens} tokens; lower it"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -10,20 +9,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from actors.tasks.task import write_traces
 from buffer.machine import THREADS_VARIABLE, num_usable_cores
+from launch.config.model import embedded_settings
 from launch.config.plan import RunPlan
 from launch.config.settings import EmbeddedConfig
 from launch.processes.supervisor import last_line
 from launch.processes.topology import ROOT
 from learner.models.cpu_heap import heap_environment
-
-RECIPE = 1
-"""Part of the cache's key: raised when the same settings would make another model."""
 
 MAKING = "-making-"
 
@@ -32,13 +27,13 @@ Progress = Callable[[int, int, float], None]
 
 
 def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progress) -> Path:
-    """The folder of the base model for this task, made if it is not in the cache.
+    """Make the run's embedded model if it is not in the cache. Returns its folder, `plan.model_folder`.
 
     Raises:
         ValueError: when it could not be made; the message says where the log is.
     """
-    cache = Path(plan.cluster.cache_dir).expanduser()
-    settings, folder = _settings(plan, embedded), cache / f"base-{plan.task.name}-{_key(plan, embedded)}"
+    folder = plan.model_folder
+    cache = folder.parent
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -48,6 +43,7 @@ def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progre
         making = Path(name)
         _write_pairs(plan, making / "pairs.jsonl")
         request = making / "settings.json"
+        settings = embedded_settings(embedded, plan.pretraining, plan.task, plan.sections["model"]["max_tokens"])
         request.write_text(
             json.dumps({**settings, "pairs": str(making / "pairs.jsonl"), "output": str(making / "model")})
         )
@@ -63,30 +59,6 @@ def _remove_unfinished(cache: Path) -> None:
         pid = folder.name.partition(MAKING)[2].partition("-")[0]
         if not Path("/proc", pid).exists():
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _key(plan: RunPlan, embedded: EmbeddedConfig) -> str:
-    """12 digits that differ when anything does that the model is made of."""
-    pretraining = {name: value for name, value in asdict(plan.pretraining).items() if name != "num_threads"}
-    made_of = [RECIPE, _settings(plan, embedded), pretraining, asdict(plan.task_config), plan.task.fingerprint]
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _settings(plan: RunPlan, embedded: EmbeddedConfig) -> dict[str, Any]:
-    pretraining = plan.pretraining
-    return {
-        "alphabet": plan.task.alphabet if embedded.tokenizer == "characters" else "",
-        "vocabulary": embedded.vocabulary,
-        "hidden_size": embedded.hidden_size,
-        "num_layers": embedded.num_layers,
-        "num_heads": embedded.num_heads,
-        "intermediate_size": embedded.intermediate_size,
-        "max_tokens": plan.sections["model"]["max_tokens"],
-        "steps": pretraining.steps,
-        "batch_size": pretraining.batch_size,
-        "learning_rate": pretraining.learning_rate,
-        "seed": pretraining.seed,
-    }
 
 
 def _write_pairs(plan: RunPlan, path: Path) -> None:

@@ -32,15 +32,17 @@ from rich.console import Console
 from buffer.transport.messages import Status
 from buffer.weights.config import MEMORY_VARIABLE
 from launch.base_model import prepare_base_model
-from launch.config.compose import compose_config, without_hydra
-from launch.config.plan import KNOWN, RunPlan, notices, plan_run, write_config
+from launch.config.compose import compose_config, with_files, without_hydra
+from launch.config.plan import KNOWN, RunPlan, plan_run, write_config
+from launch.preview import notices, print_preview
 from launch.processes.guardian import Guardian
 from launch.processes.shared_memory import lack_of_shared_memory
 from launch.processes.supervisor import RunFailedError
-from launch.processes.topology import another_actor, another_relay, assign_cores
+from launch.processes.topology import another_actor, another_relay
 from launch.session import Session
 from launch.terminal.display import Display
-from launch.terminal.summary import newest_checkpoint, print_summary, summarize_run, write_summary
+from launch.terminal.summary import print_summary, summarize_run, write_summary
+from learner.checkpoints.manifest import newest_checkpoint
 
 
 class Interrupted(Exception):
@@ -54,15 +56,19 @@ class Interrupted(Exception):
 def main(arguments: list[str]) -> int:
     """Run what the overrides describe. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="key=value; resume=RUN_DIR continues a run")
+    parser.add_argument("overrides", nargs="*", help="key=value; config=FILE.yaml reads some; resume=RUN_DIR continues")
     parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and end")
+    parser.add_argument("--check", action="store_true", help="check everything, print what would run and end")
     options = parser.parse_args(arguments)
     console = Console()
     try:
         if options.cfg:
-            print(OmegaConf.to_yaml(without_hydra(compose_config(options.overrides, KNOWN))), end="")
+            print(OmegaConf.to_yaml(without_hydra(compose_config(with_files(options.overrides), KNOWN))), end="")
             return 0
         plan = plan_run(options.overrides)
+        if options.check:
+            print_preview(plan, console)
+            return 0
     except ValueError as error:
         Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
         return 2
@@ -79,9 +85,10 @@ def main(arguments: list[str]) -> int:
 def _how_to_go_on(plan: RunPlan) -> str:
     if not (plan.run_dir / "config.yaml").is_file():
         return "nothing was trained yet, start it again with the same command"
-    checkpoint = newest_checkpoint(plan.run_dir)
+    checkpoint = newest_checkpoint(plan.run_dir / "checkpoints")
     where = f"at checkpoint {int(checkpoint.name)}" if checkpoint else "before the first checkpoint"
-    return f"{where}, continue with: python launch/cluster.py resume={plan.run_dir}"
+    command = "slipstream train" if Path(sys.argv[0]).name == "slipstream" else "python launch/cluster.py"
+    return f"{where}, continue with: {command} resume={plan.run_dir}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -98,6 +105,7 @@ def _run(plan: RunPlan, console: Console) -> int:
     # Everything that is started from here on inherits the run's mark and its temporary folder.
     os.environ.update(guardian.environment)
     try:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
         status = _train(plan, console, guardian.run_mark)
         summary = summarize_run(plan.run_dir, status, time.monotonic() - started)
         write_summary(summary, plan.run_dir)
@@ -107,7 +115,7 @@ def _run(plan: RunPlan, console: Console) -> int:
         return 1
     finally:
         guardian.close()
-    print_summary(summary, plan.run_dir, newest_checkpoint(plan.run_dir), console)
+    print_summary(summary, plan.run_dir, newest_checkpoint(plan.run_dir / "checkpoints"), console)
     return 0
 
 
@@ -117,12 +125,10 @@ def _train(plan: RunPlan, console: Console, run_mark: str) -> Status:
         for notice in notices(plan):
             console.print(notice, style="yellow", soft_wrap=True, markup=False, highlight=False)
         if plan.embedded is not None:
-            base = prepare_base_model(plan, plan.embedded, display.pretraining)
-            plan.sections["model"]["path"] = plan.sections["actor"]["model_path"] = str(base)
+            prepare_base_model(plan, plan.embedded, display.pretraining)
         if lack := lack_of_shared_memory(plan):
             os.environ[MEMORY_VARIABLE] = ""
             console.print(lack, style="yellow", soft_wrap=True, markup=False, highlight=False)
-        assign_cores(plan)
         write_config(plan)
         (plan.run_dir / "logs").mkdir(exist_ok=True)
         handler = logging.FileHandler(plan.run_dir / "logs" / "launcher.log")

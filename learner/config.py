@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -13,10 +14,12 @@ DEVICES = ("auto", "cpu", "cuda")
 PUBLISHED = ("adapter", "merged")
 LEAST = {
     **dict.fromkeys(("total_steps", "groups_per_batch", "samples_per_group", "updates_per_batch", "num_ranks"), 1),
-    **dict.fromkeys(("keep_checkpoints", "max_bad_steps"), 1),
-    "max_batches_without_signal": 0,
+    **dict.fromkeys(("keep_checkpoints", "max_bad_steps", "checkpoint_every", "tokens_per_microbatch"), 1),
+    **dict.fromkeys(("max_batches_without_signal", "evaluate_every", "critic_warmup_steps", "seed"), 0),
 }
 """Settings of the learner that count something, and the least each may be."""
+ABOVE_ZERO = ("evaluation_timeout_seconds", "batch_timeout_seconds", "logprob_tolerance")
+"""Settings of the learner that may be any number above 0."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype={self.dtype} is unknown; use one of {', '.join(DTYPES)}")
+        if self.max_tokens < 2:
+            raise ValueError(f"model.max_tokens={self.max_tokens} must be at least 2: a prompt and a completion")
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,15 @@ class OptimizerConfig:
     """Final learning rate as a fraction of the first, for linear and cosine."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
-        if self.clip_norm < 0:
+        # Written so that nan fails too.
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must each be 0 or above and below 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay} must be 0 (none) or above")
+        if not self.clip_norm >= 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be 0 (never clip) or above")
 
     def rate(self, step: int, total_steps: int) -> float:
@@ -164,6 +175,7 @@ class LearnerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.zero_stage not in ZERO_STAGES:
             raise ValueError(f"learner.zero_stage={self.zero_stage} is unknown; use 0, 1, 2 or 3")
         if self.cpu_offload and not self.zero_stage:
@@ -180,9 +192,6 @@ class LearnerConfig:
                 f"learner.lora.base_4bit=true needs CUDA and weights that are not cut up, not learner.device="
                 f"{self.device} with learner.zero_stage={self.zero_stage}; leave it out, or use cuda and stage 0 to 2"
             )
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"learner.{name}={getattr(self, name)} must be at least {least}")
         parts = self.num_ranks * self.updates_per_batch
         if self.groups_per_batch % parts:
             raise ValueError(
@@ -194,10 +203,19 @@ class LearnerConfig:
                 f"total_steps={self.total_steps} is not a multiple of updates_per_batch={self.updates_per_batch};"
                 f" use {self.total_steps // self.updates_per_batch * self.updates_per_batch or self.updates_per_batch}"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")
         for name, optimizer in (("optimizer", self.optimizer), ("critic_optimizer", self.critic_optimizer)):
             try:
                 optimizer.rate(0, self.total_steps)
             except ValueError as error:
                 raise ValueError(f"learner.{name}: {error}") from error
+
+    def _check_numbers(self) -> None:
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"learner.{name}={getattr(self, name)} must be at least {least}")
+        # Written so that nan fails too.
+        for name in ABOVE_ZERO:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"learner.{name}={getattr(self, name)} must be above 0")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")

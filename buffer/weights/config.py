@@ -41,9 +41,9 @@ class WeightsConfig:
             raise ValueError(f"weights.keep_versions={self.keep_versions} must be at least 1")
         if self.relay_fanout < 0:
             raise ValueError(f"weights.relay_fanout={self.relay_fanout} must be 0 (no tree) or above")
-        if self.bytes_per_second < 0:
+        if not self.bytes_per_second >= 0:
             raise ValueError(f"weights.bytes_per_second={self.bytes_per_second} must be 0 (no limit) or above")
-        if self.meeting_seconds <= 0:
+        if not self.meeting_seconds > 0:
             raise ValueError(f"weights.meeting_seconds={self.meeting_seconds} must be above 0")
         self._check_transport()
 

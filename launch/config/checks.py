@@ -6,7 +6,6 @@ Every message is one sentence: what is wrong, where, the value, and the way out.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import socket
@@ -15,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from actors.tasks.templates import template_names
-
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def free_address(port: int, name: str, host: str = "127.0.0.1") -> str:
@@ -55,14 +51,13 @@ def absolute_files(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Make `folder` and prove that files can be written there.
+    """Prove that `folder` can be made, or is there, and that files can be written there. Leaves nothing behind.
 
     Raises:
         ValueError: they cannot.
     """
-    marker = folder / f".writable-{os.getpid()}"
+    marker = nearest_folder(folder) / f".writable-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
         marker.unlink()
     except OSError as error:
@@ -70,12 +65,12 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_space(folder: Path, name: str, min_free_bytes: int) -> None:
-    """Compare what is free where `folder` lies with what the run must have.
+    """Compare what is free where `folder` lies, or will lie, with what the run must have.
 
     Raises:
         ValueError: too little is free.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free < min_free_bytes:
         raise ValueError(
             f"{name}={folder} has {free / 1e6:.0f} MB free, less than the {min_free_bytes / 1e6:.0f} MB of"
@@ -83,66 +78,6 @@ def check_space(folder: Path, name: str, min_free_bytes: int) -> None:
         )
 
 
-def check_model_folder(folder: Path, max_tokens: int) -> None:
-    """A Hugging Face folder with configuration, weights and tokenizer, whose context is long enough.
-
-    Raises:
-        ValueError: something is missing or unreadable, or `max_tokens` is beyond the model's context or its window.
-    """
-    config = _model_config(folder)
-    for what, patterns in (("weights", WEIGHT_FILES), ("tokenizer", TOKENIZER_FILES)):
-        if not any(any(folder.glob(pattern)) for pattern in patterns):
-            raise ValueError(
-                f"model.path={folder} has no {what}, neither {' nor '.join(patterns)}; give a folder as"
-                " save_pretrained leaves it"
-            )
-    context = config.get("max_position_embeddings")
-    if isinstance(context, int) and max_tokens > context:
-        raise ValueError(
-            f"model.max_tokens={max_tokens} is beyond the context of {context} tokens of the model in {folder};"
-            f" set model.max_tokens to at most {context}"
-        )
-    window = config.get("sliding_window")
-    if isinstance(window, int) and config.get("use_sliding_window", True) and max_tokens > window:
-        raise ValueError(
-            f"model.max_tokens={max_tokens} is beyond the sliding window of {window} tokens of the model in {folder},"
-            f" within which the learner attends to everything; set model.max_tokens to at most {window}"
-        )
-
-
-def check_heads(num_heads: int | None, tensor_parallel_size: int) -> None:
-    """Whether the workers of an engine can share a model's attention heads.
-
-    Args:
-        num_heads: None where the model does not say.
-        tensor_parallel_size: workers of an engine.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    if num_heads and num_heads % tensor_parallel_size:
-        raise ValueError(
-            f"actor.tensor_parallel_size={tensor_parallel_size} does not divide the model's {num_heads} attention"
-            " heads; use a number that does"
-        )
-
-
-def model_heads(folder: Path) -> int | None:
-    """The attention heads of the model in a Hugging Face folder; None where it does not say."""
-    heads = _model_config(folder).get("num_attention_heads")
-    return heads if isinstance(heads, int) else None
-
-
-def _model_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"model.path={folder} is not a Hugging Face folder: {path} does not exist; give one that has it"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={folder} is not usable: {path} cannot be read ({error}); restore it") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"model.path={folder} is not usable: {path} holds no JSON object; restore it")
-    return config
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())

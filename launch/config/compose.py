@@ -7,10 +7,12 @@ those that none knows. Hydra's own settings are no settings of a run.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +41,7 @@ def compose_config(overrides: Sequence[str], known: Iterable[str]) -> DictConfig
         ValueError: one sentence for whatever is wrong with an override.
     """
     names = sorted({*known, *GROUPS})
-    prepared = [_prepared(item, names) for item in overrides]
+    prepared = [_prepared(item, names) for item in (*overrides, *_implied(overrides))]
     try:
         with initialize_config_dir(config_dir=str(CONFIG_DIR), version_base="1.3"):
             config: DictConfig = compose("config", overrides=prepared, return_hydra_config=True)
@@ -82,6 +84,77 @@ def unknown_setting(section: str, key: str, known: Iterable[str]) -> ValueError:
     if not near:
         there = f"the settings there are {', '.join(names)}"
     return ValueError(f"{section}{key} is not a known setting; {there}")
+
+
+def with_files(overrides: Sequence[str]) -> list[str]:
+    """The overrides with what stands in the files of `config=FILE.yaml` before them, so that the command line wins.
+
+    Raises:
+        ValueError: a file that cannot be read, or holds no settings.
+    """
+    found, typed = [], []
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key == "config":
+            found += _read_file(Path(value).expanduser())
+        else:
+            typed.append(item)
+    return [*found, *typed]
+
+
+def given_settings(overrides: Sequence[str]) -> list[str]:
+    """Dotted paths of the settings that the overrides set; choices of a group's file are none."""
+    keys = (item.partition("=")[0].lstrip("+") for item in overrides)
+    return [key for key in keys if key not in GROUPS]
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"config={path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config={path} holds no settings; write NAME: VALUE lines, with the names of configs/")
+    if "choices" in content:
+        raise ValueError(
+            f"config={path} is what a run wrote for its processes; continue that run with resume={path.parent}, or"
+            " write a file of the settings that differ from configs/"
+        )
+    return _flattened(content, "")
+
+
+def _flattened(section: dict[Any, Any], prefix: str) -> list[str]:
+    """One override for every value of a section and those in it."""
+    found = []
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        found += _flattened(value, f"{name}.") if isinstance(value, dict) and value else [f"{name}={_written(value)}"]
+    return found
+
+
+def _written(value: Any) -> str:
+    """A value of a YAML file in the grammar of Hydra's overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
+    if isinstance(value, int | float):
+        return str(value)
+    # Backslashes count only before a quotation mark.
+    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (found[2] and "\\'"), str(value))
+    return f"'{quoted}'"
+
+
+def _implied(overrides: Sequence[str]) -> list[str]:
+    """`model=path` where `model.path` is set and no file of configs/model is chosen."""
+    values = dict(item.lstrip("+").partition("=")[::2] for item in overrides)
+    return (
+        ["model=path"] if values.get("model.path", "null") not in ("null", "", "???") and "model" not in values else []
+    )
 
 
 def _prepared(item: str, names: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ packages that use them.
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
@@ -42,6 +43,13 @@ class RunConfig:
             raise ValueError(f"mode={self.mode} is unknown; use async or sync")
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness={self.max_staleness} is below 0; use 0 for strictly in turn, or more")
+        for name in ("total_steps", "groups_per_batch", "samples_per_group", "updates_per_batch", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is below 0; use 0 or more")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,8 @@ class ClusterConfig:
                 f"cluster.buffer_port={self.buffer_port}, weights_port={self.weights_port} and"
                 f" tensorboard_port={self.tensorboard_port} must differ; 0 takes any free one"
             )
-        for name in ("healthy_seconds", "hung_seconds", "grace_seconds"):
-            if getattr(self, name) < 0:
+        for name in ("healthy_seconds", "hung_seconds", "grace_seconds", "min_free_bytes"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"cluster.{name}={getattr(self, name)} is below 0; use 0 or more")
         self._check_host()
         if self.max_restarts < 0:
@@ -147,6 +155,9 @@ class EmbeddedConfig:
     def __post_init__(self) -> None:
         if self.tokenizer not in ("characters", "bpe"):
             raise ValueError(f"embedded.tokenizer={self.tokenizer} is unknown; use characters or bpe")
+        for name in ("vocabulary", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"embedded.{name}={getattr(self, name)} must be at least 1")
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 32:
             raise ValueError(
                 f"embedded.hidden_size={self.hidden_size} must be num_heads={self.num_heads} times a multiple of 32,"
@@ -170,9 +181,11 @@ class PretrainingConfig:
     num_threads: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("num_traces", 0), ("steps", 0), ("batch_size", 1), ("num_threads", 1)):
+        for name, least in (("num_traces", 0), ("steps", 0), ("seed", 0), ("batch_size", 1), ("num_threads", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"pretraining.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"pretraining.learning_rate={self.learning_rate} must be above 0")
         for name in ("error_rate", "clean_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"pretraining.{name}={getattr(self, name)} must lie between 0 and 1")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from launch.config.adapters import folder_layers, folder_shapes
 from launch.config.devices import has_cuda
 from launch.config.plan import RunPlan
 from launch.processes.guardian import SHARED_MEMORY
-from launch.processes.topology import actor_threads
 from learner.config import LearnerConfig, LoraConfig
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -60,7 +60,7 @@ def free_bytes() -> int:
     return shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
 
 
-def version_bytes(sections: dict[str, Any]) -> int:
+def version_bytes(sections: Mapping[str, Any]) -> int:
     """The size of one published version: adapters alone, a record of device memory, or every tensor of the model."""
     if sections["weights"]["transport"] != "file":
         return RECORD_BYTES
@@ -86,7 +86,7 @@ def _exchanged_bytes(plan: RunPlan) -> int:
     workers = plan.sections["actor"]["tensor_parallel_size"]
     if workers == 1 or has_cuda():
         return 0
-    return int(plan.cluster.num_actors * workers * actor_threads(plan) * EXCHANGE_BYTES_PER_THREAD)
+    return int(plan.cluster.num_actors * workers * plan.cores.actor_threads * EXCHANGE_BYTES_PER_THREAD)
 
 
 def _mb(num_bytes: int) -> str:

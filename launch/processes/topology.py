@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from buffer.machine import THREADS_VARIABLE, num_usable_cores
-from launch.config.devices import VISIBLE, has_cuda, own_devices
+from buffer.machine import THREADS_VARIABLE
+from launch.config.devices import VISIBLE, own_devices
 from launch.config.plan import RunPlan
 from learner.models.cpu_heap import heap_environment
 
@@ -33,49 +33,6 @@ class ProcessSpec:
         return shlex.join(["env", *(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
 
-def assign_cores(plan: RunPlan) -> None:
-    """Give the learner its cores; those of the actors are in their command lines."""
-    plan.sections["learner"]["cpu_affinity"] = own_cores(plan)[1]
-
-
-def own_cores(plan: RunPlan) -> tuple[list[int], list[int]]:
-    """Cores of the actors and of the learner on this host; on a CPU with at least two, each has some of their own.
-
-    A second thread on a busy core makes both processes many times slower, so each gets as many threads as cores. Where
-    all have one thread and there are too few cores for that, nobody keeps to any: what one leaves idle others take.
-    A CPU quota grants time and no particular cores. Under one smaller than the mask nobody keeps to any either: every
-    container of the host would choose the same few.
-    """
-    cores, learner_cores = sorted(os.sched_getaffinity(0)), _learner_cores(plan)
-    too_few = plan.cluster.learner_cores == 1 and plan.cluster.num_actors > len(cores) - learner_cores
-    has_quota = num_usable_cores() < len(cores)
-    if not plan.cluster.pin_cores or has_cuda() or has_quota or len(cores) <= learner_cores or too_few:
-        return [], []
-    return cores[:-learner_cores], cores[-learner_cores:]
-
-
-def actor_threads(plan: RunPlan) -> int:
-    """Threads of each worker of an actor: an equal share of the cores that the learner leaves, pinned or not.
-
-    Beside a GPU it is one: the work is on the device.
-    """
-    if has_cuda():
-        return 1
-    num_workers: int = plan.cluster.num_actors * plan.sections["actor"]["tensor_parallel_size"]
-    return max(1, (num_usable_cores() - _learner_cores(plan)) // num_workers)
-
-
-def learner_threads(plan: RunPlan) -> int:
-    """Threads of each of the learner's ranks: what was asked for, as far as there are cores."""
-    num_ranks: int = plan.sections["learner"]["num_ranks"]
-    return min(plan.cluster.learner_cores, max(1, num_usable_cores() // num_ranks))
-
-
-def _learner_cores(plan: RunPlan) -> int:
-    num_ranks: int = plan.sections["learner"]["num_ranks"]
-    return plan.cluster.learner_cores * num_ranks
-
-
 def processes(plan: RunPlan) -> list[ProcessSpec]:
     """The run's processes in starting order."""
     run_dir, num_actors = str(plan.run_dir), plan.cluster.num_actors
@@ -88,10 +45,9 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
     ranks = (
         ("-m", "learner.distributed.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
     )
-    learner = _spec("learner", "learner", ranks, num_threads=learner_threads(plan), devices=devices[0])
+    learner = _spec("learner", "learner", ranks, num_threads=plan.cores.learner_threads, devices=devices[0])
     specs.append(replace(learner, environment=learner.environment | heap_environment()))
-    # The actors share their cores.
-    cores, num_threads = own_cores(plan)[0], actor_threads(plan)
+    cores, num_threads = plan.cores.actors, plan.cores.actor_threads
     keeping = ("--cores", ",".join(map(str, cores))) if cores else ()
     for index in range(num_actors):
         name = f"actor-{index}"

@@ -59,11 +59,6 @@ def _last(reports: list[EvaluationReport], policy_version: int) -> float | None:
     return next((report.pass_at_1 for report in reversed(reports) if report.policy_version == policy_version), None)
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The folder of the newest complete one."""
-    return max((path for path in (run_dir / "checkpoints").glob("*") if path.name.isdigit()), default=None)
-
-
 def write_summary(summary: Summary, run_dir: Path) -> None:
     """RUN_DIR/summary.json."""
     (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")

@@ -22,7 +22,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import nn
 
-from learner.checkpoints.manifest import defect, write_manifest
+from learner.checkpoints.manifest import complete_checkpoints, defect, write_manifest
 from learner.checkpoints.rng import load_generators, save_generators
 from learner.config import LoraConfig
 from learner.distributed.deepspeed_engine import TrainingEngine, any_rank, barrier, rank_and_world_size
@@ -44,11 +44,6 @@ class CheckpointWriteError(OSError):
     """A checkpoint was not written, on any rank; those before it are untouched."""
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The complete checkpoint with the highest version, if there is one. Its files are not looked at."""
-    return next(iter(_complete(directory)), None)
-
-
 def sound_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; None before the first.
 
@@ -60,7 +55,7 @@ def sound_checkpoint(directory: Path) -> Path | None:
     for leftover in directory.glob(f"*{INCOMPLETE}"):
         shutil.rmtree(leftover)
     broken: list[tuple[Path, str]] = []
-    for checkpoint in _complete(directory):
+    for checkpoint in complete_checkpoints(directory):
         problem = defect(checkpoint)
         if problem is None:
             for path, _ in broken:
@@ -224,12 +219,6 @@ def load_checkpoint(
     logger.info("resumed from %s", checkpoint)
 
 
-def _complete(directory: Path) -> list[Path]:
-    """The newest first."""
-    numbered = [path for path in directory.glob("*") if path.name.isdigit()]
-    return sorted(numbered, key=lambda path: int(path.name), reverse=True)
-
-
 def _generators(checkpoint: Path, rank: int) -> Path:
     return checkpoint / "rng" / f"rank-{rank}.pt"
 
@@ -257,7 +246,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _remove_old(directory: Path, keep: int) -> None:
-    complete = _complete(directory)
+    complete = complete_checkpoints(directory)
     kept = complete[: max(keep, 1)]
     set_aside = [path for path in directory.glob(f"*{BROKEN}") if int(path.stem) < int(kept[-1].name)]
     for old in (*complete[len(kept) :], *set_aside):

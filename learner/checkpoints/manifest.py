@@ -1,4 +1,4 @@
-"""The files a checkpoint consists of, with sizes and digests: written last, checked before anything is loaded.
+"""Which checkpoints there are, and the files of each with sizes and digests: written last, checked before loading.
 
 It finds what disks and interrupted copies do to files. It is no signature: whoever can write the folder can write the
 manifest as well.
@@ -11,6 +11,17 @@ import json
 from pathlib import Path
 
 FILE_NAME = "manifest.json"
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """The folders of the complete checkpoints in RUN_DIR/checkpoints, the newest first. Their files are not read."""
+    numbered = [path for path in directory.glob("*") if path.name.isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name), reverse=True)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The complete checkpoint with the highest version in RUN_DIR/checkpoints; None before the first."""
+    return next(iter(complete_checkpoints(directory)), None)
 
 
 def write_manifest(folder: Path) -> None:

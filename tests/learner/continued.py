@@ -15,7 +15,7 @@ import torch
 
 from learner.algorithms.base import AdvantageInputs
 from learner.algorithms.ppo import PPO
-from learner.checkpoints.checkpoint import newest_checkpoint
+from learner.checkpoints.manifest import newest_checkpoint
 from learner.config import LoraConfig, ModelConfig, OptimizerConfig
 from learner.distributed.deepspeed_engine import (
     all_reduce_sum,

@@ -10,7 +10,7 @@ import pytest
 import tests.learner.scripted_run
 from buffer.ledger.ledger_file import FILE_NAME
 from learner.algorithms.grpo import GRPO
-from learner.checkpoints.checkpoint import newest_checkpoint
+from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring.stop_conditions import NoSignalError
 from tests.learner.scripted_run import GROUPS_PER_BATCH
 from tests.learner.test_survival import equal_rewards

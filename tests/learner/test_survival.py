@@ -18,7 +18,8 @@ from buffer.transport.messages import TensorEntry
 from learner.algorithms.base import Algorithm, LossInputs, LossOutputs, ValueLossInputs
 from learner.algorithms.grpo import GRPO
 from learner.algorithms.ppo import PPO
-from learner.checkpoints.checkpoint import CheckpointError, CheckpointWriteError, newest_checkpoint
+from learner.checkpoints.checkpoint import CheckpointError, CheckpointWriteError
+from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring.bad_batch import load_bad_batch
 from learner.monitoring.stop_conditions import BadStepsError, NoSignalError
 from tests.learner.samples import make_group

@@ -15,7 +15,7 @@ from learner.algorithms.corrections import VTrace
 from learner.algorithms.grpo import GRPO
 from learner.algorithms.ppo import PPO
 from learner.batches.prefetch import Prefetch
-from learner.checkpoints.checkpoint import newest_checkpoint
+from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring.logprob_check import LogprobMismatchError
 from learner.monitoring.tensorboard import LAYOUT
 from tests.learner.samples import plain_model

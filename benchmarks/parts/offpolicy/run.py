@@ -106,7 +106,7 @@ class Study:
         trainer = Trainer(
             config,
             read_section(ModelConfig, plan.sections["model"], "model"),
-            instantiate(plan.sections["algorithm"]),
+            instantiate(dict(plan.sections["algorithm"])),
             run_dir=directory,
             buffer=cast(Connection, buffer),
             store=store,
@@ -121,12 +121,13 @@ class Study:
 
 
 def _plan(cell: Cell, scale: Scale) -> RunPlan:
-    plan = plan_run([*cell.overrides(), *scale.overrides(), f"run_dir={tempfile.gettempdir()}/offpolicy"])
+    overrides = [*cell.overrides(), *scale.overrides(), f"run_dir={tempfile.gettempdir()}/offpolicy"]
+    default = plan_run(overrides).sections["learner"]
+    for name in ("optimizer", "critic_optimizer"):
+        overrides.append(f"learner.{name}.learning_rate={scale.rate * default[name]['learning_rate']}")
+    plan = plan_run(overrides)
     assert plan.embedded is not None
-    base = prepare_base_model(plan, plan.embedded, lambda *_: None)
-    plan.sections["model"]["path"] = plan.sections["actor"]["model_path"] = str(base)
-    for optimizer in ("optimizer", "critic_optimizer"):
-        plan.sections["learner"][optimizer]["learning_rate"] *= scale.rate
+    prepare_base_model(plan, plan.embedded, lambda *_: None)
     return plan
 
 

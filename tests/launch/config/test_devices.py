@@ -11,7 +11,7 @@ from buffer.weights.config import WeightsConfig
 from launch.config import devices
 from launch.config.devices import check_devices, own_devices, visible_devices
 from launch.config.settings import ClusterConfig
-from launch.processes.topology import assign_cores, processes
+from launch.processes.topology import processes
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(1e-6)
@@ -76,6 +76,5 @@ def test_what_can_work_is_let_through_and_nothing_is_asked_of_files(four_devices
 def test_a_group_is_counted_and_every_process_sees_its_own_devices(four_devices: Path, make_plan: Any):
     plan = make_plan("weights=nccl", "cluster.separate_devices=true", "cluster.num_actors=2")
     assert plan.sections["weights"]["group_size"] == 3
-    assign_cores(plan)
     seen = {spec.name: spec.environment.get(devices.VISIBLE) for spec in processes(plan)}
     assert seen == {"buffer": None, "learner": "0", "actor-0": "1", "actor-1": "2"}

@@ -1,12 +1,12 @@
 """What a run's versions take of shared memory, and what is said where there is too little of it."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from buffer.weights.device_handle import RECORD_BYTES
+from launch.config import cores
 from launch.config.adapters import folder_shapes
 from launch.processes import shared_memory
 from launch.processes.shared_memory import lack_of_shared_memory, version_bytes
@@ -72,9 +72,9 @@ def test_of_adapters_only_their_matrices_count(
 
 
 def test_versions_on_a_device_are_records(make_plan: Any, model_folder: Path):
-    plan = make_plan(f"model.path={model_folder}")
-    plan.sections["weights"] |= {"transport": "ipc", "deltas": False}
-    assert version_bytes(plan.sections) == RECORD_BYTES
+    sections = make_plan(f"model.path={model_folder}").sections
+    on_device = {**sections, "weights": {**sections["weights"], "transport": "ipc", "deltas": False}}
+    assert version_bytes(on_device) == RECORD_BYTES
 
 
 def test_one_sentence_says_what_is_wanted_what_is_free_and_the_way_out(
@@ -102,7 +102,6 @@ def test_shared_memory_beyond_the_containers_limit_is_none(machine: Any, make_pl
 def test_who_wants_no_shared_memory_hears_nothing(machine: Any, make_plan: Any, model_folder: Path):
     machine(free=0)
     assert lack_of_shared_memory(make_plan(f"model.path={model_folder}"))
-    shutil.rmtree(make_plan(f"model.path={model_folder}").run_dir)
     assert lack_of_shared_memory(make_plan(f"model.path={model_folder}", "weights.shared_memory=false")) == ""
 
 
@@ -116,7 +115,7 @@ def test_a_machine_without_shared_memory_has_none_free(monkeypatch: pytest.Monke
 def test_workers_that_exchange_results_need_room_too(
     machine: Any, make_plan: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(shared_memory, "actor_threads", lambda _: 8)
+    monkeypatch.setattr(cores, "num_usable_cores", lambda: 1 + 2 * 2 * 8)
     monkeypatch.setattr(shared_memory, "has_cuda", lambda: False)
     (model_folder / "config.json").write_text('{"num_attention_heads": 2, "max_position_embeddings": 512}')
     plan = make_plan(f"model.path={model_folder}", "actor.tensor_parallel_size=2", "cluster.num_actors=2")

@@ -7,16 +7,8 @@ from typing import Any
 
 import pytest
 
-from launch.processes import topology
-from launch.processes.topology import (
-    ROOT,
-    ProcessSpec,
-    another_actor,
-    another_relay,
-    assign_cores,
-    own_cores,
-    processes,
-)
+from launch.config import cores
+from launch.processes.topology import ROOT, ProcessSpec, another_actor, another_relay, processes
 
 
 @pytest.fixture
@@ -25,8 +17,8 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 
     def be(num_cores: int, cuda: bool = False, quota: int = 1000) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
-        monkeypatch.setattr(topology, "num_usable_cores", lambda: min(num_cores, quota))
-        monkeypatch.setattr(topology, "has_cuda", lambda: cuda)
+        monkeypatch.setattr(cores, "num_usable_cores", lambda: min(num_cores, quota))
+        monkeypatch.setattr(cores, "has_cuda", lambda: cuda)
 
     return be
 
@@ -36,8 +28,7 @@ def by_name(specs: list[ProcessSpec]) -> dict[str, ProcessSpec]:
 
 
 def laid_out(plan: Any) -> tuple[list[int], list[int]]:
-    assign_cores(plan)
-    actors, learner = own_cores(plan)
+    actors, learner = list(plan.cores.actors), list(plan.cores.learner)
     assert plan.sections["learner"]["cpu_affinity"] == learner
     return actors, learner
 
@@ -73,7 +64,6 @@ def test_nothing_is_pinned_beside_a_gpu(machine: Any, make_plan: Any):
 def test_the_default_run_is_a_buffer_a_learner_and_an_actor(machine: Any, make_plan: Any, run_dir: Any):
     machine(2)
     plan = make_plan()
-    assign_cores(plan)
     specs = processes(plan)
     assert [(spec.role, spec.name) for spec in specs] == [
         ("buffer", "buffer"),
@@ -95,7 +85,6 @@ def test_the_default_run_is_a_buffer_a_learner_and_an_actor(machine: Any, make_p
 def test_every_process_has_one_thread_per_core(machine: Any, make_plan: Any):
     machine(8)
     plan = make_plan("cluster.num_actors=3", "cluster.learner_cores=2")
-    assign_cores(plan)
     threads = {spec.name: spec.environment.get("OMP_NUM_THREADS") for spec in processes(plan)}
     assert threads == {"buffer": "1", "learner": "2", "actor-0": "2", "actor-1": "2", "actor-2": "2"}
 
@@ -103,7 +92,6 @@ def test_every_process_has_one_thread_per_core(machine: Any, make_plan: Any):
 def test_more_actors_than_cores_have_one_thread_each(machine: Any, make_plan: Any):
     machine(2)
     plan = make_plan("cluster.num_actors=2")
-    assign_cores(plan)
     assert by_name(processes(plan))["actor-1"].environment["OMP_NUM_THREADS"] == "1"
 
 
@@ -146,7 +134,6 @@ def test_actors_beside_a_gpu_have_one_thread(machine: Any, make_plan: Any):
 def test_several_ranks_are_started_together(machine: Any, make_plan: Any, run_dir: Any):
     machine(2)
     plan = make_plan("learner.num_ranks=2")
-    assign_cores(plan)
     learner = by_name(processes(plan))["learner"]
     assert learner.command == (sys.executable, "-m", "learner.distributed.ranks", "2", str(run_dir))
 
@@ -154,7 +141,6 @@ def test_several_ranks_are_started_together(machine: Any, make_plan: Any, run_di
 def test_tensorboard_is_served_if_asked_for(machine: Any, make_plan: Any, run_dir: Any):
     machine(2)
     plan = make_plan("cluster.tensorboard=true", "cluster.tensorboard_port=0")
-    assign_cores(plan)
     assert processes(plan)[-1].command[1:] == (
         *("-m", "tensorboard.main", "--logdir", f"{run_dir}/tensorboard", "--port", "0"),
     )
@@ -162,7 +148,6 @@ def test_tensorboard_is_served_if_asked_for(machine: Any, make_plan: Any, run_di
 
 def test_a_relay_is_started_behind_each_command_as_one_line(make_plan: Any, run_dir: Any):
     plan = make_plan('cluster.relays=["ssh -tt node-1","sh -c"]')
-    assign_cores(plan)
     relays = processes(plan)[-2:]
     assert [(spec.role, spec.name) for spec in relays] == [("relay", "relay-0"), ("relay", "relay-1")]
     assert [spec.command[:-1] for spec in relays] == [("ssh", "-tt", "node-1"), ("sh", "-c")]

@@ -24,11 +24,11 @@ from learner.checkpoints.checkpoint import (
     CheckpointError,
     CheckpointWriteError,
     load_checkpoint,
-    newest_checkpoint,
     read_state,
     save_checkpoint,
     sound_checkpoint,
 )
+from learner.checkpoints.manifest import newest_checkpoint
 from learner.config import OptimizerConfig
 from learner.distributed.deepspeed_engine import TrainingEngine
 from tests.learner.ranks import critic_engine, fixed_groups, one_step, policy_engine
