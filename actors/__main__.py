@@ -19,10 +19,9 @@ from actors.rollouts.trajectories import PromptsTooLongError, check_prompts_fit
 from actors.tasks.task import Task, TaskConfig, load_task
 from actors.weights.client import WeightClient
 from actors.weights.device_client import DeviceClient, rank_offset
-from buffer import starting
 from buffer.config import load_run_config, read_section
 from buffer.curriculum_config import Stage
-from buffer.leaving import leave
+from buffer.process import exit_now, pause_gc, resume_gc
 from buffer.transport.connection import Connection, host_id
 from buffer.transport.credentials import Credentials, client_credentials
 from buffer.transport.schema import check_name
@@ -107,7 +106,7 @@ async def _run(
     assert own_task is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, own_task.cancel)
-    starting.begin()
+    pause_gc()
     from transformers import AutoTokenizer
 
     from actors.actor import Actor
@@ -145,7 +144,7 @@ async def _run(
     spool = run_dir / "actors" / name
     try:
         checksums = await engine.start()
-        starting.done()
+        resume_gc()
         actor = Actor(
             name,
             config,
@@ -170,4 +169,4 @@ async def _run(
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

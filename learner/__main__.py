@@ -11,10 +11,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buffer import starting
 from buffer.config import load_run_config, read_section
-from buffer.leaving import leave
 from buffer.machine import THREADS_VARIABLE, num_usable_cores
+from buffer.process import exit_now, pause_gc, resume_gc
 from buffer.transport.connection import Connection
 from buffer.transport.credentials import Credentials, server_credentials
 from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
@@ -44,7 +43,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    starting.begin()
+    pause_gc()
     # Read by PyTorch when it is imported; by itself it would have a thread for every core of the host.
     os.environ.setdefault(THREADS_VARIABLE, str(num_usable_cores()))
     os.environ["SLIPSTREAM_DEVICE"] = device_name(run["learner"].get("device", "auto"))
@@ -84,7 +83,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
             device=device,
             stopping=stopping,
         )
-        starting.done()
+        resume_gc()
         trainer.run()
     except RunStoppedError as error:
         return _ended(error, 3)
@@ -125,4 +124,4 @@ def device_name(wanted: str) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

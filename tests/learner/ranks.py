@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import learner.distributed.deepspeed_engine
-from buffer.leaving import leave
+from buffer.process import exit_now
 from buffer.trajectory import TrajectoryGroup
 from learner.algorithms.base import AdvantageInputs, Algorithm
 from learner.algorithms.metrics import MetricSums, summarize
@@ -156,4 +156,4 @@ def main(folder: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    leave(0)
+    exit_now(0)

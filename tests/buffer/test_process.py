@@ -1,18 +1,18 @@
-"""The collector is off while a process starts, and leaves what was made then alone afterwards."""
+"""Garbage collection is off during startup, and never scans the objects of startup afterwards."""
 
 import subprocess
 import sys
 
 
-def test_what_was_made_at_the_start_is_not_looked_through_again() -> None:
-    # In a process of its own: the collector is everybody's.
+def test_objects_made_during_startup_are_never_scanned_again() -> None:
+    # In a process of its own, because a process has only one garbage collector.
     program = """
 import gc
-from buffer import starting
-starting.begin()
+from buffer.process import pause_gc, resume_gc
+pause_gc()
 assert not gc.isenabled()
 kept = [[] for _ in range(10_000)]
-starting.done()
+resume_gc()
 assert gc.isenabled() and gc.get_freeze_count() > 10_000
 assert not any(item is kept for item in gc.get_objects())
 loop = []
