@@ -6,12 +6,16 @@ broken trajectory raises in the actor that made it and never reaches a loss.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+_LOWEST_FLOAT32 = float(np.finfo(np.float32).min)
 
 
 class FinishReason(StrEnum):
@@ -21,8 +25,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True)
-class VersionSpan:
+class VersionSpan(NamedTuple):
     """Tokens from index `start` (into `token_ids`) on were sampled by `policy_version`, up to the next span."""
 
     start: int
@@ -69,34 +72,10 @@ class Trajectory:
             raise ValueError(
                 f"{where}: token_ids, loss_mask and behavior_logprobs have lengths {lengths}; make them equal"
             )
-        if not self.loss_mask.any():
-            raise ValueError(f"{where}: loss_mask selects no token, so there is nothing to learn from")
-        if self.loss_mask[0]:
-            raise ValueError(
-                f"{where}: its first token is in the loss mask, but nothing comes before it to predict it from"
-            )
-        if int(self.token_ids.min()) < 0:
-            raise ValueError(f"{where}: token id {int(self.token_ids.min())} is negative")
-        if not np.isfinite(self.behavior_logprobs).all() or float(self.behavior_logprobs.max()) > 0.0:
-            worst = float(
-                self.behavior_logprobs[np.argmax(np.nan_to_num(self.behavior_logprobs, nan=np.inf, posinf=np.inf))]
-            )
-            raise ValueError(f"{where}: behavior_logprobs must be finite and <= 0, found {worst}")
-        if np.any(self.behavior_logprobs[~self.loss_mask]):
-            raise ValueError(f"{where}: behavior_logprobs must be 0 where loss_mask is False")
-        if not np.isfinite(self.reward):
+        check_tokens(self.token_ids, self.loss_mask, self.behavior_logprobs, (0,), where)
+        check_versions(self.policy_versions, self.num_tokens, where)
+        if not math.isfinite(self.reward):
             raise ValueError(f"{where}: reward {self.reward} is not finite")
-        self._check_versions(where)
-
-    def _check_versions(self, where: str) -> None:
-        if not self.policy_versions:
-            raise ValueError(f"{where}: policy_versions is empty")
-        for span, following in zip(self.policy_versions, self.policy_versions[1:], strict=False):
-            if following.start <= span.start or following.version < span.version:
-                raise ValueError(f"{where}: policy_versions {self.policy_versions} must not decrease")
-        first, last = self.policy_versions[0], self.policy_versions[-1]
-        if first.version < 0 or first.start < 0 or last.start >= len(self.token_ids):
-            raise ValueError(f"{where}: policy_versions {self.policy_versions} lie outside the trajectory")
 
     @property
     def num_tokens(self) -> int:
@@ -121,6 +100,56 @@ class Trajectory:
     def newest_version(self) -> int:
         """The version that sampled the last token."""
         return self.policy_versions[-1].version
+
+
+def check_tokens(
+    token_ids: NDArray[np.int32],
+    loss_mask: NDArray[np.bool_],
+    behavior_logprobs: NDArray[np.float32],
+    starts: Sequence[int],
+    where: str,
+) -> None:
+    """Check the token arrays of one trajectory, or of several concatenated ones at once.
+
+    Args:
+        token_ids, loss_mask, behavior_logprobs: [sum of T] as in `Trajectory`, of equal length and not empty.
+        starts: the index of each trajectory's first token.
+        where: names the trajectory in error messages.
+
+    Raises:
+        ValueError: when a trajectory breaks a rule.
+    """
+    if not np.logical_or.reduceat(loss_mask, starts).all():
+        raise ValueError(f"{where}: loss_mask selects no token, so there is nothing to learn from")
+    if loss_mask[list(starts)].any():
+        raise ValueError(f"{where}: its first token is in the loss mask, but no token precedes it to predict it from")
+    if token_ids.min() < 0:
+        raise ValueError(f"{where}: token id {token_ids.min()} is negative")
+    # A NaN makes both comparisons false.
+    if not (behavior_logprobs.max() <= 0 and behavior_logprobs.min() >= _LOWEST_FLOAT32):
+        found = behavior_logprobs[~((behavior_logprobs <= 0) & np.isfinite(behavior_logprobs))][0]
+        raise ValueError(f"{where}: behavior_logprobs must be finite and <= 0, found {found}")
+    if behavior_logprobs[~loss_mask].any():
+        raise ValueError(f"{where}: behavior_logprobs must be 0 where loss_mask is False")
+
+
+def check_versions(spans: Sequence[tuple[int, int]], num_tokens: int, where: str) -> None:
+    """Check the (start, version) runs of one trajectory with `num_tokens` tokens.
+
+    Raises:
+        ValueError: when there is no run, starts do not increase or lie outside the trajectory, or versions decrease or
+            are negative. The message begins with `where`.
+    """
+    last_start, last_version = -1, 0
+    in_order = True
+    for start, version in spans:
+        in_order = in_order and last_start < start and last_version <= version
+        last_start, last_version = start, version
+    if not in_order or not 0 <= last_start < num_tokens:
+        raise ValueError(
+            f"{where}: policy_versions {[tuple(span) for span in spans]} must be (start, version) runs whose starts"
+            f" increase from 0 or more to less than {num_tokens} and whose versions are >= 0 and never decrease"
+        )
 
 
 def _check_array(array: NDArray[Any], dtype: Any, where: str, name: str) -> None:

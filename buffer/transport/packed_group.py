@@ -8,17 +8,23 @@ before anything is built from received bytes; whatever is wrong raises `WireErro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
+from buffer.trajectory import (
+    FinishReason,
+    Trajectory,
+    TrajectoryGroup,
+    VersionSpan,
+    check_tokens,
+    check_versions,
+)
 from buffer.transport.schema import Count, Line, Name, Number, Version, WireError, field_types, record, unpack_header
 
 BYTES_PER_TOKEN = 4 + 4 + 1
-LOWEST_FLOAT32 = float(np.finfo(np.float32).min)
 
 TrajectoryDetails = tuple[Name, dict[Line, Number], Line, Name, Count, Name, Number, tuple[tuple[Count, Version], ...]]
 """trajectory_id, reward_breakdown, verdict, finish_reason, num_turns, actor_id, created_at, (start, version) runs."""
@@ -75,7 +81,7 @@ def pack_group(group: TrajectoryGroup) -> PackedGroup:
                 t.num_turns,
                 t.actor_id,
                 t.created_at,
-                tuple((span.start, span.version) for span in t.policy_versions),
+                t.policy_versions,
             )
             for t in trajectories
         ),
@@ -115,9 +121,7 @@ def unpack_group(packed: PackedGroup) -> TrajectoryGroup:
     Raises:
         WireError: when the contents break a rule of `Trajectory`.
     """
-    header, (token_ids, behavior_logprobs, loss_mask) = packed.header, _arrays(packed)
-    if loss_mask.max() > 1:
-        raise WireError(f"group {header.group_id}: the loss mask holds {loss_mask.max()}; only 0 and 1 are allowed")
+    header, (token_ids, loss_mask, behavior_logprobs) = packed.header, _arrays(packed)
     trajectories, start = [], 0
     try:
         for length, reward, detail in zip(header.num_tokens, header.rewards, header.details, strict=True):
@@ -130,9 +134,9 @@ def unpack_group(packed: PackedGroup) -> TrajectoryGroup:
                     group_id=header.group_id,
                     prompt_id=header.prompt_id,
                     token_ids=token_ids[part],
-                    loss_mask=loss_mask[part].view(np.bool_),
+                    loss_mask=loss_mask[part],
                     behavior_logprobs=behavior_logprobs[part],
-                    policy_versions=tuple(VersionSpan(first, version) for first, version in spans),
+                    policy_versions=tuple(map(VersionSpan._make, spans)),
                     reward=reward,
                     reward_breakdown=breakdown,
                     verdict=verdict,
@@ -143,49 +147,42 @@ def unpack_group(packed: PackedGroup) -> TrajectoryGroup:
                 )
             )
         return TrajectoryGroup(header.group_id, header.prompt_id, tuple(trajectories))
-    except WireError:
-        raise
     except ValueError as error:
         raise WireError(str(error)) from error
 
 
 def check_group(packed: PackedGroup) -> None:
-    """Whether `unpack_group` will take it, found for all its trajectories at once and several times faster.
+    """Check the contents against the rules of `Trajectory`: as `unpack_group` does, but several times faster.
 
     Raises:
-        WireError: when the contents break a rule of `Trajectory`.
+        WireError: when the contents break a rule.
     """
-    header, (token_ids, logprobs, mask) = packed.header, _arrays(packed)
-    starts = list(accumulate((0, *header.num_tokens[:-1])))
-    rules = {
-        "the loss mask holds numbers other than 0 and 1": mask.max() > 1,
-        "a loss mask selects nothing": not np.maximum.reduceat(mask, starts).all(),
-        "a first token is in the loss mask": mask[starts].any(),
-        "a token id is negative": token_ids.min() < 0,
-        # A NaN makes both comparisons false.
-        "a log-probability is not finite or above 0": not (logprobs.max() <= 0 and logprobs.min() >= LOWEST_FLOAT32),
-        "a log-probability is not 0 where the loss mask is": np.any(logprobs[mask == 0]),
-        "its versions decrease or lie outside": not all(map(_are_spans, header.details, header.num_tokens)),
-    }
-    for broken, holds in rules.items():
-        if holds:
-            raise WireError(f"group {header.group_id}: {broken}")
+    header, where = packed.header, f"a trajectory of group {packed.header.group_id}"
+    arrays, starts = _arrays(packed), (0, *accumulate(header.num_tokens[:-1]))
+    try:
+        check_tokens(*arrays, starts, where)
+        for details, num_tokens in zip(header.details, header.num_tokens, strict=True):
+            check_versions(details[-1], num_tokens, where)
+    except ValueError as error:
+        raise WireError(str(error)) from error
 
 
-def _arrays(packed: PackedGroup) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.uint8]]:
-    """Views of token_ids, behavior_logprobs and loss_mask, all trajectories of the group one after another."""
+def _arrays(packed: PackedGroup) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32]]:
+    """Views of token_ids, loss_mask and behavior_logprobs, concatenated over the group.
+
+    Raises:
+        WireError: when the loss mask holds another value than 0 and 1.
+    """
     total = sum(packed.header.num_tokens)
+    loss_mask = np.frombuffer(packed.arrays_frame, np.uint8, total, offset=8 * total)
+    if loss_mask.max() > 1:
+        group_id = packed.header.group_id
+        raise WireError(f"group {group_id}: the loss mask holds {loss_mask.max()}; only 0 and 1 are allowed")
     return (
         np.frombuffer(packed.arrays_frame, np.int32, total),
+        loss_mask.view(np.bool_),
         np.frombuffer(packed.arrays_frame, np.float32, total, offset=4 * total),
-        np.frombuffer(packed.arrays_frame, np.uint8, total, offset=8 * total),
     )
-
-
-def _are_spans(details: TrajectoryDetails, num_tokens: int) -> bool:
-    spans = details[-1]
-    in_order = all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(spans))
-    return in_order and spans[-1][0] < num_tokens
 
 
 _FINISH_REASONS = {reason.value for reason in FinishReason}
