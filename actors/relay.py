@@ -30,7 +30,7 @@ from buffer.transport.schema import check_name
 from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
 from buffer.weights.relay_tree import HELLO_SECONDS
 from buffer.weights.server import WeightServer
-from buffer.weights.shared_memory import SegmentPool, lead_to
+from buffer.weights.shared_memory import SegmentPool, link_folder
 
 logger = logging.getLogger("relay")
 
@@ -105,7 +105,7 @@ class Relay:
 def make_folder(run_dir: Path, name: str) -> Path:
     """RUN_DIR/relays/NAME, which leads to shared memory where there is somebody who will clear it."""
     memory = os.environ.get(MEMORY_VARIABLE)
-    return lead_to(run_dir / "relays" / name, Path(memory) / name if memory else None)
+    return link_folder(run_dir / "relays" / name, Path(memory) / name if memory else None)
 
 
 def own_address(store: str, fanout: int) -> str:

@@ -83,7 +83,7 @@ class BufferConfig:
     skip_unsolved: Skip = field(default_factory=lambda: Skip(success=0.0))
     """Prompts that are passed over because they teach nothing."""
     revisit_epochs: int = 0
-    """Every so many epochs of a stage all its prompts are dealt again; 0: never."""
+    """Every so many epochs of a stage all its prompts are drawn again; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "groups_per_batch", "updates_per_batch", "max_uses"):

@@ -19,7 +19,7 @@ LEVELS_FILE = "levels.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """Which prompts are dealt, in which group size and length, until what happens. 0 everywhere: no such setting."""
+    """Which prompts are drawn, in which group size and length, until what happens. 0 everywhere: no such setting."""
 
     min_level: int = 0
     max_level: int = 0

@@ -39,7 +39,7 @@ _BROKEN_RULES = {
         "SELECT COUNT(*) FROM occurrences WHERE occurrence < 0"
         " OR occurrence >= COALESCE((SELECT value FROM meta WHERE key = 'issued'), 0)"
     ),
-    "prompts dealt twice in the epoch under way": (
+    "prompts drawn twice in the epoch under way": (
         "SELECT COUNT(*) - COUNT(DISTINCT prompt_id) FROM occurrences WHERE occurrence >="
         " (SELECT epoch_first_occurrence FROM stages ORDER BY stage DESC LIMIT 1)"
     ),

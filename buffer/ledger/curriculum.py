@@ -1,13 +1,13 @@
-"""The curriculum's state: which stage it is, which epoch of it, and so which prompt is dealt next.
+"""The curriculum's state: which stage it is, which epoch of it, and so which prompt is drawn next.
 
 Owned by `buffer/ledger/ledger.py`; written inside the ledger's transactions. Everything is rows of the ledger's file: a
 table `stages` with one row per stage begun, the last of them with its epoch and the prompts that epoch passes over,
 and every group's share of correct completions. So a restart at any moment deals on where it stopped.
 
-A stage's prompts are dealt in epochs: within one no prompt comes twice, and none is left out but those that the
+A stage's prompts are drawn in epochs: within one no prompt comes twice, and none is left out but those that the
 difficulty filter passes over, which is decided once, when the epoch begins. A stage ends when a batch is cut, in the
-same transaction; occurrences dealt before belong to their stage for good. A rollback of the learner brings no stage
-back: what was dealt stays dealt.
+same transaction; occurrences drawn before belong to their stage for good. A rollback of the learner brings no stage
+back: what was drawn stays drawn.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Curriculum:
             if not prompts_of(stage, self._levels).size:
                 raise ValueError(f"curriculum stage {number} has no prompts in {config.run_dir}; change its levels")
         self._num_recent = max(config.skip_solved.seen, config.skip_unsolved.seen)
-        """Groups of each prompt that the filter looks at, those dealt last; 0: it is off."""
+        """Groups of each prompt that the filter looks at, those drawn last; 0: it is off."""
         described = json.dumps([asdict(stage) for stage in self._stages]).encode() + self._levels.tobytes()
         self.fingerprint = hashlib.sha256(described).hexdigest()[:16]
         """Names the stages and the prompts of each."""
@@ -77,14 +77,14 @@ class Curriculum:
         groups = self._file.rows(sql, self._firsts[-1]) if self._num_recent else []
         self._recent = RecentGroups(len(self._levels), self._num_recent, groups)
 
-    def deal(self, occurrence: int) -> int:
+    def draw(self, occurrence: int) -> int:
         """The prompt of the next new occurrence; they count on without a gap."""
         if occurrence - self._epoch_first >= len(self._order):
             self._begin_epoch(occurrence)
         return int(self._order[occurrence - self._epoch_first])
 
     def stage_of(self, occurrence: int) -> Stage:
-        """The stage that dealt it."""
+        """The stage that drawn it."""
         return self._stages[bisect_right(self._firsts, occurrence) - 1]
 
     def delivered(self, occurrence: int, prompt_id: int, success: float) -> None:
@@ -114,7 +114,7 @@ class Curriculum:
     # --- inside ---
 
     def _successes(self) -> list[float]:
-        """Of the stage's groups dealt last, as far as the learner has had them or they were dropped for having no
+        """Of the stage's groups drawn last, as far as the learner has had them or they were dropped for having no
         signal: without these a stage whose prompts are all solved would never end.
         """
         rows = self._file.rows(

@@ -29,11 +29,11 @@ from buffer.ledger.batches import Batches
 from buffer.ledger.curriculum import Curriculum
 from buffer.ledger.evaluations import Evaluations
 from buffer.ledger.ledger_file import LedgerFile
-from buffer.ledger.no_signal import REASON as NO_SIGNAL
-from buffer.ledger.no_signal import NoSignal
 from buffer.ledger.sampler import Candidate
 from buffer.ledger.stale_tokens import newest_sampled_version
 from buffer.ledger.states import FIRST_STATE
+from buffer.ledger.zero_advantage import REASON as NO_SIGNAL
+from buffer.ledger.zero_advantage import ZeroAdvantageGroups
 from buffer.transport.packed_group import GroupHeader, PackedGroup, read_group_header
 
 STALE = "stale"
@@ -73,7 +73,7 @@ class Ledger:
         """Of ready groups delivered to this process: what was checked on the way in is not decoded on the way out."""
         try:
             self.curriculum = Curriculum(config, self.file)
-            self.uses, self.no_signal = Batches(config, self.file), NoSignal(config, self.file)
+            self.batches, self.zero_advantage = Batches(config, self.file), ZeroAdvantageGroups(config, self.file)
             with self.file.transaction():
                 self._check_identity()
                 self.curriculum.open()
@@ -112,8 +112,8 @@ class Ledger:
         self.leased = Counter(dict(self.file.rows(by_version.format("leased"))))
         self.ready = Counter(dict(self.file.rows(by_version.format("ready"))))
         self.curriculum.load()
-        self.uses.load()
-        self.no_signal.load()
+        self.batches.load()
+        self.zero_advantage.load()
 
     def _holder_names(self) -> set[str]:
         rows = self.file.rows("SELECT DISTINCT holder FROM occurrences WHERE state = 'leased'")
@@ -156,7 +156,7 @@ class Ledger:
             self.file.count("reissued")
         else:
             occurrence, attempt = self.file.meta("issued", 0), 0
-            prompt_id = self.curriculum.deal(occurrence)
+            prompt_id = self.curriculum.draw(occurrence)
             self.file.set_meta("issued", occurrence + 1)
             self.file.write(
                 "INSERT OR FAIL INTO occurrences"
@@ -204,7 +204,7 @@ class Ledger:
         if self._config.on_stale != "wait" and useful_version + self._config.max_staleness < next_version:
             self._end_lease(row.occurrence, row.oldest_version, self._stale(row.occurrence))
             return "dropped"
-        reason = NO_SIGNAL if self.no_signal.drops(header) else ""
+        reason = NO_SIGNAL if self.zero_advantage.drops(header) else ""
         state = "dropped" if reason else "ready"
         success = header.num_correct / len(header.details)
         spread = _spread(header.rewards) if self._config.sampler == "prioritized" else None
@@ -278,14 +278,14 @@ class Ledger:
     def candidates(self, policy_version: int) -> list[Candidate]:
         """What the batch for `policy_version` may be made of: all of it, or under fifo at least what comes first."""
         size = self._config.groups_per_batch
-        if self.ready.total() + self.uses.num_reusable(policy_version) < size:
+        if self.ready.total() + self.batches.num_reusable(policy_version) < size:
             return []
         rows = self.file.rows(
             "SELECT occurrence, oldest_version, 0, COALESCE(reward_spread, 0) FROM occurrences WHERE state = 'ready'"
             " ORDER BY oldest_version, occurrence LIMIT ?",
             size if self._config.sampler == "fifo" else -1,
         )
-        return [Candidate(*row) for row in rows] + self.uses.candidates(policy_version)
+        return [Candidate(*row) for row in rows] + self.batches.candidates(policy_version)
 
     def use(self, occurrences: Sequence[int], policy_version: int) -> None:
         """Hand groups out as the batch for `policy_version`, in the given order."""
@@ -298,8 +298,8 @@ class Ledger:
             elif state != "used":
                 raise RuntimeError(f"occurrence {occurrence} is {state}, neither ready nor used")
         self.file.write(f"UPDATE OR FAIL occurrences SET state = 'used' WHERE state = 'ready' AND {_THESE}", listed)
-        self.uses.add(policy_version, listed)
-        self.uses.load()
+        self.batches.add(policy_version, listed)
+        self.batches.load()
 
     def payload(self, occurrence: int) -> PackedGroup:
         """The contents of a ready or used group."""
@@ -313,13 +313,13 @@ class Ledger:
         Done are those that can be in no batch from `next_version` on; their contents are deleted.
         """
         last = self._config.num_batches * self._config.updates_per_batch
-        done, expired = self.uses.finished(policy_version, next_version, is_over=0 < last <= next_version)
+        done, expired = self.batches.finished(policy_version, next_version, is_over=0 < last <= next_version)
         self.file.write(f"DELETE FROM payloads WHERE {_THESE}", json.dumps(done))
         self.file.write(f"UPDATE OR FAIL occurrences SET state = 'done' WHERE {_THESE}", json.dumps(done))
         if expired:
             self.file.count("uses_expired", expired)
         self._move("used", "done", len(done))
-        self.uses.load()
+        self.batches.load()
         return len(done)
 
     def drop_stale(self, next_version: int) -> int:
@@ -366,7 +366,7 @@ class Ledger:
         )
         self.file.write("DELETE FROM uses WHERE used_version >= ?", policy_version)
         self.evaluations.roll_back(policy_version)
-        self.no_signal.begin_anew()
+        self.zero_advantage.begin_anew()
         self.file.count("rolled_back", number)
         self.file.count("resampled", resampled)
         self._load()

@@ -1,4 +1,4 @@
-"""In which order prompts are dealt within an epoch, and which of them the difficulty filter passes over.
+"""In which order prompts are drawn within an epoch, and which of them the difficulty filter passes over.
 
 Both follow from what the ledger holds alone, so that every restart finds the same order.
 """
@@ -14,7 +14,7 @@ from buffer.curriculum_config import Skip
 
 
 def epoch_order(prompts: NDArray[np.int64], *, shuffle: bool, seed: int, stage: int, epoch: int) -> NDArray[np.int64]:
-    """The prompts of one epoch in the order they are dealt, each once.
+    """The prompts of one epoch in the order they are drawn, each once.
 
     Args:
         prompts: [num_prompts] prompt ids, ascending.
@@ -25,29 +25,29 @@ def epoch_order(prompts: NDArray[np.int64], *, shuffle: bool, seed: int, stage: 
 
 
 class RecentGroups:
-    """Of every prompt the groups dealt last, and how many of their completions were correct; 16 bytes a group.
+    """Of every prompt the groups drawn last, and how many of their completions were correct; 16 bytes a group.
 
     Args:
         num_prompts: of the run.
         num_groups: kept of each prompt.
-        rows: (occurrence, prompt_id, share of correct completions) of the groups so far, in the order they were dealt.
+        rows: (occurrence, prompt_id, share of correct completions) of the groups so far, in the order they were drawn.
     """
 
     def __init__(self, num_prompts: int, num_groups: int, rows: Sequence[tuple[int, int, float]] = ()) -> None:
         self._occurrences = np.full((num_prompts, num_groups), -1, np.int64)
         self._success = np.full((num_prompts, num_groups), np.nan)
-        """[num_prompts, num_groups] share of correct completions, the group dealt last on the right; NaN: none yet."""
+        """[num_prompts, num_groups] share of correct completions, the group drawn last on the right; NaN: none yet."""
         columns = np.array(rows, np.float64).reshape(-1, 3)
         by_prompt = columns[np.argsort(columns[:, 1], kind="stable")]
         prompts = by_prompt[:, 1].astype(np.int64)
-        # How many groups of the same prompt were dealt after this one.
+        # How many groups of the same prompt were drawn after this one.
         newer = np.searchsorted(prompts, prompts, side="right") - 1 - np.arange(len(prompts))
         kept = newer < num_groups
         places = prompts[kept], num_groups - 1 - newer[kept]
         self._occurrences[places], self._success[places] = by_prompt[kept, 0], by_prompt[kept, 2]
 
     def add(self, occurrence: int, prompt_id: int, success: float) -> None:
-        """A group came in; they may come in another order than they were dealt."""
+        """A group came in; they may come in another order than they were drawn."""
         place = int(np.searchsorted(self._occurrences[prompt_id], occurrence))
         for kept, new in ((self._occurrences[prompt_id], occurrence), (self._success[prompt_id], success)):
             if place:

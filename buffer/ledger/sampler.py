@@ -33,22 +33,22 @@ Sampler = Callable[[Sequence[Candidate], np.random.Generator], list[Candidate]]
 """Orders all candidates, given by (oldest_version, occurrence): the first ones are taken."""
 
 
-def fifo(candidates: Sequence[Candidate], chance: np.random.Generator) -> list[Candidate]:
+def fifo(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
     """Those due first, among equals those dealt first."""
     return list(candidates)
 
 
-def uniform(candidates: Sequence[Candidate], chance: np.random.Generator) -> list[Candidate]:
+def uniform(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
     """Each with the same probability, without replacement."""
-    return [candidates[index] for index in chance.permutation(len(candidates))]
+    return [candidates[index] for index in rng.permutation(len(candidates))]
 
 
-def freshest(candidates: Sequence[Candidate], chance: np.random.Generator) -> list[Candidate]:
+def freshest(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
     """Those of the newest policy, among equals those dealt first."""
     return sorted(candidates, key=lambda group: -group.oldest_version)
 
 
-def prioritized(candidates: Sequence[Candidate], chance: np.random.Generator) -> list[Candidate]:
+def prioritized(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
     """With probability proportional to the spread of rewards, without replacement (Efraimidis and Spirakis 2006).
 
     That spread is the mean |advantage| under the baseline of the group's mean; groups without any come last.
@@ -56,7 +56,7 @@ def prioritized(candidates: Sequence[Candidate], chance: np.random.Generator) ->
     spreads = np.array([group.reward_spread for group in candidates])
     # log(x ** (1 / weight)); the draw is never 0, a weight may be.
     with np.errstate(divide="ignore", invalid="ignore"):
-        keys = np.log1p(-chance.random(len(spreads))) / spreads
+        keys = np.log1p(-rng.random(len(spreads))) / spreads
     keys[spreads == 0] = -np.inf
     return [candidates[index] for index in np.argsort(-keys, kind="stable")]
 
@@ -138,12 +138,12 @@ def balance(costs: Sequence[float], world_size: int, num_parts: int = 1) -> list
     shards: list[list[int]] = [[] for _ in range(world_size)]
     size = len(costs) // num_parts
     for start in range(0, len(costs), size) if size else ():
-        dealt: list[list[int]] = [[] for _ in range(world_size)]
-        dearest_first = sorted(range(start, start + size), key=lambda index: (-costs[index], index))
+        parts: list[list[int]] = [[] for _ in range(world_size)]
+        most_expensive_first = sorted(range(start, start + size), key=lambda index: (-costs[index], index))
         for first in range(0, size, world_size):
-            least_first = sorted(dealt, key=lambda groups: sum(costs[index] for index in groups))
-            for groups, index in zip(least_first, dearest_first[first : first + world_size], strict=True):
+            least_first = sorted(parts, key=lambda groups: sum(costs[index] for index in groups))
+            for groups, index in zip(least_first, most_expensive_first[first : first + world_size], strict=True):
                 groups.append(index)
-        for shard, groups in zip(shards, dealt, strict=True):
+        for shard, groups in zip(shards, parts, strict=True):
             shard.extend(sorted(groups))
     return shards

@@ -173,7 +173,7 @@ class Leases:
 
     def _wanted(self, policy_version: int) -> int:
         """How many groups more the batches under way need."""
-        outstanding, reusable = self._outstanding(), self._ledger.uses.reusable
+        outstanding, reusable = self._outstanding(), self._ledger.batches.reusable
         where = policy_version, self._progress.next_version, self._limits, self._batches_ahead()
         return wanted(outstanding, reusable, *where)
 

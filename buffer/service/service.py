@@ -123,7 +123,7 @@ class Service:
 
     def _what_a_batch_lacks(self, request: messages.BatchRequest) -> str:
         ledger = self._ledger
-        available = ledger.ready.total() + ledger.uses.num_reusable(request.policy_version)
+        available = ledger.ready.total() + ledger.batches.num_reusable(request.policy_version)
         missing = self._limits.groups_per_batch - available
         holders = ", ".join(f"{number} at {actor}" for actor, number in ledger.leased_by_actor().items())
         where = f"leased: {holders}" if holders else "none is leased"
@@ -184,12 +184,12 @@ class Service:
                 f"rank {request.rank} of {world_size} cannot have an equal share of {self._limits.groups_per_batch}"
                 " groups; make buffer.groups_per_batch a multiple of the number of learner ranks"
             )
-        rows = self._ledger.uses.batch(version)
+        rows = self._ledger.batches.batch(version)
         if not rows:
             refused = self._refuse_batch(version)
             if refused is not None or not self._cut(version, waited_seconds):
                 return refused
-            rows = self._ledger.uses.batch(version)
+            rows = self._ledger.batches.batch(version)
         costs = [row.cost(request.attention_crossover_tokens) for row in rows]
         shards = balance(costs, world_size, self._limits.updates_per_batch)
         mine = [rows[index] for index in shards[request.rank]]
@@ -206,8 +206,8 @@ class Service:
         wanted, next_version = self._config.num_batches, self._progress.next_version
         if wanted and next_version >= wanted * self._limits.updates_per_batch:
             return messages.Refused(f"all {wanted} batches were handed out; raise buffer.num_batches to go on")
-        if self._ledger.no_signal.stop_reason is not None:
-            return messages.NoMoreBatches(self._ledger.no_signal.stop_reason)
+        if self._ledger.zero_advantage.stop_reason is not None:
+            return messages.NoMoreBatches(self._ledger.zero_advantage.stop_reason)
         if version != next_version:
             return messages.Refused(
                 f"the next batch is for policy {next_version}, not {version}; a learner that starts or goes back says"
@@ -230,7 +230,7 @@ class Service:
         if not waits:
             ledger.drop_stale(following)
         ledger.curriculum.advance(following)
-        staleness = [row.staleness for row in ledger.uses.batch(version)]
+        staleness = [row.staleness for row in ledger.batches.batch(version)]
         too_old = sum(number > self._limits.max_staleness for number in staleness)
         if too_old and config.on_stale == "mask":
             ledger.file.count("masked", too_old)

@@ -29,7 +29,7 @@ from buffer.transport.schema import Frame, Frames, WireError, check_name
 
 log = logging.getLogger(__name__)
 
-MOST_QUEUED = 1_000
+MAX_QUEUED_MESSAGES = 1_000
 """Messages that wait on either side for a slow peer; what does not fit is sent again."""
 LARGE_FRAME_BYTES = 1 << 18
 """Frames from here on are handed over where ZeroMQ received them."""
@@ -305,8 +305,8 @@ def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.So
     """
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.SNDHWM, MOST_QUEUED)
-    socket.setsockopt(zmq.RCVHWM, MOST_QUEUED)
+    socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)

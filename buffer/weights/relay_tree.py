@@ -21,7 +21,7 @@ class RelayTree:
 
     def hear(self, host_id: str, address: str, now: float) -> str:
         """A sign of life. Returns the address of the relay's parent; empty: the root."""
-        self._bury(now)
+        self._discard_silent(now)
         self._relays[host_id] = (address, now)
         place = list(self._relays).index(host_id)
         if not self._fanout or place < self._fanout:
@@ -30,8 +30,8 @@ class RelayTree:
 
     def at(self, host_id: str, now: float) -> str:
         """The address of the living relay on a host; empty: there is none."""
-        self._bury(now)
+        self._discard_silent(now)
         return self._relays.get(host_id, ("", now))[0]
 
-    def _bury(self, now: float) -> None:
+    def _discard_silent(self, now: float) -> None:
         self._relays = {host: relay for host, relay in self._relays.items() if now - relay[1] < SILENT_SECONDS}

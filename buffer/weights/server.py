@@ -33,7 +33,7 @@ from buffer.transport.router import Router
 from buffer.weights.layout import checksum
 from buffer.weights.relay_tree import RelayTree
 from buffer.weights.shared_memory import Segment
-from buffer.weights.versions import Asker, KeptVersions
+from buffer.weights.versions import KeptVersions, Requester
 
 MESSAGES_PER_TURN = 16
 TICK_SECONDS = 0.2
@@ -81,19 +81,19 @@ class WeightServer:
         self._throttle = Throttle(bytes_per_second)
         self._relays = RelayTree(relay_fanout)
         self._parked: dict[bytes, tuple[int, ManifestRequest, float]] = {}
-        self._wanted_chunks: dict[Asker, ChunkRequest] = {}
-        self._wanted_deltas: dict[Asker, Future[bytes]] = {}
-        self._gate = Router(address, credentials)
-        self.address = self._gate.address
+        self._wanted_chunks: dict[Requester, ChunkRequest] = {}
+        self._wanted_deltas: dict[Requester, Future[bytes]] = {}
+        self._router = Router(address, credentials)
+        self.address = self._router.address
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._kept = KeptVersions(keep_versions, self._wake_up)
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
         self._thread.start()
 
-    def announce(self, manifest: Manifest, slot: Segment) -> list[Segment]:
-        """Offer a version that is whole. Returns the slots that nobody is sent any more."""
-        retired = self._kept.add(manifest, slot)
+    def announce(self, manifest: Manifest, segment: Segment) -> list[Segment]:
+        """Offer a version that is whole. Returns the segments that nobody is sent any more."""
+        retired = self._kept.add(manifest, segment)
         self._wake_up()
         return retired
 
@@ -101,29 +101,29 @@ class WeightServer:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> list[Segment]:
-        """Stop serving. Returns the slots that were served; none the second time."""
+        """Stop serving. Returns the segments that were served; none the second time."""
         if self._closing:
             return []
         self._closing = True
         self._wake_up()
         self._thread.join(timeout=5)
-        slots = self._kept.close()
-        self._gate.close()
+        segments = self._kept.close()
+        self._router.close()
         os.close(self._wake)
-        return slots
+        return segments
 
     # --- the thread ---
 
     def _serve(self) -> None:
         """Waits for: a message, a publication, a delta that is made, a parked request's time, or room in the rate."""
         poller = zmq.Poller()
-        poller.register(self._gate.socket, zmq.POLLIN)
+        poller.register(self._router.socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
         while not self._closing:
             ready = dict(poller.poll(self._patience_milliseconds()))
             if self._wake in ready:
                 os.eventfd_read(self._wake)
-            if self._gate.socket in ready:
+            if self._router.socket in ready:
                 self._receive()
             self._answer_parked()
             self._answer_deltas()
@@ -136,24 +136,28 @@ class WeightServer:
 
     def _receive(self) -> None:
         now = time.monotonic()
-        messages, _ = self._gate.receive(MESSAGES_PER_TURN, now)
+        messages, _ = self._router.receive(MESSAGES_PER_TURN, now)
         for incoming in messages:
-            asker = incoming.identity, incoming.number
+            requester = incoming.identity, incoming.number
             match incoming.message:
                 case ManifestRequest() as request:
-                    self._parked[asker[0]] = (asker[1], request, now + min(request.wait_seconds, LONGEST_PARK_SECONDS))
+                    self._parked[requester[0]] = (
+                        requester[1],
+                        request,
+                        now + min(request.wait_seconds, LONGEST_PARK_SECONDS),
+                    )
                 case RelayHello(address=address, host_id=host):
-                    self._answer(asker, RelayPlace(self._relays.hear(host, address, now)))
+                    self._answer(requester, RelayPlace(self._relays.hear(host, address, now)))
                 case ChunkRequest() as request:
                     # A request that was repeated while it waits for its turn is answered once.
-                    self._wanted_chunks[asker] = request
+                    self._wanted_chunks[requester] = request
                 case DeltaRequest(publication=publication, base=base):
-                    self._wanted_deltas[asker] = self._kept.delta(base, publication)
+                    self._wanted_deltas[requester] = self._kept.delta(base, publication)
                 case other:
-                    self._answer(asker, Refused(f"the weight store does not answer {type(other).__name__}"))
+                    self._answer(requester, Refused(f"the weight store does not answer {type(other).__name__}"))
 
-    def _answer(self, asker: Asker, message: Message) -> None:
-        self._gate.send(asker[0], message, asker[1])
+    def _answer(self, requester: Requester, message: Message) -> None:
+        self._router.send(requester[0], message, requester[1])
 
     def _answer_parked(self) -> None:
         newest, now = self._kept.newest(), time.monotonic()
@@ -168,18 +172,18 @@ class WeightServer:
             del self._parked[identity]
 
     def _answer_deltas(self) -> None:
-        for asker, delta in list(self._wanted_deltas.items()):
+        for requester, delta in list(self._wanted_deltas.items()):
             if delta.done():
-                del self._wanted_deltas[asker]
-                self._answer(asker, DeltaReply(len(delta.result()), checksum(delta.result())))
+                del self._wanted_deltas[requester]
+                self._answer(requester, DeltaReply(len(delta.result()), checksum(delta.result())))
 
     def _answer_chunks(self) -> None:
         now = time.monotonic()
-        for asker, request in list(self._wanted_chunks.items())[:MESSAGES_PER_TURN]:
+        for requester, request in list(self._wanted_chunks.items())[:MESSAGES_PER_TURN]:
             if self._throttle.free_at > now:
                 return
-            del self._wanted_chunks[asker]
-            reply = self._kept.chunk(request, asker)
+            del self._wanted_chunks[requester]
+            reply = self._kept.chunk(request, requester)
             self._throttle.take(request.num_bytes if isinstance(reply, Chunk) else 0, now)
             if reply is not None:
-                self._answer(asker, reply)
+                self._answer(requester, reply)

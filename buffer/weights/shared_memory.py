@@ -1,8 +1,8 @@
 """Files in shared memory that hold one version each, written by one process, mapped by any on this host, and reused.
 
-Fresh shared memory is several times slower to write than memory that was written before, so a slot whose version has
+Fresh shared memory is several times slower to write than memory that was written before, so a segment whose version has
 retired takes a later one. Nobody is overwritten while reading: a reader holds a shared lock on the file, the writer an
-exclusive one, and the kernel lets go of both when their process ends, however it ends. A slot has its version's name
+exclusive one, and the kernel lets go of both when their process ends, however it ends. A segment has its version's name
 only while it is whole; before that it is called `*.part`.
 """
 
@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPARE_SEGMENTS = 2
-"""Retired slots that are kept for reuse; of more than these the memory is given back."""
+"""Retired segments that are kept for reuse; of more than these the memory is given back."""
 
 
-def most_segments(keep_versions: int) -> int:
+def max_segments(keep_versions: int) -> int:
     """Slots that a writer has at most: of the versions it keeps, of the next one, and retired ones still being read."""
     return keep_versions + 1 + SPARE_SEGMENTS
 
@@ -48,7 +48,7 @@ class Segment:
             self.remove()
             raise
         self.array: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
-        """[num_bytes] uint8: the slot's memory."""
+        """[num_bytes] uint8: the segment's memory."""
 
     def publish(self, name: str) -> Path:
         """Give the finished contents their name and let readers in."""
@@ -57,7 +57,7 @@ class Segment:
         return self.path
 
     def reclaim(self) -> bool:
-        """Take the slot back for writing. False when somebody still reads it."""
+        """Take the segment back for writing. False when somebody still reads it."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,7 +66,7 @@ class Segment:
         return True
 
     def remove(self) -> None:
-        """Give the memory back as soon as nobody maps it; the slot is of no use afterwards."""
+        """Give the memory back as soon as nobody maps it; the segment is of no use afterwards."""
         self.path.unlink(missing_ok=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -74,7 +74,7 @@ class Segment:
 
 
 class SegmentPool:
-    """The slots of one writer in `folder`, which is emptied of an earlier one's. Used by one thread at a time."""
+    """The segments of one writer in `folder`, which is emptied of an earlier one's. Used by one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -85,31 +85,31 @@ class SegmentPool:
             leftover.unlink()
 
     def take(self, num_bytes: int) -> Segment:
-        """A slot to write: a retired one that nobody reads any more, or a fresh one.
+        """A segment to write: a retired one that nobody reads any more, or a fresh one.
 
         Raises:
             OSError: when there is no room for a fresh one.
         """
-        for slot in self._retired:
-            if slot.num_bytes == num_bytes and slot.reclaim():
-                self._retired.remove(slot)
-                return slot
+        for segment in self._retired:
+            if segment.num_bytes == num_bytes and segment.reclaim():
+                self._retired.remove(segment)
+                return segment
         self._num_made += 1
-        return Segment(self._folder, f"slot-{self._num_made}", num_bytes)
+        return Segment(self._folder, f"segment-{self._num_made}", num_bytes)
 
-    def retire(self, slot: Segment) -> None:
-        """The version in `slot` is not wanted any more; whoever reads it may finish."""
-        self._retired.append(slot)
+    def retire(self, segment: Segment) -> None:
+        """The version in `segment` is not wanted any more; whoever reads it may finish."""
+        self._retired.append(segment)
         while len(self._retired) > SPARE_SEGMENTS:
             self._retired.pop(0).remove()
 
     def close(self) -> None:
-        """Remove the retired slots."""
+        """Remove the retired segments."""
         while self._retired:
             self._retired.pop().remove()
 
 
-def lead_to(folder: Path, memory: Path | None) -> Path:
+def link_folder(folder: Path, memory: Path | None) -> Path:
     """Let `folder` lead to the folder `memory`, or nowhere, whatever it was to an earlier process. Returns `folder`."""
     if folder.is_symlink():
         folder.unlink()

@@ -1,6 +1,6 @@
 """The versions that a weight store serves, and what turns one into another: bytes for whoever asks, in pieces.
 
-Pieces are sent from the slot where the version lies, without a copy. A slot is given back only when ZeroMQ has let go
+Pieces are sent from the segment where the version lies, without a copy. A segment is given back only when ZeroMQ has let go
 of all its pieces, so nobody is sent bytes that are being overwritten. A reader that stalls keeps its pieces until
 ZeroMQ gives it up: one version is lent at a time, and pieces of others are copies meanwhile.
 """
@@ -29,7 +29,7 @@ WORTHWHILE_SHARE = 0.5
 """A delta that is larger than this share of the version is not sent."""
 LOW_PRIORITY = 10
 """Niceness of the thread that makes deltas: the training step goes first."""
-Asker = tuple[bytes, int]
+Requester = tuple[bytes, int]
 """A connection's name and the number of its request."""
 
 
@@ -48,57 +48,57 @@ class KeptVersions:
         self._deltas: dict[tuple[str, str], Future[bytes]] = {}
         """By (base, publication)."""
         self._lent: Segment | None = None
-        self._pieces: WeakValueDictionary[Asker, NDArray[np.uint8]] = WeakValueDictionary()
+        self._pieces: WeakValueDictionary[Requester, NDArray[np.uint8]] = WeakValueDictionary()
         """Of `_lent`, by who asked for them: those that a message or ZeroMQ still holds."""
-        self._leaving: list[Segment] = []
+        self._retiring: list[Segment] = []
         """Not served any more, but lent."""
         self._lock = threading.Lock()
-        """Guards all of this, and with it every slot that is served from."""
-        self._encoder = ThreadPoolExecutor(1, "weight-deltas", initializer=_give_way)
+        """Guards all of this, and with it every segment that is served from."""
+        self._encoder = ThreadPoolExecutor(1, "weight-deltas", initializer=_lower_priority)
 
-    def add(self, manifest: Manifest, slot: Segment) -> list[Segment]:
-        """Keep a version that is whole. Returns the slots that are neither kept nor lent any more."""
+    def add(self, manifest: Manifest, segment: Segment) -> list[Segment]:
+        """Keep a version that is whole. Returns the segments that are neither kept nor lent any more."""
         with self._lock:
-            self._kept[manifest.publication] = (manifest, slot)
+            self._kept[manifest.publication] = (manifest, segment)
             surplus = list(self._kept)[: -self._keep_versions]
-            retired = self._leaving + [self._kept.pop(publication)[1] for publication in surplus]
+            retired = self._retiring + [self._kept.pop(publication)[1] for publication in surplus]
             for key in [key for key in self._deltas if key[1] in surplus]:
                 del self._deltas[key]
-            self._leaving = [slot for slot in retired if slot is self._lent and self._pieces]
-            return [slot for slot in retired if slot not in self._leaving]
+            self._retiring = [segment for segment in retired if segment is self._lent and self._pieces]
+            return [segment for segment in retired if segment not in self._retiring]
 
     def newest(self) -> Manifest | None:
         """What was added last."""
         with self._lock:
             return next(reversed(self._kept.values()), (None, None))[0]
 
-    def chunk(self, request: ChunkRequest, asker: Asker) -> Chunk | Refused | None:
-        """The bytes asked for; a slot they lie in stays as it is until the chunk is gone.
+    def chunk(self, request: ChunkRequest, requester: Requester) -> Chunk | Refused | None:
+        """The bytes asked for; a segment they lie in stays as it is until the chunk is gone.
 
         None: they are on their way. The request was repeated because the link is slow, which a second answer would
         make slower.
         """
         with self._lock:
-            if asker in self._pieces:
+            if requester in self._pieces:
                 return None
             if request.publication not in self._kept:
                 return Refused(f"publication {request.publication} is not kept here; ask for the manifest again")
-            manifest, slot = self._kept[request.publication]
+            manifest, segment = self._kept[request.publication]
             delta = self._deltas.get((request.base, request.publication))
             made = delta.result() if delta is not None and delta.done() else b""
             size = len(made) if request.base else manifest.num_bytes
             start, end = request.offset, request.offset + request.num_bytes
             if not start < end <= size:
                 return Refused(f"bytes {request.offset}+{request.num_bytes} lie outside {size}")
-            data = memoryview(made)[start:end] if request.base else self._lend(slot, start, end, asker)
+            data = memoryview(made)[start:end] if request.base else self._lend(segment, start, end, requester)
         return Chunk(start, checksum(data), data)
 
-    def _lend(self, slot: Segment, start: int, end: int, asker: Asker) -> Frame:
-        piece = slot.array[start:end]
-        if self._lent is not slot and self._pieces:
+    def _lend(self, segment: Segment, start: int, end: int, requester: Requester) -> Frame:
+        piece = segment.array[start:end]
+        if self._lent is not segment and self._pieces:
             return piece.tobytes()
-        self._lent = slot
-        self._pieces[asker] = piece
+        self._lent = segment
+        self._pieces[requester] = piece
         return piece.data
 
     def delta(self, base: str, publication: str) -> Future[bytes]:
@@ -116,12 +116,12 @@ class KeptVersions:
             return self._deltas[key]
 
     def close(self) -> list[Segment]:
-        """Make no more deltas. Returns all slots: what is lent of them stays readable, but nobody may write there."""
+        """Make no more deltas. Returns all segments: what is lent of them stays readable, but nobody may write there."""
         self._encoder.shutdown(wait=True, cancel_futures=True)
-        return [*self._leaving, *(slot for _, slot in self._kept.values())]
+        return [*self._retiring, *(segment for _, segment in self._kept.values())]
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
 
 

@@ -17,7 +17,7 @@ from buffer.machine import available_memory_bytes
 from buffer.weights.config import WeightsConfig
 from buffer.weights.device_handle import RECORD_BYTES
 from buffer.weights.layout import ALIGNMENT_BYTES
-from buffer.weights.shared_memory import most_segments
+from buffer.weights.shared_memory import max_segments
 from launch.config.adapters import folder_layers, folder_shapes
 from launch.config.devices import has_cuda
 from launch.config.plan import RunPlan
@@ -37,8 +37,12 @@ def lack_of_shared_memory(plan: RunPlan) -> str:
     weights = read_section(WeightsConfig, plan.sections["weights"], "weights")
     if not weights.shared_memory:
         return ""
-    slots, each, exchanged = most_segments(weights.keep_versions), version_bytes(plan.sections), _exchanged_bytes(plan)
-    wanted = slots * each + exchanged
+    count, each, exchanged = (
+        max_segments(weights.keep_versions),
+        version_bytes(plan.sections),
+        _exchanged_bytes(plan),
+    )
+    wanted = count * each + exchanged
     # What lies there is memory, and counts towards the container's limit.
     free, memory = free_bytes(), available_memory_bytes()
     if wanted <= min(free, memory):
@@ -50,7 +54,7 @@ def lack_of_shared_memory(plan: RunPlan) -> str:
     )
     workers = f" and {_mb(exchanged)} that vLLM's workers need in any case" if exchanged else ""
     return (
-        f"note: the weights would take up to {_mb(wanted)} of shared memory ({slots} versions of {_mb(each)}{workers}),"
+        f"note: the weights would take up to {_mb(wanted)} of shared memory ({count} versions of {_mb(each)}{workers}),"
         f" but {where}, so they lie in {plan.run_dir / 'weights'}, which is slower; {way_out}"
     )
 

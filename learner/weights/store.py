@@ -25,7 +25,7 @@ from buffer.transport.messages import Manifest, TensorEntry
 from buffer.weights.config import WeightsConfig
 from buffer.weights.layout import ALIGNMENT_BYTES, checksum
 from buffer.weights.server import WeightServer
-from buffer.weights.shared_memory import Segment, SegmentPool, lead_to
+from buffer.weights.shared_memory import Segment, SegmentPool, link_folder
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class WeightStore:
         self, directory: Path, config: WeightsConfig, credentials: Credentials, memory: Path | None = None
     ) -> None:
         self._directory = directory
-        self._slots = SegmentPool(lead_to(directory, memory))
+        self._slots = SegmentPool(link_folder(directory, memory))
         self._store_id = uuid.uuid4().hex[:8]
         self._host_id = host_id()
         self._entries: tuple[TensorEntry, ...] = ()

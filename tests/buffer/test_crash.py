@@ -13,8 +13,8 @@ from buffer.curriculum_config import Stage, write_levels
 from buffer.ledger.audit import audit
 from buffer.ledger.ledger_file import FILE_NAME
 from buffer.transport import messages
-from tests.buffer.dealing import Dealing
 from tests.buffer.killed_buffer import KilledBuffer
+from tests.buffer.reference_curriculum import ReferenceCurriculum
 
 ACTOR = b"actor-0-aa"
 BATCHES = 150
@@ -162,12 +162,12 @@ def test_a_buffer_that_dies_at_any_instruction_loses_nothing(
     assert config.max_uses > 1 or not found.counts["used"]
     assert len(found.stages) == max(1, len(stages))
     assert all(row.policy_version == reached for row, reached in zip(found.stages, (0, 10, 50, 100), strict=False))
-    dealing, begun = Dealing(config, LEVELS), 1
+    reference, begun = ReferenceCurriculum(config, LEVELS), 1
     for k in range(found.issued):
         while begun < len(found.stages) and found.stages[begun].first_occurrence == k:
-            dealing.begin_stage(0)
+            reference.begin_stage(0)
             begun += 1
-        dealing.deal()
-    dealt = rows(run_dir, "SELECT occurrence, prompt_id FROM occurrences ORDER BY occurrence")
-    assert dealt == list(enumerate(dealing.prompts)), "no prompt is skipped or repeated within an epoch of a stage"
+        reference.draw()
+    drawn = rows(run_dir, "SELECT occurrence, prompt_id FROM occurrences ORDER BY occurrence")
+    assert drawn == list(enumerate(reference.prompts)), "no prompt is skipped or repeated within an epoch of a stage"
     assert found.issued - len(trained) <= 3 * GROUPS_PER_BATCH, "what is not trained on is outstanding"

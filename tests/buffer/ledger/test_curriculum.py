@@ -68,15 +68,15 @@ class Run:
         return leases
 
     def epoch(self, num_prompts: int, success: dict[int, float]) -> set[int]:
-        """Deals so many prompts, two at a time, solved as told, else by half; returns which they were."""
-        dealt = []
-        while len(dealt) < num_prompts:
+        """Draws so many prompts, two at a time, solved as told, else by half; returns which they were."""
+        drawn = []
+        while len(drawn) < num_prompts:
             for lease in self.lease():
-                dealt.append(lease.prompt_id)
+                drawn.append(lease.prompt_id)
                 self.deliver([lease], success.get(lease.prompt_id, 0.5))
             self.train()
-        assert len(dealt) == num_prompts
-        return set(dealt)
+        assert len(drawn) == num_prompts
+        return set(drawn)
 
     @property
     def status(self) -> StageStatus:
@@ -104,15 +104,15 @@ def start(make_config: Any, make_group: Any, run_dir: Path):
 
 
 def test_stages_go_by_as_they_should(start: Any, run_dir: Path, caplog: pytest.LogCaptureFixture):
-    run, dealt = start(), []
+    run, drawn = start(), []
     caplog.set_level(logging.INFO, "buffer.ledger.curriculum")
     for success in (0.0, 0.0, 0.5, 1.0, 0.5, 0.5, 0.5):
-        dealt.append(run.step(success))
-    prompts = [{lease.prompt_id for lease in leases} for leases in dealt]
+        drawn.append(run.step(success))
+    prompts = [{lease.prompt_id for lease in leases} for leases in drawn]
     assert set().union(*prompts[:4]) == BY_LEVEL[3], "0, 0, 0.5 and 1 over two groups each: half only after the fourth"
     assert prompts[4] <= BY_LEVEL[4], "from policy 4 to 5"
     assert set().union(*prompts[5:]) & BY_LEVEL[3], "everything"
-    sizes = [{(lease.samples_per_group, lease.max_new_tokens) for lease in leases} for leases in dealt]
+    sizes = [{(lease.samples_per_group, lease.max_new_tokens) for lease in leases} for leases in drawn]
     assert sizes == [{(2, 8)}] * 4 + [{(4, 0)}] + [{(0, 0)}] * 2
     assert caplog.messages == [
         "stage 2 of 3 begins at policy 4: success 0.75 over 4 groups",
@@ -248,7 +248,7 @@ def test_solved_and_unsolved_prompts_are_passed_over_from_the_next_epoch_on(star
     assert run.epoch(2, {}) == {4, 5}, "solved twice"
     assert run.status.num_passed_over == 4
     assert run.epoch(2, {}) == {4, 5}
-    assert run.epoch(6, {0: 0.5, 1: 1.0, 2: 0.5, 3: 0.0}) == everything, "the fourth epoch deals all again"
+    assert run.epoch(6, {0: 0.5, 1: 1.0, 2: 0.5, 3: 0.0}) == everything, "the fourth epoch draws all prompts again"
     assert run.status.num_passed_over == 0
     assert run.epoch(4, {}) == {0, 2, 4, 5}, "one was not solved any more, one not failed"
 

@@ -19,7 +19,7 @@ from buffer.transport.messages import (
     EvaluationReport,
 )
 from buffer.transport.packed_group import PackedGroup
-from tests.buffer.dealing import Dealing
+from tests.buffer.reference_curriculum import ReferenceCurriculum
 
 HOLDER = Holder("actor-0-aa", "actor-0", 1)
 
@@ -62,11 +62,11 @@ def test_a_group_goes_through_all_states(ledger: Ledger, config: BufferConfig, m
     assert (stored.header, stored.arrays_frame) == (group.header, group.arrays_frame)
     with ledger.transaction():
         ledger.use([0], 6)
-    assert [(row.occurrence, row.staleness, row.num_tokens) for row in ledger.uses.batch(6)] == [(0, 2, 10)]
+    assert [(row.occurrence, row.staleness, row.num_tokens) for row in ledger.batches.batch(6)] == [(0, 2, 10)]
     with ledger.transaction():
         assert ledger.commit(6, 7) == 0
         assert ledger.commit(7, 7) == 1
-    assert (ledger.counts["done"], ledger.uses.batch(6)) == (1, [])
+    assert (ledger.counts["done"], ledger.batches.batch(6)) == (1, [])
     found = audit(config.run_dir)
     assert (found.counts["done"], found.staleness_max, found.holds) == (1, 2, True)
 
@@ -221,7 +221,7 @@ def test_reopening_keeps_everything_and_gives_leases_a_full_deadline(config: Buf
     assert (+ledger.counts, ledger.leased, ledger.ready) == (counts, leased, ready)
     assert ledger.silent(1000 + config.lease_seconds - 1) == []
     assert ledger.silent(1000 + config.lease_seconds) == [HOLDER.name]
-    assert ledger.leases_of(HOLDER) == [("0.0", Dealing(config).deal())]
+    assert ledger.leases_of(HOLDER) == [("0.0", ReferenceCurriculum(config).draw())]
     assert issue(ledger)[0] == "2.0"
     ledger.close()
 

@@ -29,8 +29,8 @@ from buffer.service.service import Service
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 from buffer.transport import messages as wire
 from buffer.transport.packed_group import PackedGroup, pack_group, unpack_group
-from tests.buffer.dealing import Dealing
 from tests.buffer.ledger.slow_batch import Group, expected_batch
+from tests.buffer.reference_curriculum import ReferenceCurriculum
 
 NUM_PROMPTS, GROUPS_PER_BATCH, MAX_STALENESS, LEASE_SECONDS = 5, 2, 2, 14.0
 ACTORS = ("actor-0", "actor-1")
@@ -132,7 +132,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.now, self.number, self.processes = 0.0, 0, 0
         self.ledger = Ledger(self.config, self.now)
         self.service = Service(self.config, self.ledger)
-        self.dealing = Dealing(self.config, LEVELS)
+        self.reference = ReferenceCurriculum(self.config, LEVELS)
         self.successes: dict[int, float] = {}
         """Of every occurrence whose group was delivered."""
         self.model: dict[int, Occurrence] = {}
@@ -231,9 +231,9 @@ class BufferMachine(RuleBasedStateMachine):
         pending = self.having("pending")
         k = pending[0] if pending else len(self.model)
         attempt = self.model[k].attempt + 1 if pending else 0
-        prompt = self.dealing.prompts[k] if pending else self.dealing.deal(self.successes)
+        prompt = self.reference.prompts[k] if pending else self.reference.draw(self.successes)
         assert (lease.group_id, lease.prompt_id) == (f"{k}.{attempt}", prompt)
-        stage = self.dealing.stage_of(k)
+        stage = self.reference.stage_of(k)
         assert (lease.samples_per_group, lease.max_new_tokens) == (stage.samples_per_group, stage.max_new_tokens)
         num_stale = self.model[k].num_stale if pending else 0
         self.model[k] = Occurrence("leased", attempt, identity, self.told[identity], num_stale)
@@ -266,12 +266,12 @@ class BufferMachine(RuleBasedStateMachine):
         for k in self.having("ready") if self.config.on_stale != "wait" else ():
             if not self.is_useful(k, self.next_version):
                 self.become_stale(k)
-        self.dealing.advance(self.next_version, self.trained_in_stage())
+        self.reference.advance(self.next_version, self.trained_in_stage())
 
     def trained_in_stage(self) -> list[float]:
         """Successes of the newest stage's groups that the learner has, oldest first."""
         had = [k for k in self.having("used", "done", "dropped") if self.model[k].is_judged]
-        return [self.successes[k] for k in had if k >= self.dealing.firsts[-1]]
+        return [self.successes[k] for k in had if k >= self.reference.firsts[-1]]
 
     def check_contents(self, k: int, received: TrajectoryGroup, version: int) -> None:
         """What was delivered; under `mask` without the tokens that are too old."""
@@ -313,7 +313,7 @@ class BufferMachine(RuleBasedStateMachine):
         is_late = attempt < known.attempt or known.state == "pending"
         is_late |= known.state == "dropped" and not known.is_judged
         expected = "late" if is_late else self.take_in(k, version) if known.state == "leased" else "duplicate"
-        packed = group(f"{k}.{attempt}", self.dealing.prompts[k], version)
+        packed = group(f"{k}.{attempt}", self.reference.prompts[k], version)
         actor = known.holder.decode().rsplit("-", 1)[0]
         answers = self.tell(self.identity[actor], wire.GroupDelivery(actor, packed))
         assert [answer.message.outcome for answer in answers] == [expected]
@@ -335,7 +335,7 @@ class BufferMachine(RuleBasedStateMachine):
         known = self.model[k]
         version, identity, attempt = known.version + ahead, known.holder, known.attempt
         expected = self.take_in(k, version)
-        packed = group(f"{k}.{attempt}", self.dealing.prompts[k], version)
+        packed = group(f"{k}.{attempt}", self.reference.prompts[k], version)
         answers = self.tell(identity, wire.GroupDelivery("x", packed))
         assert [answer.message.outcome for answer in answers] == [expected]
 
@@ -462,7 +462,7 @@ class BufferMachine(RuleBasedStateMachine):
     def abort(self, data: st.DataObject, actor: str) -> None:
         """A transaction that changes everything it can, and then finds no space."""
         k = data.draw(st.sampled_from(self.having("leased", "ready")))
-        delivery = wire.GroupDelivery(actor, group(f"{k}.{self.model[k].attempt}", self.dealing.prompts[k], 0))
+        delivery = wire.GroupDelivery(actor, group(f"{k}.{self.model[k].attempt}", self.reference.prompts[k], 0))
         with contextlib.suppress(KeyError), self.ledger.transaction():
             stranger = self.new_process(actor)
             messages: list[Any] = [
@@ -496,11 +496,11 @@ class BufferMachine(RuleBasedStateMachine):
             assert self.deadlines[identity] > self.now, "what is leased is watched"
 
     def check_curriculum(self, found: tuple[StageRow, ...]) -> None:
-        status, trained = self.ledger.curriculum.status(), self.trained_in_stage()[-self.dealing.stage.over_groups :]
-        assert (status.stage, status.num_groups) == (len(self.dealing.firsts), len(trained))
+        status, trained = self.ledger.curriculum.status(), self.trained_in_stage()[-self.reference.stage.over_groups :]
+        assert (status.stage, status.num_groups) == (len(self.reference.firsts), len(trained))
         assert status.success == (sum(trained) / len(trained) if trained else 0.0)
-        assert [row.first_occurrence for row in found] == self.dealing.firsts
-        assert [row.policy_version for row in found] == self.dealing.began
+        assert [row.first_occurrence for row in found] == self.reference.firsts
+        assert [row.policy_version for row in found] == self.reference.began
 
     @invariant()
     def each_is_trained_on_as_often_as_it_may_be_in_a_lineage(self) -> None:

@@ -37,7 +37,7 @@ def test_with_two_uses_a_run_needs_about_half_the_groups(start: Any, sampler: st
         for answer in answers.values():
             if isinstance(answer, messages.LeaseReply):
                 buffer.deliver(answer.leases, version)
-        rows = buffer.ledger.uses.batch(version)
+        rows = buffer.ledger.batches.batch(version)
         if rows:
             batches.append([row.occurrence for row in rows])
         if len(batches) == 20:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.weights.shared_memory import SPARE_SEGMENTS, SegmentPool, hold, lead_to
+from buffer.weights.shared_memory import SPARE_SEGMENTS, SegmentPool, hold, link_folder
 
 
 def killed(work: Callable[[], object]) -> None:
@@ -23,8 +23,8 @@ def test_what_a_killed_writer_left_half_written_is_never_seen_and_goes_with_the_
     def write_half() -> None:
         pool = SegmentPool(tmp_path)
         pool.take(100).publish("v1.weights")
-        slot = pool.take(100)
-        slot.array[:50] = 7
+        segment = pool.take(100)
+        segment.array[:50] = 7
 
     killed(write_half)
     [half] = tmp_path.glob("*.part")
@@ -47,13 +47,13 @@ def test_a_reader_that_was_killed_holds_nothing(tmp_path: Path):
     assert pool.take(64) is first
 
 
-def test_a_slot_that_is_being_written_again_cannot_be_read_under_any_name(tmp_path: Path):
+def test_a_segment_that_is_being_written_again_cannot_be_read_under_any_name(tmp_path: Path):
     pool = SegmentPool(tmp_path)
-    slot = pool.take(64)
-    path = slot.publish("v1.weights")
-    pool.retire(slot)
-    assert pool.take(64) is slot
-    for name in (path, slot.path):
+    segment = pool.take(64)
+    path = segment.publish("v1.weights")
+    pool.retire(segment)
+    assert pool.take(64) is segment
+    for name in (path, segment.path):
         with pytest.raises(FileNotFoundError):
             hold(name)
     with pytest.raises(FileNotFoundError):
@@ -62,14 +62,14 @@ def test_a_slot_that_is_being_written_again_cannot_be_read_under_any_name(tmp_pa
 
 def test_a_name_that_another_version_took_while_it_was_opened_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pool = SegmentPool(tmp_path)
-    slot = pool.take(64)
-    path = slot.publish("v1.weights")
+    segment = pool.take(64)
+    path = segment.publish("v1.weights")
     opened = Path.open
 
     def reused_meanwhile(self: Path, mode: str) -> object:
         file = opened(self, mode)
-        assert slot.reclaim()
-        slot.publish("v2.weights")
+        assert segment.reclaim()
+        segment.publish("v2.weights")
         return file
 
     monkeypatch.setattr(Path, "open", reused_meanwhile)
@@ -77,25 +77,25 @@ def test_a_name_that_another_version_took_while_it_was_opened_is_gone(tmp_path: 
         hold(path)
 
 
-def test_only_slots_of_the_size_asked_for_are_reused_and_few_are_kept(tmp_path: Path):
+def test_only_segments_of_the_size_asked_for_are_reused_and_few_are_kept(tmp_path: Path):
     pool = SegmentPool(tmp_path)
-    slots = [pool.take(64) for _ in range(SPARE_SEGMENTS + 2)]
-    for index, slot in enumerate(slots):
-        slot.publish(f"v{index}.weights")
-        pool.retire(slot)
+    segments = [pool.take(64) for _ in range(SPARE_SEGMENTS + 2)]
+    for index, segment in enumerate(segments):
+        segment.publish(f"v{index}.weights")
+        pool.retire(segment)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v2.weights", "v3.weights"]
-    assert pool.take(65) not in slots
-    assert pool.take(64) is slots[2]
+    assert pool.take(65) not in segments
+    assert pool.take(64) is segments[2]
     pool.close()
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".part", ".part"]
 
 
 def test_a_folder_leads_to_memory_or_nowhere_whatever_it_was_before(tmp_path: Path):
     folder, memory = tmp_path / "run" / "weights", tmp_path / "memory"
-    assert lead_to(folder, None) == folder and not folder.exists()
+    assert link_folder(folder, None) == folder and not folder.exists()
     SegmentPool(folder).take(8)
     for _ in range(2):
-        assert lead_to(folder, memory).resolve() == memory
+        assert link_folder(folder, memory).resolve() == memory
         SegmentPool(folder).take(8)
         assert [path.suffix for path in memory.iterdir()] == [".part"]
-    assert not lead_to(folder, None).is_symlink()
+    assert not link_folder(folder, None).is_symlink()

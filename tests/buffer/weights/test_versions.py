@@ -23,23 +23,23 @@ def pool(tmp_path: Path) -> Iterator[SegmentPool]:
 def kept() -> Iterator[KeptVersions]:
     made = KeptVersions(2, lambda: None)
     yield made
-    for slot in made.close():
-        slot.remove()
+    for segment in made.close():
+        segment.remove()
 
 
 def add(kept: KeptVersions, pool: SegmentPool, version: int) -> tuple[Segment, list[Segment]]:
-    """The slot of a version that consists of its number, and the slots that came back for it."""
-    slot = pool.take(SIZE)
-    slot.array[:] = version
-    path = slot.publish(f"v{version}.weights")
-    return slot, kept.add(Manifest(version, f"s:{version}", str(path), "host", SIZE, ()), slot)
+    """The segment of a version that consists of its number, and the segments that came back for it."""
+    segment = pool.take(SIZE)
+    segment.array[:] = version
+    path = segment.publish(f"v{version}.weights")
+    return segment, kept.add(Manifest(version, f"s:{version}", str(path), "host", SIZE, ()), segment)
 
 
 def ask(kept: KeptVersions, version: int, number: int) -> Chunk | Refused | None:
     return kept.chunk(ChunkRequest(f"s:{version}", "", 100 * number, 100), (b"actor", number))
 
 
-def test_a_slot_comes_back_when_the_last_of_its_chunks_is_gone(kept: KeptVersions, pool: SegmentPool):
+def test_a_segment_comes_back_when_the_last_of_its_chunks_is_gone(kept: KeptVersions, pool: SegmentPool):
     first, _ = add(kept, pool, 1)
     chunks = [ask(kept, 1, number) for number in range(3)]
     second, came_back = add(kept, pool, 2)

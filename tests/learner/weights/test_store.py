@@ -26,7 +26,7 @@ from buffer.transport.messages import (
 )
 from buffer.weights.config import WeightsConfig
 from buffer.weights.layout import checksum
-from buffer.weights.shared_memory import hold, most_segments
+from buffer.weights.shared_memory import hold, max_segments
 from learner.weights.store import ALIGNMENT_BYTES, WeightStore
 
 Stores = Callable[..., WeightStore]
@@ -197,7 +197,7 @@ def test_a_restarted_store_publishes_the_same_version_under_another_name(
     first = open_store()
     before = first.publish(4, weights(1)).result(10)
     first.close()
-    (tmp_path / "weights" / "slot-1.part").write_bytes(b"half")
+    (tmp_path / "weights" / "segment-1.part").write_bytes(b"half")
     second = open_store()
     assert list((tmp_path / "weights").iterdir()) == []
     second.publish(4, weights(2)).result(10)
@@ -313,7 +313,7 @@ def test_a_store_never_has_more_slots_than_room_was_looked_for(open_store: Store
     for version in range(8):
         readers.append(hold(Path(store.publish(version, weights(version)).result(10).path)))
         num_slots.append(len([*(tmp_path / "weights").glob("*.weights"), *(tmp_path / "weights").glob("*.part")]))
-    assert max(num_slots) == num_slots[-1] == most_segments(2)
+    assert max(num_slots) == num_slots[-1] == max_segments(2)
     for reader in readers:
         reader.close()
 

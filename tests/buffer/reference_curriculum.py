@@ -1,4 +1,4 @@
-"""A second, slow writing of which prompt is dealt when, for the buffer's tests."""
+"""A second, slow writing of which prompt is drawn when, for the buffer's tests."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,15 @@ from buffer.config import BufferConfig
 from buffer.curriculum_config import Stage
 
 
-class Dealing:
-    """Deals k = 0, 1, 2, ... by the rules of a configuration, given the level of every prompt."""
+class ReferenceCurriculum:
+    """Draws prompts for k = 0, 1, 2, ... by the rules of a configuration, given the level of every prompt."""
 
     def __init__(self, config: BufferConfig, levels: list[int] | None = None) -> None:
         self.config = config
         self.levels = levels or [0] * config.num_prompts
         self.stages = config.stages or [Stage()]
         self.prompts: list[int] = []
-        """What was dealt."""
+        """What was drawn."""
         self.firsts: list[int] = []
         """The first occurrence of every stage begun."""
         self.began: list[int] = []
@@ -44,7 +44,7 @@ class Dealing:
             kept = np.random.default_rng((self.config.seed, epoch, len(self.firsts))).permutation(kept).tolist()
         self.left: list[int] = kept
 
-    def deal(self, successes: Mapping[int, float] | None = None) -> int:
+    def draw(self, successes: Mapping[int, float] | None = None) -> int:
         """The next prompt; `successes` by occurrence of all groups that were delivered."""
         if not self.left:
             self.begin_epoch(self.epoch + 1, self.passed_over(successes or {}))

@@ -13,7 +13,7 @@ from buffer.transport.packed_group import GroupHeader
 REASON = "no_signal"
 
 
-class NoSignal:
+class ZeroAdvantageGroups:
     """Counts them. Call `load` before anything else, and when a transaction was undone."""
 
     def __init__(self, config: BufferConfig, file: LedgerFile) -> None:
