@@ -1,7 +1,8 @@
-"""The only trajectory type: what one sampled completion is, and the group it was sampled in.
+"""The trajectory: one prompt with one sampled completion. A group holds all trajectories sampled together for a prompt.
 
-Owned by the buffer, made by actors, read by the learner. Both types are frozen and checked when they are made, so a
-broken trajectory raises in the actor that made it and never reaches a loss.
+Actors make trajectories, the buffer stores them, the learner trains on them. Both types are frozen and check their
+fields when they are made, so a broken trajectory raises in the actor that made it and never reaches a loss. The buffer
+applies the same rules, `check_tokens` and `check_versions`, to every group that it receives.
 """
 
 from __future__ import annotations
@@ -19,48 +20,50 @@ _LOWEST_FLOAT32 = float(np.finfo(np.float32).min)
 
 
 class FinishReason(StrEnum):
-    """Why sampling ended: the end-of-sequence token or a stop string, or the length limit."""
+    """Why sampling ended. STOP: the end-of-sequence token or a stop string; LENGTH: a length limit."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
 class VersionSpan(NamedTuple):
-    """Tokens from index `start` (into `token_ids`) on were sampled by `policy_version`, up to the next span."""
+    """Tokens from index `start` up to the next span were sampled by policy version `version`."""
 
     start: int
+    """Index into `token_ids`."""
     version: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trajectory:
-    """One prompt with one sampled completion, and everything the learner needs to correct for its age.
+    """One prompt with one sampled completion, and what the learner needs for the off-policy correction.
 
     Raises:
-        ValueError: when lengths disagree, a log-probability is not finite or above 0, versions decrease, or the loss
-            mask selects nothing.
+        ValueError: when an array has the wrong type or length, the reward is not finite, or `check_tokens` or
+            `check_versions` finds a broken rule.
     """
 
     trajectory_id: str
     group_id: str
     prompt_id: int
     token_ids: NDArray[np.int32]
-    """[T] int32: prompt tokens, then completion (and observation) tokens."""
+    """[T] int32: prompt tokens, then completion tokens; with several turns, observation tokens between them."""
     loss_mask: NDArray[np.bool_]
     """[T] bool: True on tokens the policy sampled, False on prompt and observation tokens."""
     behavior_logprobs: NDArray[np.float32]
     """[T] float32: log mu of each sampled token, 0 where `loss_mask` is False."""
     policy_versions: tuple[VersionSpan, ...]
-    """Runs of (start, version); one trajectory may span several versions."""
+    """The version that sampled each token. Several spans: new weights were loaded during sampling."""
     reward: float
     reward_breakdown: dict[str, float]
+    """The reward's terms, by name."""
     verdict: str
-    """The verifier's word: correct, wrong, no_answer, truncated, timeout, crash or error."""
+    """The verifier's verdict: correct, wrong, no_answer, truncated, timeout, crash or error."""
     finish_reason: FinishReason
     num_turns: int = 1
     actor_id: str = ""
     created_at: float = 0.0
-    """Seconds since the epoch, on the actor's clock; for display only."""
+    """Unix time in seconds, by the actor's clock. For display only."""
 
     def __post_init__(self) -> None:
         where = f"trajectory {self.trajectory_id}"
@@ -79,17 +82,17 @@ class Trajectory:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and completion tokens together."""
+        """T: prompt, completion and observation tokens."""
         return len(self.token_ids)
 
     @property
     def oldest_version(self) -> int:
-        """The version that staleness is counted from."""
+        """The lowest version of any span; staleness counts from this version."""
         return self.policy_versions[0].version
 
     @property
     def token_versions(self) -> NDArray[np.int64]:
-        """[T] int64: the version that sampled each token; meaningless where `loss_mask` is False."""
+        """[T] int64: the version that sampled each token. Meaningless where `loss_mask` is False."""
         starts = [span.start for span in self.policy_versions]
         numbers = np.array([span.version for span in self.policy_versions], dtype=np.int64)
         runs = np.searchsorted(starts, np.arange(self.num_tokens), side="right") - 1
@@ -98,7 +101,7 @@ class Trajectory:
 
     @property
     def newest_version(self) -> int:
-        """The version that sampled the last token."""
+        """The highest version of any span."""
         return self.policy_versions[-1].version
 
 
@@ -117,7 +120,8 @@ def check_tokens(
         where: names the trajectory in error messages.
 
     Raises:
-        ValueError: when a trajectory breaks a rule.
+        ValueError: when a mask selects no token or the first one, a token id is negative, or a log-probability is not
+            finite, is above 0, or is not 0 where the mask is False.
     """
     if not np.logical_or.reduceat(loss_mask, starts).all():
         raise ValueError(f"{where}: loss_mask selects no token, so there is nothing to learn from")
@@ -134,11 +138,11 @@ def check_tokens(
 
 
 def check_versions(spans: Sequence[tuple[int, int]], num_tokens: int, where: str) -> None:
-    """Check the (start, version) runs of one trajectory with `num_tokens` tokens.
+    """Check the (start, version) spans of a trajectory of `num_tokens` tokens. `where` names it in error messages.
 
     Raises:
-        ValueError: when there is no run, starts do not increase or lie outside the trajectory, or versions decrease or
-            are negative. The message begins with `where`.
+        ValueError: when there is no span, the starts do not increase or lie outside the trajectory, or the versions
+            decrease or are negative.
     """
     last_start, last_version = -1, 0
     in_order = True
@@ -147,7 +151,7 @@ def check_versions(spans: Sequence[tuple[int, int]], num_tokens: int, where: str
         last_start, last_version = start, version
     if not in_order or not 0 <= last_start < num_tokens:
         raise ValueError(
-            f"{where}: policy_versions {[tuple(span) for span in spans]} must be (start, version) runs whose starts"
+            f"{where}: policy_versions {[tuple(span) for span in spans]} must be (start, version) spans whose starts"
             f" increase from 0 or more to less than {num_tokens} and whose versions are >= 0 and never decrease"
         )
 
@@ -163,16 +167,17 @@ def _check_array(array: NDArray[Any], dtype: Any, where: str, name: str) -> None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrajectoryGroup:
-    """The completions sampled together for one prompt: the unit that is leased, sent, stored, sampled and acknowledged.
+    """The trajectories sampled together for one prompt. Leases, deliveries and batches always concern whole groups.
 
     Raises:
-        ValueError: when it is empty or a trajectory belongs to another group or prompt.
+        ValueError: when the group is empty, or a trajectory belongs to another group or prompt.
     """
 
     group_id: str
     prompt_id: int
     trajectories: tuple[Trajectory, ...]
     oldest_version: int = field(init=False)
+    """The lowest version in any of the trajectories."""
 
     def __post_init__(self) -> None:
         if not self.trajectories:
@@ -187,10 +192,10 @@ class TrajectoryGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all trajectories, prompts included."""
+        """Number of tokens of all trajectories, prompts included."""
         return sum(t.num_tokens for t in self.trajectories)
 
     @property
     def rewards(self) -> tuple[float, ...]:
-        """One reward per trajectory, in order."""
+        """One reward per trajectory, in order of `trajectories`."""
         return tuple(t.reward for t in self.trajectories)

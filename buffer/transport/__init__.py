@@ -1,1 +1,1 @@
-"""Messages, their checks, and the encrypted sockets that carry them."""
+"""Messages, their encoding and checks, and the encrypted sockets that carry them."""

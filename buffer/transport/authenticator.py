@@ -1,9 +1,10 @@
-"""Who may connect: answers ZeroMQ's authentication requests and reports the connections that were turned away.
+"""Authentication of connections: answers ZeroMQ's authentication requests (ZAP) and reports failed handshakes.
 
-Owned by `buffer/transport/router.py`; one thread per server. With CURVE only the run's client key is let in; a peer
-without a key, with another server's key or without ZeroMQ fails before that. Each address that fails is logged once
-and counted every time; one that is gone before it can be asked for its address is counted and logged as such. Ends by
-itself when its ZeroMQ context does.
+Owned by `buffer/transport/router.py`; one thread per server. With CURVE only a peer that has the run's client key is
+let in. A peer without a key, with another server's key, or that does not speak ZeroMQ fails earlier, in the handshake.
+
+Every failed connection is counted. Each address is logged once. A connection that closes before its address can be
+read is logged and counted under `GONE`. The thread ends when its ZeroMQ context is terminated.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from buffer.transport.credentials import Credentials
 log = logging.getLogger(__name__)
 
 MAX_ADDRESSES = 1_000
-"""Addresses remembered as logged; those beyond are only counted."""
+"""Addresses that are logged. Connections from further addresses are only counted."""
 ZAP_ADDRESS = "inproc://zeromq.zap.01"
 MONITOR_ADDRESS = "inproc://handshakes"
 GONE = "an address that is gone"
 _NO_KEY = "it has no key or another server's, or broke off"
-# A peer without a key sees that one is asked for, and may be the first to end the connection.
+# A peer without a key may itself close the connection when the server asks for one.
 _REASONS = {
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "its key is not this run's",
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): _NO_KEY,
@@ -38,7 +39,10 @@ _WATCHED = sum(_REASONS) | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | 
 
 
 class Authenticator:
-    """Guards `socket`, which must not be bound yet. `count` is called with "rejected" for each one turned away."""
+    """Authenticates the peers of `socket`, which must not be bound yet.
+
+    `count` is called with "rejected", in the authenticator's thread, for each refused connection.
+    """
 
     def __init__(
         self,
@@ -60,7 +64,10 @@ class Authenticator:
         self._thread.start()
 
     def join(self) -> None:
-        """Wait for the thread, which ends with its context: call it after, or while another thread ends that."""
+        """Wait for the thread's end.
+
+        Waits for: the end of the ZeroMQ context. Unblocked by: `term` of the context, by the caller or another thread.
+        """
         self._thread.join()
 
     def _run(self) -> None:
@@ -70,19 +77,19 @@ class Authenticator:
         try:
             while True:
                 ready = dict(poller.poll())
-                # Events first: a connection that waits for its key to be judged can still be asked for its address.
+                # Events first: while a connection waits for authentication, its address can still be read.
                 if self._events in ready:
                     self._watch(self._events.recv_multipart())
                 elif self._requests in ready:
                     self._authenticate(self._requests.recv_multipart())
         except zmq.ContextTerminated:
-            pass  # The router is closed: this is how the thread ends.
+            pass  # The router was closed. The thread ends here.
         finally:
             self._requests.close(linger=0)
             self._events.close(linger=0)
 
     def _authenticate(self, request: list[bytes]) -> None:
-        """RFC 27: version, request id, domain, address, identity, mechanism, credentials."""
+        """Answer one ZAP request (RFC 27): version, request id, domain, address, identity, mechanism, credentials."""
         version, request_id, mechanism, key = request[0], request[1], request[5], request[6:7]
         known = mechanism == b"CURVE" and key == [self._client_key]
         status = (b"200", b"OK", b"client") if known else (b"400", b"this key is not the run's", b"")
@@ -97,12 +104,15 @@ class Authenticator:
         if address not in self._logged and len(self._logged) < MAX_ADDRESSES:
             self._logged.add(address)
             log.warning("a connection from %s was turned away: %s", address, reason)
-        # Last: whoever sees the count finds the line in the log.
+        # Counted last, so that the log line exists when the count is seen.
         self._count("rejected")
 
 
 class _Handshakes:
-    """Which connections are under way. ZeroMQ names a connection by its file descriptor, but not in every event."""
+    """Finds the addresses of failed connections in a socket's monitor events.
+
+    Events of opening and closing name their connection by a file descriptor. Events of the handshake do not.
+    """
 
     def __init__(self) -> None:
         self._addresses: dict[int, str] = {}
@@ -110,7 +120,7 @@ class _Handshakes:
         self._failed = 0
 
     def happened(self, event: int, value: int) -> tuple[str, str] | None:
-        """The address that was turned away and why, when that is what happened."""
+        """Take one event. Returns address and reason when the event shows that a connection was refused."""
         if event == zmq.EVENT_ACCEPTED:
             self._addresses[value] = _address(value)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -123,17 +133,17 @@ class _Handshakes:
             address = self._addresses.pop(value, "")
             if failed:
                 return address or GONE, _REASONS[failed]
-            # While it is unclear which of several connections succeeded, this may have been one of those.
+            # While several connections are open and one has succeeded, this may be the one that did.
             if address and not self._num_succeeded:
                 return address, "it does not speak ZeroMQ"
         else:
-            # The disconnection of the same peer follows at once and has the descriptor.
+            # The same connection's EVENT_DISCONNECTED follows at once and has the descriptor.
             self._failed = event
         return None
 
 
 def _address(descriptor: int) -> str:
-    """The peer's address, as far as the connection is still there."""
+    """The peer's IP address; `GONE` when the connection is closed already."""
     try:
         with sockets.socket(fileno=os.dup(descriptor)) as peer:
             name = peer.getpeername()

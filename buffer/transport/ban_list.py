@@ -1,7 +1,7 @@
-"""Peers that send what they should not: logged once in a while, and ignored for a while when they keep doing it.
+"""Peers that send invalid messages: each is logged at most once a minute, and ignored for a while if it goes on.
 
-Owned by `buffer/transport/router.py`. `now` is seconds of a monotonic clock. Memory is bounded, whatever names peers
-give themselves.
+Owned by `buffer/transport/router.py`. `now` is seconds of a monotonic clock. Memory is bounded, even when a peer
+connects under ever new names.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 MAX_PEERS = 1_000
-"""Peers remembered; the one that was good for longest is forgotten for a new one."""
+"""Peers remembered. The peer whose last invalid message is the oldest is forgotten first."""
 BAD_MESSAGES = 20
-"""So many bad messages within `WINDOW_SECONDS` and the peer is ignored for `IGNORED_SECONDS`."""
+"""Invalid messages within `WINDOW_SECONDS` after which a peer is ignored for `IGNORED_SECONDS`."""
 WINDOW_SECONDS = 60.0
 IGNORED_SECONDS = 30.0
 LINES_PER_WINDOW = 100
-"""Log lines about all peers together within `WINDOW_SECONDS`."""
+"""Log lines within `WINDOW_SECONDS`, over all peers."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class _Offender:
 
 
 class BanList:
-    """Bad messages by peer."""
+    """Counts the invalid messages of each peer."""
 
     def __init__(self) -> None:
         self._peers: OrderedDict[bytes, _Offender] = OrderedDict()
@@ -38,12 +38,12 @@ class BanList:
         self._num_lines = 0
 
     def is_ignored(self, identity: bytes, now: float) -> bool:
-        """Whether messages of this peer are dropped unread."""
+        """Whether to drop this peer's messages unread."""
         peer = self._peers.get(identity)
         return peer is not None and now < peer.ignored_until
 
     def note(self, identity: bytes, complaint: Exception, now: float) -> None:
-        """A bad message arrived."""
+        """Count an invalid message; `complaint` says what is wrong with it."""
         peer = self._peers.get(identity)
         if peer is None or now - peer.since >= WINDOW_SECONDS:
             peer = self._peers[identity] = _Offender(now)
@@ -52,7 +52,7 @@ class BanList:
         peer.num_bad += 1
         if peer.num_bad >= BAD_MESSAGES:
             peer.num_bad, peer.ignored_until = 0, now + IGNORED_SECONDS
-            self._say(now, "%s keeps sending them: ignored for %.0f s", _text(identity), IGNORED_SECONDS)
+            self._say(now, "%s keeps sending invalid messages: ignored for %.0f s", _text(identity), IGNORED_SECONDS)
         if len(self._peers) > MAX_PEERS:
             self._peers.popitem(last=False)
 
@@ -65,5 +65,5 @@ class BanList:
 
 
 def _text(identity: bytes) -> str:
-    """A peer's name as it may stand in a log: on one line, without control characters."""
+    """A peer's name for the log: shortened, on one line, without control characters."""
     return repr(identity[:80])[2:-1]

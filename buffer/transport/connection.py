@@ -1,9 +1,11 @@
-"""One connection to a server of the run: requests go out, answers come back as futures, nothing is lost on the way.
+"""The client side of a connection to a server of the run: each request returns a future of its answer.
 
-Used by actors and learner ranks against the buffer, and by actors against the learner's weight store. A background
-thread owns the DEALER socket; any thread may call. A request is sent again with the same number until it is answered,
-also across a restart of the server, which is why every request must be idempotent there. Cancelling a future stops
-the repeats, but the server may have acted already: never cancel a lease request that could have been granted.
+Actors and learner ranks connect to the buffer; actors and relays also connect to weight servers. A background thread
+owns the DEALER socket; any thread may call. The thread resends each request with the same number until the answer
+arrives, also across a restart of the server, so the server must answer every request idempotently.
+
+Cancelling a future stops the resends, but the server may have acted already. Never cancel a lease request: its leases
+could have been granted.
 """
 
 from __future__ import annotations
@@ -30,12 +32,11 @@ from buffer.transport.schema import Frame, Frames, WireError, check_name
 log = logging.getLogger(__name__)
 
 MAX_QUEUED_MESSAGES = 1_000
-"""Messages that wait on either side for a slow peer; what does not fit is sent again."""
+"""Messages that ZeroMQ queues for a slow peer, on either side. Messages beyond are lost and sent again."""
 LARGE_FRAME_BYTES = 1 << 18
-"""Frames from here on are handed over where ZeroMQ received them."""
+"""Received frames of at least this size are passed on as views of ZeroMQ's memory, not copied."""
 SILENT_RESENDS = 15
-"""After this many resend intervals without any answer the socket is opened anew."""
-
+"""Resend intervals without any answer after which the socket is reopened."""
 
 _TURNED_AWAY = {
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "the server does not know this client's key",
@@ -45,7 +46,7 @@ _TURNED_AWAY = {
 
 
 class RequestRefused(RuntimeError):
-    """The server understood the request and will never grant it; the text is its reason."""
+    """The server will never grant the request. The text is the server's reason."""
 
 
 @dataclass(slots=True)
@@ -63,14 +64,14 @@ class Connection:
     """A named connection to `address`. Close it, or use it as a context manager.
 
     Args:
-        address: a ZeroMQ address; the server need not be there yet.
-        name: who this is, in the server's logs; made unique per connection.
+        address: ZeroMQ address; the server may start later.
+        name: this process's name in the server's logs. A random suffix makes it unique per connection.
         credentials: the run's id and keys.
-        timeout_seconds: how long a request waits for its answer unless it says otherwise; math.inf waits for ever.
-        resend_seconds: how long to wait before a request is sent again.
+        timeout_seconds: default time a request waits for its answer; math.inf: without end.
+        resend_seconds: time after which an unanswered request is sent again.
 
     Raises:
-        ValueError: when the name has characters that no server takes, or `address` needs keys.
+        ValueError: when the name has characters that servers refuse, or `address` requires keys.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Connection:
         self._closing = False
         self._closed = False
         self._turned_away = ""
-        """Why the last handshake failed; empty when it did not."""
+        """Why the last handshake failed; empty when it succeeded."""
         self._num_sockets = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -105,8 +106,8 @@ class Connection:
     def request(self, message: Message, timeout_seconds: float | None = None) -> Future[Message]:
         """Send `message` and return the future of its answer.
 
-        The future raises TimeoutError when no answer came in time, RequestRefused when the server refused, and
-        ConnectionError when the connection was closed first. Callers in asyncio wrap it with asyncio.wrap_future.
+        The future raises TimeoutError when no answer arrives in time, RequestRefused when the server refuses, and
+        ConnectionError when the connection is closed first. Callers in asyncio use asyncio.wrap_future.
 
         Raises:
             ConnectionError: when the connection is closed already.
@@ -128,14 +129,14 @@ class Connection:
         Waits for: the server. Unblocked by: its answer or `close`. Gives up after: `timeout_seconds`.
 
         Raises:
-            TimeoutError: naming what it waited for and how long.
-            RequestRefused: with the server's reason.
-            ConnectionError: when the connection is closed meanwhile.
+            TimeoutError: when no answer arrives in time; the message names the request and the time.
+            RequestRefused: when the server refuses; the message is the server's reason.
+            ConnectionError: when the connection is closed.
         """
         return self.request(message, timeout_seconds).result()
 
     def close(self) -> None:
-        """End the thread and the socket; unanswered requests fail. Closing twice is allowed."""
+        """End the thread and the socket. Unanswered requests fail with ConnectionError. Closing twice is allowed."""
         with self._lock:
             if self._closed:
                 return
@@ -153,11 +154,11 @@ class Connection:
         self.close()
 
     def _wake(self) -> None:
-        # A full pipe wakes the thread just as well.
+        # A full pipe wakes the thread too.
         with suppress(BlockingIOError):
             os.write(self._wake_write, b"\0")
 
-    # --- the thread ---
+    # The methods below run in the background thread.
 
     def _run(self) -> None:
         socket, handshakes = self._open()
@@ -176,7 +177,7 @@ class Connection:
                     handshakes.close()
                     (socket, handshakes), heard = self._open(), now
         finally:
-            # Also when the thread dies of an error: nobody may wait for an answer that cannot come.
+            # Also after an exception in this thread: no caller may wait for an answer that cannot arrive.
             with self._lock:
                 self._closing = True
             socket.close()
@@ -185,10 +186,10 @@ class Connection:
                 self._finish(entry, ConnectionError(f"{self.address} was closed before it answered {entry.kind}"))
 
     def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        """A socket on its way to the server, and one that reports its handshakes."""
+        """A socket that connects to the server, and a socket that reports its handshakes."""
         socket = bounded_socket(self._context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._identity)
-        # Queue nothing while the server is away: repeats would pile up and arrive all at once.
+        # Queue nothing while the server is away, because resent requests would pile up and arrive all at once.
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
@@ -206,7 +207,7 @@ class Connection:
         return socket, handshakes
 
     def _watch(self, handshakes: zmq.Socket[bytes]) -> None:
-        """Remember how the last handshake ended, and say when one failed."""
+        """Remember the result of the last handshake, and log a failure."""
         with suppress(zmq.Again):
             while True:
                 event = parse_monitor_message(handshakes.recv_multipart(zmq.NOBLOCK))
@@ -216,7 +217,7 @@ class Connection:
                 self._turned_away = turned_away
 
     def _send_due(self, socket: zmq.Socket[bytes]) -> bool:
-        """Send what is new or due again. True when the socket took not everything."""
+        """Send the requests that are new or due again. True when the socket's queue is full."""
         now = time.monotonic()
         for entry in self._snapshot():
             if entry.next_send > now:
@@ -229,7 +230,7 @@ class Connection:
         return False
 
     def _poll(self, socket: zmq.Socket[bytes], handshakes: zmq.Socket[bytes], blocked: bool) -> None:
-        """Wait for an answer, a new request, room to send, or the next moment something is due."""
+        """Wait for an answer, a new request or room in the queue, at most until a request is due or expires."""
         now = time.monotonic()
         moments = [entry.deadline for entry in self._snapshot()]
         moments += [entry.next_send for entry in self._snapshot() if not blocked]
@@ -244,7 +245,7 @@ class Connection:
         self._watch(handshakes)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> bool:
-        """Hand all waiting answers to their futures. True when something was heard."""
+        """Give all received answers to their futures. True when any message arrived."""
         heard = False
         while True:
             try:
@@ -258,7 +259,7 @@ class Connection:
                 log.warning("answer from %s dropped: %s", self.address, error)
                 continue
             entry = self._requests.get(number)
-            # An answer to a repeat of what is answered already has no request any more.
+            # The answer to a resend of an answered request finds no request.
             if entry is not None:
                 self._finish(entry, RequestRefused(message.reason) if isinstance(message, Refused) else message)
 
@@ -289,19 +290,19 @@ class Connection:
 
 
 def _contents(frame: zmq.Frame) -> Frame:
-    # Fresh memory for a large one would cost more than all else that happens to it.
+    # Allocating memory for the copy of a large frame would cost more than all other work on the frame.
     return frame.bytes if len(frame) < LARGE_FRAME_BYTES else frame.buffer
 
 
 def host_id() -> str:
-    """Names the running kernel: processes with equal ids may share files and memory."""
+    """An id of the running kernel. Processes with equal ids can share files and memory."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    """What sockets of clients and servers have in common; not yet bound or connected.
+    """An unconnected socket with the options that clients and servers share.
 
-    It ends at once when it is closed, and what a peer can make it hold is bounded.
+    Closing discards unsent messages. A peer cannot make the socket hold an unbounded amount of memory.
     """
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)

@@ -1,8 +1,8 @@
-"""Who belongs to a run: its id and its CURVE keys, made once per run and kept in files only their owner can read.
+"""The credentials of a run: its id and its CURVE keys, made once per run, in files that only their owner can read.
 
-`RUN_DIR/keys/client.json` is all that an actor or a learner rank needs to connect; `server.json` is for the buffer and
-the weight store. A process elsewhere finds its copy of the folder by the environment variable `SLIPSTREAM_KEYS`. Keys
-are never in a command line, in a log or in config.yaml.
+`RUN_DIR/keys/client.json` is all that an actor or a learner rank needs to connect. The buffer and the weight server
+also need `server.json`. A process on another host reads its copy of the folder, which the environment variable
+`SLIPSTREAM_KEYS` names. Keys never appear in a command line, in a log or in config.yaml.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A run's id and keys (Z85, 40 characters each). Empty keys: unencrypted, allowed on this machine only.
+    """A run's id and keys (Z85, 40 characters each). With empty keys connections are unencrypted and local only.
 
     Raises:
-        ValueError: when the run id or a key is malformed, or only some keys are given.
+        ValueError: when the run id or a key is malformed, or some keys are missing.
     """
 
     run_id: str
@@ -51,27 +51,27 @@ class Credentials:
 
     @classmethod
     def plain(cls, run_id: str) -> Credentials:
-        """No encryption and no authentication."""
+        """Credentials without keys: no encryption and no authentication."""
         return cls(run_id)
 
     @classmethod
     def new(cls, run_id: str) -> Credentials:
-        """Fresh keys for the server and for all its clients."""
+        """Credentials with new keys for the server and for all clients."""
         server_public, server_secret = zmq.curve_keypair()
         client_public, client_secret = zmq.curve_keypair()
         return cls(run_id, server_public, client_public, client_secret, server_secret)
 
     @property
     def encrypted(self) -> bool:
-        """Whether sockets with these credentials speak CURVE."""
+        """Whether sockets with these credentials use CURVE."""
         return bool(self.server_public)
 
     def for_client(self) -> Credentials:
-        """What a client may know."""
+        """These credentials without the server's secret key."""
         return replace(self, server_secret=b"")
 
     def check_address(self, address: str) -> None:
-        """Refuse to speak unencrypted beyond this machine.
+        """Refuse unencrypted connections to other machines.
 
         Raises:
             ValueError: when `address` is not local and there are no keys.
@@ -84,10 +84,11 @@ class Credentials:
 
 
 def ensure_credentials(run_dir: Path | str, *, encrypted: bool = True) -> Credentials:
-    """The server's credentials of the run in `run_dir`, made where there are none. Any process may be the first.
+    """The server's credentials of the run in `run_dir`, created if absent. Several processes may call this at once.
 
     Raises:
-        ValueError: when they cannot be written or read, others can read them, or they are of the other kind.
+        ValueError: when the files cannot be written or read, other users can read them, or they are encrypted and
+            `encrypted` is False, or the reverse.
     """
     folder = Path(run_dir) / FOLDER
     if not folder.is_dir():
@@ -106,26 +107,29 @@ def ensure_credentials(run_dir: Path | str, *, encrypted: bool = True) -> Creden
 
 
 def server_credentials(run_dir: Path | str) -> Credentials:
-    """What the buffer and the weight store of the run in `run_dir` need; made, encrypted, where there are none.
+    """The server's credentials of the run in `run_dir`, created with encryption if absent.
 
     Raises:
-        ValueError: when they cannot be written or read, or others can read them.
+        ValueError: when the files cannot be written or read, or other users can read them.
     """
     folder = Path(run_dir) / FOLDER
     return _read(folder, with_server=True) if folder.is_dir() else ensure_credentials(run_dir)
 
 
 def client_credentials(run_dir: Path | str) -> Credentials:
-    """What a client needs, from the folder that `SLIPSTREAM_KEYS` names, else from `run_dir`/keys.
+    """A client's credentials, from the folder that `SLIPSTREAM_KEYS` names, else from `run_dir`/keys.
 
     Raises:
-        ValueError: when they cannot be read or others can read them.
+        ValueError: when the files cannot be read, or other users can read them.
     """
     return _read(Path(os.environ.get(FOLDER_VARIABLE) or Path(run_dir) / FOLDER), with_server=False)
 
 
 def _write_folder(folder: Path, credentials: Credentials) -> None:
-    """Complete or absent: written under another name, then renamed; whoever comes second keeps what is there."""
+    """Write the folder under a temporary name, then rename it, so that it is complete or absent.
+
+    When another process has created the folder meanwhile, that one stays.
+    """
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir(mode=0o700)
@@ -148,7 +152,7 @@ def _write_folder(folder: Path, credentials: Credentials) -> None:
 
 
 def _write_file(path: Path, content: dict[str, str]) -> None:
-    # Created with its final mode: there is no moment at which others could open it.
+    # Created with mode 600, so that other users cannot open the file at any moment.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(content, file)
         file.flush()

@@ -1,9 +1,12 @@
-"""Everything that crosses a process boundary: the messages, and how they become ZeroMQ frames and back.
+"""The messages between processes, and their encoding as ZeroMQ frames.
 
-A message is one multipart ZeroMQ message: a msgpack header `[SCHEMA, run_id, kind, request_number, fields]`, then the
-raw frames its kind carries: two per group (`buffer/transport/packed_group.py`), one per `Frame` field. Nothing is ever
-pickled. Sizes, schema, types and lengths are checked before anything is built from them; whatever is wrong raises
-`WireError` and nothing else.
+Each message is one multipart ZeroMQ message. Its first frame is a msgpack header
+`[SCHEMA, run_id, kind, request_number, fields]`. Raw frames follow: two per group
+(`buffer/transport/packed_group.py`) and one per field of type `Frame`. Nothing is ever pickled.
+
+`decode` checks sizes, schema, types and lengths before it builds a value. An invalid message raises `WireError` and no
+other exception. A reply carries the request number of its request. A client resends a request, with the same number,
+until the reply arrives, so the server must answer every request idempotently.
 """
 
 from __future__ import annotations
@@ -45,28 +48,36 @@ MAX_MESSAGE_BYTES = 1 << 30
 
 
 class ForeignRunError(WireError):
-    """A sound header of another run."""
+    """A well-formed message of another run."""
 
 
-# --- actor -> buffer, and the replies -------------------------------------------------------------------------------
+# Actor -> buffer, and the replies.
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to sample one group for one prompt until the deadline."""
+    """Permission for one actor to sample one group for one prompt.
+
+    The lease ends when the group is delivered, when the actor returns the lease, or when the buffer has heard nothing
+    from the actor for `deadline_seconds`. Any message of the actor restarts that time.
+    """
 
     group_id: Name
     prompt_id: Count
     deadline_seconds: Seconds
-    """Seconds from now after which a silent actor loses the lease."""
+    """Seconds of silence after which the actor loses the lease."""
     samples_per_group: SmallCount = 0
     max_new_tokens: Count = 0
-    """What the curriculum's stage asks for; 0: what the actor's own configuration says."""
+    """Limits of the curriculum's stage for this group; 0: use the actor's configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseRequest:
-    """Credit for `num_groups` groups. Waits for: admission. Unblocked by: batches taken, newer weights on the actor."""
+    """Ask for up to `num_groups` leases.
+
+    Waits for: admission (`buffer/ledger/admission.py`), or an evaluation to run. Unblocked by: a batch handed out,
+    newer weights on the actor, the end of another lease, the end of the run.
+    """
 
     actor_id: Name
     policy_version: VersionOrNone
@@ -76,17 +87,18 @@ class LeaseRequest:
 
 @dataclass(frozen=True, slots=True)
 class LeaseReply:
-    """Granted leases; `evaluate_version` >= 0 asks this actor to evaluate those weights (-1: nothing to evaluate)."""
+    """The granted leases, and possibly an evaluation to run."""
 
     leases: tuple[Lease, ...]
     evaluate_version: VersionOrNone
+    """Policy version that this actor shall evaluate on the held-out prompts; -1: none."""
     closing: bool
-    """True when the run wants no more groups."""
+    """True when the run needs no more groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupDelivery:
-    """One scored group. Resent until the receipt arrives."""
+    """Deliver one scored group. The reply is a `GroupReceipt`."""
 
     actor_id: Name
     group: PackedGroup
@@ -94,19 +106,21 @@ class GroupDelivery:
 
 @dataclass(frozen=True, slots=True)
 class GroupReceipt:
-    """What became of a delivered group.
-
-    `outcome`: stored, dropped (too stale, or without signal), duplicate (known already), late (the lease was issued
-    again) or unknown (never issued).
-    """
+    """The outcome of a delivery, sent after the ledger's transaction has committed."""
 
     group_id: Name
     outcome: Name
+    """stored; dropped: the group is too stale, or its rewards are all equal and such groups are dropped; duplicate:
+    this group was delivered before; late: the lease has ended; unknown: no such lease was ever granted."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseReturn:
-    """Leases given back unsampled. An empty `reason` makes them pending again; any other drops them under it."""
+    """Return leases whose groups will not be delivered.
+
+    With an empty `reason` the prompts become pending again. With any other reason the prompts are dropped and counted
+    under that reason.
+    """
 
     actor_id: Name
     group_ids: tuple[Name, ...]
@@ -115,18 +129,22 @@ class LeaseReturn:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """`role` `name` is alive. `metrics` feed the display and TensorBoard; `waiting_for` names what it waits for."""
+    """Tell the buffer that a process is alive. Each heartbeat of an actor also extends its leases."""
 
     role: Name
+    """learner or actor."""
     name: Name
     policy_version: VersionOrNone
+    """Version of the learner, or of the weights that the actor samples with; -1: none yet."""
     waiting_for: Line
+    """What the process waits for, in words that complete "waits for"; empty: it does not wait."""
     metrics: dict[Line, float]
+    """Values for the terminal display and TensorBoard, by metric tag."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatReply:
-    """The learner's newest version as the buffer knows it."""
+    """The learner's newest version, as far as the buffer knows."""
 
     policy_version: VersionOrNone
     closing: bool
@@ -134,7 +152,10 @@ class HeartbeatReply:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Held-out accuracy of `policy_version`, measured because `requested_version` was asked for."""
+    """Results on the held-out prompts.
+
+    The actor evaluated `policy_version`, its newest weights, because an evaluation of `requested_version` was pending.
+    """
 
     actor_id: Name
     requested_version: Version
@@ -148,108 +169,121 @@ class EvaluationReport:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The request was carried out."""
+    """The request succeeded and has no other result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The request was understood and will never be granted; `reason` is one sentence for a person."""
+    """The request is valid but will never be granted. `reason` is one sentence for the user."""
 
     reason: Line
 
 
-# --- learner -> buffer, and the replies -----------------------------------------------------------------------------
+# Learner -> buffer, and the replies.
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerHello:
-    """The learner starts at `policy_version`: what was used from there on will be handed out again."""
+    """The learner starts, or resumes, at `policy_version`. The buffer undoes all batches of that version and later."""
 
     policy_version: Version
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerWelcome:
-    """How many uses of groups were undone, and how many groups are leased or ready in all."""
+    """The state of the ledger after `LearnerHello`."""
 
     num_rolled_back: Count
+    """Places in undone batches; their groups will be handed out again."""
     num_outstanding: Count
+    """Groups that are leased or ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """Rank `rank` of `world_size` wants its shard of the batch for `policy_version`. Waits for: ready groups.
+    """Ask for one rank's shard of the batch for `policy_version`.
 
-    Shards cost about the same: a trajectory of T tokens T (1 + T / `attention_crossover_tokens`), or T where that is 0.
+    Waits for: enough ready groups, and leased groups that would otherwise become too stale. Unblocked by: deliveries,
+    ends of leases.
+
+    The buffer balances the shards by cost. A trajectory of T tokens costs T (1 + T / `attention_crossover_tokens`).
     """
 
     policy_version: Version
     rank: SmallCount
     world_size: SmallCount
     attention_crossover_tokens: Number = 0.0
+    """Length at which attention costs as much as the linear layers; 0: a trajectory costs T."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One rank's share of a batch: whole groups in issue order, with each group's staleness in versions."""
+    """One rank's share of a batch."""
 
     policy_version: Version
     num_groups_in_batch: SmallCount
+    """Groups of the whole batch, over all ranks."""
     staleness: tuple[VersionDistance, ...]
+    """Per group: `policy_version` minus the version of its oldest token; negative after a rollback of the learner."""
     groups: tuple[PackedGroup, ...]
+    """Whole groups. Within each optimizer step's part they are in the order in which their prompts were drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoMoreBatches:
-    """There is no batch to wait for, and the run must not go on; `reason` is one sentence for a person."""
+    """No batch will come and the run must end. `reason` is one sentence for the user."""
 
     reason: Line
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointCommitted:
-    """The checkpoint of `policy_version` is durable: groups used before it, and not to be used again, are done."""
+    """The checkpoint of `policy_version` is durable.
+
+    Groups whose batches all precede that version, and that no later batch can use, are done: the buffer deletes their
+    contents.
+    """
 
     policy_version: Version
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRequest:
-    """Evaluate the weights of `policy_version` (or the newest the actor has) on the held-out prompts."""
+    """Have an actor evaluate `policy_version` on the held-out prompts, or the newer weights that the actor has."""
 
     policy_version: Version
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationQuery:
-    """Reports with `requested_version` >= `since_version`."""
+    """Ask for the reports with `requested_version` >= `since_version`."""
 
     since_version: VersionOrNone
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReports:
-    """The reports asked for, oldest first."""
+    """The reports that the query asked for, oldest first."""
 
     reports: tuple[EvaluationReport, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The learner wants no more groups; leases stop, evaluation goes on."""
+    """The learner needs no more groups. The buffer grants no more leases; pending evaluations still run."""
 
 
-# --- anyone -> buffer ------------------------------------------------------------------------------------------------
+# Any process -> buffer, and the replies.
 
 
 @dataclass(frozen=True, slots=True)
 class StatusRequest:
-    """Ask for the display's numbers."""
+    """Ask for the values of the terminal display."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One process as last heard of."""
+    """The last heartbeat of one process."""
 
     role: Name
     name: Name
@@ -258,69 +292,76 @@ class Peer:
     silent_seconds: Seconds
     metrics: dict[Line, float]
     waiting_seconds: Seconds = 0.0
-    """How long `waiting_for` has been the same; 0 when it is empty."""
+    """How long `waiting_for` has been unchanged; 0 when it is empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Who waits for what, since when: one line of the answer to "why does nothing happen?"."""
+    """One process that waits; all of them together explain why a run makes no progress."""
 
     who: Line
-    """A connection's name, the buffer, or a peer's."""
+    """Name of the actor or learner rank, or "buffer"."""
     for_what: Line
-    """Reads on after "waits for"."""
+    """Words that complete "waits for"."""
     seconds: Seconds
 
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """Where the curriculum is. Stages count from 1; a run without a curriculum has one."""
+    """The curriculum's current stage. A run without a curriculum has one stage."""
 
     stage: SmallCount = 1
+    """Counted from 1."""
     num_stages: SmallCount = 1
     success: Number = 0.0
-    """Share of correct completions in the stage's last groups that went to the learner or were dropped as no_signal,
-    `num_groups` of them."""
+    """Share of correct completions over the stage's last `num_groups` groups."""
     num_groups: Count = 0
+    """Groups that `success` covers: those used by the learner or dropped because their rewards were all equal."""
     num_passed_over: Count = 0
-    """Prompts that the difficulty filter leaves out of the epoch under way."""
+    """Prompts that the difficulty filter leaves out of the current epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Counts of the ledger by state (`dropped` by reason as `dropped:reason`), and every peer."""
+    """The state of the run."""
 
     counts: dict[Line, Count]
+    """Prompt occurrences by state, with dropped ones as `dropped:REASON`; `issued`; and the ledger's counters."""
     policy_version: VersionOrNone
     closing: bool
     peers: tuple[Peer, ...]
     reports: tuple[EvaluationReport, ...]
+    """Of all evaluations, oldest first."""
     waits: tuple[Wait, ...] = ()
-    """The longest wait first; what the buffer knows itself and what peers say in their heartbeats."""
+    """Longest wait first; from parked requests at the buffer, and from heartbeats of other processes."""
     stage: StageStatus = StageStatus()
 
 
-# --- actor -> weight store of the learner ----------------------------------------------------------------------------
+# Actor or relay -> weight server, and the replies.
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRequest:
-    """Ask for the newest manifest unless it is `known_publication`. Waits for: the next one, `wait_seconds` at most."""
+    """Ask for the newest manifest.
+
+    Waits for: a publication other than `known_publication`. Gives up after: `wait_seconds`, with `NoNewVersion`.
+    """
 
     known_publication: Name
     wait_seconds: Seconds
     host_id: Name = ""
-    """Of an actor that would take the version from a relay on its host."""
+    """The actor's host, if the actor can use a relay there."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in a version's file."""
+    """One tensor in a version's file."""
 
     name: Line
     dtype: Name
     shape: tuple[Count, ...]
     offset: Count
+    """Bytes from the start of the file."""
     num_bytes: Count
     checksum: Name
     """XXH3 of the tensor's bytes, 16 hexadecimal digits."""
@@ -328,27 +369,29 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One published version. `path` may be mapped by processes whose `host_id` is equal; others pull chunks."""
+    """One published version of the weights."""
 
     policy_version: Version
     publication: Name
-    """Unique over restarts of the learner, which may publish the same version number with other weights."""
+    """Unique over restarts of the learner: a restarted learner may publish other weights under the same version."""
     path: PathName
+    """The version's file. Processes on the host `host_id` map this file; all others pull chunks."""
     host_id: Name
     num_bytes: Count
+    """Size of the file."""
     tensors: tuple[TensorEntry, ...]
     relay: Line = ""
-    """Address of a relay on the asker's host, which has the version or is getting it."""
+    """Address of a relay on the requester's host, which has this version or is pulling it; empty: no relay."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoNewVersion:
-    """Nothing newer was published in time."""
+    """No other version was published within `wait_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayHello:
-    """A relay on `host_id` serves at `address`; said again every few seconds, as a sign of life."""
+    """A relay on `host_id` serves at `address`. The relay repeats this every few seconds as a heartbeat."""
 
     address: Line
     host_id: Name
@@ -356,14 +399,15 @@ class RelayHello:
 
 @dataclass(frozen=True, slots=True)
 class RelayPlace:
-    """Where in the tree the relay is: the address of the relay it pulls from; empty: the store itself."""
+    """The relay's place in the tree."""
 
     parent: Line
+    """Address of the relay to pull from; empty: pull from the learner."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaRequest:
-    """Ask what turns `base`, which the actor has, into `publication`. Waits for: the comparison of the two."""
+    """Ask for the delta from publication `base`, which the actor has, to `publication`. Waits for: its computation."""
 
     publication: Name
     base: Name
@@ -371,26 +415,28 @@ class DeltaRequest:
 
 @dataclass(frozen=True, slots=True)
 class DeltaReply:
-    """The size of that delta, to be pulled in chunks; 0: pull the whole version, it is cheaper or the base is gone."""
+    """The delta is ready to be pulled in chunks."""
 
     num_bytes: Count
+    """Size of the delta. 0: pull the whole version, because the delta is not much smaller or the base is gone."""
     checksum: Name
     """XXH3 of the delta."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRequest:
-    """`num_bytes` bytes at `offset` of a publication's file, or of its delta against `base` where that is given."""
+    """Ask for `num_bytes` bytes from `offset` on."""
 
     publication: Name
     base: Name
+    """Empty: bytes of the publication's file; otherwise of its delta from this publication."""
     offset: Count
     num_bytes: Count
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The bytes asked for."""
+    """The requested bytes."""
 
     offset: Count
     checksum: Name
@@ -431,10 +477,7 @@ Message = (
     | ChunkRequest
     | Chunk
 )
-"""Every message there is; `kind` on the wire is the class name."""
-
-
-# --- encoding --------------------------------------------------------------------------------------------------------
+"""All messages. `kind` in the header is the class name."""
 
 
 def encode(message: Message, request_number: int, run_id: str) -> Frames:
@@ -446,11 +489,11 @@ def encode(message: Message, request_number: int, run_id: str) -> Frames:
 
 
 def decode(frames: Sequence[Frame], run_id: str) -> tuple[Message, int]:
-    """The message of run `run_id` and its request number.
+    """The message of run `run_id`, and its request number.
 
     Raises:
-        ForeignRunError: it belongs to another run.
-        WireError: whatever is wrong with the frames.
+        ForeignRunError: when the message belongs to another run.
+        WireError: when the frames are not a valid message.
     """
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise WireError(f"{len(frames)} frames, expected 1 to {MAX_FRAMES}")
@@ -461,7 +504,7 @@ def decode(frames: Sequence[Frame], run_id: str) -> tuple[Message, int]:
         raise WireError("the header is not [schema, run id, kind, request number, fields]")
     schema, sent_run_id, kind, request_number, fields = header
     if type(schema) is not int or type(sent_run_id) is not str or type(kind) is not str:
-        raise WireError("the schema is no number, or the run id or the kind is no text")
+        raise WireError("the schema is not a number, or the run id or the kind is no text")
     if schema != SCHEMA:
         raise WireError(f"schema {schema}, this process speaks schema {SCHEMA}: run one version everywhere")
     if sent_run_id != run_id:
@@ -511,7 +554,7 @@ _FIELDS: dict[type[Any], tuple[str, ...]] = {}
 
 
 def _field_names(cls: type[Any]) -> tuple[str, ...]:
-    """Looked up once per class."""
+    """The fields of a dataclass, looked up once per class."""
     if cls not in _FIELDS:
         _FIELDS[cls] = tuple(field_types(cls))
     return _FIELDS[cls]

@@ -1,8 +1,8 @@
-"""A trajectory group as it travels and is stored: two frames, a msgpack header and one frame of arrays.
+"""The encoding of a trajectory group, both on the wire and in the ledger: a msgpack header and one frame of arrays.
 
 The arrays are `token_ids` int32, then `behavior_logprobs` float32, then `loss_mask` uint8, each concatenated over the
-group, so that the buffer can store and forward a group without touching them. Types, lengths and rules are checked
-before anything is built from received bytes; whatever is wrong raises `WireError` and nothing else.
+group's trajectories. The buffer stores and forwards a group without decoding the arrays. Received bytes are checked
+before anything is built from them; invalid ones raise `WireError` and no other exception.
 """
 
 from __future__ import annotations
@@ -27,31 +27,32 @@ from buffer.transport.schema import Count, Line, Name, Number, Version, WireErro
 BYTES_PER_TOKEN = 4 + 4 + 1
 
 TrajectoryDetails = tuple[Name, dict[Line, Number], Line, Name, Count, Name, Number, tuple[tuple[Count, Version], ...]]
-"""trajectory_id, reward_breakdown, verdict, finish_reason, num_turns, actor_id, created_at, (start, version) runs."""
+"""trajectory_id, reward_breakdown, verdict, finish_reason, num_turns, actor_id, created_at, (start, version) spans."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupHeader:
-    """What the ledger needs to know of a group without decoding its arrays."""
+    """Everything about a group but its arrays."""
 
     group_id: Name
     prompt_id: Count
     oldest_version: Version
     num_tokens: tuple[Count, ...]
-    """Length of each trajectory in tokens."""
+    """Length of each trajectory in tokens, prompt included."""
     rewards: tuple[Number, ...]
+    """One per trajectory."""
     details: tuple[TrajectoryDetails, ...]
     """One per trajectory."""
 
     @property
     def num_correct(self) -> int:
-        """Trajectories whose verdict is correct."""
+        """Number of trajectories whose verdict is correct."""
         return sum(details[2] == "correct" for details in self.details)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedGroup:
-    """A group as it travels and as it is stored: the checked header, its bytes, and the arrays' bytes."""
+    """An encoded group: the decoded and checked header, the header's bytes, and the arrays' bytes."""
 
     header: GroupHeader
     header_frame: bytes
@@ -59,12 +60,12 @@ class PackedGroup:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on the wire."""
+        """Size of both frames."""
         return len(self.header_frame) + len(self.arrays_frame)
 
 
 def pack_group(group: TrajectoryGroup) -> PackedGroup:
-    """A group as two frames."""
+    """Encode a group."""
     trajectories = group.trajectories
     header = GroupHeader(
         group_id=group.group_id,
@@ -96,10 +97,12 @@ def pack_group(group: TrajectoryGroup) -> PackedGroup:
 
 
 def read_group_header(header_frame: bytes, arrays_frame: bytes) -> PackedGroup:
-    """A packed group whose header is decoded and checked against the size of the arrays.
+    """Decode the header of a received group and check it against the size of the arrays.
+
+    The contents of the arrays are not checked; `check_group` and `unpack_group` do that.
 
     Raises:
-        WireError: whatever is wrong with the header or the size.
+        WireError: when the header is invalid or does not fit the arrays.
     """
     header: GroupHeader = _READ_GROUP(unpack_header(header_frame), [])
     counts = (len(header.num_tokens), len(header.rewards), len(header.details))
@@ -116,7 +119,7 @@ def read_group_header(header_frame: bytes, arrays_frame: bytes) -> PackedGroup:
 
 
 def unpack_group(packed: PackedGroup) -> TrajectoryGroup:
-    """The group with its arrays; views of the received bytes, not copies.
+    """Decode a group. The arrays are read-only views of the received bytes, not copies.
 
     Raises:
         WireError: when the contents break a rule of `Trajectory`.

@@ -1,9 +1,8 @@
-"""The guarded ROUTER socket of every server of a run: only peers with the run's key get in, only its messages through.
+"""The server side of a connection: a ROUTER socket that accepts only peers with the run's key and only valid messages.
 
-Used by the buffer's server and the learner's weight store. CURVE authenticates and encrypts; a thread answers ZeroMQ's
-authentication requests and watches failed handshakes, so that a peer without a key, or with a wrong one, gets nothing
-and is logged once per address. What then arrives is counted and dropped unless it is a sound message of this run; a
-peer that keeps sending others is ignored for a while. Nothing that a peer sends makes a method raise.
+Used by the buffer's server and by the weight server. CURVE authenticates and encrypts (`authenticator.py`). Invalid
+messages and those of other runs are counted and dropped; a peer that keeps sending them is ignored for a while
+(`ban_list.py`). No method raises because of what a peer sends.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from buffer.transport.packed_group import check_group
 from buffer.transport.schema import WireError
 
 IDENTITY = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,254}")
-"""How connections are named; names go to the ledger and to logs."""
+"""Valid names of connections. The names appear in the ledger and in logs."""
 LARGE_FRAME_BYTES = 1 << 16
-"""Frames from here on are sent without a copy."""
+"""Frames of at least this size are sent without a copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """One sound message."""
+    """One valid message."""
 
     identity: bytes
     message: Message
@@ -47,26 +46,26 @@ class Incoming:
 
 
 def read_incoming(identity: bytes, frames: list[bytes], run_id: str) -> Incoming:
-    """What a peer named `identity` sent.
+    """Decode and check a message from the peer `identity`.
 
     Raises:
-        ForeignRunError: it belongs to another run.
-        WireError: whatever else is wrong with the frames or the name.
+        ForeignRunError: when the message belongs to another run.
+        WireError: when the peer's name or the message is invalid, or a group breaks a rule of `Trajectory`.
     """
     if not IDENTITY.fullmatch(identity):
         raise WireError("its connection has no name of letters, digits and _.:@-")
     message, number = decode(frames, run_id)
     if isinstance(message, GroupDelivery):
-        # A broken group must not reach the ledger: the learner would be handed it again and again.
+        # A broken group must not reach the ledger, because the learner would fail on it again and again.
         check_group(message.group)
     return Incoming(identity, message, number)
 
 
 class Router:
-    """A ROUTER bound to `address` for the run of `credentials`. Used by one thread, except `take_counts`.
+    """A ROUTER socket bound to `address`, for the run of `credentials`. One thread uses it; any may call `take_counts`.
 
     Raises:
-        ValueError: when the address is in use or is none, or is not local and there are no keys.
+        ValueError: when the address is in use or invalid, or is not local and the credentials have no keys.
     """
 
     def __init__(self, address: str, credentials: Credentials) -> None:
@@ -88,11 +87,11 @@ class Router:
                 ) from error
             raise ValueError(f"cannot listen on {address}: {error}") from error
         self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        """Where it listens, with the port that was found for a wildcard."""
+        """The bound address, with the actual port where the given one had a wildcard."""
 
     def _open(self, credentials: Credentials) -> zmq.Socket[bytes]:
         socket = bounded_socket(self.context, zmq.ROUTER)
-        # A client that reopens its socket keeps its identity; without handover the old, dead connection would win.
+        # A client that reopens its socket keeps its identity. Without handover ZeroMQ would keep the dead connection.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if credentials.encrypted:
             socket.curve_server = True
@@ -100,25 +99,29 @@ class Router:
         return socket
 
     def receive(self, limit: int, now: float) -> tuple[list[Incoming], bool]:
-        """The sound ones of up to `limit` waiting messages, and whether more may be waiting. Does not block."""
-        sound: list[Incoming] = []
+        """Take up to `limit` waiting messages. Does not block.
+
+        Returns:
+            The valid ones, and whether more messages may be waiting.
+        """
+        valid: list[Incoming] = []
         for _ in range(limit):
             try:
                 identity, frames = self._frames()
             except zmq.Again:
-                return sound, False
+                return valid, False
             if self._ban_list.is_ignored(identity, now):
                 self._count("ignored")
                 continue
             try:
-                sound.append(read_incoming(identity, frames, self._run_id))
+                valid.append(read_incoming(identity, frames, self._run_id))
             except WireError as error:
                 self._count("foreign_run" if isinstance(error, ForeignRunError) else "wire_errors")
                 self._ban_list.note(identity, error, now)
-        return sound, True
+        return valid, True
 
     def _frames(self) -> tuple[bytes, list[bytes]]:
-        """One whole message; of one that is too large only its beginning, which `decode` then refuses."""
+        """The identity and frames of the next message. An oversized message is cut so that `decode` refuses it."""
         identity = self.socket.recv(zmq.NOBLOCK)
         frames: list[bytes] = []
         num_bytes = 0
@@ -130,13 +133,17 @@ class Router:
         return identity, frames if num_bytes <= MAX_MESSAGE_BYTES else []
 
     def send(self, identity: bytes, message: Message, number: int) -> None:
-        """Answer a request; dropped when the peer is gone or does not read, and asked for again."""
+        """Answer a request. The answer is lost when the peer is gone or does not read; the peer then asks again."""
         frames = encode(message, number, self._run_id)
         small = max(len(frame) for frame in frames) < LARGE_FRAME_BYTES
         self.socket.send_multipart([identity, *frames], copy=small)
 
     def take_counts(self) -> dict[str, int]:
-        """What was turned away since the last call: wire_errors, foreign_run, ignored, rejected (connections)."""
+        """What was refused since the last call, by name.
+
+        wire_errors: invalid messages; foreign_run: messages of other runs; ignored: messages of ignored peers;
+        rejected: connections.
+        """
         if not self._counts:
             return {}
         with self._counts_lock:
@@ -148,9 +155,9 @@ class Router:
             self._counts[name] += 1
 
     def close(self) -> None:
-        """End the socket, the thread and the context; other sockets of the context must be closed already.
+        """Close the socket and end the authenticator. Closing twice is allowed.
 
-        Closing twice is allowed.
+        Waits for: all other sockets of `context` to be closed. Unblocked by: their owners, which must close them first.
         """
         if self.socket.closed:
             return

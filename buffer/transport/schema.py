@@ -1,8 +1,8 @@
-"""The types of message fields with their limits, and readers that check received values against them.
+"""Types of message fields, with their limits, and readers that check received values against them.
 
-`buffer/transport/messages.py` declares messages as dataclasses with these types; `reader` turns an annotation into one
-function, made once. A reader raises `WireError` and nothing else, and builds nothing whose size the sender only
-claimed.
+`buffer/transport/messages.py` declares messages as dataclasses with these types. `reader` turns a type annotation into
+a function, once per type, that checks and builds a received value. A reader raises `WireError` and no other exception.
+A reader allocates memory only for bytes that were received, never for a length that a sender claims.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import msgpack
 
 MAX_HEADER_BYTES = 1 << 22
 MAX_INTEGER = (1 << 63) - 1
-"""What the ledger's database can hold; msgpack alone would let unsigned numbers above it through."""
+"""Largest integer that SQLite stores. msgpack also accepts larger, unsigned ones."""
 MAX_VERSION = 1 << 40
 MAX_ITEMS = 1 << 16
+"""Entries of a list or map."""
 
 Frame = bytes | memoryview
-"""A memoryview is a large frame where ZeroMQ has it: it lasts as long as somebody holds it."""
+"""A large frame is a memoryview of the memory that ZeroMQ received it in, which lives as long as the view."""
 Frames = list[Frame]
 Reader = Callable[[Any, Frames], Any]
-"""Takes a decoded msgpack value and the frames that are left, last one first."""
+"""Takes a decoded msgpack value and the frames not yet used, in reverse order."""
 
 
 class WireError(ValueError):
-    """A message that is not one of ours: wrong schema, kind, type, length, range or size."""
+    """An invalid message: wrong schema, kind, type, length, range or size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """A number from `least` to `most`, both included; NaN is outside."""
+    """A number from `least` to `most`, both included. NaN is refused."""
 
     least: float
     most: float
@@ -43,20 +44,21 @@ class Within:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """At most `longest` characters, all of them matching `pattern`, or printable where that is empty."""
+    """A text of at most `longest` characters that matches `pattern`; with an empty pattern, any printable text."""
 
     longest: int
     pattern: str = ""
 
 
 Name = Annotated[str, Text(128, r"(?:[A-Za-z0-9_][A-Za-z0-9_.:@-]*)?")]
-"""An identifier, empty where there is none: it may be shown, logged and stored, and is no path to anywhere."""
+"""An identifier, or empty. Safe to show, to log, to store and to use in a file name."""
 Line = Annotated[str, Text(4096)]
-"""Words for a person, on one line without control characters."""
+"""Text for a person: one line without control characters."""
 PathName = Annotated[str, Text(4096, r"[^\0]+")]
-"""A path; whoever opens it checks where it leads."""
+"""A path. The process that opens the path must check where it leads."""
 Version = Annotated[int, Within(0, MAX_VERSION)]
 VersionOrNone = Annotated[int, Within(-1, MAX_VERSION)]
+"""-1: no version."""
 VersionDistance = Annotated[int, Within(-MAX_VERSION, MAX_VERSION)]
 Count = Annotated[int, Within(0, MAX_INTEGER)]
 SmallCount = Annotated[int, Within(0, MAX_ITEMS)]
@@ -65,10 +67,10 @@ Seconds = Annotated[float, Within(0, 1e12)]
 
 
 def check_name(name: str, what: str) -> None:
-    """Refuse a name that no server of the run would take.
+    """Refuse a name that the servers of a run would refuse. `what` names it in the error.
 
     Raises:
-        ValueError: when it is empty, too long, or has characters that may not be in a log or a path.
+        ValueError: when the name is empty, too long, or has characters that are unsafe in a log or a path.
     """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,127}", name):
         raise ValueError(f"{what} {name[:150]!r} is not made of 1 to 128 letters, digits and _.:@-; choose another")
@@ -78,12 +80,12 @@ def unpack_header(frame: bytes) -> Any:
     """The msgpack value in `frame`.
 
     Raises:
-        WireError: it is too large or not one whole msgpack value.
+        WireError: when the frame is too large or is not exactly one msgpack value.
     """
     if len(frame) > MAX_HEADER_BYTES:
         raise WireError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:
-        # Walked through once without building anything: after that every length in it is known to be true.
+        # A first pass skips through the value without building it, so that the second meets no false length.
         walker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES)
         walker.feed(frame)
         walker.skip()
@@ -94,7 +96,7 @@ def unpack_header(frame: bytes) -> Any:
 
 
 def reader(wanted: Any, special: dict[Any, Reader]) -> Reader:
-    """Checks and builds a value of the annotation `wanted`; `special` knows the types that travel in frames."""
+    """A function that checks and builds a value of type `wanted`; `special` has the readers of types sent as frames."""
     if wanted in special:
         return special[wanted]
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
@@ -118,13 +120,13 @@ def reader(wanted: Any, special: dict[Any, Reader]) -> Reader:
 
 
 def record(cls: type[Any], special: dict[Any, Reader]) -> Reader:
-    """Checks and builds the dataclass `cls` from the list of its fields."""
+    """A function that checks and builds the dataclass `cls` from a list of its field values."""
     kinds = field_types(cls).values()
     return _record(lambda values: cls(*values), cls.__name__, [reader(kind, special) for kind in kinds])
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
-    """Field names and resolved annotations."""
+    """The resolved annotation of every field, by name and in order."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -184,7 +186,7 @@ def _number(wanted: type[Any], limit: Within) -> Reader:
 
 
 def _float(value: Any, rest: Frames) -> float:
-    """Any float, for measurements that may be NaN."""
+    """Any float, also NaN and infinity: measurements may be either."""
     if type(value) not in (int, float):
         raise WireError(f"expected float, got {type(value).__name__}")
     return float(value)

@@ -1,1 +1,1 @@
-"""Published weights on their way to the actors: versions, differences, shared memory, relays."""
+"""Distribution of published weights: the weight server, deltas, shared memory, relays."""

@@ -1,4 +1,4 @@
-"""The settings of the weight store: where versions lie, how many, and what of them goes over the network how fast."""
+"""Settings for the transfer of weights from the learner to the actors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 TRANSPORTS = ("file", "ipc", "nccl")
 MEMORY_VARIABLE = "SLIPSTREAM_MEMORY"
-"""In the environment of a run's processes: a folder in shared memory that is removed with the run, however it ends."""
+"""Environment variable of a run's processes: a folder in shared memory, removed when the run ends for any reason."""
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,23 @@ class WeightsConfig:
     """
 
     address: str = ""
-    """Where the store listens; the launcher chooses it."""
+    """Address of the weight server in the learner; set by the launcher."""
     transport: str = "file"
-    """file | ipc | nccl: how a version comes from the learner to an actor."""
+    """file | ipc | nccl: how an actor gets a version from the learner."""
     shared_memory: bool = True
-    """Versions lie in shared memory, in a folder that goes with the run; otherwise in RUN_DIR/weights."""
+    """Whether versions are written to shared memory, in a folder removed with the run; otherwise to RUN_DIR/weights."""
     keep_versions: int = 3
-    """Versions in memory and served; one more is being written. A pull must end before its version leaves."""
+    """Versions kept and served; one more is being written. A pull fails when its version is dropped before the end."""
     bytes_per_second: float = 0.0
-    """What the store sends over the network, to all actors together; 0: as fast as it goes."""
+    """Limit for bytes sent over the network, to all actors together; 0: no limit."""
     relay_fanout: int = 0
-    """Relays that pull from the learner itself, and from each relay below it; 0: all of them from the learner."""
+    """Relays that pull from the learner, and relays that pull from each relay; 0: all pull from the learner."""
     deltas: bool = True
-    """Actors that pull and have one of the kept versions are sent the difference where that is smaller."""
+    """Whether an actor that has one of the kept versions pulls the delta from that version where a delta is smaller."""
     meeting_seconds: float = 300.0
-    """nccl: how long the members of the group wait for each other; the first time, for engines to start."""
+    """nccl: timeout for the rendezvous of the group's members; at the first one engines are still starting."""
     group_size: int = 0
-    """nccl: the learner's rank 0 and all workers of all actors; the launcher counts them."""
+    """nccl: the group's members, which are the learner's rank 0 and all workers of all actors; set by the launcher."""
 
     def __post_init__(self) -> None:
         if self.keep_versions < 1:

@@ -1,14 +1,15 @@
-"""The difference between two versions of the same layout, without loss, in a fraction of the bytes.
+"""Lossless deltas between two versions of the same layout, in a fraction of the version's bytes.
 
 ```
-block     2^20 numbers of 2 or 4 bytes that lie together; a file is cut into blocks by `Layout`
-changed   positions in the block whose bits differ, written as gaps
-step      new bits minus old bits, modulo 2^bits, zigzag: small for a small move, whatever its sign
-plane     one byte of every gap, or of every step, on its own: the high ones are nearly all zero and shrink to nothing
+block     2^20 neighboring numbers of one size; a file is cut into blocks by `Layout`
+changed   positions in the block whose bits differ, encoded as gaps between them
+step      new bits minus old bits, modulo 2^bits, zigzag encoded: small for a small change of either sign
+plane     the same byte of every gap, or of every step; planes are compressed one by one, and high ones are nearly all 0
 ```
 
-A number is taken as its bits, so nothing is rounded and NaN needs no care. At the learning rates of reinforcement
-learning most numbers of a bfloat16 model do not change at all in one step, and the others by one or two units.
+A number is treated as its bits, so nothing is rounded and NaN is no special case. At the learning rates of
+reinforcement learning one optimizer step leaves most numbers of a bfloat16 model unchanged, and moves the others by one
+or two units in the last place.
 """
 
 from __future__ import annotations
@@ -23,30 +24,32 @@ from numpy.typing import NDArray
 
 BLOCK_NUMBERS = 1 << 20
 SAMPLE_EVERY = 32
+"""One block in so many is encoded first, to estimate the delta's size."""
 HEAD = struct.Struct("<IBB")
-"""How many numbers of the block changed, and how many planes their gaps and their steps have."""
+"""Number of changed numbers in the block, number of planes of their gaps, number of planes of their steps."""
 LENGTH = struct.Struct("<I")
+"""Compressed size of a plane in bytes."""
 UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 Bytes = NDArray[np.uint8]
 Layout = Sequence[tuple[int, int, int]]
-"""(offset in bytes, length in bytes, size of one number in bytes), aligned to that size."""
+"""Ranges of a file: (offset in bytes, length in bytes, size of one number in bytes), aligned to the number's size."""
 
 
 class DeltaError(ValueError):
-    """Bytes that are no delta of this layout."""
+    """The bytes are not a delta for this layout."""
 
 
 def encode(old: Bytes, new: Bytes, layout: Layout, limit: int) -> bytes:
-    """What `apply` needs to turn `old` into `new`; nothing when that would take more than `limit` bytes.
+    """The delta that turns `old` into `new`; empty when the delta would be larger than `limit` bytes.
 
     Args:
-        old: the base, as bytes.
-        new: of the same length.
-        layout: what of it is compared.
-        limit: bytes from where on the whole version is cheaper.
+        old: [num_bytes] uint8, the base.
+        new: [num_bytes] uint8.
+        layout: the ranges that are compared.
+        limit: size in bytes above which the whole version is sent instead.
     """
     blocks = list(zip(_blocks(old, layout), _blocks(new, layout), strict=True))
-    # Where much has changed making a delta takes long, and a few blocks tell that it would be in vain.
+    # Encoding takes long when most numbers have changed; a sample of the blocks predicts that.
     sample = blocks[SAMPLE_EVERY // 2 :: SAMPLE_EVERY]
     if sum(len(_encode_block(*pair)) for pair in sample) * len(blocks) > limit * max(1, len(sample)):
         return b""
@@ -62,10 +65,10 @@ def encode(old: Bytes, new: Bytes, layout: Layout, limit: int) -> bytes:
 
 
 def apply(array: Bytes, delta: bytes | memoryview, layout: Layout) -> None:
-    """Turn the base in `array` into the version that `delta` was made for, in place.
+    """Turn the base in `array` into the new version, in place.
 
     Raises:
-        DeltaError: the bytes are no delta of this layout; the array is then neither version.
+        DeltaError: when the bytes are not a delta for this layout. The array then holds neither version.
     """
     rest = memoryview(delta)
     try:
@@ -101,14 +104,14 @@ def _encode_block(old: NDArray[np.unsignedinteger[Any]], new: NDArray[np.unsigne
 
 
 def _planes(numbers: NDArray[np.unsignedinteger[Any]]) -> list[bytes]:
-    """The lowest byte of every number, the next one of every number, up to the highest that any number has."""
+    """The lowest byte of every number, then the next byte of every number, up to the highest byte in use."""
     used = max(1, (int(numbers.max()).bit_length() + 7) // 8)
     columns = numbers.view(np.uint8).reshape(len(numbers), -1)
     return [columns[:, index].tobytes() for index in range(used)]
 
 
 def _apply_block(block: NDArray[np.unsignedinteger[Any]], rest: memoryview) -> memoryview:
-    """Returns what of the delta lies behind this block."""
+    """Apply the first block of the delta `rest`; returns what follows that block."""
     count, num_gaps, num_steps = HEAD.unpack_from(rest)
     rest = rest[HEAD.size :]
     if not count:
@@ -127,13 +130,13 @@ def _apply_block(block: NDArray[np.unsignedinteger[Any]], rest: memoryview) -> m
 def _numbers(
     rest: memoryview, count: int, num_planes: int, dtype: np.dtype[Any]
 ) -> tuple[NDArray[np.unsignedinteger[Any]], memoryview]:
-    """`count` numbers from their planes, and what lies behind them."""
+    """Decode `count` numbers from their planes; returns them and what follows the planes."""
     columns = np.zeros((count, dtype.itemsize), np.uint8)
     unpacker = zstandard.ZstdDecompressor()
     for index in range(num_planes):
         [length] = LENGTH.unpack_from(rest)
         packed = rest[LENGTH.size : LENGTH.size + length]
-        # Looked at first: what a frame says of its own size is what would be set aside for it.
+        # Checked first, because decompression allocates the size that the frame claims.
         if zstandard.frame_content_size(packed) != count:
             raise DeltaError(f"a plane that does not hold {count} numbers")
         plane = unpacker.decompress(packed)

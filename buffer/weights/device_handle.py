@@ -1,7 +1,7 @@
-"""What an actor must know to take a version from a CUDA device, in plain types, as it lies in the version's file.
+"""Records that tell an actor how to get a version from the learner's CUDA device.
 
-With `weights.transport=ipc` and `nccl` the bytes of a version stay on the learner's device. Its file in the folder of
-versions then holds one of these records in their place, and is announced, locked and reused like any other.
+With `weights.transport=ipc` or `nccl` the bytes of a version stay on the learner's device. The version's file holds one
+of these records instead of the bytes. The file is announced, locked and reused like the file of any other version.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ RECORD_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class DeviceHandle:
-    """A buffer of a device, for another process on the same host. Handles are in hexadecimal digits."""
+    """ipc: a buffer on a device, to be opened by another process on the same host. Handles are hexadecimal."""
 
     device_uuid: str
     storage_handle: str
-    """CUDA's name of the allocation that the buffer lies in."""
+    """CUDA IPC handle of the allocation that contains the buffer."""
     storage_bytes: int
     storage_offset: int
-    """Bytes from the start of the allocation."""
+    """Bytes from the start of the allocation to the buffer."""
     ref_counter_handle: str
-    """torch's count of readers, in shared memory."""
+    """torch's reference count of the buffer, in shared memory."""
     ref_counter_offset: int
     event_handle: str
+    """CUDA IPC handle of an event."""
     waits_for_event: bool
+    """Whether the reader must wait for the event before it reads the buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where the members of an NCCL group meet for the first time."""
+    """nccl: the rendezvous of the NCCL group."""
 
     master_address: str
     master_port: int
     world_size: int
-    """The learner's rank 0 and every worker of every actor."""
+    """Members of the group: the learner's rank 0 and every worker of every actor."""
 
 
 Record = DeviceHandle | Rendezvous
@@ -44,15 +46,15 @@ KINDS = {kind.__name__: kind for kind in (DeviceHandle, Rendezvous)}
 
 
 def pack_record(record: Record) -> bytes:
-    """[RECORD_BYTES] as they are written to a version's file."""
+    """The record as the contents of a version's file, RECORD_BYTES bytes."""
     return json.dumps({"kind": type(record).__name__, **asdict(record)}).encode().ljust(RECORD_BYTES)
 
 
 def unpack_record(data: bytes) -> Record:
-    """What `pack_record` packed.
+    """The record in the contents of a version's file.
 
     Raises:
-        RuntimeError: it is no record; the learner has another `weights.transport` than its reader.
+        RuntimeError: when the bytes are not a record, as when learner and actor differ in `weights.transport`.
     """
     try:
         fields = json.loads(data)

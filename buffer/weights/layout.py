@@ -1,4 +1,4 @@
-"""What both ends of a weight transfer agree on: checksums, names, and which bytes of a version's file hold numbers."""
+"""The format of a version's file, shared by its writer and its readers: alignment, checksums, names, layout."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from buffer.transport.messages import TensorEntry
 from buffer.weights.delta import Layout
 
 ALIGNMENT_BYTES = 64
-"""Of every tensor's first byte in a version's file."""
+"""Alignment of every tensor's offset in a version's file."""
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-"""End the names of the two matrices that are published instead of a layer's weight."""
+"""Suffixes of the names of a LoRA adapter's two matrices, which are published instead of a layer's weight."""
 
 
 def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> str:
-    """XXH3 of the bytes, 16 hexadecimal digits: as fast as memory, made to find damage and not forgery."""
+    """XXH3 of the bytes, 16 hexadecimal digits. As fast as memory; detects damage, not forgery."""
     return xxhash.xxh3_64_hexdigest(data.data if isinstance(data, np.ndarray) else data)
 
 
 def layout_of(tensors: tuple[TensorEntry, ...]) -> Layout:
-    """Runs of tensors whose numbers have one size, with the padding between them."""
+    """The ranges of a version's file that hold numbers of one size, each with the padding between its tensors."""
     runs: list[tuple[int, int, int]] = []
     for entry in tensors:
         number_bytes = entry.num_bytes // max(1, math.prod(entry.shape))

@@ -1,8 +1,8 @@
-"""Serves published versions: the newest manifest to whoever waits for it, and bytes to whoever cannot map the file.
+"""The weight server: sends the newest manifest to actors that wait for it, and chunks to those that cannot map files.
 
-One thread answers; what it answers with is in `buffer/weights/versions.py`. Whoever publishes calls `announce` and goes
-on; a slow or dead reader costs nothing but the memory of the versions that are kept anyway and, for half a minute at
-most, of one more.
+Runs in learner rank 0 and in every relay. One thread answers requests from `buffer/weights/versions.py`. The publisher
+calls `announce` and continues at once. A slow or dead reader costs the publisher no time; it can hold back the memory
+of one version beyond those kept, for half a minute at most.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ from buffer.weights.versions import KeptVersions, Requester
 
 MESSAGES_PER_TURN = 16
 TICK_SECONDS = 0.2
-"""How late the end of a parked request's time, or of the server, may be noticed."""
+"""Largest delay until the server notices a parked request's timeout or its own `close`."""
 LONGEST_PARK_SECONDS = 60.0
+"""Longest time that a `ManifestRequest` may wait."""
 
 
 @dataclass
 class Throttle:
-    """Lets `bytes_per_second` through on average; 0: everything."""
+    """Limits the bytes sent to `bytes_per_second` on average; 0: no limit."""
 
     bytes_per_second: float
     free_at: float = 0.0
-    """When the next bytes may go, on the monotonic clock."""
+    """Monotonic time at which more bytes may be sent."""
 
     def take(self, num_bytes: int, now: float) -> None:
-        """Count bytes that are sent now."""
+        """Account for bytes that are sent now."""
         if self.bytes_per_second:
             self.free_at = max(self.free_at, now) + num_bytes / self.bytes_per_second
 
@@ -61,12 +62,12 @@ class WeightServer:
     Args:
         address: ZeroMQ endpoint to bind, such as tcp://127.0.0.1:5556.
         credentials: the run's id and the server's keys.
-        keep_versions: versions served; whoever pulls an older one is told to ask for the newest.
-        bytes_per_second: of chunks, to all readers together; 0: as fast as they go.
-        relay_fanout: relays that pull from here; the others pull from them. 0: all from here.
+        keep_versions: number of versions served. A request for an older one is refused.
+        bytes_per_second: limit for chunks, to all readers together; 0: no limit.
+        relay_fanout: as in `RelayTree`.
 
     Raises:
-        ValueError: when the address is in use or is none, or is not local and the credentials have no keys.
+        ValueError: when the address is in use or invalid, or is not local and the credentials have no keys.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class WeightServer:
         self._thread.start()
 
     def announce(self, manifest: Manifest, segment: Segment) -> list[Segment]:
-        """Offer a version that is whole. Returns the segments that nobody is sent any more."""
+        """Serve a complete version as the newest. Returns the segments that are free for reuse."""
         retired = self._kept.add(manifest, segment)
         self._wake_up()
         return retired
@@ -101,7 +102,7 @@ class WeightServer:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> list[Segment]:
-        """Stop serving. Returns the segments that were served; none the second time."""
+        """Stop serving. Returns the segments that were served; none when called again."""
         if self._closing:
             return []
         self._closing = True
@@ -112,10 +113,10 @@ class WeightServer:
         os.close(self._wake)
         return segments
 
-    # --- the thread ---
+    # The methods below run in the server's thread.
 
     def _serve(self) -> None:
-        """Waits for: a message, a publication, a delta that is made, a parked request's time, or room in the rate."""
+        """Waits for: a message, a publication, a finished delta, a parked request's timeout, or the rate limit."""
         poller = zmq.Poller()
         poller.register(self._router.socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
@@ -149,7 +150,7 @@ class WeightServer:
                 case RelayHello(address=address, host_id=host):
                     self._answer(requester, RelayPlace(self._relays.hear(host, address, now)))
                 case ChunkRequest() as request:
-                    # A request that was repeated while it waits for its turn is answered once.
+                    # A resend of a request that is still queued is answered once.
                     self._wanted_chunks[requester] = request
                 case DeltaRequest(publication=publication, base=base):
                     self._wanted_deltas[requester] = self._kept.delta(base, publication)

@@ -1,9 +1,11 @@
-"""Files in shared memory that hold one version each, written by one process, mapped by any on this host, and reused.
+"""Segments: files in shared memory, each holding one version. One process writes; any process on the host maps them.
 
-Fresh shared memory is several times slower to write than memory that was written before, so a segment whose version has
-retired takes a later one. Nobody is overwritten while reading: a reader holds a shared lock on the file, the writer an
-exclusive one, and the kernel lets go of both when their process ends, however it ends. A segment has its version's name
-only while it is whole; before that it is called `*.part`.
+Writing to fresh shared memory is several times slower than writing to memory that was written before. A segment whose
+version has retired is therefore reused for a later version.
+
+Locks on the file keep the writer from overwriting a version that is being read. A reader holds a shared lock, the
+writer an exclusive one. The kernel drops both when their process ends for any reason. A segment carries its version's
+name only while its contents are complete; at other times the name ends in `.part`.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 SPARE_SEGMENTS = 2
-"""Retired segments that are kept for reuse; of more than these the memory is given back."""
+"""Retired segments kept for reuse. Further ones are removed."""
 
 
 def max_segments(keep_versions: int) -> int:
-    """Slots that a writer has at most: of the versions it keeps, of the next one, and retired ones still being read."""
+    """Largest number of a writer's segments: the kept versions, the next one, and retired ones still being read."""
     return keep_versions + 1 + SPARE_SEGMENTS
 
 
 class Segment:
-    """`num_bytes` of memory under a name in `folder`, locked for writing until `publish`.
+    """A file of `num_bytes` bytes in `folder`, mapped, and locked for writing until `publish`.
 
     Raises:
-        OSError: when there is no room; nothing is left behind.
+        OSError: when there is not enough space; no file is left behind.
     """
 
     def __init__(self, folder: Path, name: str, num_bytes: int) -> None:
@@ -41,23 +43,23 @@ class Segment:
         self._descriptor = os.open(self.path, flags, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-            # Taken now: a mapped page for which there is no room later would be a bus error.
+            # Allocate all pages now, because writing to a page without space later would be a bus error.
             os.posix_fallocate(self._descriptor, 0, num_bytes)
             mapped = mmap.mmap(self._descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError:
             self.remove()
             raise
         self.array: NDArray[np.uint8] = np.frombuffer(mapped, np.uint8)
-        """[num_bytes] uint8: the segment's memory."""
+        """[num_bytes] uint8: the mapped file."""
 
     def publish(self, name: str) -> Path:
-        """Give the finished contents their name and let readers in."""
+        """Rename the complete file to `name` and let readers in. Returns the new path."""
         self.path = self.path.rename(self.path.with_name(name))
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return self.path
 
     def reclaim(self) -> bool:
-        """Take the segment back for writing. False when somebody still reads it."""
+        """Lock the segment for writing again. False when a reader still holds it."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -66,7 +68,7 @@ class Segment:
         return True
 
     def remove(self) -> None:
-        """Give the memory back as soon as nobody maps it; the segment is of no use afterwards."""
+        """Delete the file. The memory is freed when no process maps it any more."""
         self.path.unlink(missing_ok=True)
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -74,7 +76,10 @@ class Segment:
 
 
 class SegmentPool:
-    """The segments of one writer in `folder`, which is emptied of an earlier one's. Used by one thread at a time."""
+    """The segments of one writer in `folder`. Segments that an earlier process left there are deleted.
+
+    Used by one thread at a time.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -85,10 +90,10 @@ class SegmentPool:
             leftover.unlink()
 
     def take(self, num_bytes: int) -> Segment:
-        """A segment to write: a retired one that nobody reads any more, or a fresh one.
+        """A segment to write to: a retired one of this size that no reader holds, or a new one.
 
         Raises:
-            OSError: when there is no room for a fresh one.
+            OSError: when there is not enough space for a new one.
         """
         for segment in self._retired:
             if segment.num_bytes == num_bytes and segment.reclaim():
@@ -98,7 +103,7 @@ class SegmentPool:
         return Segment(self._folder, f"segment-{self._num_made}", num_bytes)
 
     def retire(self, segment: Segment) -> None:
-        """The version in `segment` is not wanted any more; whoever reads it may finish."""
+        """Offer `segment` for reuse. Current readers of its version may finish."""
         self._retired.append(segment)
         while len(self._retired) > SPARE_SEGMENTS:
             self._retired.pop(0).remove()
@@ -110,7 +115,10 @@ class SegmentPool:
 
 
 def link_folder(folder: Path, memory: Path | None) -> Path:
-    """Let `folder` lead to the folder `memory`, or nowhere, whatever it was to an earlier process. Returns `folder`."""
+    """Make `folder` a symbolic link to the folder `memory`; with None only remove such a link. Returns `folder`.
+
+    A folder that an earlier process left in the link's place is deleted.
+    """
     if folder.is_symlink():
         folder.unlink()
     if memory is not None:
@@ -122,21 +130,21 @@ def link_folder(folder: Path, memory: Path | None) -> Path:
 
 
 def let_go(file: BinaryIO) -> None:
-    """End what `hold` began, also where the file is still mapped: a mapping keeps the file's lock."""
+    """Release the lock of `hold`. An explicit unlock is needed because a mapping keeps the lock of a closed file."""
     fcntl.flock(file, fcntl.LOCK_UN)
     file.close()
 
 
 def hold(path: Path) -> BinaryIO:
-    """The finished file at `path`, locked so that its contents stay until `let_go`, or until this process ends.
+    """Open the segment at `path` and lock it, so that its contents stay until `let_go` or the end of this process.
 
     Raises:
-        FileNotFoundError: it is gone, or its memory is being reused.
+        FileNotFoundError: when the file is gone, or its segment is being reused.
     """
     file = path.open("rb")
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        # Between opening and locking it may have become another version's.
+        # Between open and lock the segment may have been reused for another version.
         if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise FileNotFoundError(f"{path} was replaced")
     except BlockingIOError as error:

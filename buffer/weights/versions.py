@@ -1,8 +1,9 @@
-"""The versions that a weight store serves, and what turns one into another: bytes for whoever asks, in pieces.
+"""The versions and deltas that a weight server serves in chunks.
 
-Pieces are sent from the segment where the version lies, without a copy. A segment is given back only when ZeroMQ has let go
-of all its pieces, so nobody is sent bytes that are being overwritten. A reader that stalls keeps its pieces until
-ZeroMQ gives it up: one version is lent at a time, and pieces of others are copies meanwhile.
+Chunks are sent from the version's segment without a copy. Such a segment is *lent* to ZeroMQ: it is returned for reuse
+only when ZeroMQ has released all its chunks, so no reader receives bytes that are being overwritten. A stalled reader
+holds its chunks until ZeroMQ drops the connection. Only one segment is therefore lent at a time; meanwhile chunks of
+other versions are copies.
 """
 
 from __future__ import annotations
@@ -26,38 +27,38 @@ from buffer.weights.layout import checksum, layout_of
 from buffer.weights.shared_memory import Segment, hold, let_go
 
 WORTHWHILE_SHARE = 0.5
-"""A delta that is larger than this share of the version is not sent."""
+"""Largest size of a delta, as a share of the version's size. A larger delta is not sent."""
 LOW_PRIORITY = 10
-"""Niceness of the thread that makes deltas: the training step goes first."""
+"""Niceness of the thread that computes deltas, so that the training step has priority."""
 Requester = tuple[bytes, int]
-"""A connection's name and the number of its request."""
+"""Name of a connection, and number of its request."""
 
 
 class KeptVersions:
     """The newest versions and the deltas between them. Any thread may call.
 
     Args:
-        keep_versions: how many.
-        wake: called in another thread when a delta is made.
+        keep_versions: number of versions kept.
+        wake: called, in another thread, when a delta is ready.
     """
 
     def __init__(self, keep_versions: int, wake: Callable[[], None]) -> None:
         self._keep_versions, self._wake = keep_versions, wake
         self._kept: dict[str, tuple[Manifest, Segment]] = {}
-        """By publication, the newest last."""
+        """By publication, newest last."""
         self._deltas: dict[tuple[str, str], Future[bytes]] = {}
         """By (base, publication)."""
         self._lent: Segment | None = None
         self._pieces: WeakValueDictionary[Requester, NDArray[np.uint8]] = WeakValueDictionary()
-        """Of `_lent`, by who asked for them: those that a message or ZeroMQ still holds."""
+        """The chunks of `_lent` that a message or ZeroMQ still holds, by requester."""
         self._retiring: list[Segment] = []
-        """Not served any more, but lent."""
+        """Segments that are no longer served, but still lent."""
         self._lock = threading.Lock()
-        """Guards all of this, and with it every segment that is served from."""
+        """Guards all fields above, and the contents of every segment that is kept or lent."""
         self._encoder = ThreadPoolExecutor(1, "weight-deltas", initializer=_lower_priority)
 
     def add(self, manifest: Manifest, segment: Segment) -> list[Segment]:
-        """Keep a version that is whole. Returns the segments that are neither kept nor lent any more."""
+        """Keep a complete version. Returns the segments that are no longer kept and not lent."""
         with self._lock:
             self._kept[manifest.publication] = (manifest, segment)
             surplus = list(self._kept)[: -self._keep_versions]
@@ -68,15 +69,15 @@ class KeptVersions:
             return [segment for segment in retired if segment not in self._retiring]
 
     def newest(self) -> Manifest | None:
-        """What was added last."""
+        """The manifest that was added last; None before the first."""
         with self._lock:
             return next(reversed(self._kept.values()), (None, None))[0]
 
     def chunk(self, request: ChunkRequest, requester: Requester) -> Chunk | Refused | None:
-        """The bytes asked for; a segment they lie in stays as it is until the chunk is gone.
+        """The requested bytes. Their segment is not reused as long as the chunk exists.
 
-        None: they are on their way. The request was repeated because the link is slow, which a second answer would
-        make slower.
+        Returns None when a chunk for this request is still being sent. Such a resend means that the link is slow, and a
+        second answer would slow it further.
         """
         with self._lock:
             if requester in self._pieces:
@@ -102,7 +103,7 @@ class KeptVersions:
         return piece.data
 
     def delta(self, base: str, publication: str) -> Future[bytes]:
-        """The delta between two kept versions, made once; of others, nothing."""
+        """The delta between two kept versions, computed once; an empty one when either is not kept."""
         key = base, publication
         with self._lock:
             if key not in self._deltas:
@@ -116,7 +117,7 @@ class KeptVersions:
             return self._deltas[key]
 
     def close(self) -> list[Segment]:
-        """Make no more deltas. Returns all segments: what is lent of them stays readable, but nobody may write there."""
+        """Stop computing deltas. Returns all segments; they may be deleted but not reused, because they may be lent."""
         self._encoder.shutdown(wait=True, cancel_futures=True)
         return [*self._retiring, *(segment for _, segment in self._kept.values())]
 
@@ -126,7 +127,7 @@ def _lower_priority() -> None:
 
 
 def _compare(old: Manifest, new: Manifest) -> bytes:
-    """The delta between two published files; nothing when it is not worth it or one of them is gone."""
+    """The delta between two published files; empty when it would be too large or a file is gone."""
     if layout_of(old.tensors) != layout_of(new.tensors) or old.num_bytes != new.num_bytes:
         return b""
     files: list[BinaryIO] = []

@@ -55,7 +55,7 @@ def received(group: TrajectoryGroup) -> PackedGroup:
         ({"behavior_logprobs": np.array([0, 0.25, -1], np.float32)}, "found 0.25", ""),
         ({"behavior_logprobs": np.array([-1, -1, -1], np.float32)}, "must be 0 where loss_mask is False", ""),
         ({"reward": float("nan")}, "reward nan", "number nan"),
-        ({"policy_versions": ()}, "must be .* runs", "oldest_version"),
+        ({"policy_versions": ()}, "must be .* spans", "oldest_version"),
         ({"policy_versions": (VersionSpan(0, 3), VersionSpan(2, 2))}, r"\(2, 2\)\] must be .* never decrease", ""),
         ({"policy_versions": (VersionSpan(1, 3), VersionSpan(1, 4))}, "starts increase", ""),
         ({"policy_versions": (VersionSpan(3, 3),)}, "to less than 3", ""),

@@ -199,7 +199,7 @@ def test_who_keeps_sending_nonsense_is_ignored_for_a_while(caplog: pytest.LogCap
     assert not peers.is_ignored(b"bad", now + ban_list.IGNORED_SECONDS)
     assert [r.message for r in caplog.records] == [
         "message of bad dropped: nonsense",
-        "bad keeps sending them: ignored for 30 s",
+        "bad keeps sending invalid messages: ignored for 30 s",
     ]
 
 
