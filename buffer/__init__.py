@@ -1,1 +1,1 @@
-"""The prompt ledger and replay store."""
+"""The buffer: prompt ledger, replay of scored groups, and the transport and weights code that all processes share."""

@@ -1,6 +1,6 @@
-"""`python -m buffer serve RUN_DIR` runs the buffer of a run; `python -m buffer inspect RUN_DIR` looks into its ledger.
+"""`python -m buffer serve RUN_DIR` runs a run's buffer; `python -m buffer inspect RUN_DIR` checks a run's ledger.
 
-Exit status: 0 when all is well, 1 when an inspected ledger does not hold, 2 with one sentence when the user can help.
+Exit status: 0 on success; 1 when `inspect` finds a broken invariant; 2, with one sentence, on a user error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m buffer", description="The prompt ledger and replay store.")
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="serve the run until SIGTERM or SIGINT")
-    inspecting = commands.add_parser("inspect", help="print the counts by state and check the invariant")
+    inspecting = commands.add_parser("inspect", help="print the ledger's counts by state and check its invariants")
     inspecting.add_argument("--json", action="store_true", help="print JSON")
     for command in (serving, inspecting):
         command.add_argument("run_dir", help="the run's directory")
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_buffer_config(run_dir: str) -> BufferConfig:
-    """The section `buffer` of the run's configuration; its run_dir is where the configuration was found.
+    """The section `buffer` of the run's configuration, with `run_dir` as given.
 
     Raises:
-        ValueError: when the file or the section is missing or wrong.
+        ValueError: when the file or the section is missing or invalid.
     """
     section: Any = load_run_config(run_dir).get("buffer")
     if not isinstance(section, dict):

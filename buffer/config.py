@@ -1,7 +1,8 @@
-"""The buffer's settings, and how any process turns its section of the run's configuration into a frozen dataclass.
+"""The buffer's settings, and `read_section`, which turns a section of the configuration into a frozen dataclass.
 
-Hydra ends here: below `read_section` there are only frozen dataclasses, whose `__post_init__` holds the rules between
-fields. Every error is one sentence that names the section, the key, the value and the way out.
+Every process reads its sections with `read_section`. Only the launcher uses Hydra; all other code sees frozen
+dataclasses, whose `__post_init__` checks the rules between fields. Every error is one sentence that names the section,
+the key, the value and the way out.
 """
 
 from __future__ import annotations
@@ -32,58 +33,60 @@ MOVED_MODULES = {
     "learner.ppo": "learner.algorithms.ppo",
     "learner.reinforce_pp": "learner.algorithms.reinforce_pp",
 }
-"""Where the modules are that configurations of older runs name by another path."""
+"""The present path of each module that an older run's configuration may name by its previous path."""
 
 
 @dataclass(frozen=True)
 class BufferConfig:
-    """What the buffer must know. Versions and staleness are counted in optimizer steps.
+    """The section `buffer`. Versions and staleness are counted in optimizer steps.
 
     Raises:
         ValueError: when a value is out of range or two fields contradict each other.
     """
 
     run_dir: str
-    """The ledger lies in `run_dir`/ledger.sqlite."""
+    """The ledger is `run_dir`/ledger.sqlite."""
     address: str
-    """Where the buffer listens; beyond this machine only with keys."""
+    """Address of the buffer. Other machines can connect only if the run has keys."""
     num_prompts: int
     data_fingerprint: str
-    """Names the prompts' exact content; actors with other prompts are refused."""
+    """Hash of all prompts. Actors with other prompts are refused."""
     groups_per_batch: int
     max_staleness: int
-    """Optimizer steps that a group's oldest token may be behind when trained on; 0 = strictly in turn."""
+    """Largest staleness of a group when its batch is handed out; 0: generation and training strictly alternate."""
     updates_per_batch: int = 1
-    """Optimizer steps the learner takes with one batch."""
+    """Optimizer steps that the learner makes with one batch."""
     num_batches: int = 0
-    """Batches the run needs in all; 0 = endless."""
+    """Number of batches in the run; 0: no end."""
     max_uses: int = 1
-    """Batches that one group may be in, within max_staleness."""
+    """Number of batches that one group may be in, within max_staleness."""
     sampler: str = "fifo"
-    """Which groups a batch takes beyond those that would become too stale: fifo, uniform, freshest, prioritized."""
+    """How a batch chooses groups beyond those that would become too stale: fifo, uniform, freshest or prioritized."""
     on_stale: str = "wait"
-    """A group that would exceed max_staleness: wait = the learner waits for it, drop = it is dropped and its prompt
-    sampled again, mask = its tokens that are too old are left out of the loss."""
+    """What happens to a group that would exceed max_staleness. wait: the learner waits for the group before that. drop:
+    the group is dropped and its prompt sampled again. mask: its too stale tokens are left out of the loss."""
     max_reissues: int = 1
-    """How often a prompt is sampled again because its group was too stale; then it is dropped. Not under wait."""
+    """How often a prompt is sampled again because its group was too stale, before it is dropped. Not with wait."""
     drop_no_signal: bool = False
-    """Whether a group whose rewards are all equal is dropped on delivery, and another prompt sampled instead."""
+    """Whether to drop a delivered group whose rewards are all equal and sample another prompt instead."""
     max_no_signal: int = 1000
-    """So many such groups in a row end the run; 0 = never."""
+    """Number of groups dropped by drop_no_signal in a row that ends the run; 0: no limit."""
     lease_seconds: float = 60.0
     """Silence after which an actor loses its leases."""
     durability: str = "normal"
-    """What survives a power cut: full = everything acknowledged, normal = all but the last moments, memory = the
-    operating system decides. A killed process loses nothing under any of them."""
+    """What a power failure may lose. full: nothing that was acknowledged; normal: the last moments; memory: whatever
+    the operating system has not written yet. With all three a killed process loses nothing."""
     shuffle: bool = True
+    """Whether each epoch draws its prompts in a random order."""
     seed: int = 0
     stages: list[Stage] = field(default_factory=list)
     """The curriculum; empty: one stage with all prompts. Levels are read from `run_dir`/levels.json."""
     skip_solved: Skip = field(default_factory=lambda: Skip(success=1.0))
+    """The prompts to pass over because they are always solved."""
     skip_unsolved: Skip = field(default_factory=lambda: Skip(success=0.0))
-    """Prompts that are passed over because they teach nothing."""
+    """The prompts to pass over because they are never solved."""
     revisit_epochs: int = 0
-    """Every so many epochs of a stage all its prompts are drawn again; 0: never."""
+    """Every so many epochs of a stage no prompt is passed over; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "groups_per_batch", "updates_per_batch", "max_uses"):
@@ -127,21 +130,21 @@ class BufferConfig:
 
     @property
     def limits(self) -> Limits:
-        """The constants of the schedule."""
+        """The constants of the admission rule."""
         return Limits(self.max_staleness, self.groups_per_batch, self.updates_per_batch, self.max_uses)
 
 
 def read_section(cls: type[T], mapping: Mapping[str, Any], section: str) -> T:
-    """`mapping` as the frozen dataclass `cls`, nested dataclasses included.
+    """Build the frozen dataclass `cls`, and nested dataclasses, from `mapping`.
 
     Args:
-        cls: a dataclass of types that OmegaConf knows (int, float, str, bool, tuples, lists, dicts, optional
-            ones of these, dataclasses).
-        mapping: the section's keys and values; absent keys take the dataclass's default.
+        cls: a dataclass of types that OmegaConf knows: int, float, str, bool, tuples, lists, dicts, dataclasses, and
+            optional ones of these.
+        mapping: the section's keys and values. Absent keys take the dataclass's defaults.
         section: the section's name in error messages.
 
     Raises:
-        ValueError: one sentence naming `section.key` for an unknown, missing or ill-typed key, or a broken rule.
+        ValueError: for an unknown, missing or ill-typed key, or a broken rule; one sentence that names `section.key`.
     """
     try:
         merged = OmegaConf.merge(_writable(cls), OmegaConf.create(dict(mapping)))
@@ -154,7 +157,7 @@ def read_section(cls: type[T], mapping: Mapping[str, Any], section: str) -> T:
 
 
 def _writable(cls: type[Any]) -> DictConfig:
-    """The schema of `cls`. OmegaConf makes frozen dataclasses read-only, which would forbid merging values in."""
+    """The schema of `cls`, made writable. OmegaConf makes frozen dataclasses read-only and then refuses to merge."""
     schema: DictConfig = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, None)
     for name, wanted in get_type_hints(cls).items():
@@ -165,7 +168,7 @@ def _writable(cls: type[Any]) -> DictConfig:
 
 
 def _build(cls: type[Any], values: Any) -> Any:
-    """An instance of `cls`; unlike OmegaConf's own conversion it keeps tuples as tuples."""
+    """An instance of `cls`. Unlike OmegaConf's own conversion this keeps tuples as tuples."""
     wanted = get_type_hints(cls)
     return cls(**{name: _convert(wanted[name], value) for name, value in values.items()})
 
@@ -190,10 +193,10 @@ def _sentence(cls: type[Any], section: str, error: OmegaConfBaseException) -> st
 
 
 def load_run_config(run_dir: str | Path) -> dict[str, Any]:
-    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml, with the classes' present paths.
+    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml. Paths of moved classes are updated.
 
     Raises:
-        ValueError: when there is none or it is not a mapping.
+        ValueError: when the file is missing, cannot be read or is not a mapping.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
@@ -208,7 +211,7 @@ def load_run_config(run_dir: str | Path) -> dict[str, Any]:
 
 
 def _with_present_classes(value: Any, key: Any = None) -> Any:
-    """`value` with every `_target_` in it, at any depth, as it is called now."""
+    """`value` with the present class path in every `_target_`, at any depth."""
     if isinstance(value, dict):
         return {name: _with_present_classes(item, name) for name, item in value.items()}
     if isinstance(value, list):

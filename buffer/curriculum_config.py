@@ -1,7 +1,7 @@
-"""What a curriculum and the difficulty filter can be told, and the rules between a curriculum's stages. No state.
+"""Settings of the curriculum and of the difficulty filter, with their checks. No state.
 
-Used by the launcher, which checks stages before anything starts and writes each prompt's level to RUN_DIR/levels.json,
-and by `buffer/ledger/curriculum.py`, which deals by them. Stages are counted from 1 wherever a person reads of them.
+The launcher checks the stages before it starts any process, and writes each prompt's level to RUN_DIR/levels.json.
+`buffer/ledger/curriculum.py` draws prompts accordingly. Messages count stages from 1.
 """
 
 from __future__ import annotations
@@ -19,42 +19,43 @@ LEVELS_FILE = "levels.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """Which prompts are drawn, in which group size and length, until what happens. 0 everywhere: no such setting."""
+    """One stage: which prompts are drawn, with which limits, and when the stage ends. 0: the setting is not used."""
 
     min_level: int = 0
+    """Lowest level of the stage's prompts."""
     max_level: int = 0
-    """Only prompts of these levels, both included."""
+    """Highest level of the stage's prompts."""
     samples_per_group: int = 0
-    """Completions per prompt; 0: the run's."""
+    """Completions per prompt; 0: as in the run's configuration."""
     max_new_tokens: int = 0
-    """Tokens of a completion at most; 0: the run's."""
+    """Largest number of tokens per completion; 0: as in the run's configuration."""
     until_step: int = 0
     """The stage ends when the next batch is for this policy version or a later one."""
     until_success: float = 0.0
-    """It ends when this share of the completions in its last `over_groups` trained groups is correct."""
+    """The stage ends when this share of the completions in its last `over_groups` groups is correct."""
     over_groups: int = 200
     at_least_steps: int = 0
-    """Optimizer steps that `until_success` may not cut short."""
+    """Optimizer steps before which `until_success` does not end the stage."""
     at_most_steps: int = 0
-    """Optimizer steps after which it ends in any case."""
+    """Optimizer steps after which the stage ends in any case."""
 
     @property
     def has_levels(self) -> bool:
-        """Whether it deals only some levels."""
+        """Whether the stage selects prompts by level."""
         return bool(self.min_level or self.max_level)
 
     @property
     def may_end(self) -> bool:
-        """Whether it has any condition to end."""
+        """Whether the stage has a condition to end."""
         return bool(self.until_step or self.until_success or self.at_most_steps)
 
     def ends(self, next_version: int, began_version: int, successes: Sequence[float]) -> bool:
         """Whether the stage is over.
 
         Args:
-            next_version: the policy version that the next batch is for.
-            began_version: the same when the stage began.
-            successes: share of correct completions of each of its last groups, at most `over_groups` of them.
+            next_version: policy version that the next batch is for.
+            began_version: the value of `next_version` when the stage began.
+            successes: share of correct completions of each of the stage's last groups, at most `over_groups` of them.
         """
         steps = next_version - began_version
         succeeds = self.until_success and len(successes) >= self.over_groups and steps >= self.at_least_steps
@@ -67,16 +68,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Skip:
-    """Which prompts the filter passes over from the next epoch of the stage on."""
+    """Condition under which the difficulty filter passes a prompt over, from the stage's next epoch on."""
 
     success: float
-    """Share of correct completions of a group: as solved from here up, as unsolved from here down."""
+    """Share of a group's completions that are correct: at least this counts as solved, at most this as unsolved."""
     seen: int = 0
-    """The prompt's last so many groups must all be so; 0: the filter is off."""
+    """Number of the prompt's latest groups that must all count as solved, or as unsolved; 0: the filter is off."""
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """Whether each stage can be reached and left.
+    """Check that each stage can be reached and that all but the last one end.
 
     Raises:
         ValueError: one sentence that names the stage, the value and the way out.
@@ -120,7 +121,7 @@ def _check_numbers(where: str, stage: Stage) -> None:
 
 
 def check_skips(skip_solved: Skip, skip_unsolved: Skip, revisit_epochs: int) -> None:
-    """Whether the filter's settings make sense together.
+    """Check the filter's settings.
 
     Raises:
         ValueError: one sentence that names the setting, the value and the way out.
@@ -140,23 +141,23 @@ def check_skips(skip_solved: Skip, skip_unsolved: Skip, revisit_epochs: int) -> 
 
 
 def prompts_of(stage: Stage, levels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The prompt ids of a stage, in order, given the level of every prompt."""
+    """The prompt ids of a stage, ascending. `levels` is the level of every prompt."""
     wanted = (levels >= stage.min_level) & ((levels <= stage.max_level) | (stage.max_level == 0))
     return np.flatnonzero(wanted)
 
 
 def write_levels(run_dir: Path, levels: Sequence[int]) -> None:
-    """Leave the level of every prompt for the buffer; the file appears whole."""
+    """Write the level of every prompt to `run_dir`/levels.json, for the buffer. The write is atomic."""
     partial = run_dir / f"{LEVELS_FILE}.partial"
     partial.write_text(json.dumps(list(levels), separators=(",", ":")))
     partial.replace(run_dir / LEVELS_FILE)
 
 
 def read_levels(run_dir: Path, num_prompts: int) -> NDArray[np.int64]:
-    """[num_prompts] the level of every prompt.
+    """[num_prompts] int64: the level of every prompt.
 
     Raises:
-        ValueError: the file is missing or of other prompts.
+        ValueError: when the file cannot be read or has another number of prompts.
     """
     path = run_dir / LEVELS_FILE
     try:

@@ -1,8 +1,8 @@
-"""Cores and memory that this process may use: those of the machine, or of its container where that has less.
+"""The cores and the memory that this process may use, within the limits of its container.
 
-A container (a cgroup) sees the cores and the memory of the whole host and is held to a quota of both. A process that
-counts the host's starts too many threads and is killed for too much memory. Both versions of cgroups are read, and
-every level of the hierarchy counts: a limit further up holds for all below it.
+A process in a container sees all cores and all memory of the host, but its cgroup limits both. A process that relies on
+the host's numbers starts too many threads and is killed for exceeding the memory limit. Versions 1 and 2 of cgroups are
+supported, and every level of the hierarchy is read, because a limit applies to all cgroups below it.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from pathlib import Path
 
 MACHINE = Path("/")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
-"""In a process's environment: the threads of OpenMP, MKL and OpenBLAS, which read it when they are imported."""
+"""Environment variable with the number of threads of OpenMP, MKL and OpenBLAS, which read it when imported."""
 _MEMORY_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Limit, usage, and the line of memory.stat with what the kernel drops first: of cgroup v2 and of v1."""
+"""For cgroup v2 and v1: file of the limit, file of the usage, and line of memory.stat with the droppable bytes."""
 
 
 def num_usable_cores(root: Path = MACHINE) -> int:
-    """How many threads can run at the same time: cores of the affinity mask, at most the CPU quota.
+    """Number of threads that can run at the same time: the cores of the affinity mask, at most the CPU quota.
 
-    A quota of 2.5 cores counts as two. A third thread would use it up before each period ends, and then all threads
-    stand still until the next one. Below one core it is still one thread.
+    A quota of 2.5 cores counts as two. With a third thread the quota would run out before the end of each period, and
+    all threads would stop until the next one. A quota below one core counts as one.
 
     Args:
-        root: what stands for `/`; a test brings its own.
+        root: the folder used as `/`; for tests.
     """
     cores = len(os.sched_getaffinity(0))
     quotas = [quota for group in _groups("cpu", root) if (quota := _cpu_quota(group)) is not None]
@@ -37,7 +37,7 @@ def num_usable_cores(root: Path = MACHINE) -> int:
 
 
 def available_memory_bytes(root: Path = MACHINE) -> int:
-    """What can be taken without swapping and without exceeding the container's limit.
+    """Bytes that can be allocated without swapping and without exceeding the container's limit.
 
     Args:
         root: as in `num_usable_cores`.
@@ -47,14 +47,14 @@ def available_memory_bytes(root: Path = MACHINE) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the cgroups that limit this process, its own first, then those above it that can be seen."""
+    """The folders of the cgroups that limit this process: its own, then all visible ones above."""
     paths = [line.split(":", 2) for line in _lines(root / "proc/self/cgroup")]
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
         mounted, mount_point = (_unescaped(field) for field in before.split()[3:5])
         kind, *options = after.replace(",", " ").split()
         for _, controllers, path in paths:
-            # An entry without controllers is that of v2, where one hierarchy has them all.
+            # The entry of v2 names no controllers, because its single hierarchy has all of them.
             is_v2 = kind == "cgroup2" and not controllers
             is_v1 = kind == "cgroup" and controller in controllers.split(",") and controller in options
             if is_v2 or is_v1:
@@ -62,9 +62,9 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _upward(top: Path, mounted: str, path: str) -> Iterator[Path]:
-    """From the cgroup `path` up to `top`, where the cgroup `mounted` is mounted.
+    """The folders from the cgroup `path` up to `top`, the mount point of the cgroup `mounted`.
 
-    In a container `path` may be that of the host, which leads nowhere here; `top` then is the container's own cgroup.
+    In a container `path` may be a path of the host that does not exist here. `top` is then the container's own cgroup.
     """
     below = os.path.relpath(path, mounted)
     folder = top if below.startswith("..") else top / below
@@ -75,7 +75,7 @@ def _upward(top: Path, mounted: str, path: str) -> Iterator[Path]:
 
 
 def _cpu_quota(group: Path) -> float | None:
-    """Cores' worth of time that the cgroup gets; None: no limit."""
+    """The cgroup's CPU quota in cores; None: no limit."""
     for words in (
         [word for line in _lines(group / "cpu.max") for word in line.split()],
         [*_lines(group / "cpu.cfs_quota_us"), *_lines(group / "cpu.cfs_period_us")],
@@ -86,7 +86,7 @@ def _cpu_quota(group: Path) -> float | None:
 
 
 def _left_bytes(group: Path) -> int | None:
-    """What the cgroup may still take; None: no limit. Files read long ago make room when it is needed."""
+    """Bytes that the cgroup may still allocate; None: no limit. Inactive file cache counts as free."""
     for limit, usage, droppable in _MEMORY_FILES:
         limited, used = _lines(group / limit), _lines(group / usage)
         if limited and used and limited[0] != "max":
@@ -99,12 +99,12 @@ def _host_bytes(root: Path) -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    """The number behind `name` in a file of one name and number per line; 0 where there is none."""
+    """The number after `name` in a file with a name and a number per line; 0 without such a line."""
     return next((int(words[1]) for line in _lines(path) if (words := line.split())[:1] == [name]), 0)
 
 
 def _lines(path: Path) -> list[str]:
-    """Nothing where the file is not there or may not be read: then there is no limit to be read from it."""
+    """The file's lines; none when the file is absent or unreadable, which means that there is no limit."""
     try:
         return path.read_text().splitlines()
     except OSError:
@@ -112,5 +112,5 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(field: str) -> str:
-    """A path of /proc/self/mountinfo, where a space is written as its octal number."""
+    """Decode a path of /proc/self/mountinfo, which has spaces as octal escapes."""
     return re.sub(r"\\([0-7]{3})", lambda number: chr(int(number[1], 8)), field)

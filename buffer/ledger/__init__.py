@@ -1,1 +1,1 @@
-"""What happened to every prompt and group: the ledger on disk, and the rules over it."""
+"""The prompt ledger on disk, and the rules for leases, batches and the curriculum."""

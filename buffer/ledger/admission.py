@@ -1,22 +1,24 @@
-"""Who may start a group, and when a batch may be cut, so that no group is first trained on too late.
+"""The admission rule: how many groups may be leased, and when a batch may be cut, so that no group gets too stale.
 
-Pure functions over counts per version, called by `buffer/service/service.py` on every change; their cost grows with
-max_staleness and never with the number of groups. Batch k (k = 0, 1, ...) from now is handed out at version
-`next_version + k * u`, with u = updates_per_batch. A group whose oldest token stems from version o must be in a batch
-handed out at a version <= o + S, with S = max_staleness: its *slot* is the last such k. The outstanding groups (leased
-and ready, that is never used) are schedulable when, for every k, at most (k + 1) * B of them have a slot <= k, with
-B = groups_per_batch.
+Pure functions of group counts per version, called on every change of the ledger. Their cost grows with max_staleness
+and not with the number of groups.
 
-Admission keeps the outstanding groups schedulable and the choice of a batch leaves the rest schedulable for the next
-version, so staleness never exceeds S while leases are kept. It implies leased + ready <= (S // u + 1) * B, and with
-S = 0 nothing is leased at a version whose batch is being trained: generation and training take strict turns.
+Let u = updates_per_batch, S = max_staleness, B = groups_per_batch. Batch k (k = 0, 1, ...; 0 is the next one) is handed
+out at version `next_version + k * u`. A group whose oldest token was sampled by version o must be in a batch handed out
+at a version <= o + S. The group's *slot* is the last such k. *Outstanding* groups are leased or ready, so they have not
+been used yet. They are *schedulable* when, for every k, at most (k + 1) * B of them have a slot <= k.
 
-A group may be past its slot all the same, after a rollback of the learner. Slots are therefore clamped to
-[0, S // u]: an overdue group counts as due now and never blocks the loop, and weights from ahead of the learner give
-no extra room.
+`room` grants a lease only if the outstanding groups stay schedulable. `must_wait` delays a batch that would leave the
+others unschedulable. So staleness at first use never exceeds S while leases are kept. It follows that
+leased + ready <= (S // u + 1) * B. With S = 0 no group is leased while a batch is being trained: generation and
+training strictly alternate.
 
-With max_uses > 1 a group may be in later batches again, as long as it is fresh enough. Such uses have no deadline and
-need no place kept; they only lower how many groups are `wanted`.
+After a rollback of the learner a group may be past its slot, or its version may be ahead of the learner's. Slots are
+therefore clamped to [0, S // u]. An overdue group counts as due now and never blocks the run; a version ahead of the
+learner's gives no extra room.
+
+With max_uses > 1 a used group may be in later batches while it is fresh enough. Such uses have no deadline, so no slot
+is reserved for them. They only lower the number of new groups `wanted`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The constants of one run."""
+    """A run's constants for the admission rule."""
 
     max_staleness: int
     groups_per_batch: int
@@ -37,24 +39,24 @@ class Limits:
 
     @property
     def num_slots(self) -> int:
-        """Batches that may be under way at once, the one due next included."""
+        """Batches that outstanding groups may be assigned to, the next batch included: S // u + 1."""
         return self.max_staleness // self.updates_per_batch + 1
 
     @property
-    def of_first_uses(self) -> Limits:
-        """So many new groups in each batch, and so early, that every group can be used as often as it may."""
+    def for_first_uses(self) -> Limits:
+        """Limits under which every group can have `max_uses` uses: fewer new groups per batch, with earlier slots."""
         later = self.max_uses - 1
         size = -(-self.groups_per_batch // self.max_uses)
         return Limits(self.max_staleness - later * self.updates_per_batch, size, self.updates_per_batch)
 
 
 def slot(oldest_version: int, next_version: int, limits: Limits) -> int:
-    """The last batch from now that this group may be in: 0 is the next; negative when even that is too late."""
+    """The last batch that a group may be in: 0 is the next batch; negative when even that is too late."""
     return (oldest_version + limits.max_staleness - next_version) // limits.updates_per_batch
 
 
 def _slack(outstanding: Mapping[int, int], next_version: int, limits: Limits) -> list[int]:
-    """Per slot k, how many more groups due by batch k fit: (k + 1) * B minus those there are."""
+    """For every slot k, how many more groups with a slot <= k fit: (k + 1) * B minus the present ones."""
     counts = [0] * limits.num_slots
     for version, count in outstanding.items():
         counts[min(max(slot(version, next_version, limits), 0), limits.num_slots - 1)] += count
@@ -66,17 +68,17 @@ def _slack(outstanding: Mapping[int, int], next_version: int, limits: Limits) ->
 
 
 def is_schedulable(outstanding: Mapping[int, int], next_version: int, limits: Limits) -> bool:
-    """Whether all outstanding groups, given as counts by oldest version, can be trained on in time."""
+    """Whether every outstanding group can be in a batch in time. `outstanding` counts groups by oldest version."""
     return min(_slack(outstanding, next_version, limits)) >= 0
 
 
 def room(outstanding: Mapping[int, int], policy_version: int, next_version: int, limits: Limits) -> int:
-    """How many groups an actor at `policy_version` may start now; 0 when its weights are too old or all slots are full.
+    """Number of groups that an actor may start now; 0 when its weights are too old or all slots are full.
 
     Args:
-        outstanding: counts of leased and ready groups by oldest version (by the actor's version while leased).
-        policy_version: the optimizer steps behind the actor's weights.
-        next_version: the version at which the next batch will be handed out.
+        outstanding: number of leased and ready groups by oldest version; a leased group counts by its actor's version.
+        policy_version: version of the actor's weights.
+        next_version: version at which the next batch will be handed out.
         limits: the run's constants.
     """
     first = slot(min(policy_version, next_version), next_version, limits)
@@ -93,25 +95,25 @@ def wanted(
     limits: Limits,
     ahead: int,
 ) -> int:
-    """How many groups more the batches under way need, if every group is used as often as it may and can be.
+    """Number of new groups that the next `ahead` batches need, if every group is used as often as possible.
 
-    As many as keep up with `Limits.of_first_uses`, at least what the next batch lacks, and no more than fill the
-    batches under way. No group has more uses than these are, so the last bound is never below what the next batch
-    lacks: the learner cannot wait for ever.
+    Three bounds apply: as many as `Limits.for_first_uses` has room for; at least as many as the next batch lacks; and
+    no more than fill the next `ahead` batches, given all uses still possible. No group can have more than `ahead` uses,
+    so the last bound is never below what the next batch lacks, and the learner cannot wait for ever.
 
     Args:
-        outstanding: counts of leased and ready groups by oldest version.
-        reusable: counts of groups that were used and may be again, by (last version they are of use, uses so far).
-        policy_version: the optimizer steps behind the weights that would sample the new groups.
-        next_version: the version at which the next batch will be handed out.
+        outstanding: number of leased and ready groups by oldest version.
+        reusable: number of used groups that may be used again, by (useful version, uses so far).
+        policy_version: version of the weights that would sample the new groups.
+        next_version: version at which the next batch will be handed out.
         limits: the run's constants.
-        ahead: batches that may be under way at once, the next one included, as far as the run needs so many.
+        ahead: number of batches to sample for, the next one included; at most `Limits.num_slots`.
     """
     if not ahead:
         return 0
 
     def batches(version: int) -> int:
-        """That a group may yet be in."""
+        """Number of batches that a group of this version can still be in."""
         return min(max(slot(version, next_version, limits), 0) + 1, ahead)
 
     uses = sum(count * min(limits.max_uses, batches(version)) for version, count in outstanding.items())
@@ -122,25 +124,25 @@ def wanted(
             here += count
     missing = ahead * limits.groups_per_batch - uses
     by_uses = -(-missing // min(limits.max_uses, batches(policy_version)))
-    keeping_up = room(outstanding, policy_version, next_version, limits.of_first_uses)
+    keeping_up = room(outstanding, policy_version, next_version, limits.for_first_uses)
     return max(0, min(by_uses, max(keeping_up, limits.groups_per_batch - here)))
 
 
 def in_time(outstanding: Mapping[int, int], next_version: int, limits: Limits) -> Counter[int]:
-    """Those of the counts by oldest version that may yet be in the batch for `next_version`."""
+    """The part of `outstanding`, counts by oldest version, that is not too stale for the batch for `next_version`."""
     return Counter({version: n for version, n in outstanding.items() if slot(version, next_version, limits) >= 0})
 
 
 def leaves_the_rest_in_time(
     leased: Mapping[int, int], ready: Mapping[int, int], picked: Sequence[int], next_version: int, limits: Limits
 ) -> bool:
-    """Whether, with `picked` handed out at `next_version`, all other outstanding groups fit the batches after it.
+    """Whether all other outstanding groups can be in later batches in time if `picked` are in the next one.
 
     Args:
-        leased: counts of leased groups by the version they were leased at.
-        ready: counts of ready groups by oldest version.
-        picked: oldest versions of the ready groups that would be in the batch.
-        next_version: the version at which they would be handed out.
+        leased: number of leased groups by the version of the actor's weights.
+        ready: number of ready groups by oldest version.
+        picked: oldest versions of the ready groups that would be in the next batch.
+        next_version: version at which the next batch would be handed out.
         limits: the run's constants.
     """
     rest = Counter(leased)
@@ -154,12 +156,12 @@ def leaves_the_rest_in_time(
 def must_wait(
     leased: Mapping[int, int], ready: Mapping[int, int], picked: Sequence[int], next_version: int, limits: Limits
 ) -> bool:
-    """Whether handing out `picked` now would make another group too old although waiting can prevent it.
+    """Whether the batch must wait, because handing out `picked` now would make another group too stale.
 
-    True when the rest would not be in time, and a leased group is due before one of `picked`, or would take the place
-    of a group used before. Waits for: that group. Unblocked by: its delivery, or the end of its lease. When there is
-    none, `picked` is the best choice there is and waiting would gain nothing, so this never blocks for ever. Arguments
-    as for `leaves_the_rest_in_time`.
+    True when `leaves_the_rest_in_time` is false and a leased group could improve the choice: the leased group is due
+    before one of `picked`, or would take the place of a group used before. Waits for: that leased group. Unblocked by:
+    its delivery, or the end of its lease. Without such a leased group waiting would gain nothing, so the batch is cut
+    and the learner never waits for ever. Arguments as in `leaves_the_rest_in_time`.
     """
     all_new = len(picked) == limits.groups_per_batch
     if not any(not all_new or version < max(picked) for version, count in leased.items() if count):

@@ -1,6 +1,7 @@
-"""Reads a run's ledger from outside, also while it is written, and checks what must always hold.
+"""Reads a run's ledger from another process, also while the buffer writes to it, and checks its invariants.
 
-Used by `python -m buffer inspect`, by the launcher's summary and by tests. Everything is read in one snapshot.
+Used by `python -m buffer inspect`, by the launcher's summary and by tests. One transaction reads everything, so the
+results are one consistent snapshot.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _BROKEN_RULES = {
         "SELECT COUNT(*) FROM occurrences WHERE occurrence < 0"
         " OR occurrence >= COALESCE((SELECT value FROM meta WHERE key = 'issued'), 0)"
     ),
-    "prompts drawn twice in the epoch under way": (
+    "prompts drawn twice in the current epoch": (
         "SELECT COUNT(*) - COUNT(DISTINCT prompt_id) FROM occurrences WHERE occurrence >="
         " (SELECT epoch_first_occurrence FROM stages ORDER BY stage DESC LIMIT 1)"
     ),
@@ -53,21 +54,22 @@ _STAGES = (
 
 @dataclass(frozen=True, slots=True)
 class StageRow:
-    """A stage of the curriculum that was begun; they count from 1."""
+    """A stage of the curriculum that has begun."""
 
     stage: int
+    """Counted from 1."""
     first_occurrence: int
     policy_version: int
-    """What the next batch was for when it began."""
+    """Version of the next batch when the stage began."""
     began_at: float
-    """Wall clock, seconds since 1970."""
+    """Unix time in seconds."""
     success_before: float
-    """Share of correct completions at the end of the stage before, over `groups_before` groups."""
+    """Share of correct completions at the end of the previous stage, over `groups_before` groups."""
     groups_before: int
     epoch: int
-    """How often its prompts have been gone through."""
+    """Number of completed passes over the stage's prompts."""
     num_passed_over: int
-    """Prompts that the difficulty filter left out of that epoch."""
+    """Prompts that the difficulty filter leaves out of the current epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +82,24 @@ class Audit:
     dropped: dict[str, int]
     """Dropped occurrences by reason."""
     counters: dict[str, int]
-    """Late, duplicate and unknown copies, reissued and rolled back groups, and so on."""
+    """Counters by name: late, duplicate and unknown deliveries, reissued and rolled back groups, and others."""
     evaluations: dict[str, int]
     """Evaluations by state."""
     stages: tuple[StageRow, ...]
-    """Those begun, oldest first."""
+    """The stages that have begun, oldest first."""
     policy_version: int
     uses: int
-    """Places in batches that groups were given; more than the groups where max_uses is above 1."""
+    """Places in all batches. With max_uses above 1 a group may have several."""
     staleness_max: int
-    """Over the uses; 0 before the first."""
+    """Highest staleness of any use; 0 without uses."""
     staleness_mean: float
+    """Mean staleness over all uses; 0 without uses."""
     problems: tuple[str, ...]
-    """What does not hold; empty when the ledger is sound."""
+    """Broken invariants; empty when all hold."""
 
     @property
     def holds(self) -> bool:
-        """Whether issued = pending + leased + ready + used + done + dropped, and the contents agree."""
+        """Whether all invariants hold, first of all issued = pending + leased + ready + used + done + dropped."""
         return not self.problems
 
 
@@ -104,7 +107,7 @@ def audit(run_dir: str | Path) -> Audit:
     """Read and check the ledger in `run_dir`.
 
     Raises:
-        ValueError: when there is no ledger, or not one of ours.
+        ValueError: when there is no ledger, or the file is not a ledger of this schema.
     """
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():

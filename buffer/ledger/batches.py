@@ -1,9 +1,11 @@
-"""Which group was in which batch, and which groups may be in a batch again.
+"""Batches: which groups each batch consists of, and which used groups may be in a batch again.
 
-Owned by `buffer/ledger/ledger.py`, written inside its transactions. A use is one row; a batch that is asked for again
-is served from its rows, and a rollback deletes exactly the rows from its version on. A group that was used keeps its
-contents while it may be used again: fewer than max_uses times, and useful_version + max_staleness not below the batch's
-version.
+Owned by `buffer/ledger/ledger.py`, written inside its transactions. A *use* is the place of one group in one batch, and
+one row of the table `uses`. A batch that is requested again is served from its rows. A rollback deletes the rows of its
+version and of later ones.
+
+A used group may be in the batch for version v again if it has fewer than max_uses uses and
+v <= useful_version + max_staleness. Its contents are kept as long as a later batch could use them.
 """
 
 from __future__ import annotations
@@ -23,27 +25,27 @@ class BatchRow:
     occurrence: int
     staleness: int
     num_tokens: int
-    """Of all its trajectories."""
+    """Sum over the group's trajectories."""
     num_tokens_squared: int
-    """Each trajectory's number squared, added up."""
+    """Sum of the trajectories' squared numbers of tokens."""
 
     def cost(self, attention_crossover_tokens: float) -> float:
-        """What training on it costs, as `wire.BatchRequest` says, in tokens."""
+        """Cost of training on the group, in tokens (`BatchRequest` in `buffer/transport/messages.py`)."""
         return self.num_tokens + (
             self.num_tokens_squared / attention_crossover_tokens if attention_crossover_tokens > 0 else 0.0
         )
 
 
 class Batches:
-    """The table `uses`. Call `load` before anything else, and when a transaction was undone."""
+    """The table `uses`. Call `load` first, and after a transaction was rolled back."""
 
     def __init__(self, config: BufferConfig, file: LedgerFile) -> None:
         self._config, self._file = config, file
         self.reusable: Counter[tuple[int, int]] = Counter()
-        """Used groups that may be used again, by (useful_version, uses so far); some may be too stale by now."""
+        """Number of used groups with fewer than max_uses uses, by (useful_version, uses so far), also of stale ones."""
 
     def load(self) -> None:
-        """Rebuild what is kept in memory; to be called after every change of a state or a use."""
+        """Recompute `reusable` from the file. Must be called after every change of a state or a use."""
         if self._config.max_uses > 1:
             sql = (
                 "SELECT useful_version, num_uses, COUNT(*) FROM"
@@ -54,7 +56,7 @@ class Batches:
             self.reusable = Counter({(version, uses): number for version, uses, number in rows})
 
     def num_reusable(self, policy_version: int) -> int:
-        """How many used groups may be in the batch for `policy_version`."""
+        """Number of used groups that may be in the batch for `policy_version`."""
         oldest = policy_version - self._config.max_staleness
         return sum(number for (version, _), number in self.reusable.items() if version >= oldest)
 
@@ -72,11 +74,11 @@ class Batches:
         return [Candidate(*row) for row in rows]
 
     def add(self, policy_version: int, occurrences: str) -> None:
-        """The batch for `policy_version` is made of these, a JSON list in order; the file refuses one twice."""
+        """Store the batch for `policy_version`. `occurrences` is a JSON list, in order; SQLite refuses duplicates."""
         self._file.write("INSERT OR FAIL INTO uses SELECT ?, key, value FROM json_each(?)", policy_version, occurrences)
 
     def batch(self, policy_version: int) -> list[BatchRow]:
-        """The groups handed out for `policy_version`, in order; empty when none were, or their contents are gone."""
+        """The groups of the batch for `policy_version`, in order; empty if there is none or contents are deleted."""
         rows = self._file.rows(
             "SELECT occurrence, oldest_version, num_tokens, num_tokens_squared, state"
             " FROM uses CROSS JOIN occurrences USING (occurrence) WHERE used_version = ? ORDER BY batch_order",
@@ -87,15 +89,15 @@ class Batches:
         return [BatchRow(occurrence, policy_version - oldest, *lengths) for occurrence, oldest, *lengths, _ in rows]
 
     def finished(self, policy_version: int, next_version: int, *, is_over: bool) -> tuple[list[int], int]:
-        """Used groups whose uses are all before `policy_version`, and that can be in no batch from `next_version` on.
+        """Used groups that only batches before `policy_version` used, and that no batch from `next_version` on can use.
 
         Args:
-            policy_version: of the checkpoint that contains them.
-            next_version: of the next batch.
+            policy_version: version of the checkpoint.
+            next_version: version of the next batch.
             is_over: whether the run has no more batches.
 
         Returns:
-            Their occurrences, and how many of them may have been used more often, but are too stale.
+            Their occurrences, and the number of those that have fewer than max_uses uses but are too stale.
         """
         rows = self._file.rows(
             "SELECT occurrence, useful_version, COUNT(*) FROM occurrences CROSS JOIN uses USING (occurrence)"

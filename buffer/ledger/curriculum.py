@@ -1,13 +1,12 @@
-"""The curriculum's state: which stage it is, which epoch of it, and so which prompt is drawn next.
+"""The curriculum: the current stage and epoch, and the prompt that is drawn next.
 
-Owned by `buffer/ledger/ledger.py`; written inside the ledger's transactions. Everything is rows of the ledger's file: a
-table `stages` with one row per stage begun, the last of them with its epoch and the prompts that epoch passes over,
-and every group's share of correct completions. So a restart at any moment deals on where it stopped.
+Owned by `buffer/ledger/ledger.py`, written inside its transactions. All state is in the ledger's file, so a restart at
+any moment continues with the same prompt. The table `stages` has one row per stage begun; the last row also holds the
+current epoch and the prompts left out of it. `occurrences` holds the number of correct completions of every group.
 
-A stage's prompts are drawn in epochs: within one no prompt comes twice, and none is left out but those that the
-difficulty filter passes over, which is decided once, when the epoch begins. A stage ends when a batch is cut, in the
-same transaction; occurrences drawn before belong to their stage for good. A rollback of the learner brings no stage
-back: what was drawn stays drawn.
+A stage draws its prompts in epochs. An epoch draws every prompt of the stage once, except those that the difficulty
+filter passes over; the filter decides when the epoch begins. A stage ends in the transaction that cuts a batch.
+Occurrences drawn before that keep their stage. A rollback of the learner undoes neither stages nor draws.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Curriculum:
-    """Deals the prompts of one run. Call `open` inside a transaction, then `load`, before anything else.
+    """Draws the prompts of one run. Call `open` inside a transaction, then `load`, before any other method.
 
     Raises:
-        ValueError: when stages have levels and the run has none written down, or a stage has no prompts.
+        ValueError: when stages select levels and the run's levels cannot be read, or a stage has no prompts.
     """
 
     def __init__(self, config: BufferConfig, file: LedgerFile) -> None:
@@ -49,18 +48,18 @@ class Curriculum:
             if not prompts_of(stage, self._levels).size:
                 raise ValueError(f"curriculum stage {number} has no prompts in {config.run_dir}; change its levels")
         self._num_recent = max(config.skip_solved.seen, config.skip_unsolved.seen)
-        """Groups of each prompt that the filter looks at, those drawn last; 0: it is off."""
+        """Number of each prompt's latest groups that the difficulty filter considers; 0: the filter is off."""
         described = json.dumps([asdict(stage) for stage in self._stages]).encode() + self._levels.tobytes()
         self.fingerprint = hashlib.sha256(described).hexdigest()[:16]
-        """Names the stages and the prompts of each."""
+        """Hash of the stages' settings and of all prompts' levels."""
 
     def open(self) -> None:
-        """Begin the first stage of a new ledger; `load` finds the state of an old one."""
+        """Begin the first stage if the ledger is new."""
         if not self._file.one("SELECT COUNT(*) FROM stages"):
             self._begin_stage(1, 0, 0.0, 0)
 
     def load(self) -> None:
-        """Rebuild everything kept in memory from the file."""
+        """Rebuild the state in memory from the file."""
         self._firsts = [row[0] for row in self._file.rows("SELECT first_occurrence FROM stages ORDER BY stage")]
         self._number = len(self._firsts)
         self._stage = self._stages[self._number - 1]
@@ -69,7 +68,7 @@ class Curriculum:
             self._number,
         )[0]
         prompts = prompts_of(self._stage, self._levels)
-        # One bit per prompt, zeros where the column is shorter; NumPy fills with them only after a first byte.
+        # One bit per prompt; a shorter column is filled with zeros. NumPy fills only if there is at least one byte.
         skipped = np.unpackbits(np.frombuffer(packed or b"\0", np.uint8), count=len(prompts)).astype(np.bool_)
         self._set_epoch(prompts, skipped)
         delivered = "occurrence >= ? AND num_samples IS NOT NULL"
@@ -78,22 +77,22 @@ class Curriculum:
         self._recent = RecentGroups(len(self._levels), self._num_recent, groups)
 
     def draw(self, occurrence: int) -> int:
-        """The prompt of the next new occurrence; they count on without a gap."""
+        """The prompt of a new occurrence. Occurrences must be drawn one after another, without a gap."""
         if occurrence - self._epoch_first >= len(self._order):
             self._begin_epoch(occurrence)
         return int(self._order[occurrence - self._epoch_first])
 
     def stage_of(self, occurrence: int) -> Stage:
-        """The stage that drawn it."""
+        """The stage that drew the occurrence."""
         return self._stages[bisect_right(self._firsts, occurrence) - 1]
 
     def delivered(self, occurrence: int, prompt_id: int, success: float) -> None:
-        """A group came in, with this share of correct completions; for the filter, if it is on."""
+        """Tell the difficulty filter about a delivered group and its share of correct completions."""
         if self._num_recent and occurrence >= self._firsts[-1]:
             self._recent.add(occurrence, prompt_id, success)
 
     def advance(self, next_version: int) -> None:
-        """A batch was cut, and the next one is for `next_version`: begin the next stage if this one is over."""
+        """Begin the next stage if the current one is over. Called after a cut; the next batch is for `next_version`."""
         while self._number < len(self._stages) and self._stage.ends(
             next_version, self._began_version, self._successes()
         ):
@@ -105,17 +104,17 @@ class Curriculum:
             )
 
     def status(self) -> StageStatus:
-        """For the display, the event files and `inspect`."""
+        """The state for the terminal display and TensorBoard."""
         successes = self._successes()
         groups = len(successes)
         success = sum(successes) / groups if groups else 0.0
         return StageStatus(self._number, len(self._stages), success, groups, self._num_passed_over)
 
-    # --- inside ---
-
     def _successes(self) -> list[float]:
-        """Of the stage's groups drawn last, as far as the learner has had them or they were dropped for having no
-        signal: without these a stage whose prompts are all solved would never end.
+        """Shares of correct completions of the stage's latest groups, newest first.
+
+        Groups count that the learner has used or that were dropped because their rewards were all equal. Without the
+        latter a stage whose prompts are all solved would never end.
         """
         rows = self._file.rows(
             f"SELECT {SUCCESS} FROM occurrences WHERE occurrence >= ? AND (state IN ('used', 'done')"
@@ -139,7 +138,9 @@ class Curriculum:
         skipped = self._filter(prompts)
         where = f"stage {self._number}, epoch {self._epoch}"
         if skipped.all():
-            log.warning("%s: the filter would pass all %d prompts over, so it rests in this epoch", where, len(prompts))
+            log.warning(
+                "%s: the filter would pass all %d prompts over, so this epoch ignores the filter", where, len(prompts)
+            )
             skipped = np.zeros(len(prompts), np.bool_)
         elif skipped.any():
             log.info("%s: %d of %d prompts are passed over", where, skipped.sum(), len(prompts))
@@ -151,7 +152,7 @@ class Curriculum:
         self._set_epoch(prompts, skipped)
 
     def _filter(self, prompts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which prompts of the stage the epoch that begins now passes over."""
+        """Mask of the stage's prompts that the beginning epoch passes over."""
         config = self._config
         if not self._num_recent or (config.revisit_epochs and self._epoch % config.revisit_epochs == 0):
             return np.zeros(len(prompts), np.bool_)

@@ -1,7 +1,7 @@
-"""Which held-out evaluations were asked for, who runs them, and what they reported.
+"""Held-out evaluations: the requests, the actors that run them, and their reports.
 
-A table of the ledger's file, with states pending -> running -> reported; written inside the ledger's transactions.
-An evaluation whose actor falls silent becomes pending again; a report counts once.
+Owned by `buffer/ledger/ledger.py`, written inside its transactions. An evaluation's states are
+pending -> running -> reported. It becomes pending again when its actor falls silent. Only its first report is stored.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from buffer.transport.messages import EvaluationReport, decode, encode
 
 
 class Evaluations:
-    """The evaluations of one run, keyed by the version they were asked for."""
+    """The table `evaluations`, by requested version."""
 
     def __init__(self, file: LedgerFile) -> None:
         self._file = file
 
     def request(self, version: int) -> None:
-        """Ask for an evaluation of `version`; asking again changes nothing."""
+        """Add a pending evaluation of `version`. A repeated call changes nothing."""
         self._file.write("INSERT OR IGNORE INTO evaluations (requested_version, state) VALUES (?, 'pending')", version)
 
     def take(self, policy_version: int, holder: str, request_number: int) -> int:
-        """Hand the oldest pending evaluation that an actor at `policy_version` can run to it; -1 when there is none."""
+        """Assign the oldest pending evaluation up to `policy_version` to `holder`. Returns its version; -1: none."""
         version = self._file.one(
             "SELECT MIN(requested_version) FROM evaluations WHERE state = 'pending' AND requested_version <= ?",
             policy_version,
@@ -37,7 +37,7 @@ class Evaluations:
         return int(version)
 
     def taken(self, holder: str, request_number: int) -> int:
-        """The running evaluation that this very request was given; -1 when it was given none."""
+        """The running evaluation that this lease request was assigned; -1 when there is none."""
         version = self._file.one(
             "SELECT requested_version FROM evaluations WHERE state = 'running' AND holder = ? AND request_number = ?",
             holder,
@@ -46,7 +46,7 @@ class Evaluations:
         return -1 if version is None else int(version)
 
     def report(self, report: EvaluationReport) -> bool:
-        """Store a report; False when nobody waits for it, because it is known or its version was rolled back."""
+        """Store a report. False when the evaluation is reported already or was rolled back."""
         return bool(
             self._file.write(
                 "UPDATE evaluations SET state = 'reported', report = ?"
@@ -67,19 +67,19 @@ class Evaluations:
         return tuple(message for message in messages if isinstance(message, EvaluationReport))
 
     def num_unfinished(self) -> int:
-        """Evaluations asked for and not reported."""
+        """Number of evaluations without a report."""
         return int(self._file.one("SELECT COUNT(*) FROM evaluations WHERE state != 'reported'"))
 
     def holders(self) -> set[str]:
-        """Who runs evaluations."""
+        """Names of the holders that run evaluations."""
         return {row[0] for row in self._file.rows("SELECT DISTINCT holder FROM evaluations WHERE state = 'running'")}
 
     def release(self, holder: str) -> int:
-        """Make the evaluations of a silent holder pending again; returns their number."""
+        """Make the evaluations of a holder pending again. Returns their number."""
         return self._file.write(
             "UPDATE evaluations SET state = 'pending' WHERE state = 'running' AND holder = ?", holder
         )
 
     def roll_back(self, version: int) -> None:
-        """Forget the evaluations of versions above `version`: the learner will make those anew."""
+        """Delete the evaluations of versions above `version`, because the learner will compute those versions again."""
         self._file.write("DELETE FROM evaluations WHERE requested_version > ?", version)

@@ -1,17 +1,18 @@
-"""The prompt ledger: for every prompt occurrence its state, for every ready or used group its contents, in one file.
+"""The prompt ledger: the state of every prompt occurrence and the contents of every ready or used group, in one file.
 
-An occurrence is one dealing of a prompt id. It is always in exactly one state, and changes it only inside
-`transaction`, together with the group's contents; which changes there are stands in `buffer/ledger/states.py`:
+An occurrence is one draw of a prompt; occurrences are numbered 0, 1, 2, ... Each is in exactly one state. States and
+contents change only inside `transaction`, together; `buffer/ledger/states.py` lists the transitions:
 
     pending -> leased -> ready -> used -> done        dropped(reason) from leased and ready
 
     issued = pending + leased + ready + used + done + sum(dropped by reason)
 
-A group is named `occurrence.attempt`; each new lease of an occurrence is a new attempt, so a late copy of an older one
-is told apart and counted. Contents of done and dropped groups are deleted, their rows stay. Which prompt a new
-occurrence deals says `buffer/ledger/curriculum.py`; which batches a group was in, `buffer/ledger/batches.py`. Called by
-`buffer/service/service.py` only. `now` is always seconds of a monotonic clock; deadlines are kept in memory, and on
-reopening every holder of a lease gets a full one.
+A group id is `occurrence.attempt`. Each lease of an occurrence is a new attempt, so a late delivery of an earlier
+attempt is recognized and counted. The contents of done and dropped groups are deleted; their rows stay.
+`buffer/ledger/curriculum.py` draws the prompt of a new occurrence; `buffer/ledger/batches.py` records batches.
+
+Called by `buffer/service/` only. `now` is seconds of a monotonic clock. Deadlines of leases are kept in memory; when
+the ledger is reopened, every holder of a lease gets a new, full deadline.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who leases: one connection of one actor process, and which of its requests."""
+    """The owner of a lease: one request on one connection of an actor process."""
 
     name: str
-    """Unique per process, so that a restarted actor is not taken for its predecessor."""
+    """Name of the connection. Unique per process, so that a restarted actor is told apart from its predecessor."""
     actor_id: str
     request_number: int
 
@@ -55,7 +56,7 @@ class Ledger:
     """The single writer of one run's ledger.
 
     Raises:
-        ValueError: when the file belongs to other prompts or another order of them, or is in use.
+        ValueError: when the file is in use, or was made with other prompts or settings of their order.
     """
 
     def __init__(self, config: BufferConfig, now: float) -> None:
@@ -63,14 +64,14 @@ class Ledger:
         self.file = LedgerFile(Path(config.run_dir), config.durability)
         self.evaluations = Evaluations(self.file)
         self.counts: Counter[str] = Counter()
-        """Occurrences by state; dropped ones by reason as `dropped:reason`."""
+        """Number of occurrences by state; dropped ones by reason, as `dropped:reason`."""
         self.leased: Counter[int] = Counter()
-        """Leased groups by the version of the actor that leased them."""
+        """Number of leased groups by the version of the actor's weights at the lease."""
         self.ready: Counter[int] = Counter()
-        """Ready groups, which were never used, by oldest version."""
+        """Number of ready groups by oldest version."""
         self._deadlines: dict[str, float] = {}
         self._headers: dict[int, GroupHeader] = {}
-        """Of ready groups delivered to this process: what was checked on the way in is not decoded on the way out."""
+        """Headers of ready groups that this process received, so that they need not be decoded again."""
         try:
             self.curriculum = Curriculum(config, self.file)
             self.batches, self.zero_advantage = Batches(config, self.file), ZeroAdvantageGroups(config, self.file)
@@ -104,7 +105,7 @@ class Ledger:
                 )
 
     def _load(self) -> None:
-        """Rebuild everything kept in memory from the file."""
+        """Rebuild the state in memory from the file."""
         sql = "SELECT state, reason, COUNT(*) FROM occurrences GROUP BY state, reason"
         counted = {_count_key(state, reason): number for state, reason, number in self.file.rows(sql)}
         self.counts = Counter(counted)
@@ -121,14 +122,14 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All changes inside become durable together when it ends, or none of them when it raises."""
+        """Commit all changes inside the block together when it ends; undo all of them when it raises."""
         deadlines = dict(self._deadlines)
         try:
             with self.file.transaction():
                 yield
         except BaseException:
             self._load()
-            # Who was heard of stays so; who lost everything has it again, and its deadline.
+            # Extended deadlines stay extended. A holder whose release was undone has its old deadline again.
             self._deadlines = deadlines | self._deadlines
             raise
 
@@ -136,7 +137,7 @@ class Ledger:
         """Close the file; everything committed stays."""
         self.file.close()
 
-    # --- leases ---
+    # Leases.
 
     def issue(self, holder: Holder, policy_version: int, now: float) -> tuple[str, int]:
         """Lease the next occurrence: the oldest pending one, else a new one. Returns group_id and prompt_id."""
@@ -170,7 +171,7 @@ class Ledger:
         return f"{occurrence}.{attempt}", prompt_id
 
     def leases_of(self, holder: Holder) -> list[tuple[str, int]]:
-        """The leases this very request was given, as (group_id, prompt_id), as far as they are still out."""
+        """The leases granted to this request that are still held, as (group_id, prompt_id)."""
         rows = self.file.rows(
             "SELECT occurrence || '.' || attempt, prompt_id FROM occurrences"
             " WHERE state = 'leased' AND holder = ? AND request_number = ? ORDER BY occurrence",
@@ -180,11 +181,11 @@ class Ledger:
         return [(group_id, prompt_id) for group_id, prompt_id in rows]
 
     def deliver(self, group: PackedGroup, next_version: int) -> str:
-        """Take in a group that was leased; the next batch is for `next_version`.
+        """Store or drop a delivered group. The next batch is for `next_version`.
 
         Returns:
-            stored; dropped: it is too stale, or has no signal; duplicate: this attempt is known already; late: its
-            lease was given up or issued again; unknown: never issued.
+            The outcome: stored; dropped: the group is too stale or has zero advantage; duplicate: this attempt was
+            delivered before; late: the lease has ended; unknown: no such lease was ever granted.
         """
         header = group.header
         row = self._find(header.group_id)
@@ -202,7 +203,7 @@ class Ledger:
         masks = self._config.on_stale == "mask"
         useful_version = newest_sampled_version(group) if masks else header.oldest_version
         if self._config.on_stale != "wait" and useful_version + self._config.max_staleness < next_version:
-            self._end_lease(row.occurrence, row.oldest_version, self._stale(row.occurrence))
+            self._end_lease(row.occurrence, row.oldest_version, self._count_stale(row.occurrence))
             return "dropped"
         reason = NO_SIGNAL if self.zero_advantage.drops(header) else ""
         state = "dropped" if reason else "ready"
@@ -218,7 +219,7 @@ class Ledger:
         )
         self._move("leased", _count_key(state, reason))
         self.curriculum.delivered(row.occurrence, row.prompt_id, success)
-        _take(self.leased, row.oldest_version)
+        _decrement(self.leased, row.oldest_version)
         if reason:
             return "dropped"
         self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
@@ -227,7 +228,7 @@ class Ledger:
         return outcome
 
     def give_back(self, group_id: str, reason: str) -> bool:
-        """End a lease unsampled: pending again, or dropped under `reason`. False when it is not out."""
+        """End a lease: its occurrence is pending again, or dropped if a `reason` is given. False when it has ended."""
         row = self._find(group_id)
         if row is None or row.is_older_attempt or row.state != "leased":
             return False
@@ -235,7 +236,7 @@ class Ledger:
         return True
 
     def release(self, holder_name: str) -> int:
-        """End all leases and evaluations of one holder; they are pending again. Returns how many."""
+        """End all leases and evaluations of a holder; they become pending again. Returns their number."""
         rows = self.file.rows(
             "SELECT occurrence, oldest_version FROM occurrences WHERE state = 'leased' AND holder = ?", holder_name
         )
@@ -247,12 +248,12 @@ class Ledger:
         return len(rows) + self.evaluations.release(holder_name)
 
     def keep(self, holder_name: str, now: float) -> None:
-        """The holder is alive: extend what it holds."""
+        """Extend the holder's deadline, because it is alive."""
         if holder_name in self._deadlines:
             self._deadlines[holder_name] = now + self._config.lease_seconds
 
     def watch(self, holder_name: str, now: float) -> None:
-        """The holder has been given something: from now on it must be heard of."""
+        """Start the holder's deadline, because it was granted a lease or an evaluation."""
         self._deadlines[holder_name] = now + self._config.lease_seconds
 
     def silent(self, now: float) -> list[str]:
@@ -260,7 +261,7 @@ class Ledger:
         return [name for name, deadline in self._deadlines.items() if deadline <= now]
 
     def other_holders(self, holder_name: str, actor_id: str) -> list[str]:
-        """Who else holds leases under this actor_id."""
+        """Other holders that have leases of the same actor."""
         rows = self.file.rows(
             "SELECT DISTINCT holder FROM occurrences WHERE state = 'leased' AND actor_id = ? AND holder != ?",
             actor_id,
@@ -269,14 +270,14 @@ class Ledger:
         return [row[0] for row in rows]
 
     def leased_by_actor(self) -> dict[str, int]:
-        """How many leases each actor holds."""
+        """Number of leases by actor."""
         sql = "SELECT actor_id, COUNT(*) FROM occurrences WHERE state = 'leased' GROUP BY actor_id ORDER BY actor_id"
         return dict(self.file.rows(sql))
 
-    # --- batches ---
+    # Batches.
 
     def candidates(self, policy_version: int) -> list[Candidate]:
-        """What the batch for `policy_version` may be made of: all of it, or under fifo at least what comes first."""
+        """Candidates for the batch for `policy_version`, for fifo only the first ready ones; empty when too few."""
         size = self._config.groups_per_batch
         if self.ready.total() + self.batches.num_reusable(policy_version) < size:
             return []
@@ -294,7 +295,7 @@ class Ledger:
         for occurrence, version, state in self.file.rows(sql, listed):
             if state == "ready":
                 self._move("ready", "used")
-                _take(self.ready, version)
+                _decrement(self.ready, version)
             elif state != "used":
                 raise RuntimeError(f"occurrence {occurrence} is {state}, neither ready nor used")
         self.file.write(f"UPDATE OR FAIL occurrences SET state = 'used' WHERE state = 'ready' AND {_THESE}", listed)
@@ -308,9 +309,10 @@ class Ledger:
         return read_group_header(*frames) if header is None else PackedGroup(header, *frames)
 
     def commit(self, policy_version: int, next_version: int) -> int:
-        """The effect of all batches before `policy_version` is durable. Returns how many groups are done.
+        """Record that the checkpoint of `policy_version` is durable. Returns the number of groups that are now done.
 
-        Done are those that can be in no batch from `next_version` on; their contents are deleted.
+        Groups are done when only batches before `policy_version` used them and no batch from `next_version` on can use
+        them. Their contents are deleted.
         """
         last = self._config.num_batches * self._config.updates_per_batch
         done, expired = self.batches.finished(policy_version, next_version, is_over=0 < last <= next_version)
@@ -323,13 +325,13 @@ class Ledger:
         return len(done)
 
     def drop_stale(self, next_version: int) -> int:
-        """Ready groups that no batch from `next_version` on can use are sampled again or dropped. Returns how many."""
+        """Resample or drop the ready groups that no batch from `next_version` on can use. Returns their number."""
         rows = self.file.rows(
             "SELECT occurrence FROM occurrences WHERE state = 'ready' AND useful_version < ?",
             next_version - self._config.max_staleness,
         )
         for (occurrence,) in rows:
-            reason = self._stale(occurrence)
+            reason = self._count_stale(occurrence)
             self.file.write("DELETE FROM payloads WHERE occurrence = ?", occurrence)
             self.file.write(
                 "UPDATE OR FAIL occurrences SET state = ?, reason = ?, num_samples = NULL, num_correct = NULL"
@@ -342,10 +344,10 @@ class Ledger:
         return len(rows)
 
     def roll_back(self, policy_version: int) -> int:
-        """The learner is back at `policy_version`: uses from there on are undone. Returns how many will be made again.
+        """Undo all batches from `policy_version` on, because the learner restarts there. Returns the undone uses.
 
-        Groups without any other use are ready again. Done ones (the learner went back behind a committed checkpoint)
-        have no contents any more; their prompts are pending, so that none is skipped.
+        Used groups without an earlier use become ready again. Done groups, which exist if the learner went back behind
+        a committed checkpoint, have no contents any more; their prompts become pending, so that none is skipped.
         """
         undone = "occurrence IN (SELECT occurrence FROM uses WHERE used_version >= ?)"
         only_use = undone + " AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.occurrence = occurrences.occurrence"
@@ -366,13 +368,11 @@ class Ledger:
         )
         self.file.write("DELETE FROM uses WHERE used_version >= ?", policy_version)
         self.evaluations.roll_back(policy_version)
-        self.zero_advantage.begin_anew()
+        self.zero_advantage.reset()
         self.file.count("rolled_back", number)
         self.file.count("resampled", resampled)
         self._load()
         return int(number)
-
-    # --- inside ---
 
     def _find(self, group_id: str) -> _Row | None:
         match = _GROUP_ID.fullmatch(group_id)
@@ -394,10 +394,10 @@ class Ledger:
             "UPDATE OR FAIL occurrences SET state = ?, reason = ? WHERE occurrence = ?", state, reason, occurrence
         )
         self._move("leased", _count_key(state, reason))
-        _take(self.leased, version)
+        _decrement(self.leased, version)
 
-    def _stale(self, occurrence: int) -> str:
-        """Count one more group of it that came too late: why it is dropped, or "" when it is to be sampled again."""
+    def _count_stale(self, occurrence: int) -> str:
+        """Count a too stale group of the occurrence. Returns the reason to drop it, or "" to sample it again."""
         num_stale = self.file.one("SELECT num_stale FROM occurrences WHERE occurrence = ?", occurrence) + 1
         self.file.write("UPDATE OR FAIL occurrences SET num_stale = ? WHERE occurrence = ?", num_stale, occurrence)
         self.file.count(STALE)
@@ -416,7 +416,7 @@ class _Row:
     state: str
     oldest_version: int
     is_judged: bool
-    """Whether this attempt came in, or came in and was dropped for what it holds."""
+    """Whether the current attempt was delivered, even if it was then dropped for its rewards."""
 
 
 def _count_key(state: str, reason: str) -> str:
@@ -424,13 +424,13 @@ def _count_key(state: str, reason: str) -> str:
 
 
 def _spread(rewards: Sequence[float]) -> float:
-    """Mean |reward - mean reward|: the mean |advantage| under the group's mean as the baseline."""
+    """Mean |reward - mean reward|, which is the mean |advantage| with the group's mean reward as the baseline."""
     mean = sum(rewards) / len(rewards)
     return sum(abs(reward - mean) for reward in rewards) / len(rewards)
 
 
-def _take(counts: Counter[int], version: int) -> None:
-    """Count one less; versions without groups are removed, so that the counters stay as short as max_staleness."""
+def _decrement(counts: Counter[int], version: int) -> None:
+    """Count one group less. Versions without groups are removed, so that a counter never outgrows max_staleness."""
     counts[version] -= 1
     if not counts[version]:
         del counts[version]

@@ -1,12 +1,14 @@
-"""The ledger's file: its tables, how it is opened, and its transactions.
+"""The ledger's SQLite file: tables, opening, transactions.
 
-Owned by `buffer/ledger/ledger.py`, read by `buffer/ledger/audit.py`. One process writes, enforced by a lock that dies
-with it; any number may read at the same time. Everything is written inside an explicit transaction or not at all.
+Owned by `buffer/ledger/ledger.py`, read by `buffer/ledger/audit.py`. One process writes; a file lock, which the kernel
+drops when the process ends, excludes others. Any number of processes may read at the same time. Every write is part of
+an explicit transaction.
 
-Large pages, because a group is large: its contents are a few pages instead of dozens. Contents of done groups are
-deleted, their pages are used again, and without `secure_delete` they are not overwritten first. So the file is as
-large as the most groups that were ever outstanding, plus the rows that stay. The write-ahead log is folded into the
-file every `WAL_BYTES`; it grows past that only while a reader holds an older snapshot, and is cut back afterwards.
+Pages are large because groups are: the contents of a group take a few pages instead of dozens. Pages of deleted
+contents are reused, and with `secure_delete` off they are not overwritten first. The file is therefore as large as the
+largest number of groups whose contents were ever kept at once, plus the rows that stay. SQLite checkpoints the
+write-ahead log into the file every `WAL_BYTES`. The log grows beyond that only while a reader holds an older snapshot,
+and is truncated afterwards.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ FILE_NAME = "ledger.sqlite"
 PAGE_BYTES = 1 << 15
 WAL_BYTES = 1 << 26
 LOCK_SECONDS = 10.0
-"""How long to wait for a predecessor that is about to die."""
+"""How long to wait for a previous buffer process that is about to exit."""
 _LOCK_POLL_SECONDS = 0.05
 
 _OUT_OF_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 _SYNCHRONOUS = {"full": "FULL", "normal": "NORMAL", "memory": "OFF"}
 
 SUCCESS = "CAST(num_correct AS REAL) / num_samples"
-"""SQL: the share of correct completions in a group; NULL before it is delivered."""
+"""SQL: the share of correct completions in a group; NULL before the group is delivered."""
 
 _TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
@@ -96,12 +98,13 @@ CREATE TABLE evaluations (
 
 
 class LedgerFile:
-    """The only writing connection to one run's ledger.
+    """The only writing connection to a run's ledger.
 
-    Waits for: another process that has it open for writing. Unblocked by: its end. Gives up after: `LOCK_SECONDS`.
+    Waits for: another process that has the file open for writing. Unblocked by: the end of that process. Gives up
+    after: `LOCK_SECONDS`.
 
     Raises:
-        ValueError: when that process does not end, or the file cannot be used or was written under another schema.
+        ValueError: when the other process does not end, the file cannot be used, or it has another schema.
     """
 
     def __init__(self, run_dir: Path, durability: str) -> None:
@@ -113,8 +116,8 @@ class LedgerFile:
             raise ValueError(f"{self._path} cannot be written: {error.strerror}; choose another run_dir") from error
         try:
             self._take_lock()
-            # Autocommit mode: transactions begin and end only in `transaction`. The thread that opens the file may
-            # hand it to the one that serves; they never use it at the same time.
+            # Autocommit mode: transactions begin and end only in `transaction`. One thread may open the file and
+            # another one use it, but never both at the same time.
             self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         except BaseException:
             os.close(self._lock)
@@ -157,10 +160,10 @@ class LedgerFile:
             raise ValueError(f"{self._path} is damaged or unusable: {reason}; restore it, or start a new run_dir")
 
     def check_present(self) -> None:
-        """The file is still the one that was opened.
+        """Check that the open file still exists under its path.
 
         Raises:
-            ValueError: when it, or its directory, was deleted or replaced.
+            ValueError: when the file or its directory was deleted or replaced.
         """
         try:
             present = self._path.stat().st_ino == self._inode
@@ -183,12 +186,12 @@ class LedgerFile:
 
     @property
     def num_changes(self) -> int:
-        """Rows written since the file was opened; what was rolled back counts too."""
+        """Number of rows written since the file was opened, including those rolled back."""
         return self._db.total_changes
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes inside are kept together when it ends, or none of them when it raises."""
+        """Commit all writes inside the block when it ends; undo all of them when it raises."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -199,7 +202,7 @@ class LedgerFile:
             raise
 
     def write(self, sql: str, *arguments: Any) -> int:
-        """Run one statement inside the open transaction; returns the number of rows it changed."""
+        """Run one statement inside the open transaction. Returns the number of changed rows."""
         if not self._db.in_transaction:
             raise RuntimeError(f"{sql[:40]!r} outside a transaction")
         return self._db.execute(sql, arguments).rowcount
@@ -209,26 +212,26 @@ class LedgerFile:
         return self._db.execute(sql, arguments).fetchall()
 
     def one(self, sql: str, *arguments: Any) -> Any:
-        """The first value of the first row, None without rows."""
+        """The first value of the first row; None without rows."""
         row = self._db.execute(sql, arguments).fetchone()
         return None if row is None else row[0]
 
     def meta(self, key: str, default: Any) -> Any:
-        """A stored fact of the run, or `default`."""
+        """The run's value for `key`, or `default`."""
         value = self.one("SELECT value FROM meta WHERE key = ?", key)
         return default if value is None else value
 
     def set_meta(self, key: str, value: int | str) -> None:
-        """Store a fact of the run."""
+        """Store the run's value for `key`."""
         self.write("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
 
     def count(self, name: str, number: int = 1) -> None:
-        """Add to a counter; counters only grow."""
+        """Add `number` to a counter. Counters never decrease."""
         sql = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
         self.write(sql, name, number)
 
     def counters(self) -> dict[str, int]:
-        """Late, duplicate and unknown copies, reissued and rolled back groups, and whatever else was counted."""
+        """All counters: late, duplicate and unknown deliveries, reissued and rolled back groups, and others."""
         return dict(self.rows("SELECT name, value FROM counters ORDER BY name"))
 
     def close(self) -> None:
@@ -238,5 +241,5 @@ class LedgerFile:
 
 
 def is_out_of_space(error: sqlite3.Error) -> bool:
-    """Whether the file system took no more: waiting may help, and nothing of the transaction was kept."""
+    """Whether the file system is full. The transaction was rolled back then, and may succeed later."""
     return getattr(error, "sqlite_errorcode", 0) in _OUT_OF_SPACE

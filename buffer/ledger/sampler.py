@@ -1,8 +1,9 @@
-"""Which groups form the next batch, and how a batch is cut into one shard per rank.
+"""The choice of the next batch's groups, and the division of a batch into one shard per rank.
 
 Pure and deterministic: the same ledger gives the same batch and the same shards, for every rank and after a restart.
-What the sampler wishes is taken if every other group's first use can still be in time; otherwise as many groups as that
-needs are taken first, those due first, and it chooses the others.
+
+The batch is the sampler's choice if all other groups can still be used in time (`buffer/ledger/admission.py`).
+Otherwise the batch first takes the groups that are due first, as many as needed, and the sampler chooses the others.
 """
 
 from __future__ import annotations
@@ -18,43 +19,44 @@ from buffer.ledger.admission import Limits, leaves_the_rest_in_time, must_wait
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A group that may be in the next batch: ready, or used before and fresh enough."""
+    """A group that may be in the next batch: ready, or used before and not too stale."""
 
     occurrence: int
-    """When its prompt was dealt: 0, 1, 2, ..."""
+    """Index of the prompt's draw: 0, 1, 2, ..."""
     oldest_version: int
     num_uses: int = 0
-    """Batches it was in."""
+    """Number of batches that the group was in."""
     reward_spread: float = 0.0
     """Mean |reward - mean reward| over the group's completions."""
 
 
 Sampler = Callable[[Sequence[Candidate], np.random.Generator], list[Candidate]]
-"""Orders all candidates, given by (oldest_version, occurrence): the first ones are taken."""
+"""Orders the candidates, which are given by (oldest_version, occurrence). The batch takes the first ones."""
 
 
 def fifo(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """Those due first, among equals those dealt first."""
+    """Oldest version first; among equals in the order in which prompts were drawn."""
     return list(candidates)
 
 
 def uniform(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """Each with the same probability, without replacement."""
+    """All with the same probability, without replacement."""
     return [candidates[index] for index in rng.permutation(len(candidates))]
 
 
 def freshest(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """Those of the newest policy, among equals those dealt first."""
+    """Newest version first; among equals in the order in which prompts were drawn."""
     return sorted(candidates, key=lambda group: -group.oldest_version)
 
 
 def prioritized(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """With probability proportional to the spread of rewards, without replacement (Efraimidis and Spirakis 2006).
+    """With probability proportional to `reward_spread`, without replacement (Efraimidis and Spirakis 2006).
 
-    That spread is the mean |advantage| under the baseline of the group's mean; groups without any come last.
+    `reward_spread` is the mean |advantage| with the group's mean reward as the baseline. Groups with a spread of 0 come
+    last.
     """
     spreads = np.array([group.reward_spread for group in candidates])
-    # log(x ** (1 / weight)); the draw is never 0, a weight may be.
+    # log(x ** (1 / weight)) with x in (0, 1]; a weight may be 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         keys = np.log1p(-rng.random(len(spreads))) / spreads
     keys[spreads == 0] = -np.inf
@@ -75,19 +77,19 @@ def next_batch(
     seed: int = 0,
     waits: bool = True,
 ) -> list[int]:
-    """The occurrences of the next batch in issue order, or nothing when the learner has to wait.
+    """The occurrences of the next batch in ascending order; empty when the learner has to wait.
 
-    Waits for: groups_per_batch groups, and leased groups that would otherwise become too old if it `waits` for them.
-    Unblocked by: deliveries and ends of leases.
+    The learner waits for: groups_per_batch candidates and, with `waits`, leased groups that would otherwise become too
+    stale. Unblocked by: deliveries and ends of leases.
 
     Args:
         sampler: one of `SAMPLERS`.
-        candidates: all of them; for fifo at least the groups_per_batch that come first by (oldest_version, occurrence).
-        leased: counts of leased groups by the version they were leased at.
-        ready: counts of all ready groups, which were never used, by oldest version.
-        next_version: the version the batch is for.
+        candidates: all candidates; for fifo at least the first groups_per_batch by (oldest_version, occurrence).
+        leased: number of leased groups by the version of the actor's weights.
+        ready: number of all ready groups by oldest version.
+        next_version: version that the batch is for.
         limits: the run's constants.
-        seed: of what the sampler draws, together with `next_version`.
+        seed: seed of the sampler, together with `next_version`.
         waits: whether the learner waits for leased groups that are due.
     """
     size = limits.groups_per_batch
@@ -111,24 +113,28 @@ def next_batch(
 
 
 def _first_uses(groups: Sequence[Candidate]) -> list[int]:
-    """Oldest versions of those that were never used."""
+    """Oldest versions of the groups that were never used."""
     return [group.oldest_version for group in groups if not group.num_uses]
 
 
 def balance(costs: Sequence[float], world_size: int, num_parts: int = 1) -> list[list[int]]:
-    """Indices of the groups of each rank's shard: equally many groups, similar costs, each in issue order.
+    """Divide a batch into shards with the same number of groups and similar costs.
 
-    Each of `num_parts` runs of the batch is dealt by itself, because the ranks wait for each other at every optimizer
-    step. In rounds, dearest groups first: each rank gets one, the one with the least so far the dearest. So within a
-    part no rank has more than another by more than the groups of one round differ.
+    The batch consists of `num_parts` parts, one per optimizer step. Each part is divided separately, because the ranks
+    wait for each other at every optimizer step. Groups are assigned in rounds, most expensive first. In each round
+    every rank gets one group, and the rank with the lowest cost so far gets the most expensive one. Within a part the
+    costs of two ranks therefore differ by at most the difference between the groups of one round.
 
     Args:
-        costs: of each group of the batch, in issue order.
+        costs: cost of each group of the batch, by occurrence.
         world_size: number of ranks.
-        num_parts: optimizer steps made with the batch.
+        num_parts: number of optimizer steps made with the batch.
+
+    Returns:
+        For each rank the indices into `costs` of its groups, ascending within each part.
 
     Raises:
-        ValueError: when the groups cannot be shared out equally.
+        ValueError: when the number of groups is not a multiple of `world_size` * `num_parts`.
     """
     if world_size < 1 or len(costs) % (world_size * num_parts):
         raise ValueError(
@@ -141,8 +147,8 @@ def balance(costs: Sequence[float], world_size: int, num_parts: int = 1) -> list
         parts: list[list[int]] = [[] for _ in range(world_size)]
         most_expensive_first = sorted(range(start, start + size), key=lambda index: (-costs[index], index))
         for first in range(0, size, world_size):
-            least_first = sorted(parts, key=lambda groups: sum(costs[index] for index in groups))
-            for groups, index in zip(least_first, most_expensive_first[first : first + world_size], strict=True):
+            cheapest_first = sorted(parts, key=lambda groups: sum(costs[index] for index in groups))
+            for groups, index in zip(cheapest_first, most_expensive_first[first : first + world_size], strict=True):
                 groups.append(index)
         for shard, groups in zip(shards, parts, strict=True):
             shard.extend(sorted(groups))

@@ -1,4 +1,4 @@
-"""Tokens of a group that are too old to be trained on, for `on_stale: mask`. Pure functions of packed groups."""
+"""Masking of tokens that are too stale, for buffer.on_stale=mask. Pure functions of packed groups."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from buffer.transport.packed_group import PackedGroup, pack_group, unpack_group
 
 
 def newest_sampled_version(packed: PackedGroup) -> int:
-    """The version of the group's newest token that is in a loss mask: with all older ones masked something is left.
+    """The highest version of any token in the group's loss masks. Masking only older tokens leaves this one.
 
     Raises:
         WireError: when the contents break a rule of `Trajectory`.
@@ -20,10 +20,10 @@ def newest_sampled_version(packed: PackedGroup) -> int:
 
 
 def mask_older_tokens(packed: PackedGroup, oldest_version: int) -> PackedGroup:
-    """The group without the tokens of versions below `oldest_version` in its loss masks.
+    """Remove tokens of versions below `oldest_version` from the group's loss masks.
 
-    A trajectory of which nothing is left is left out: it can teach nothing, and the others are compared without it. At
-    least one must have newer tokens.
+    A trajectory without remaining tokens is removed from the group, because the learner can learn nothing from it. At
+    least one trajectory must have a token of `oldest_version` or newer.
     """
     group = unpack_group(packed)
     masked = [_masked(trajectory, oldest_version) for trajectory in group.trajectories]

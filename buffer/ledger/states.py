@@ -1,33 +1,34 @@
-"""The state machine of an occurrence: its states and every change there is, in one table.
+"""The state machine of a prompt occurrence: its states and all allowed transitions.
 
-`buffer/ledger/ledger_file.py` turns the table into triggers, so that the database itself refuses any other change.
+`buffer/ledger/ledger_file.py` turns the transitions into triggers, so that SQLite itself refuses any other change.
 """
 
 from __future__ import annotations
 
 STATES = ("pending", "leased", "ready", "used", "done", "dropped")
 FIRST_STATE = "leased"
-"""A new occurrence is made for the actor that leases it."""
+"""A new occurrence is created when an actor leases it."""
 
 TRANSITIONS = {
-    ("pending", "leased"): "an actor asks, and admission has room",
-    ("leased", "ready"): "its group is delivered",
-    ("leased", "pending"): "its actor is silent, new or gives the lease back, or its group comes too stale",
-    ("leased", "dropped"): "its actor gives the lease back with a reason, or its group has no signal or is too stale",
-    ("ready", "pending"): "it has become too stale, and is sampled again",
-    ("ready", "dropped"): "it has become too stale once too often",
-    ("ready", "used"): "it is in a batch for the first time",
-    ("used", "done"): "a checkpoint that contains its effect is committed, and it can be in no later batch",
-    ("used", "ready"): "the learner is back at an older version",
-    ("done", "pending"): "the learner is back behind a committed checkpoint; the contents are gone",
+    ("pending", "leased"): "an actor requests a lease, and admission has room",
+    ("leased", "ready"): "the group is delivered",
+    ("leased", "pending"): "the actor is silent, restarts or returns the lease, or the delivered group is too stale",
+    ("leased", "dropped"): "the actor returns the lease with a reason, or the group has zero advantage or is too stale",
+    ("ready", "pending"): "the group has become too stale; its prompt will be sampled again",
+    ("ready", "dropped"): "the group has become too stale, and buffer.max_reissues is exceeded",
+    ("ready", "used"): "the group is in a batch for the first time",
+    ("used", "done"): "a checkpoint with the group's effect is committed, and no later batch can use the group",
+    ("used", "ready"): "the learner was rolled back to an older version",
+    ("done", "pending"): "the learner was rolled back behind a committed checkpoint; the contents are deleted",
 }
+"""Allowed transitions, with their causes."""
 
 
 def enforcing_triggers() -> str:
-    """SQL that refuses every change of state that is not in the table.
+    """SQL triggers that refuse every change of state not in `TRANSITIONS`.
 
-    FAIL and not ABORT, here as in the ledger's own statements: the whole transaction is undone anyway, and to be able
-    to undo one statement SQLite would copy a page for each.
+    The triggers, like the ledger's statements, use FAIL and not ABORT. The whole transaction is rolled back anyway, and
+    ABORT would make SQLite copy pages so that it can undo a single statement.
     """
     allowed = ", ".join(f"'{origin}>{target}'" for origin, target in TRANSITIONS)
     return f"""

@@ -1,7 +1,8 @@
-"""Groups nothing can be learned from: all rewards equal. Dropped if told so, and too many in a row end the run.
+"""Zero-advantage groups: all rewards are equal, so the learner can learn nothing from them.
 
-Owned by `buffer/ledger/ledger.py`, written inside its transactions. Once the run is to end this stays so until the
-learner starts anew, whatever is still delivered: every rank of the learner must be told the same.
+Owned by `buffer/ledger/ledger.py`, written inside its transactions. With buffer.drop_no_signal such groups are dropped
+on delivery, and buffer.max_no_signal of them in a row end the run. The decision to end the run holds until the learner
+starts again, because every rank must get the same answer.
 """
 
 from __future__ import annotations
@@ -11,32 +12,33 @@ from buffer.ledger.ledger_file import LedgerFile
 from buffer.transport.packed_group import GroupHeader
 
 REASON = "no_signal"
+"""Name of these groups in the ledger, in settings and in metrics."""
 
 
 class ZeroAdvantageGroups:
-    """Counts them. Call `load` before anything else, and when a transaction was undone."""
+    """Counts zero-advantage groups. Call `load` first, and after a transaction was rolled back."""
 
     def __init__(self, config: BufferConfig, file: LedgerFile) -> None:
         self._config, self._file = config, file
 
     def load(self) -> None:
-        """Read what the file knows."""
+        """Read the counts from the file."""
         self._in_a_row: int = self._file.meta("no_signal_in_a_row", 0)
         self._solved: int = self._file.meta("no_signal_solved", 0)
 
     def drops(self, header: GroupHeader) -> bool:
-        """A group is delivered: whether it is to be dropped."""
+        """Count a delivered group. True when the group must be dropped."""
         if not self._config.drop_no_signal:
             return False
-        has_none = min(header.rewards) == max(header.rewards)
+        all_equal = min(header.rewards) == max(header.rewards)
         if self.stop_reason is None:
-            solved = has_none and header.num_correct == len(header.rewards)
-            self._set(self._in_a_row + 1 if has_none else 0, self._solved + solved if has_none else 0)
-        return has_none
+            solved = all_equal and header.num_correct == len(header.rewards)
+            self._set(self._in_a_row + 1 if all_equal else 0, self._solved + solved if all_equal else 0)
+        return all_equal
 
     @property
     def stop_reason(self) -> str | None:
-        """One sentence why the run must not go on; None when it may."""
+        """Why the run must end, in one sentence; None when it may go on."""
         if not self._config.max_no_signal or self._in_a_row < self._config.max_no_signal:
             return None
         return (
@@ -46,8 +48,8 @@ class ZeroAdvantageGroups:
             " buffer.drop_no_signal=false"
         )
 
-    def begin_anew(self) -> None:
-        """The learner starts: the count begins at 0."""
+    def reset(self) -> None:
+        """Count from 0 again, because the learner starts."""
         self._set(0, 0)
 
     def _set(self, in_a_row: int, solved: int) -> None:

@@ -1,1 +1,1 @@
-"""The buffer's process: the socket loop and what it answers."""
+"""The buffer process: the server loop and the answers to requests."""

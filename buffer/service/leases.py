@@ -1,11 +1,12 @@
-"""Who is given which prompts: lease requests, parked until they can be granted, and what their actors are known to be.
+"""Lease requests: parked until they can be granted, and answered the same way when an actor resends them.
 
 Owned by `buffer/service/service.py`. A lease request waits for: admission (`buffer/ledger/admission.py`), an
 evaluation that the actor's weights are new enough for, or the end of the run. Unblocked by: batches handed out, newer
-weights on the actor (its heartbeats count), ends of leases. It never gives up by itself; the client's timeout does.
+weights on the actor (its heartbeats count), ends of leases. Gives up after: never; the client has a timeout.
 
-A connection has one lease request under way: a newer one answers the older with no leases. A repeat is answered as
-the first time, from memory or, after a restart of the buffer, from the ledger, so no lease is granted to nobody.
+A connection has at most one parked request. A newer request makes the buffer answer the older one with no leases. A
+resent request gets the same answer again, from memory or, after a restart of the buffer, from the ledger. So no lease
+is lost when an answer is lost.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from buffer.transport import messages
 log = logging.getLogger(__name__)
 
 REPLIES_KEPT = 8
-"""Answers remembered per connection, for repeats that cross the answer on the way."""
+"""Answers remembered per connection, for requests that were resent before their answer arrived."""
 PRESUMED_DEAD_SECONDS = 15.0
-"""A parked request is repeated every few seconds while its process lives; one unheard of for so long gets nothing."""
+"""Silence after which a parked request is not granted. A living process resends the request every few seconds."""
 
 NO_LEASES = messages.LeaseReply(leases=(), evaluate_version=-1, closing=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """One answer, to be sent once the transaction is committed."""
+    """One answer, to be sent after the transaction's commit."""
 
     identity: bytes
     request_number: int
@@ -46,7 +47,7 @@ class _Client:
     actor_id: str
     heard: float
     version_number: int = -1
-    """The request that told `policy_version`; a late repeat of an older one tells nothing."""
+    """Number of the request that `policy_version` is from. A late resend of an older request changes nothing."""
     policy_version: int = -1
     parked: tuple[int, messages.LeaseRequest] | None = None
     parked_since: float = 0.0
@@ -68,18 +69,18 @@ class Leases:
         self._clients: dict[bytes, _Client] = {}
 
     def heard(self, identity: bytes, now: float) -> None:
-        """Any message proves that its sender lives: what it holds is extended."""
+        """Extend the sender's leases, because any message proves that the sender is alive."""
         self._ledger.keep(holder_name(identity), now)
         if identity in self._clients:
             self._clients[identity].heard = now
 
     def learn_version(self, identity: bytes, number: int, policy_version: int) -> None:
-        """A heartbeat told which weights this actor samples with."""
+        """Note the version of the actor's weights, from its heartbeat `number`."""
         if identity in self._clients:
             self._clients[identity].learn(number, policy_version)
 
     def request(self, identity: bytes, request: messages.LeaseRequest, number: int, now: float) -> list[Outgoing]:
-        """Answer a repeat or a refusal at once; park anything else for `grant`."""
+        """Park a new request for `grant`. A resent or refused request is answered at once."""
         if request.data_fingerprint != self._config.data_fingerprint:
             reason = (
                 f"actor {request.actor_id} reads prompts with fingerprint {request.data_fingerprint!r}, the run's is"
@@ -104,7 +105,7 @@ class Leases:
         return [Outgoing(identity, newest, NO_LEASES)] if superseded else []
 
     def expire(self, now: float) -> None:
-        """End the leases of silent actors, and forget silent connections."""
+        """End the leases of silent actors. Forget silent connections."""
         seconds = self._config.lease_seconds
         for name in self._ledger.silent(now):
             released = self._ledger.release(name)
@@ -127,7 +128,7 @@ class Leases:
         return outgoing
 
     def waits(self, now: float) -> list[messages.Wait]:
-        """Which actors wait for leases, and what keeps them from having any."""
+        """The actors that wait for leases, and what each one waits for."""
         waiting = [c for c in self._clients.values() if c.parked and now - c.heard <= PRESUMED_DEAD_SECONDS]
         return [
             messages.Wait(c.actor_id, self._what_a_lease_lacks(c.policy_version), now - c.parked_since) for c in waiting
@@ -153,32 +154,32 @@ class Leases:
             self._ledger.watch(holder.name, now)
         number = 0 if closing else min(request.num_groups, self._admissible(client.policy_version))
         leases = [self._ledger.issue(holder, client.policy_version, now) for _ in range(number)]
-        # While an evaluation is unfinished an idle actor stays at hand, in case the one that runs it dies.
+        # Until all evaluations are finished, idle actors keep waiting in case the actor that evaluates dies.
         finished = closing and not evaluations.num_unfinished()
         if leases or evaluate_version >= 0 or finished:
             return self._reply(leases, evaluate_version)
         return None
 
     def _admissible(self, policy_version: int) -> int:
-        """How many groups an actor at `policy_version` may start now."""
+        """Number of groups that an actor at `policy_version` may start now."""
         number = room(self._outstanding(), policy_version, self._progress.next_version, self._limits)
         return min(number, self._wanted(policy_version)) if number else 0
 
     def _outstanding(self) -> Counter[int]:
-        """Leased and ready groups by oldest version; of the leased those that will not be waited for do not count."""
+        """Number of leased and ready groups by oldest version, without leased groups that no batch waits for."""
         leased = self._ledger.leased
         if self._config.on_stale != "wait":
             leased = in_time(leased, self._progress.next_version, self._limits)
         return leased + self._ledger.ready
 
     def _wanted(self, policy_version: int) -> int:
-        """How many groups more the batches under way need."""
+        """Number of new groups that the batches ahead need."""
         outstanding, reusable = self._outstanding(), self._ledger.batches.reusable
         where = policy_version, self._progress.next_version, self._limits, self._batches_ahead()
         return wanted(outstanding, reusable, *where)
 
     def _batches_ahead(self) -> int:
-        """Batches that groups are sampled for now: as many as may be under way at once, and the run still needs."""
+        """Number of batches to sample for: the slots, but at most the batches that the run still needs."""
         done = self._progress.next_version // self._limits.updates_per_batch
         left = self._config.num_batches - done if self._config.num_batches else self._limits.num_slots
         return max(0, min(left, self._limits.num_slots))
@@ -186,14 +187,14 @@ class Leases:
     def _granted_before(
         self, identity: bytes, request: messages.LeaseRequest, number: int
     ) -> messages.LeaseReply | None:
-        """The answer to a repeat whose first answer was committed before a restart of the buffer."""
+        """The answer to a resent request that was granted before a restart of the buffer; None if it was not."""
         holder = Holder(holder_name(identity), request.actor_id, number)
         leases = self._ledger.leases_of(holder)
         version = self._ledger.evaluations.taken(holder.name, number)
         return self._reply(leases, version) if leases or version >= 0 else None
 
     def _replace_predecessors(self, identity: bytes, actor_id: str) -> None:
-        """An actor that comes back as a new process samples nothing of what the old one had leased."""
+        """End the leases of the actor's previous process, which a new process with the same name does not sample."""
         replaced = {i: c for i, c in self._clients.items() if c.actor_id == actor_id and i != identity}
         for old in replaced:
             del self._clients[old]
@@ -220,5 +221,5 @@ class Leases:
 
 
 def holder_name(identity: bytes) -> str:
-    """How a connection is called in the ledger and the logs."""
+    """A connection's name in the ledger and the logs."""
     return identity.decode("utf-8", "backslashreplace")

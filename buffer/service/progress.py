@@ -1,4 +1,4 @@
-"""How far the run is, as the buffer knows it: three facts kept in the ledger's file and shared by its services."""
+"""The run's progress as the buffer knows it: three values, stored in the ledger's file."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from buffer.ledger.ledger_file import LedgerFile
 
 
 class Progress:
-    """Read freely; written with `set`, inside the ledger's transaction."""
+    """Read the fields; change them with `set`, inside a transaction of the ledger."""
 
     def __init__(self, file: LedgerFile) -> None:
         self._file = file
         self.next_version: int = file.meta("next_version", 0)
-        """The policy version the next batch will be handed out for."""
+        """Policy version that the next batch is for."""
         self.policy_version: int = file.meta("policy_version", 0)
         """The learner's newest version."""
         self.closing: bool = bool(file.meta("closing", 0))
-        """The learner wants no more groups."""
+        """Whether the learner needs no more groups."""
 
     def set(
         self, *, next_version: int | None = None, policy_version: int | None = None, closing: bool | None = None
     ) -> None:
-        """Change what is given."""
+        """Change and store the given values."""
         if next_version is not None:
             self.next_version = next_version
             self._file.set_meta("next_version", next_version)

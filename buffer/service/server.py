@@ -1,12 +1,12 @@
-"""The buffer's socket: one ROUTER, one thread, many messages per transaction.
+"""The buffer's server loop: one ROUTER socket, one thread, many messages per transaction.
 
-Every turn drains the waiting messages, handles them inside one ledger transaction and sends the answers after the
-commit, so an acknowledged group is in the file. Waits for: messages, at most `TICK_SECONDS`. What does not belong to
-the run stays outside (`buffer/transport/router.py`) and is counted in the ledger. SIGTERM and SIGINT end the process
-after the transaction under way.
+Every turn takes the waiting messages, handles them inside one ledger transaction and sends the answers after the
+commit. An acknowledged group is therefore in the file. Waits for: messages. Gives up after: `TICK_SECONDS`, and starts
+the next turn. `buffer/transport/router.py` drops invalid messages; the ledger counts them. SIGTERM and SIGINT end the
+process after the current transaction.
 
-A transaction that finds no space on the disk leaves nothing behind and nobody is answered; everybody asks again until
-there is space. A run directory that was deleted ends the process.
+If the disk is full, the transaction is rolled back and its requests stay unanswered; clients resend them until there is
+space. If the run directory is deleted, the process ends.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ log = logging.getLogger(__name__)
 
 MESSAGES_PER_TURN = 256
 TICK_SECONDS = 0.2
-"""How late the end of a lease, or a signal, may be noticed."""
+"""Largest delay until the server notices the end of a lease, or a signal."""
 SPACE_SECONDS = 5.0
-"""The disk has space again when it has taken everything for so long."""
+"""The disk counts as having space again when no write has failed for this long."""
 
 
 class Server:
-    """The buffer process: the ledger behind a socket.
+    """Serves a run's ledger at `config.address`.
 
     Raises:
-        ValueError: when the ledger is in use or belongs to other data, or the address is in use, or is not local and
+        ValueError: when the ledger is in use or belongs to other data; or the address is in use, or is not local and
             the credentials have no keys.
     """
 
@@ -58,14 +58,14 @@ class Server:
             self._ledger.close()
             raise
         self.address = self._router.address
-        """Where it listens, with the port that was found for a wildcard."""
+        """The bound address, with the actual port where the configured one has a wildcard."""
 
     def stop(self) -> None:
-        """End `run` within one tick. May be called from a signal handler or another thread."""
+        """End `run` within `TICK_SECONDS`. May be called from a signal handler or another thread."""
         self._stopping = True
 
     def run(self) -> None:
-        """Serve until `stop`, then close the ledger."""
+        """Serve until `stop` is called, then close the ledger."""
         log.info("buffer listens on %s", self.address)
         try:
             while not self._stopping:
@@ -93,7 +93,7 @@ class Server:
             save_waits(Path(self._config.run_dir), self._service.waits(now))
 
     def _carry_out(self, messages: Sequence[Incoming], more_waiting: bool, now: float) -> list[Outgoing]:
-        """Everything one turn changes, in one transaction; the answers may be sent once it is committed."""
+        """Handle one turn's messages in one transaction. Returns the answers, to be sent now that it is committed."""
         outgoing: list[Outgoing] = []
         num_changes = self._ledger.file.num_changes
         with self._ledger.transaction():
@@ -101,7 +101,7 @@ class Server:
                 self._ledger.file.count(name, number)
             for incoming in messages:
                 outgoing += self._service.receive(incoming.identity, incoming.message, incoming.number, now)
-            # With more messages waiting a peer's sign of life may be among them: nobody is silent yet.
+            # No lease expires while messages are waiting, because they may include a heartbeat of its actor.
             outgoing += self._service.wake(now, may_expire=not more_waiting)
         since, has_written = self._service.out_of_space_since, self._ledger.file.num_changes > num_changes
         if since is not None and has_written and now - self._refused_space >= SPACE_SECONDS:
@@ -110,7 +110,10 @@ class Server:
         return outgoing
 
     def _out_of_space(self, messages: Sequence[Incoming], now: float) -> list[Outgoing]:
-        """Nothing of this turn was kept: begin anew from the file, as after a restart. Only status is answered."""
+        """Reload the state from the file, as after a restart, because this turn's changes are lost.
+
+        Only status requests are answered.
+        """
         since = self._service.out_of_space_since
         if since is None:
             log.error("no space for the ledger in %s; nothing is acknowledged until there is", self._config.run_dir)

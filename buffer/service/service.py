@@ -1,11 +1,11 @@
-"""What the buffer answers to each message: receipts, shards, evaluations, numbers. No sockets in here.
+"""The buffer's answer to each message, without sockets.
 
-Owned by `buffer/service/server.py`, which calls `receive` for each message and `wake` after them, all inside one ledger
-transaction, and sends what they return once that is committed. Lease requests go to `buffer/service/leases.py`.
+Owned by `buffer/service/server.py`. Inside one ledger transaction the server calls `receive` for each message and then
+`wake`, and it sends the returned answers after the commit. `buffer/service/leases.py` handles lease requests.
 
-A batch request waits for: enough ready groups, and leased groups that would otherwise become too old. Unblocked by:
-deliveries, ends of leases. It never gives up by itself; the client's timeout does. Every request may arrive again with
-the same number, also after a restart of the buffer, and has its effect once.
+A batch request waits for: enough ready groups, and leased groups that would otherwise become too stale. Unblocked by:
+deliveries, ends of leases. Gives up after: never; the client has a timeout. Every request may arrive again with the
+same number, also after a restart of the buffer, and takes effect only once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _Peer:
 
 
 class Service:
-    """The buffer's behavior over its ledger. `now` is seconds of a monotonic clock."""
+    """Answers messages from the ledger. `now` is seconds of a monotonic clock."""
 
     def __init__(self, config: BufferConfig, ledger: Ledger) -> None:
         self._config = config
@@ -56,10 +56,10 @@ class Service:
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
         self.out_of_space_since: float | None = None
-        """Since when the file system has taken nothing more; set by the server."""
+        """Monotonic time since when the ledger's disk is full; None: it is not. Set by the server."""
 
     def receive(self, identity: bytes, message: messages.Message, number: int, now: float) -> list[Outgoing]:
-        """Carry `message` out. Returns the answers that are due at once; parked requests are answered by `wake`."""
+        """Handle `message`. Returns the answers that are due at once; `wake` answers parked requests."""
         self._leases.heard(identity, now)
         match message:
             case messages.LeaseRequest():
@@ -81,7 +81,7 @@ class Service:
         return [Outgoing(identity, number, reply)]
 
     def wake(self, now: float, *, may_expire: bool = True) -> list[Outgoing]:
-        """End the leases of silent actors if it `may_expire` them, and answer every parked request that can be."""
+        """Answer every parked request that can be answered. First end the leases of silent actors, if `may_expire`."""
         if may_expire:
             self._leases.expire(now)
         outgoing: list[Outgoing] = []
@@ -93,7 +93,7 @@ class Service:
         return outgoing + self._leases.grant(now)
 
     def status(self, now: float) -> messages.Status:
-        """The display's numbers: occurrences by state, how many were issued, and the counters."""
+        """The answer to a `StatusRequest`."""
         ledger, progress = self._ledger, self._progress
         counts = dict.fromkeys(("pending", "leased", "ready", "used", "done"), 0)
         counts |= ledger.counts
@@ -107,7 +107,7 @@ class Service:
         return messages.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage)
 
     def waits(self, now: float) -> tuple[messages.Wait, ...]:
-        """Who waits for what, the longest wait first: what the buffer knows itself, else what the peers say."""
+        """All waits, longest first: those of parked requests, and those that heartbeats of other processes report."""
         waits = self._leases.waits(now)
         for parked in self._batches.values():
             who, for_what = f"learner-{parked.request.rank}", self._what_a_batch_lacks(parked.request)
@@ -169,15 +169,15 @@ class Service:
             case _:
                 return messages.Refused(f"the buffer does not answer {type(message).__name__}")
 
-    # --- batches ---
+    # Batches.
 
     def _since(self, identity: bytes, request: messages.BatchRequest, now: float) -> float:
-        """When the rank asked first; a repeat of the request does not restart the wait."""
+        """When the rank first sent this request. A resend does not restart the wait."""
         parked = self._batches.get((identity, request.rank))
         return parked.since if parked and parked.request == request else now
 
     def _shard(self, request: messages.BatchRequest, waited_seconds: float) -> messages.Message | None:
-        """The rank's shard; the first rank to ask has the batch cut. None while the learner has to wait."""
+        """The rank's shard, cut from a new batch for the first rank that asks. None while the learner has to wait."""
         version, world_size = request.policy_version, request.world_size
         if not 0 <= request.rank < world_size or self._limits.groups_per_batch % world_size:
             return messages.Refused(
@@ -197,7 +197,7 @@ class Service:
         return messages.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
 
     def _contents(self, row: BatchRow, version: int) -> PackedGroup:
-        """A group as the learner is to see it."""
+        """The group's contents; with on_stale=mask, without too stale tokens in the loss masks."""
         packed, most = self._ledger.payload(row.occurrence), self._config.max_staleness
         masks = self._config.on_stale == "mask" and row.staleness > most
         return mask_older_tokens(packed, version - most) if masks else packed
@@ -216,6 +216,7 @@ class Service:
         return None
 
     def _cut(self, version: int, waited_seconds: float) -> bool:
+        """Cut the batch for `version`. False when the learner has to wait."""
         ledger, config = self._ledger, self._config
         candidates = ledger.candidates(version)
         waits = config.on_stale == "wait"
@@ -240,10 +241,10 @@ class Service:
         )
         return True
 
-    # --- the learner's life ---
+    # Start and heartbeats.
 
     def _learner_hello(self, identity: bytes, hello: messages.LearnerHello, number: int) -> messages.Message:
-        """Roll back once; a repeat that arrives after other ranks have been served must not do it again."""
+        """Roll back to the learner's version. A resend, which may arrive after batches were served, changes nothing."""
         file, call = self._ledger.file, f"{holder_name(identity)} {number}"
         if file.meta("hello", "") == call:
             return messages.LearnerWelcome(file.meta("hello_rolled_back", 0), file.meta("hello_outstanding", 0))

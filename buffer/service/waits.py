@@ -1,7 +1,7 @@
-"""Who waits for whom, since when, kept beside the ledger for `python -m buffer inspect`.
+"""The file RUN_DIR/waits.json: which processes wait, for what and since when, for `python -m buffer inspect`.
 
-The buffer refreshes `RUN_DIR/waits.json` while it runs; whoever reads it is told how old it is. It is a display and
-no part of the ledger: wall-clock times stand in it, and a file that cannot be written or read is passed over.
+The buffer rewrites the file while it runs; a reader learns the file's age. The file is for display only and not part of
+the ledger: it holds wall-clock times, and failures to write or read it are ignored.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ REFRESH_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class SavedWaits:
-    """What the buffer knew `age_seconds` ago."""
+    """The waits as of `age_seconds` ago."""
 
     waits: tuple[Wait, ...]
     age_seconds: float
 
 
 def save_waits(run_dir: Path, waits: Sequence[Wait]) -> None:
-    """Replace the file. A full disk must not end the buffer for a display's sake."""
+    """Replace the file. Errors are ignored, because a full disk must not end the buffer."""
     temporary = run_dir / f"{FILE_NAME}.incomplete"
     with suppress(OSError):
         temporary.write_text(json.dumps({"saved_at": time.time(), "waits": [asdict(wait) for wait in waits]}))
@@ -36,11 +36,11 @@ def save_waits(run_dir: Path, waits: Sequence[Wait]) -> None:
 
 
 def load_waits(run_dir: Path) -> SavedWaits | None:
-    """The file's contents; None when there is none to be read."""
+    """The file's contents; None when it cannot be read."""
     try:
         saved = json.loads((run_dir / FILE_NAME).read_text())
         waits = tuple(Wait(str(w["who"]), str(w["for_what"]), float(w["seconds"])) for w in saved["waits"])
-        # A clock that was set back since would give a negative age.
+        # The age would be negative if the clock was set back.
         return SavedWaits(waits, max(0.0, time.time() - float(saved["saved_at"])))
     except (OSError, ValueError, TypeError, KeyError):
         return None

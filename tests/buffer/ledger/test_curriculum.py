@@ -257,7 +257,10 @@ def test_a_filter_that_would_pass_everything_over_rests(start: Any, caplog: pyte
     run = start(stages=[], skip_solved=Skip(0.5, seen=1))
     for _ in range(2):
         assert run.epoch(6, {}) == set(range(6))
-    assert "stage 1, epoch 1: the filter would pass all 6 prompts over, so it rests in this epoch" in caplog.messages
+    assert (
+        "stage 1, epoch 1: the filter would pass all 6 prompts over, so this epoch ignores the filter"
+        in caplog.messages
+    )
 
 
 def test_a_stage_begins_with_all_its_prompts(start: Any):
