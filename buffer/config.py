@@ -74,7 +74,7 @@ class BufferConfig:
     lease_seconds: float = 60.0
     """Silence after which an actor loses its leases."""
     durability: str = "normal"
-    """What a power failure may lose. full: nothing that was acknowledged; normal: the last moments; memory: whatever
+    """What a power failure may lose. full: nothing that was acknowledged; normal: the last moments; memory: all that
     the operating system has not written yet. With all three a killed process loses nothing."""
     shuffle: bool = True
     """Whether each epoch draws its prompts in a random order."""
@@ -86,7 +86,7 @@ class BufferConfig:
     skip_unsolved: Skip = field(default_factory=lambda: Skip(success=0.0))
     """The prompts to pass over because they are never solved."""
     revisit_epochs: int = 0
-    """Every so many epochs of a stage no prompt is passed over; 0: never."""
+    """Interval, in epochs of a stage, at which an epoch passes no prompt over; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "groups_per_batch", "updates_per_batch", "max_uses"):
@@ -124,8 +124,8 @@ class BufferConfig:
         for name, inert in (("sampler", "fifo"), ("on_stale", "wait")):
             if self.max_staleness == 0 and getattr(self, name) != inert:
                 raise ValueError(
-                    f"buffer.{name} is {getattr(self, name)!r}, but with max_staleness 0 (or mode=sync) every batch is"
-                    f" all the groups there are, none too stale; leave it at {inert}, or raise max_staleness"
+                    f"buffer.{name} is {getattr(self, name)!r}, but with max_staleness 0 (or mode=sync) every batch"
+                    f" consists of all groups, none too stale; leave it at {inert}, or raise max_staleness"
                 )
 
     @property

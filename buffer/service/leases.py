@@ -141,7 +141,7 @@ class Leases:
         if slot(policy_version, next_version, self._limits) < 0:
             return f"newer weights: it has policy {policy_version}, the next batch is for policy {next_version}"
         if self._batches_ahead() < self._limits.num_slots and not self._wanted(policy_version):
-            return "the end of the run: all groups it needs were given out"
+            return "the end of the run: all groups that the run needs are leased or delivered"
         outstanding = f"{counts['leased']} leased and {counts['ready']} ready groups"
         return f"room: the batches within max_staleness are full, with {outstanding}"
 

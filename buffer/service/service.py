@@ -210,8 +210,8 @@ class Service:
             return messages.NoMoreBatches(self._ledger.zero_advantage.stop_reason)
         if version != next_version:
             return messages.Refused(
-                f"the next batch is for policy {next_version}, not {version}; a learner that starts or goes back says"
-                f" LearnerHello first, and takes {self._limits.updates_per_batch} optimizer steps per batch"
+                f"the next batch is for policy {next_version}, not {version}; a learner that starts or goes back must"
+                f" send LearnerHello first, and make {self._limits.updates_per_batch} optimizer steps per batch"
             )
         return None
 

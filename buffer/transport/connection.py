@@ -41,7 +41,7 @@ SILENT_RESENDS = 15
 _TURNED_AWAY = {
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "the server does not know this client's key",
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): "only one side has keys, or they are of different runs",
-    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "the server broke it off, as it does when the keys are not its run's",
+    int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): "the server closed it, as it does with keys of another run",
 }
 
 
@@ -172,7 +172,7 @@ class Connection:
                     heard = now
                 self._expire()
                 if now - heard > SILENT_RESENDS * self._resend_seconds:
-                    log.info("nothing heard from %s for %.0f s; connecting anew", self.address, now - heard)
+                    log.info("nothing heard from %s for %.0f s; reconnecting", self.address, now - heard)
                     socket.close()
                     handshakes.close()
                     (socket, handshakes), heard = self._open(), now

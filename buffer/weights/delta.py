@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 BLOCK_NUMBERS = 1 << 20
 SAMPLE_EVERY = 32
-"""One block in so many is encoded first, to estimate the delta's size."""
+"""Every 32nd block is encoded first, to estimate the delta's size."""
 HEAD = struct.Struct("<IBB")
 """Number of changed numbers in the block, number of planes of their gaps, number of planes of their steps."""
 LENGTH = struct.Struct("<I")

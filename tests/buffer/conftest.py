@@ -54,7 +54,7 @@ def make_group() -> GroupMaker:
 
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
-    # Shorter than tmp_path: an ipc socket's path may have 107 characters.
+    # Shorter than tmp_path, because the path of an ipc socket is limited to 107 characters.
     with tempfile.TemporaryDirectory(prefix="run-") as directory:
         yield Path(directory)
 

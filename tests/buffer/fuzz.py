@@ -79,7 +79,7 @@ def group_of(group_id: str, prompt_id: int, version: int, size: int = 2) -> Pack
 
 
 class Buffer:
-    """A ledger and its service, and what a well-behaved client would know of them."""
+    """A ledger and its service, and what a correct client would know of them."""
 
     def __init__(self, run_dir: Path) -> None:
         config = BufferConfig(str(run_dir), "ipc://none", 50, "abc", 2, 2, lease_seconds=5.0, durability="memory")
@@ -107,17 +107,17 @@ class Buffer:
                 self.version = message.policy_version + 1
 
     def ask(self, identity: bytes, message: wire.Message) -> list[wire.Message]:
-        """What the service answers to a good message."""
+        """The service's answers to a valid message."""
         self.number += 1
         with self.ledger.transaction():
             outgoing = self.service.receive(identity, message, self.number, self.now) + self.service.wake(self.now)
         return [answer.message for answer in outgoing if answer.identity == identity]
 
     def converse(self, chance: random.Random) -> None:
-        """Sound messages, so that between the broken ones leases, deliveries, batches and commits go on."""
+        """Send valid messages, so that leases, deliveries, batches and commits continue between the broken ones."""
         self.number += 1_000_000
         if chance.random() < 0.05:
-            # As new processes: a mutant may have told the service of request numbers that nobody reaches.
+            # Act as new processes: a mutant may have used a request number that no client reaches.
             self.identities = tuple(name + b"-%d" % self.number for name in (b"actor-0", b"actor-1", b"learner-0"))
         actor, learner = chance.choice(self.identities[:2]), self.identities[2]
         name = actor.decode()[:7]
@@ -134,7 +134,7 @@ class Buffer:
         self.receive(Incoming(actor, wire.LeaseRequest(name, self.version, 4, "abc"), self.number))
 
     def messages(self, chance: random.Random) -> list[wire.Message]:
-        """One of every kind, as they could come now."""
+        """One message of every kind, with ids and versions that are valid now."""
         lease = chance.choice(self.leases) if self.leases else wire.Lease("0.0", 0, 5.0)
         version = max(0, self.version - chance.randrange(3))
         group = group_of(lease.group_id, lease.prompt_id, version)
@@ -175,7 +175,7 @@ class Buffer:
         ]
 
 
-# --- mutations -------------------------------------------------------------------------------------------------------
+# Mutations.
 
 
 def flip_bits(frames: Frames, other: Frames, chance: random.Random) -> None:
@@ -213,7 +213,7 @@ def move_frames(frames: Frames, other: Frames, chance: random.Random) -> None:
 
 
 def splice(frames: Frames, other: Frames, chance: random.Random) -> None:
-    """The head of one message, the tail of another; frames or bytes of one frame."""
+    """Join the beginning of one message with the end of another, by frames or by bytes of one frame."""
     if chance.random() < 0.5:
         frames[chance.randrange(1, len(frames) + 1) :] = other[chance.randrange(len(other) + 1) :]
     else:
@@ -221,7 +221,7 @@ def splice(frames: Frames, other: Frames, chance: random.Random) -> None:
 
 
 def change_value(frames: Frames, other: Frames, chance: random.Random) -> None:
-    """Another value at a random place of a header that stays sound msgpack."""
+    """Replace a value at a random place of a header, which stays valid msgpack."""
     at = chance.choice([0, *range(1, len(frames), 2)])
     try:
         value = msgpack.unpackb(frames[at], strict_map_key=False)
@@ -267,7 +267,7 @@ def mutant(messages: list[wire.Message], number: int, chance: random.Random) -> 
     return frames
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# The run.
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def naming(seed: int, index: int, frames: Frames) -> Iterator[None]:
 
 
 def fuzz(run_dir: Path, seed: int, enough: Callable[[int], bool]) -> tuple[int, int]:
-    """Send mutants until `enough` of their number. Returns how many were sent and how many were sound."""
+    """Send mutants until `enough` of their number is true. Returns the numbers of sent and of valid ones."""
     chance, buffer = random.Random(seed), Buffer(run_dir)
     index = num_sound = 0
     while not enough(index):
@@ -306,7 +306,7 @@ def fuzz(run_dir: Path, seed: int, enough: Callable[[int], bool]) -> tuple[int, 
 
 
 def finish(buffer: Buffer) -> None:
-    """The ledger holds, and a good learner and a good actor are served as if nothing had happened."""
+    """Check that the ledger's invariants hold, and that a correct learner and a correct actor are served."""
     buffer.ask(b"learner-9", wire.LearnerHello(0))
     for _ in range(3):
         with buffer.ledger.transaction():

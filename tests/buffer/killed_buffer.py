@@ -1,6 +1,6 @@
-"""The real server over a pipe in a forked process that dies after a given number of its bytecode instructions.
+"""The real server over a pipe, in a forked process that is killed at a random moment or bytecode instruction.
 
-Forking a process in which everything is imported takes milliseconds, so that a test can afford hundreds of deaths.
+Forking a process that has imported everything takes milliseconds, so a test can afford hundreds of kills.
 """
 
 import math
@@ -34,7 +34,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class Pipe:
-    """Whole messages over a stream socket, each an identity and the frames of `buffer/transport/messages.py`."""
+    """Sends and receives whole messages over a stream socket: an identity and the message's frames each."""
 
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
@@ -47,7 +47,7 @@ class Pipe:
         return bool(select.select([self._stream], [], [], milliseconds / 1000)[0])
 
     def receive(self) -> Incoming:
-        """Raises EOFError when the other side is gone."""
+        """The next message. Raises EOFError when the other side has closed the socket."""
         identity, *frames = msgpack.unpackb(self._read(_LENGTH.unpack(self._read(_LENGTH.size))[0]))
         message, number = messages.decode(frames, RUN_ID)
         return Incoming(identity, message, number)
@@ -66,7 +66,7 @@ class Pipe:
 
 
 class PipeRouter:
-    """Stands in for `buffer/transport/router.py`."""
+    """Replaces `buffer.transport.router.Router`."""
 
     address = "a pipe"
 
@@ -84,7 +84,7 @@ class PipeRouter:
 
 
 def _die_after(instructions: int) -> None:
-    """Kill this process, from inside, before the given number of instructions of the package buffer is executed."""
+    """Make this process kill itself after the given number of bytecode instructions of the package buffer."""
     left = instructions
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -105,10 +105,10 @@ def _die_after(instructions: int) -> None:
 
 @dataclass
 class KilledBuffer:
-    """A buffer that is started again whenever it has died; what was not answered is then sent again.
+    """A buffer that is restarted after every kill. Unanswered requests are then sent again.
 
-    Every second life ends after a random number of instructions, the others at a random moment, which may be inside
-    the database's own code.
+    Half of the processes end after a random number of instructions. The others end at a random moment, which may be
+    inside SQLite.
     """
 
     config: BufferConfig
@@ -121,13 +121,13 @@ class KilledBuffer:
     _dies_at: float = math.inf
 
     def ask(self, identity: bytes, message: messages.Message, number: int) -> None:
-        """Send a request, now and after every death until it is answered."""
+        """Send a request, now and after every kill until the answer arrives."""
         self._unanswered[identity, number] = message
         if self._pipe is not None:
             self._try_to_send(identity, message, number)
 
     def answers(self) -> Iterator[tuple[bytes, messages.Message, messages.Message] | None]:
-        """Identity, request and answer, each once; None after each death."""
+        """Every answer once, as (identity, request, answer); None after each kill."""
         while True:
             if self._pipe is None:
                 self._start()
@@ -135,7 +135,7 @@ class KilledBuffer:
             try:
                 incoming = self._receive()
             except (EOFError, ConnectionError):
-                self._bury()
+                self._reap()
                 yield None
                 continue
             request = self._unanswered.pop((incoming.identity, incoming.number), None)
@@ -143,7 +143,7 @@ class KilledBuffer:
                 yield incoming.identity, request, incoming.message
 
     def _receive(self) -> Incoming:
-        """The next answer; raises EOFError at the end of this life."""
+        """The next answer. Raises EOFError when the process has ended."""
         assert self._pipe is not None
         seconds = self._dies_at - time.monotonic()
         if seconds < 0 or not self._pipe.poll(1000 * min(seconds, 60.0)):
@@ -169,7 +169,7 @@ class KilledBuffer:
             self._try_to_send(identity, message, number)
 
     def _live(self, pipe: Pipe, instructions: int) -> None:
-        """The child's whole life; it never returns."""
+        """Run the server in the child process. Never returns."""
         try:
             if instructions:
                 _die_after(instructions)
@@ -183,11 +183,11 @@ class KilledBuffer:
 
     def _try_to_send(self, identity: bytes, message: messages.Message, number: int) -> None:
         assert self._pipe is not None
-        # When it has died the answers end, and everything is sent again.
+        # When the process is dead, `answers` notices it and all requests are sent again.
         with suppress(ConnectionError):
             self._pipe.send(identity, message, number)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         assert self._pipe is not None
         self._pipe.close()
         self._pipe = None
@@ -198,10 +198,10 @@ class KilledBuffer:
 
     @contextmanager
     def alive(self) -> Iterator["KilledBuffer"]:
-        """Whatever is left is killed at the end."""
+        """Kill the process at the end."""
         try:
             yield self
         finally:
             if self._pipe is not None:
                 os.kill(self._pid, signal.SIGKILL)
-                self._bury()
+                self._reap()

@@ -1,4 +1,4 @@
-"""A second, slow writing of which prompt is drawn when, for the buffer's tests."""
+"""A slow reference implementation of the curriculum, for the buffer's tests."""
 
 from collections.abc import Mapping
 
@@ -9,18 +9,18 @@ from buffer.curriculum_config import Stage
 
 
 class ReferenceCurriculum:
-    """Draws prompts for k = 0, 1, 2, ... by the rules of a configuration, given the level of every prompt."""
+    """Draws the prompts of occurrences 0, 1, 2, ..., given a configuration and the level of every prompt."""
 
     def __init__(self, config: BufferConfig, levels: list[int] | None = None) -> None:
         self.config = config
         self.levels = levels or [0] * config.num_prompts
         self.stages = config.stages or [Stage()]
         self.prompts: list[int] = []
-        """What was drawn."""
+        """The drawn prompts, by occurrence."""
         self.firsts: list[int] = []
-        """The first occurrence of every stage begun."""
+        """First occurrence of every stage that has begun."""
         self.began: list[int] = []
-        """The version its first batch could be for."""
+        """Version of the next batch when each stage began."""
         self.begin_stage(0)
 
     @property
@@ -45,7 +45,7 @@ class ReferenceCurriculum:
         self.left: list[int] = kept
 
     def draw(self, successes: Mapping[int, float] | None = None) -> int:
-        """The next prompt; `successes` by occurrence of all groups that were delivered."""
+        """Draw the next prompt. `successes` are the success shares of all delivered groups, by occurrence."""
         if not self.left:
             self.begin_epoch(self.epoch + 1, self.passed_over(successes or {}))
         self.prompts.append(self.left.pop(0))
@@ -66,7 +66,7 @@ class ReferenceCurriculum:
         return found
 
     def advance(self, next_version: int, used: list[float]) -> None:
-        """A batch was cut; `used` are the successes of the stage's groups that are trained on, oldest first."""
+        """Begin new stages after a cut. `used` are the success shares of the stage's used groups, oldest first."""
         while len(self.firsts) < len(self.stages):
             if not self.stage.ends(next_version, self.began[-1], used[-self.stage.over_groups :]):
                 return

@@ -1,4 +1,4 @@
-"""The buffer dies at any instruction, again and again, and nothing is lost, skipped or trained too often."""
+"""The buffer is killed at random instructions; nothing is lost, skipped or trained on too often."""
 
 import random
 import sqlite3
@@ -34,15 +34,15 @@ def rows(run_dir: Path, sql: str) -> list[tuple[Any, ...]]:
 
 
 class Run:
-    """One actor and one learner that now and then goes back to its last checkpoint, against a buffer that dies."""
+    """One actor, and one learner that sometimes goes back to its last checkpoint, with a buffer that is killed."""
 
     def __init__(self, buffer: KilledBuffer, seed: int, make_group: Any) -> None:
         self.buffer, self.random, self.make_group = buffer, random.Random(seed), make_group
         self.number, self.lives, self.version, self.committed = 0, 0, 0, 0
         self.stored: set[str] = set()
-        """Groups whose receipt came."""
+        """Groups whose receipt arrived."""
         self.lineage: dict[int, tuple[str, ...]] = {}
-        """Version -> groups of its batch, as the learner that made it saw them."""
+        """Groups of each version's batch, as the learner received them."""
 
     def ask(self, identity: bytes, message: messages.Message) -> None:
         self.number += 1
@@ -59,7 +59,7 @@ class Run:
         self.ask(self.learner, messages.LearnerHello(self.version))
 
     def go_on(self) -> None:
-        """Until the last batch is committed."""
+        """Run until the last batch is committed."""
         self.begin_learning()
         self.ask(ACTOR, messages.LeaseRequest("actor-0", 0, 3, "abc"))
         for answer in self.buffer.answers():
@@ -104,7 +104,7 @@ class Run:
             self.ask(self.learner, messages.BatchRequest(self.version, 0, 1))
 
     def check_the_file(self) -> None:
-        """After a death: the ledger holds, and every group whose receipt was sent is in it."""
+        """After a kill: the ledger's invariants hold, and every group with a receipt is in it."""
         if not self.stored:
             return
         run_dir = Path(self.buffer.config.run_dir)

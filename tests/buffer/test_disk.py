@@ -1,4 +1,4 @@
-"""What the disk does to the buffer: power cuts, damage, no space, read-only or deleted directories, held locks."""
+"""The buffer and disk failures: power cuts, damage, a full disk, read-only or deleted directories, held locks."""
 
 import contextlib
 import random
@@ -51,7 +51,7 @@ def serving(config: BufferConfig) -> Iterator[Server]:
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A file system of its own, where this process may mount one."""
+    """A separate file system, if this process may mount one."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=False, capture_output=True
     )
@@ -63,7 +63,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-# --- power cuts and damage ---
+# Power cuts and damage.
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_refused_with_one_sentence(
     assert printed.count("\n") == 1
 
 
-# --- no space ---
+# A full disk.
 
 
 def asking_for_status(connection: Connection) -> messages.Status:
@@ -158,7 +158,7 @@ def asking_for_status(connection: Connection) -> messages.Status:
 
 
 def fill_and_free(config: BufferConfig, make_group: Any, free: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Deliver more groups than there is space for; `free` makes space; every receipt comes in the end."""
+    """Deliver more groups than fit on the disk; `free` makes space; every receipt arrives in the end."""
     with serving(config) as server, Connection(server.address, "actor-0", PLAIN, resend_seconds=0.1) as actor:
         actor.call(messages.LearnerHello(0))
         granted = actor.call(messages.LeaseRequest("actor-0", 0, 40, "abc"))
@@ -232,7 +232,7 @@ def test_a_disk_without_space_from_the_start_gives_one_sentence(
     assert printed.count("\n") == 1
 
 
-# --- directories and locks ---
+# Directories and locks.
 
 
 def test_a_read_only_directory_gives_one_sentence(make_config: Any, tmp_path: Path):
@@ -279,7 +279,7 @@ def test_a_living_one_is_not_waited_for_for_ever(make_config: Any, monkeypatch: 
     first.close()
 
 
-# --- size and clock ---
+# Size and clock.
 
 
 def test_the_file_stays_as_large_as_what_is_outstanding(make_config: Any, make_group: Any, run_dir: Path):
@@ -321,7 +321,7 @@ def test_the_log_is_cut_back_after_a_reader_held_it_up(make_config: Any, make_gr
 
 
 def test_wall_clock_steps_do_not_matter(make_config: Any, make_group: Any, monkeypatch: pytest.MonkeyPatch):
-    """A day back with every look at the clock: leases live, the learner is served, waits are not negative."""
+    """The wall clock goes back a day at every reading: leases live, the learner is served, no wait is negative."""
     steps = iter(range(10**9))
     begin = time.time()
     monkeypatch.setattr(time, "time", lambda: begin - 86_400.0 * next(steps))

@@ -25,7 +25,7 @@ SEED = int(os.environ.get("FUZZ_SEED") or random.SystemRandom().randrange(1 << 3
 
 def test_a_hundred_thousand_mutants_raise_nothing_and_the_ledger_holds(tmp_path: Path):
     sent, sound = fuzz(tmp_path, SEED, lambda number: number >= 100_000)
-    # Too few sound ones would mean that the service is not tested, too many that the mutations are too weak.
+    # With too few valid mutants the service is not tested; with too many the mutations are too weak.
     assert 0.02 < sound / sent < 0.5, f"seed {SEED}"
 
 

@@ -15,7 +15,7 @@ from buffer.transport.messages import Wait
 
 @pytest.fixture
 def ledger(make_config: Any, make_group: Any):
-    """Open while it is inspected: one group done, one used, one ready, one leased, one dropped, one pending."""
+    """An open ledger with one group done, one used, one ready, one leased, one dropped and one pending."""
     opened = Ledger(make_config(), 0.0)
     with opened.transaction():
         leases = [opened.issue(Holder("a-1", "a", 1), 0, 0.0) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""Cores and memory in faked trees of /proc and /sys/fs/cgroup, and in a real cgroup where one can be made."""
+"""Cores and memory in fake trees of /proc and /sys/fs/cgroup, and in a real cgroup if one can be created."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from tests.containers import limited, run
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
 NO_LIMIT = 9223372036854771712
-"""What v1 says where there is none."""
+"""The limit that cgroup v1 reports when there is none."""
 V2 = "41 31 0:38 {mounted} /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw"
 V1_CPU = "32 31 0:29 {mounted} /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct"
 V1_MEMORY = "35 31 0:32 {mounted} /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory"
@@ -59,7 +59,7 @@ def tree(tmp_path: Path) -> MakeTree:
         ("0::/", "/", {"cpu.max": "250000 100000"}, 2),
         ("0::/", "/", {"cpu.max": "25000 50000"}, 1),
         ("0::/", "/", {"cpu.max": "9900000 100000"}, 64),
-        # What stands further up holds as well, what stands beside it does not.
+        # Limits of parent cgroups apply; limits of siblings do not.
         (
             "0::/a/b",
             "/",
@@ -68,7 +68,7 @@ def tree(tmp_path: Path) -> MakeTree:
         ),
         ("0::/a/b", "/", {"a/b/cpu.max": "200000 100000", "a/cpu.max": "300000 100000"}, 2),
         ("0::/a/b", "/", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "max 100000", "cpu.max": "500000 100000"}, 4),
-        # Without a namespace the container's part of the tree is mounted, or its path leads nowhere.
+        # Without a namespace only the container's part of the tree is mounted, or its path does not exist.
         ("0::/docker/c1", "/docker/c1", {"cpu.max": "200000 100000"}, 2),
         ("0::/docker/c1/x", "/docker/c1", {"cpu.max": "max 100000", "x/cpu.max": "200000 100000"}, 2),
         ("0::/docker/c1", "/", {"cpu.max": "200000 100000"}, 2),
@@ -139,7 +139,7 @@ def memory(folder: str, limit: object, usage: int, inactive: int = 0) -> dict[st
         ("/", {}, 60 * GIB),
         ("/", memory("", "max", 3 * GIB), 60 * GIB),
         ("/", memory("", 4 * GIB, GIB), 3 * GIB),
-        # Files that were read are dropped when memory is wanted.
+        # Inactive file cache counts as free.
         ("/", memory("", 4 * GIB, 4 * GIB, 3 * GIB), 3 * GIB),
         ("/", memory("", 4 * GIB, 5 * GIB), 0),
         ("/", memory("", 100 * GIB, GIB), 60 * GIB),
@@ -157,7 +157,7 @@ def test_a_limit_of_version_2_counts_for_memory(tree: MakeTree, path: str, files
     [(NO_LIMIT, 3 * GIB, GIB, 60 * GIB), (4 * GIB, 3 * GIB, 0, GIB), (4 * GIB, 4 * GIB, GIB, GIB)],
 )
 def test_a_limit_of_version_1_counts_for_memory(tree: MakeTree, limit: int, usage: int, inactive: int, available: int):
-    # The line without `total_` leaves out what lies in cgroups below.
+    # The line without `total_` leaves out the child cgroups.
     stat = f"inactive_file 0\ntotal_inactive_file {inactive}"
     names = {"limit_in_bytes": limit, "usage_in_bytes": usage, "stat": stat}
     files = {f"memory/docker/c1/memory.{name}": value for name, value in names.items()}

@@ -1,4 +1,4 @@
-"""A second, slow writing of which groups the next batch is made of, for the buffer's tests."""
+"""A slow reference implementation of the choice of a batch, for the buffer's tests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Group:
 
 
 def expected_batch(config: BufferConfig, candidates: Sequence[Group], leased: Sequence[int], version: int) -> list[int]:
-    """Occurrences, in their order; to be asked only when the buffer did not wait."""
+    """The occurrences of the batch, ascending. Valid only if the buffer cut a batch and did not wait."""
     size, following = config.groups_per_batch, version + config.updates_per_batch
     in_order = sorted(candidates, key=lambda g: (g.version, g.occurrence))
     new = [g for g in in_order if not g.was_used][:size]
@@ -40,7 +40,7 @@ def expected_batch(config: BufferConfig, candidates: Sequence[Group], leased: Se
 
 
 def all_in_time(config: BufferConfig, versions: Sequence[int], following: int) -> bool:
-    """Hand them out by age, as many as fit in each batch from `following` on."""
+    """Whether all are used in time if each batch from `following` on takes the oldest groups."""
     last = following + config.max_staleness // config.updates_per_batch * config.updates_per_batch
     for place, version in enumerate(sorted(versions)):
         batch = following + place // config.groups_per_batch * config.updates_per_batch
@@ -50,7 +50,7 @@ def all_in_time(config: BufferConfig, versions: Sequence[int], following: int) -
 
 
 def ordered(config: BufferConfig, groups: list[Group], version: int) -> list[Group]:
-    """As the sampler wishes them, by one draw after another."""
+    """The groups in the sampler's order, by one draw after another."""
     chance = np.random.default_rng((config.seed, version))
     match config.sampler:
         case "uniform":

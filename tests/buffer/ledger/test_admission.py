@@ -1,4 +1,4 @@
-"""The schedule, checked against a slow second writing of its definition and by simulated runs."""
+"""The admission rule, compared with a slow implementation of its definition and with simulated runs."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ from buffer.ledger.sampler import Candidate, fifo, next_batch
 
 
 def schedulable_by_definition(versions: list[int], next_version: int, limits: Limits) -> bool:
-    """The i-th group by deadline must be due no earlier than the batch it falls into."""
+    """Whether each group, sorted by deadline, falls into a batch that is not after its deadline."""
     last = next_version + (limits.num_slots - 1) * limits.updates_per_batch
     deadlines = sorted(min(max(v + limits.max_staleness, next_version), last) for v in versions)
     return all(
@@ -43,7 +43,7 @@ def test_room_is_exactly_what_keeps_the_groups_schedulable(
     if too_old:
         assert granted == 0
     elif not schedulable_by_definition(versions, next_version, limits):
-        # After a rollback; new groups may take free places, but the queue stays bounded.
+        # After a rollback new groups may take free places, but their number stays bounded.
         assert granted == 0 or len(versions) + granted <= limits.num_slots * limits.groups_per_batch
     else:
         assert schedulable_by_definition([*versions, *[actor_version] * granted], next_version, limits)
@@ -105,7 +105,7 @@ def test_the_learner_waits_for_a_group_that_is_due_and_only_then():
 
 
 class Run:
-    """A run in miniature: actors, the ledger's counts, a learner. Every group is (leased version, oldest version)."""
+    """A simulated run: actors, the ledger's counts, a learner. A group is (leased version, oldest version)."""
 
     def __init__(self, limits: Limits, num_actors: int, seed: int) -> None:
         self.limits, self.chance = limits, random.Random(seed)
@@ -158,7 +158,7 @@ class Run:
                 self.actors[actor] = self.chance.randint(self.actors[actor], self.published)
 
     def settle(self) -> None:
-        """Everything that can happen does, except that actors start nothing new: a batch must come out."""
+        """If all leases end or are delivered and no new one starts, the learner gets a batch."""
         self.published, self.training = self.next_version, False
         for actor in range(len(self.actors)):
             self.actors[actor] = self.published
@@ -183,7 +183,7 @@ def test_staleness_never_exceeds_its_bound_and_the_run_never_stops(limits: Limit
 @settings(max_examples=100, deadline=None)
 @given(LIMITS, st.integers(0, 2**32), st.integers(0, 6))
 def test_after_a_rollback_the_run_goes_on_and_is_strict_again(limits: Limits, seed: int, back: int):
-    """Rolled back groups are from versions ahead, lost leases end, and the excess drains without a deadlock."""
+    """After a rollback groups are from versions ahead and leases are lost; the run continues without a deadlock."""
     run = Run(limits, 2, seed)
     for _ in range(150):
         run.step()

@@ -25,7 +25,7 @@ BY_LEVEL = {3: {0, 2, 4}, 4: {1, 3, 5}}
 
 
 class Run:
-    """An actor that is always up to date and a learner, over the real service."""
+    """An actor with the newest weights and a learner, with the real service."""
 
     def __init__(self, config: BufferConfig, make_group: Any) -> None:
         self.config, self.make_group, self.number = config, make_group, 0
@@ -61,14 +61,14 @@ class Run:
         self.version += 1
 
     def step(self, success: float = 0.5) -> list[messages.Lease]:
-        """One batch from lease to learner."""
+        """Lease, deliver and train one batch."""
         leases = self.lease()
         self.deliver(leases, success)
         self.train()
         return leases
 
     def epoch(self, num_prompts: int, success: dict[int, float]) -> set[int]:
-        """Draws so many prompts, two at a time, solved as told, else by half; returns which they were."""
+        """Draw `num_prompts` prompts, two at a time; deliver with `success` by prompt, else 0.5. Returns them."""
         drawn = []
         while len(drawn) < num_prompts:
             for lease in self.lease():
@@ -88,7 +88,7 @@ VERDICTS = {1.0: ("correct", "correct"), 0.5: ("correct", "wrong"), 0.0: ("timeo
 
 @pytest.fixture
 def start(make_config: Any, make_group: Any, run_dir: Path):
-    """Starts runs in one directory; closes them at the end."""
+    """A function that starts a run; runs are closed at the end."""
     runs = []
 
     def starting(**changes: Any) -> Run:
@@ -133,8 +133,8 @@ def test_inspect_and_status_say_where_it_is(start: Any, run_dir: Path, capsys: p
     assert "stage 2 began at policy 2 with occurrence 4, after success 0.50 over 4 groups; epoch 0, 0 " in printed
 
 
-def test_what_was_dealt_before_stays_in_its_stage(start: Any):
-    """A group of the first stage that is leased again, or comes late, in the second."""
+def test_an_occurrence_keeps_its_stage(start: Any):
+    """Groups of the first stage are leased again, or delivered, during the second."""
     run = start(max_staleness=3)
     slow = run.lease(2)
     for success in (0.5, 0.5):
@@ -153,7 +153,7 @@ def test_what_was_dealt_before_stays_in_its_stage(start: Any):
 
 @pytest.mark.parametrize("steps", range(1, 8))
 def test_a_restart_changes_nothing(start: Any, steps: int, tmp_path: Path, make_config: Any, make_group: Any):
-    """At every step of the way, against a run in another directory that is never restarted."""
+    """Compare with a run in another directory that is never restarted."""
     run = start()
     write_levels(tmp_path, LEVELS)
     other = Run(make_config(**vars(run.config) | {"run_dir": str(tmp_path)}), make_group)
@@ -202,7 +202,7 @@ def test_a_rollback_brings_no_stage_back_and_trains_its_groups_again(start: Any,
 
 
 def test_resampled_groups_forget_their_success(start: Any, run_dir: Path):
-    """The learner went back behind a committed checkpoint: what its policy solved is not what this one solves."""
+    """After a rollback behind a committed checkpoint the earlier policy's successes do not count."""
     run = start(stages=[])
     run.step(1.0)
     run.tell(b"learner", messages.CheckpointCommitted(1))
@@ -234,7 +234,7 @@ def test_a_stage_without_prompts_is_refused(make_config: Any, run_dir: Path):
         Ledger(make_config(num_prompts=6, stages=[Stage(until_step=1), Stage(min_level=5)]), 0.0)
 
 
-# --- the difficulty filter ---
+# The difficulty filter.
 
 
 def test_solved_and_unsolved_prompts_are_passed_over_from_the_next_epoch_on(start: Any):
@@ -264,7 +264,7 @@ def test_a_filter_that_would_pass_everything_over_rests(start: Any, caplog: pyte
 
 
 def test_a_stage_begins_with_all_its_prompts(start: Any):
-    """What was too hard for a short answer may be easy with a longer one."""
+    """A prompt that is too hard with short completions may be easy with longer ones."""
     stages = [Stage(until_step=6, max_new_tokens=8), Stage(max_new_tokens=16)]
     run = start(stages=stages, skip_unsolved=Skip(0.0, seen=1))
     assert run.epoch(6, {0: 0.0}) == set(range(6))

@@ -156,7 +156,7 @@ def test_a_failed_transaction_leaves_nothing_behind(ledger: Ledger):
 
 
 def test_only_the_transitions_of_the_table_are_possible(ledger: Ledger):
-    """Every pair of states, against the database itself."""
+    """Every pair of states, tried directly on the database."""
     for origin, target in itertools.product(STATES, STATES):
         with pytest.raises(KeyError), ledger.transaction():
             occurrence = int(ledger.issue(HOLDER, 0, 0.0)[0].split(".")[0])
@@ -243,7 +243,7 @@ def test_durability_is_the_databases(make_config: Any, durability: str, synchron
 
 
 def test_a_killed_process_loses_nothing_it_committed(config: BufferConfig, run_dir: Path):
-    """The child commits leases one by one, says so, and is killed in the middle of a transaction."""
+    """A child process commits leases one by one, prints each, and is killed inside a transaction."""
     program = textwrap.dedent(f"""
         import os, signal
         from buffer.config import BufferConfig

@@ -1,4 +1,4 @@
-"""Any order of events at the buffer, with restarts and aborted transactions between them, against a plain model."""
+"""Random events at the buffer, with restarts and aborted transactions between them, compared with a simple model."""
 
 import contextlib
 import tempfile
@@ -56,12 +56,12 @@ WAYS: list[dict[str, Any]] = [
 
 
 def success(occurrence: int, attempt: int) -> float:
-    """Of two groups in three the completions are correct."""
+    """In two of three groups all completions are correct."""
     return float((occurrence + attempt) % 3 != 0)
 
 
 def rewards(occurrence: int, attempt: int) -> tuple[float, float]:
-    """Every fifth group has no signal, the others have more or less."""
+    """Every fifth group has zero advantage; the spread of the others differs."""
     return 1.0, 1.0 - (3 * occurrence + attempt) % 5 / 4
 
 
@@ -71,7 +71,7 @@ def newest(occurrence: int, version: int) -> int:
 
 
 def group(group_id: str, prompt_id: int, version: int) -> PackedGroup:
-    """A group whose tokens name it; the second completion ends under a version of its own."""
+    """A group whose tokens hold its ids. The second completion may end under a newer version."""
     occurrence, attempt = map(int, group_id.split("."))
     ending = newest(occurrence, version)
     spans = (VersionSpan(0, version),), (VersionSpan(0, version), VersionSpan(2, ending))
@@ -96,18 +96,18 @@ def group(group_id: str, prompt_id: int, version: int) -> PackedGroup:
 
 @dataclass
 class Occurrence:
-    """What the model knows of one."""
+    """The model's state of an occurrence."""
 
     state: str
     attempt: int
     holder: bytes
     version: int
-    """The actor's at the lease, then the group's oldest."""
+    """The version of the actor's weights at the lease; after delivery the group's oldest version."""
     num_stale: int = 0
     used: list[int] = field(default_factory=list)
-    """The versions of the batches it was in."""
+    """Versions of the batches that used the group."""
     is_judged: bool = False
-    """Whether its group came in and counts for the curriculum."""
+    """Whether the group was delivered and counts for the curriculum."""
 
 
 class BufferMachine(RuleBasedStateMachine):
@@ -134,21 +134,21 @@ class BufferMachine(RuleBasedStateMachine):
         self.service = Service(self.config, self.ledger)
         self.reference = ReferenceCurriculum(self.config, LEVELS)
         self.successes: dict[int, float] = {}
-        """Of every occurrence whose group was delivered."""
+        """Success share of every delivered group, by occurrence."""
         self.model: dict[int, Occurrence] = {}
         self.deadlines: dict[bytes, float] = {}
         self.identity = {actor: self.new_process(actor) for actor in ACTORS}
         self.told: dict[bytes, int] = {}
-        """Which weights each process said it has, with its newest lease request."""
+        """Policy version in each process's newest lease request."""
         self.granted: dict[tuple[bytes, int], wire.LeaseReply] = {}
-        """Answers the buffer has in memory."""
+        """Answers that the buffer remembers for resent requests."""
         self.lineage: dict[int, list[str]] = {}
         self.shards: dict[int, wire.Shard] = {}
         self.next_version, self.committed, self.has_rolled_back, self.num_expired = 0, 0, False, 0
         self.batch_is_asked_for = False
         self.start_learner(0)
 
-    # --- the model ---
+    # The model.
 
     def new_process(self, name: str) -> bytes:
         self.processes += 1
@@ -158,7 +158,7 @@ class BufferMachine(RuleBasedStateMachine):
         return sorted(k for k, occurrence in self.model.items() if occurrence.state in states)
 
     def is_useful(self, k: int, version: int) -> bool:
-        """Whether its group, once delivered, may be in the batch for `version`."""
+        """Whether the occurrence's delivered group may be in the batch for `version`."""
         masks = self.config.on_stale == "mask"
         decisive = newest(k, self.model[k].version) if masks else self.model[k].version
         return decisive + MAX_STALENESS >= version
@@ -171,14 +171,14 @@ class BufferMachine(RuleBasedStateMachine):
         ]
 
     def become_stale(self, k: int) -> None:
-        """Sampled again, or dropped when that was done often enough."""
+        """Make the occurrence pending again, or drop it when max_reissues is exceeded."""
         self.model[k].num_stale += 1
         again = self.model[k].num_stale <= self.config.max_reissues
         self.model[k].state, self.model[k].is_judged = ("pending" if again else "dropped"), False
         self.successes.pop(k, None)
 
     def tell(self, identity: bytes, message: wire.Message, number: int = -1) -> list[Outgoing]:
-        """Send one message, and hold all answers against the model."""
+        """Send one message and compare all answers with the model."""
         if number < 0:
             self.number += 1
             number = self.number
@@ -197,7 +197,7 @@ class BufferMachine(RuleBasedStateMachine):
         return [answer for answer in outgoing if (answer.identity, answer.request_number) == (identity, number)]
 
     def replace_predecessors(self, identity: bytes, actor_id: str) -> None:
-        """The other processes of an actor lose what they held."""
+        """End the leases of the actor's other processes."""
         for k in self.having("leased"):
             holder = self.model[k].holder
             if holder != identity and holder.startswith(f"{actor_id}-".encode()):
@@ -227,7 +227,7 @@ class BufferMachine(RuleBasedStateMachine):
                     self.absorb_lease(answer.identity, lease)
 
     def absorb_lease(self, identity: bytes, lease: wire.Lease) -> None:
-        """The oldest pending occurrence, else the next prompt of the order."""
+        """Check a lease: the oldest pending occurrence, or else the next drawn prompt."""
         pending = self.having("pending")
         k = pending[0] if pending else len(self.model)
         attempt = self.model[k].attempt + 1 if pending else 0
@@ -240,7 +240,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.deadlines[identity] = self.now + LEASE_SECONDS
 
     def absorb_shard(self, shard: wire.Shard) -> None:
-        """The groups that the slow writing chooses, in the order of their prompts, with what was delivered."""
+        """Check a batch: the groups of the reference implementation, by occurrence, with their delivered contents."""
         version = shard.policy_version
         if version in self.shards:
             assert shard == self.shards[version], "a repeat"
@@ -269,12 +269,12 @@ class BufferMachine(RuleBasedStateMachine):
         self.reference.advance(self.next_version, self.trained_in_stage())
 
     def trained_in_stage(self) -> list[float]:
-        """Successes of the newest stage's groups that the learner has, oldest first."""
+        """Success shares of the current stage's groups that were used or dropped, oldest first."""
         had = [k for k in self.having("used", "done", "dropped") if self.model[k].is_judged]
         return [self.successes[k] for k in had if k >= self.reference.firsts[-1]]
 
     def check_contents(self, k: int, received: TrajectoryGroup, version: int) -> None:
-        """What was delivered; under `mask` without the tokens that are too old."""
+        """Check that the group is as delivered; with on_stale=mask, without too stale tokens."""
         oldest = version - MAX_STALENESS if self.config.on_stale == "mask" else 0
         sampled = unpack_group(group(received.group_id, received.prompt_id, self.model[k].version)).trajectories
         kept = []
@@ -285,7 +285,7 @@ class BufferMachine(RuleBasedStateMachine):
                 kept.append((tuple(trajectory.token_ids), mask, trajectory.reward))
         assert [(tuple(t.token_ids), tuple(t.loss_mask), t.reward) for t in received.trajectories] == kept
 
-    # --- actors ---
+    # Actors.
 
     @rule(actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), behind=st.integers(0, 3))
     def ask_for_leases(self, actor: str, credit: int, behind: int) -> None:
@@ -305,7 +305,7 @@ class BufferMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.model)
     @rule(data=st.data(), back=st.integers(0, 1), ahead=st.integers(0, 1))
     def deliver(self, data: st.DataObject, back: int, ahead: int) -> None:
-        """What was leased, a copy of it, or a copy of an attempt that was given up."""
+        """Deliver a leased group, a duplicate, or a group of an earlier attempt."""
         k = data.draw(st.sampled_from(sorted(self.model)))
         known = self.model[k]
         attempt = max(0, known.attempt - back)
@@ -319,7 +319,7 @@ class BufferMachine(RuleBasedStateMachine):
         assert [answer.message.outcome for answer in answers] == [expected]
 
     def take_in(self, k: int, version: int) -> str:
-        """The group of a lease comes in: what is to become of it."""
+        """Update the model for the delivery of a leased group. Returns the expected outcome."""
         known = self.model[k]
         known.version = version
         if self.config.on_stale != "wait" and not self.is_useful(k, self.next_version):
@@ -331,7 +331,7 @@ class BufferMachine(RuleBasedStateMachine):
         return "stored" if known.state == "ready" else "dropped"
 
     def finish(self, k: int, ahead: int) -> None:
-        """The holder of a lease delivers."""
+        """Deliver the group of a lease by its holder."""
         known = self.model[k]
         version, identity, attempt = known.version + ahead, known.holder, known.attempt
         expected = self.take_in(k, version)
@@ -341,14 +341,14 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(actor=st.sampled_from(ACTORS), ahead=st.lists(st.integers(0, 2), min_size=6, max_size=6))
     def work_ahead(self, actor: str, ahead: list[int]) -> None:
-        """As much as admission allows, with tokens of versions that need not come in the order of the prompts."""
+        """Sample as many groups as admission allows, with versions that need not increase with the occurrences."""
         self.ask_for_leases(actor, 6, 0)
         for k, newer in zip(self.having("leased"), ahead, strict=False):
             self.finish(k, newer)
 
     @rule(actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), times=st.integers(1, 5))
     def work_and_train(self, actor: str, credit: int, times: int) -> None:
-        """One actor does all the work, while what the other one has leased grows old."""
+        """One actor works while the other one's leases become stale."""
         for _ in range(times):
             self.ask_for_leases(actor, credit, 0)
             for k in self.having("leased"):
@@ -358,7 +358,7 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), times=st.integers(2, 4))
     def come_late(self, actor: str, credit: int, times: int) -> None:
-        """One actor takes long for what it has leased, while the other one works."""
+        """One actor delivers late, after the other one has worked."""
         self.ask_for_leases(actor, credit, 0)
         other = ACTORS[actor == ACTORS[0]]
         self.work_and_train(other, 2, times)
@@ -388,12 +388,12 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0.5, 9.0))
     def wait(self, seconds: float) -> None:
-        """Long enough, in two or three steps, for a silent holder to lose what it holds."""
+        """Let time pass. Two or three calls end the leases of a silent holder."""
         self.now += seconds
         self.granted = {}  # How long the buffer remembers the connection of a silent actor is not modelled.
         self.tell(b"nobody-0", wire.StatusRequest())
 
-    # --- the learner ---
+    # The learner.
 
     def start_learner(self, version: int) -> None:
         self.learner = self.new_process("learner")
@@ -439,12 +439,12 @@ class BufferMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.has_rolled_back or len(self.lineage) > 3)
     @rule(behind_commit=st.integers(0, 1))
     def go_back(self, behind_commit: int) -> None:
-        """To the last checkpoint, or to the one before when that turned out to be broken."""
+        """Roll back to the last checkpoint, or to an earlier version as if that checkpoint were broken."""
         self.committed = max(0, self.committed - behind_commit)
         self.has_rolled_back = True
         self.start_learner(self.committed)
 
-    # --- the buffer ---
+    # The buffer.
 
     @rule()
     def restart(self) -> None:
@@ -460,7 +460,7 @@ class BufferMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.having("leased", "ready"))
     @rule(data=st.data(), actor=st.sampled_from(ACTORS))
     def abort(self, data: st.DataObject, actor: str) -> None:
-        """A transaction that changes everything it can, and then finds no space."""
+        """Abort a transaction that has changed as much as possible."""
         k = data.draw(st.sampled_from(self.having("leased", "ready")))
         delivery = wire.GroupDelivery(actor, group(f"{k}.{self.model[k].attempt}", self.reference.prompts[k], 0))
         with contextlib.suppress(KeyError), self.ledger.transaction():
@@ -478,7 +478,7 @@ class BufferMachine(RuleBasedStateMachine):
             raise KeyError
         self.begin_anew()
 
-    # --- what holds after every step ---
+    # What holds after every step.
 
     @invariant()
     def the_states_agree_and_the_invariant_holds(self) -> None:
@@ -532,7 +532,7 @@ class BufferMachine(RuleBasedStateMachine):
             self.directory.cleanup()
 
     def go_on(self) -> None:
-        """Whatever happened: with one actor that works, batches come out."""
+        """After any events the learner gets batches as long as one actor works."""
         self.now += 2 * LEASE_SECONDS
         self.tell(b"nobody-0", wire.StatusRequest())
         goal, turns = self.next_version + 3, 0

@@ -69,7 +69,7 @@ def test_shards_are_equal_complete_and_balanced_in_every_part(shape: tuple[int, 
     assert sorted(index for shard in shards for index in shard) == list(range(len(costs)))
     assert all(shard == sorted(shard) for shard in shards)
     for part in range(num_parts):
-        # The learner gives every optimizer step equally many groups of its shard, in order.
+        # The learner gives every optimizer step the same number of groups of its shard, in order.
         mine = [shard[part * places : (part + 1) * places] for shard in shards]
         assert sorted(index for own in mine for index in own) == list(range(part * size, (part + 1) * size))
         ordered = sorted((costs[index] for own in mine for index in own), reverse=True)

@@ -1,4 +1,4 @@
-"""Groups used several times, dropped without signal, and too stale: message by message, without sockets."""
+"""Groups that are used several times, have zero advantage or are too stale, without sockets."""
 
 from collections import Counter
 from dataclasses import replace
@@ -81,7 +81,7 @@ def test_an_early_rollback_undoes_the_second_use_only(start: Any):
     assert buffer.ledger.counts["done"] == 2, "its contents are gone, but it was trained on once"
 
 
-# --- no signal ---
+# Zero advantage.
 
 
 def test_a_group_without_signal_is_dropped_and_replaced_by_another_prompt(start: Any):
@@ -126,7 +126,7 @@ def test_too_many_of_them_in_a_row_end_the_run_until_the_learner_starts_anew(sta
     assert train(buffer, 0) == ["2.0", kept[0].group_id]
 
 
-# --- too stale ---
+# Too stale.
 
 
 def test_drop_waits_for_nobody_samples_again_and_drops_at_last(start: Any):
@@ -158,7 +158,7 @@ def test_leases_that_nobody_waits_for_take_no_room(start: Any):
 
 
 def test_drop_keeps_the_bound_for_groups_that_wait(start: Any):
-    """Three groups are due for a batch of two: the one left over goes."""
+    """Three groups are due for a batch of two; the third is dropped."""
     buffer = start(on_stale="drop", max_staleness=2)
     held = buffer.ask(OTHER, credit(0, 3, "actor-1")).leases
     for version in (0, 1):

@@ -1,4 +1,4 @@
-"""The real server over real sockets, in this process and as a process that is killed."""
+"""The real server with real sockets, in this process and as a process that is killed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The buffer's answers, without sockets: every message, its repeats, and what is left waiting."""
+"""The buffer's answers, without sockets: every message, resent messages, and parked requests."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ ACTOR, OTHER, LEARNER = b"actor-0-aa", b"actor-1-bb", b"learner-cc"
 
 
 class Buffer:
-    """A service with a clock of its own; `tell` returns all answers as {(identity, number): message}."""
+    """A service with a simulated clock. `tell` returns all answers as {(identity, number): message}."""
 
     def __init__(self, config: BufferConfig, make_group: Any) -> None:
         self.config, self.make_group, self.now, self.number = config, make_group, 0.0, 100
@@ -36,7 +36,7 @@ class Buffer:
         return {(o.identity, o.request_number): o.message for o in outgoing}
 
     def ask(self, identity: bytes, message: messages.Message) -> Any:
-        """The answer to a request that is answered at once."""
+        """Send a request that is answered at once. Returns the answer."""
         self.number += 1
         return self.tell(identity, message, self.number)[identity, self.number]
 
@@ -103,7 +103,7 @@ def test_in_sync_mode_nothing_is_leased_while_a_batch_trains(start: Any):
     buffer.deliver(granted.leases)
     assert len(buffer.ask(LEARNER, messages.BatchRequest(0, 0, 1)).groups) == 2
     assert buffer.tell(ACTOR, credit(), 500) == {}
-    # The actor's heartbeat after loading the new weights unblocks the request it has waiting.
+    # The actor's heartbeat after loading the new weights unblocks its parked request.
     heartbeat = messages.Heartbeat("actor", "actor-0", 1, "lease", {})
     answers = buffer.tell(ACTOR, heartbeat, 501)
     assert len(answers[ACTOR, 500].leases) == 2

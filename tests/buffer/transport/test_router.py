@@ -1,4 +1,4 @@
-"""Who gets in, what gets through, and what the log says of the others; real sockets with real keys."""
+"""Connections and messages that the router accepts or refuses, and its log; with real sockets and keys."""
 
 import logging
 import socket
@@ -79,7 +79,7 @@ def test_a_stranger_gets_nothing_and_is_logged_once(router: Router, stranger: st
     assert not heard
     assert rejected >= 3
     lines = [record.message for record in caplog.records if record.name == "buffer.transport.authenticator"]
-    # Who fails at once may be gone before its address can be read.
+    # A connection that fails at once may be closed before its address can be read.
     addresses = ["127.0.0.1"] if stranger == "a key of its own" else ["127.0.0.1", GONE]
     assert lines
     assert len(lines) == len(set(lines))

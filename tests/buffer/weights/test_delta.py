@@ -15,7 +15,7 @@ Bytes = NDArray[np.uint8]
 
 
 def pair(seed: int, num_numbers: int, number_bytes: int, share: float, step: int) -> tuple[Bytes, Bytes]:
-    """Random bits, and the same with a share of the numbers moved by up to `step` units; by any where it is 0."""
+    """Random numbers, and a copy in which a share is moved by up to `step` units, or by any amount if `step` is 0."""
     chance = np.random.default_rng(seed)
     kind: Any = np.dtype(f"u{number_bytes}")
     old = chance.integers(0, 256, num_numbers * number_bytes, np.uint8).view(kind)

@@ -9,7 +9,7 @@ from buffer.weights.shared_memory import SPARE_SEGMENTS, SegmentPool, hold, link
 
 
 def killed(work: Callable[[], object]) -> None:
-    """A process that does `work` and is killed by SIGKILL right after it."""
+    """Run `work` in a child process that is killed by SIGKILL right afterwards."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -29,7 +29,7 @@ def test_what_a_killed_writer_left_half_written_is_never_seen_and_goes_with_the_
     killed(write_half)
     [half] = tmp_path.glob("*.part")
     assert half.read_bytes() == bytes([7] * 50 + [0] * 50)
-    # The lock went with its process; only the name says that the contents are not whole.
+    # The kernel dropped the lock; only the name shows that the contents are incomplete.
     assert [path.name for path in tmp_path.glob("*.weights")] == ["v1.weights"]
     SegmentPool(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Versions that are lent while they are sent: nothing is overwritten, and not more than one is held back."""
+"""Segments are lent to ZeroMQ while their chunks are sent: none is overwritten, and at most one is held back."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ def kept() -> Iterator[KeptVersions]:
 
 
 def add(kept: KeptVersions, pool: SegmentPool, version: int) -> tuple[Segment, list[Segment]]:
-    """The segment of a version that consists of its number, and the segments that came back for it."""
+    """Add a version whose bytes all equal its number. Returns its segment and the segments that are free again."""
     segment = pool.take(SIZE)
     segment.array[:] = version
     path = segment.publish(f"v{version}.weights")
@@ -64,7 +64,7 @@ def test_chunks_are_copies_while_those_of_another_version_are_on_their_way(kept:
     assert add(kept, pool, 4)[1] == [second]
     second.array[:] = 9
     assert isinstance(copied, Chunk) and copied.data == bytes([2] * 100)
-    # The lent one is gone: the next is lent again.
+    # Without a lent chunk the next one is lent again.
     del lent
     chunk = ask(kept, 4, 2)
     add(kept, pool, 5)
@@ -81,6 +81,6 @@ def test_a_request_that_is_repeated_while_its_answer_is_on_its_way_is_not_answer
     assert ask(kept, 1, 0) is None
     assert isinstance(ask(kept, 1, 1), Chunk)
     assert isinstance(chunk, Chunk)
-    # Lost, as when the connection broke off.
+    # As when the connection is lost.
     del chunk
     assert isinstance(ask(kept, 1, 0), Chunk)
