@@ -167,7 +167,7 @@ class Ledger:
             )
             self.counts["leased"] += 1
         self.leased[policy_version] += 1
-        self.watch(holder.name, now)
+        self.start_deadline(holder.name, now)
         return f"{occurrence}.{attempt}", prompt_id
 
     def leases_of(self, holder: Holder) -> list[tuple[str, int]]:
@@ -247,16 +247,16 @@ class Ledger:
             self.file.count("expired", len(rows))
         return len(rows) + self.evaluations.release(holder_name)
 
-    def keep(self, holder_name: str, now: float) -> None:
+    def extend_deadline(self, holder_name: str, now: float) -> None:
         """Extend the holder's deadline, because it is alive."""
         if holder_name in self._deadlines:
             self._deadlines[holder_name] = now + self._config.lease_seconds
 
-    def watch(self, holder_name: str, now: float) -> None:
+    def start_deadline(self, holder_name: str, now: float) -> None:
         """Start the holder's deadline, because it was granted a lease or an evaluation."""
         self._deadlines[holder_name] = now + self._config.lease_seconds
 
-    def silent(self, now: float) -> list[str]:
+    def silent_holders(self, now: float) -> list[str]:
         """Holders whose deadline has passed."""
         return [name for name, deadline in self._deadlines.items() if deadline <= now]
 

@@ -70,7 +70,7 @@ class Leases:
 
     def heard(self, identity: bytes, now: float) -> None:
         """Extend the sender's leases, because any message proves that the sender is alive."""
-        self._ledger.keep(holder_name(identity), now)
+        self._ledger.extend_deadline(holder_name(identity), now)
         if identity in self._clients:
             self._clients[identity].heard = now
 
@@ -107,7 +107,7 @@ class Leases:
     def expire(self, now: float) -> None:
         """End the leases of silent actors. Forget silent connections."""
         seconds = self._config.lease_seconds
-        for name in self._ledger.silent(now):
+        for name in self._ledger.silent_holders(now):
             released = self._ledger.release(name)
             if released:
                 log.warning("%s was silent for %.0f s: %d leases pending again", name, seconds, released)
@@ -151,7 +151,7 @@ class Leases:
         evaluations, closing = self._ledger.evaluations, self._progress.closing
         evaluate_version = evaluations.take(client.policy_version, holder.name, holder.request_number)
         if evaluate_version >= 0:
-            self._ledger.watch(holder.name, now)
+            self._ledger.start_deadline(holder.name, now)
         number = 0 if closing else min(request.num_groups, self._admissible(client.policy_version))
         leases = [self._ledger.issue(holder, client.policy_version, now) for _ in range(number)]
         # Until all evaluations are finished, idle actors keep waiting in case the actor that evaluates dies.
@@ -194,7 +194,7 @@ class Leases:
         return self._reply(leases, version) if leases or version >= 0 else None
 
     def _replace_predecessors(self, identity: bytes, actor_id: str) -> None:
-        """End the leases of the actor's previous process, which a new process with the same name does not sample."""
+        """End the leases of the actor's previous process, because its new process does not sample those groups."""
         replaced = {i: c for i, c in self._clients.items() if c.actor_id == actor_id and i != identity}
         for old in replaced:
             del self._clients[old]

@@ -139,7 +139,7 @@ class Heartbeat:
     waiting_for: Line
     """What the process waits for, in words that complete "waits for"; empty: it does not wait."""
     metrics: dict[Line, float]
-    """Values for the terminal display and TensorBoard, by metric tag."""
+    """Values for the terminal display and TensorBoard, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,7 @@ class EvaluationReport:
     reward_mean: Number
     completion_tokens_mean: Number
     seconds: Seconds
+    """Duration of the evaluation."""
 
 
 @dataclass(frozen=True, slots=True)

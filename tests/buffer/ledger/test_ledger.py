@@ -111,13 +111,13 @@ def test_silence_ends_leases_and_signs_of_life_extend_them(ledger: Ledger, confi
     other = Holder("actor-1-bb", "actor-1", 1)
     issue(ledger)
     issue(ledger, holder=other)
-    ledger.keep(HOLDER.name, 100.0)
-    ledger.keep("nobody", 100.0)
-    assert ledger.silent(config.lease_seconds - 1) == []
-    assert ledger.silent(config.lease_seconds) == [other.name]
+    ledger.extend_deadline(HOLDER.name, 100.0)
+    ledger.extend_deadline("nobody", 100.0)
+    assert ledger.silent_holders(config.lease_seconds - 1) == []
+    assert ledger.silent_holders(config.lease_seconds) == [other.name]
     with ledger.transaction():
         assert ledger.release(other.name) == 1
-    assert (ledger.counts["pending"], ledger.silent(100 + config.lease_seconds)) == (1, [HOLDER.name])
+    assert (ledger.counts["pending"], ledger.silent_holders(100 + config.lease_seconds)) == (1, [HOLDER.name])
     assert ledger.file.counters() == {"expired": 1}
 
 
@@ -182,7 +182,7 @@ def test_a_failed_transaction_restores_deadlines(ledger: Ledger, config: BufferC
     with pytest.raises(KeyError), ledger.transaction():
         ledger.release(HOLDER.name)
         raise KeyError
-    assert ledger.silent(config.lease_seconds) == [HOLDER.name]
+    assert ledger.silent_holders(config.lease_seconds) == [HOLDER.name]
 
 
 def test_writing_outside_a_transaction_is_an_error(ledger: Ledger):
@@ -219,8 +219,8 @@ def test_reopening_keeps_everything_and_gives_leases_a_full_deadline(config: Buf
     ledger.close()
     ledger = Ledger(config, 1000.0)
     assert (+ledger.counts, ledger.leased, ledger.ready) == (counts, leased, ready)
-    assert ledger.silent(1000 + config.lease_seconds - 1) == []
-    assert ledger.silent(1000 + config.lease_seconds) == [HOLDER.name]
+    assert ledger.silent_holders(1000 + config.lease_seconds - 1) == []
+    assert ledger.silent_holders(1000 + config.lease_seconds) == [HOLDER.name]
     assert ledger.leases_of(HOLDER) == [("0.0", ReferenceCurriculum(config).draw())]
     assert issue(ledger)[0] == "2.0"
     ledger.close()
