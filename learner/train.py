@@ -47,7 +47,7 @@ from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoS
 from learner.monitoring.tensorboard import batch_metrics
 from learner.networks import Networks
 from learner.passes import Annotations, PassAbandonedError, critic_step, policy_step, score_batch
-from learner.weights.store import WeightStore
+from learner.weights.store import Publisher
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Trainer:
         *,
         run_dir: Path,
         buffer: Connection,
-        store: WeightStore | None,
+        store: Publisher | None,
         device: torch.device,
         stopping: threading.Event,
     ) -> None:

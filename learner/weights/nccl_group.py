@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from buffer.weights.device_handle import Rendezvous
-
-Version = list[tuple[str, Tensor]]
+from learner.weights.store import Version
 
 
 class SelfDrivenActors:

@@ -27,7 +27,7 @@ from buffer.transport.messages import (
 from buffer.weights.config import WeightsConfig
 from buffer.weights.layout import checksum
 from buffer.weights.shared_memory import hold, most_segments
-from learner.weights.store import ALIGNMENT_BYTES, WeightStore
+from learner.weights.store import ALIGNMENT_BYTES, HostMemory, WeightStore
 
 Stores = Callable[..., WeightStore]
 
@@ -328,12 +328,13 @@ def test_other_tensors_than_before_are_refused(open_store: Stores):
 
 
 def test_versions_lie_in_shared_memory_where_there_is_a_folder_for_them(tmp_path: Path, address: str):
-    memory = tmp_path / "memory" / "weights"
-    (tmp_path / "weights").mkdir()
+    directory, memory = tmp_path / "weights", tmp_path / "memory" / "weights"
+    directory.mkdir()
     for _ in range(2):
-        store = WeightStore(tmp_path / "weights", WeightsConfig(address), Credentials.plain("test"), memory)
+        files = HostMemory(directory, memory)
+        store = WeightStore(directory, WeightsConfig(address), Credentials.plain("test"), files)
         manifest = store.publish(0, weights(), torch.bfloat16).result(10)
-        assert Path(manifest.path).parent == memory and (tmp_path / "weights").resolve() == memory
+        assert Path(manifest.path).parent == memory and directory.resolve() == memory
         assert {entry.dtype for entry in manifest.tensors} == {"bfloat16"}
         store.close()
         assert list(memory.iterdir()) == []
