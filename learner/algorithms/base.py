@@ -231,7 +231,6 @@ class Algorithm(KLSettings, ABC):
         return policy_loss(
             inputs.logprobs,
             denominator,
-            inputs.behavior_logprobs,
             inputs.advantages,
             mask,
             clip_low=self.clip_low,

@@ -12,7 +12,6 @@ Symbols: mu behavior, pi_prox proximal, pi trained policy, m_t mask, w_t importa
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -24,7 +23,6 @@ from learner.algorithms.importance import (
     sequence_log_ratio,
     sum_per_sequence,
     to_tokens,
-    truncated_weights,
 )
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -81,39 +79,30 @@ def token_weights(
 def policy_loss(
     logprobs: Tensor,
     proximal_logprobs: Tensor,
-    behavior_logprobs: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
     *,
     clip_low: float,
     clip_high: float,
-    max_importance_weight: float = math.inf,
-    importance_weights: Tensor | None = None,
-    token_weights: Tensor | None = None,
+    importance_weights: Tensor,
+    token_weights: Tensor,
 ) -> Tensor:
     """The decoupled clipped policy loss.
 
-    L = - sum_t m_t sg(w_t) min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t) / N,
-    w = min(pi_prox/mu, C), u = pi/pi_prox.
+    L = - sum_t m_t sg(w_t) min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t) / N, u = pi/pi_prox.
 
     Args:
         logprobs: log pi, the only input that gets a gradient.
         proximal_logprobs: log pi_prox; `logprobs.detach()` when a batch gets one optimizer step.
-        behavior_logprobs: log mu.
         advantages: A.
         loss_mask: m, bool.
         clip_low, clip_high: distances from 1 at which u is clipped.
-        max_importance_weight: C.
-        importance_weights: w of another correction, instead of min(pi_prox/mu, C).
-        token_weights: m/N from `token_weights`; None: the mean over the unmasked tokens given here.
+        importance_weights: w of the correction.
+        token_weights: m/N from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 when nothing is unmasked.
     """
-    if importance_weights is None:
-        importance_weights = truncated_weights(
-            proximal_logprobs, behavior_logprobs, loss_mask, max_importance_weight=max_importance_weight
-        )
     u = ratio(logprobs, proximal_logprobs.detach(), loss_mask)
     fixed = advantages.detach()
     objective = torch.minimum(u * fixed, u.clamp(1 - clip_low, 1 + clip_high) * fixed)
@@ -129,7 +118,7 @@ def cispo_loss(
     clip_low: float,
     clip_high: float,
     importance_weights: Tensor,
-    token_weights: Tensor | None = None,
+    token_weights: Tensor,
 ) -> Tensor:
     """REINFORCE with a clipped, constant ratio (CISPO, MiniMax-M1 2025, equations 4 and 5).
 
@@ -143,7 +132,7 @@ def cispo_loss(
         loss_mask: m, bool.
         clip_low, clip_high: distances from 1 at which u is clipped; `clip_low` 1 leaves it unbounded below.
         importance_weights: w of the correction.
-        token_weights: m/N from `token_weights`; None: the mean over the unmasked tokens given here.
+        token_weights: m/N from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 when nothing is unmasked.
@@ -182,7 +171,7 @@ def value_loss(
     loss_mask: Tensor,
     *,
     value_clip: float | None,
-    token_weights: Tensor | None = None,
+    token_weights: Tensor,
 ) -> Tensor:
     """sum_t m_t/N * 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2).
 
@@ -192,7 +181,7 @@ def value_loss(
         returns: R.
         loss_mask: m, bool.
         value_clip: None or <= 0 leaves 0.5 (V - R)^2.
-        token_weights: m/N from `token_weights`; None: the mean over the unmasked tokens given here.
+        token_weights: m/N from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs).
@@ -231,9 +220,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
     raise ValueError(f"KL estimator is {kind!r}; choose k1, k2 or k3")
 
 
-def weighted_sum(per_token: Tensor, loss_mask: Tensor, token_weights: Tensor | None = None) -> Tensor:
-    """sum_t m_t weight_t x_t; with None for the weights the mean over the mask."""
-    if token_weights is None:
-        token_weights = loss_mask.double() / loss_mask.sum().clamp(min=1)
+def weighted_sum(per_token: Tensor, loss_mask: Tensor, token_weights: Tensor) -> Tensor:
+    """sum_t m_t weight_t x_t."""
     # `where` and not a product: NaN * 0 is NaN.
     return (torch.where(loss_mask, per_token, 0.0) * token_weights.to(per_token.dtype)).sum()

@@ -1,4 +1,7 @@
-"""PPO (Schulman et al. 2017) with a separate critic: GAE, the clipped policy loss, the clipped value loss."""
+"""PPO (Schulman et al. 2017) with a separate critic: advantages from GAE or V-trace, and the clipped value loss.
+
+The clipped policy loss is the same for all algorithms: `Algorithm.loss` in `learner/algorithms/base.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from learner.algorithms.metrics import MetricSums, value_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(Algorithm):
-    """Every token is a step; the critic says what was to be expected there."""
+    """Every token is a step, and the critic's value is its baseline."""
 
     needs_critic: ClassVar[bool] = True
 
