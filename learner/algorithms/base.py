@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from learner.algorithms.advantages import Reduce, shape_rewards, terminal_rewards, whiten
 from learner.algorithms.corrections import Correction, DecoupledTIS, Distance
-from learner.algorithms.kl import KLSettings
-from learner.algorithms.losses import Aggregation, batch_counts, kl_estimate, policy_loss, token_weights, weighted_sum
+from learner.algorithms.kl import KLSchedule, ScheduleKind
+from learner.algorithms.losses import (
+    Aggregation,
+    KLKind,
+    batch_counts,
+    kl_estimate,
+    policy_loss,
+    token_weights,
+    weighted_sum,
+)
 from learner.algorithms.metrics import MetricSums, policy_metrics
+
+KLPlace = Literal["off", "reward", "loss"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +115,7 @@ class LossOutputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Algorithm(KLSettings, ABC):
+class Algorithm(ABC):
     """The clipped policy loss with its corrections, and what differs between algorithms as methods to write.
 
     Raises:
@@ -131,9 +141,28 @@ class Algorithm(KLSettings, ABC):
     aggregation: Aggregation = "token_mean"
     constant_length: int = 0
     """Tokens; for `aggregation=constant` only."""
+    kl: KLPlace = "off"
+    """Where the KL to the reference is penalized: nowhere, in the reward (k1, per token) or in the loss."""
+    kl_kind: KLKind | None = None
+    """The estimator. None: k3 in the loss, k1 in the reward, which takes no other."""
+    kl_coef: float = 0.0
+    """The coefficient; with a schedule the first one."""
+    kl_schedule: ScheduleKind = "fixed"
+    """fixed | linear (to `kl_final_coef`) | adaptive (towards `kl_target`)."""
+    kl_final_coef: float = 0.0
+    """linear: the coefficient after `kl_schedule_steps`."""
+    kl_schedule_steps: int = 0
+    """linear: versions from the first coefficient to the last."""
+    kl_target: float = 6.0
+    """adaptive: nats per completion, summed over its tokens."""
+    kl_horizon: float = 10_000.0
+    """adaptive: completions over which an error of 20 % or more changes the coefficient by about 20 %."""
+    reference_refresh_every: int = 0
+    """Versions after which the trained policy becomes the reference; 0: the reference stays the policy the run started
+    from."""
 
     def __post_init__(self) -> None:
-        KLSettings.__post_init__(self)
+        self._check_kl()
         name = type(self).__name__
         if self.correction.corrects_targets and not self.needs_critic:
             raise ValueError(
@@ -165,6 +194,46 @@ class Algorithm(KLSettings, ABC):
                 f"algorithm: aggregation=constant divides by constant_length={self.constant_length}; set it to the"
                 " longest completion in tokens"
             )
+
+    def _check_kl(self) -> None:
+        if self.kl not in get_args(KLPlace):
+            raise ValueError(
+                f"algorithm: kl is {self.kl!r}; choose 'off', 'reward' or 'loss' (in YAML with quotes: off without them"
+                " means false)"
+            )
+        if self.kl_kind is not None and self.kl_kind not in get_args(KLKind):
+            raise ValueError(f"algorithm: kl_kind is {self.kl_kind!r}; choose k1, k2 or k3")
+        if self.kl == "reward" and self.kl_kind in ("k2", "k3"):
+            raise ValueError(
+                f"algorithm: kl=reward takes the estimator k1; leave kl_kind={self.kl_kind} out or kl=loss"
+            )
+        penalizes = self.kl_coef_schedule.is_ever_positive
+        if min(self.kl_coef, self.kl_final_coef) < 0 or (self.kl != "off" and not penalizes):
+            raise ValueError(
+                f"algorithm: kl={self.kl} with kl_coef={self.kl_coef} punishes nothing; set kl_coef above 0 or kl='off'"
+            )
+        if self.reference_refresh_every < 0 or (self.reference_refresh_every and self.kl == "off"):
+            raise ValueError(
+                f"algorithm: reference_refresh_every={self.reference_refresh_every} with kl={self.kl} refreshes"
+                " nothing; set kl to reward or loss, or leave it 0"
+            )
+
+    @property
+    def kl_coef_schedule(self) -> KLSchedule:
+        """The coefficient of each step."""
+        return KLSchedule(
+            kind=self.kl_schedule,
+            coef=self.kl_coef,
+            final_coef=self.kl_final_coef,
+            num_steps=self.kl_schedule_steps,
+            target=self.kl_target,
+            horizon=self.kl_horizon,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `ref_logprobs` must be given."""
+        return self.kl != "off"
 
     @property
     def needs_proximal(self) -> bool:
