@@ -26,6 +26,12 @@ QUERIES_PER_BLOCK = 128
 """Fewer: fewer scores that the mask hides. More: fewer calls of the kernel."""
 
 
+def register_packed_attention() -> str:
+    """Make `packed_attention` known to transformers. Returns the name to load a model with."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    return PACKED_ATTENTION
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -290,6 +296,3 @@ def _varlen_attention(
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from learner.batches.prefix_sharing import SharedPrefixes
 from learner.config import LoraConfig
-from learner.models.attention import PACKED_ATTENTION
+from learner.models.attention import register_packed_attention
 from learner.models.cpu_layers import patch_for_cpu
 from learner.models.head import ScoringHead
 from learner.models.lora import add_adapters, four_bit_base
@@ -145,7 +145,7 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool, 
     quantized = (
         {"quantization_config": four_bit_base(), "device_map": {"": torch.cuda.current_device()}} if base_4bit else {}
     )
-    network = kind.from_pretrained(path, dtype=dtype, attn_implementation=PACKED_ATTENTION, **quantized)
+    network = kind.from_pretrained(path, dtype=dtype, attn_implementation=register_packed_attention(), **quantized)
     network.config.use_cache = False
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})

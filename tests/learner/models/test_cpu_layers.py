@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, apply_rotary_pos_emb
 
-from learner.models.attention import PACKED_ATTENTION
+from learner.models.attention import register_packed_attention
 from learner.models.cpu_layers import _Angles, _Attention, _FeedForward, _Norm, _Rotation, patch_for_cpu
 
 SIZES = {
@@ -36,7 +36,7 @@ KINDS = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
 def decoder(kind: type[PreTrainedConfig], dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     config = kind(**SIZES, **changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_packed_attention())
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             # A weight of ones, or a bias of zeros, would hide that it is left out.
