@@ -59,7 +59,7 @@ def packed_attention(
         [1, K, heads, head_dim] and no attention weights.
     """
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        own = shared.own if shared else [range(end - start) for start, end in pairwise(boundaries)]
+        own = shared.computed_ranges if shared else [range(end - start) for start, end in pairwise(boundaries)]
         own = [asking for asking in own if asking]
         # Once, instead of every score: there are more of them.
         query = query * (1 / math.sqrt(query.shape[-1]) if scaling is None else scaling)
