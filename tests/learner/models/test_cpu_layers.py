@@ -60,8 +60,8 @@ def states_and_gradients(network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]
 
 
 def known(network: nn.Module) -> set[str]:
-    hastened = (_Norm, _Attention, _FeedForward)
-    return {type(module).__name__ for module in network.modules() if isinstance(module, hastened)}
+    patched = (_Norm, _Attention, _FeedForward)
+    return {type(module).__name__ for module in network.modules() if isinstance(module, patched)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +119,7 @@ def test_other_attention_is_left_to_transformers():
     torch.testing.assert_close(rest, network(input_ids=token_ids).last_hidden_state[:, 6:], rtol=1e-5, atol=1e-5)
 
 
-def test_a_copy_of_a_hastened_network_is_one_and_is_by_itself():
+def test_a_copy_of_a_patched_network_is_patched_and_shares_nothing():
     network = decoder(Qwen2Config)
     patch_for_cpu(network)
     twin = copy.deepcopy(network)
