@@ -130,7 +130,7 @@ class GroupBroadcast:
         self._device, self._join, self._seconds = device, join, config.meeting_seconds
         self._send: Send | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="broadcast")
-        """NCCL has no time-out of its own, so it waits in a thread that can be abandoned."""
+        """NCCL cannot be told to give up, so it runs in a thread that can be abandoned."""
 
     def describe(self, buffer: Tensor) -> Rendezvous:
         """The record of every version: where the group meets."""

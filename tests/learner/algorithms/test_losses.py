@@ -66,7 +66,7 @@ def flat_weights(batch: RaggedBatch) -> list[float]:
 
 
 def check(found: Tensor, leaf: Tensor, expected: tuple[float, list[float]]) -> None:
-    """The value to 1e-12, the gradient to 1e-10."""
+    """Compare the value to 1e-12 and the gradient to 1e-10."""
     assert found.item() == pytest.approx(expected[0], abs=1e-12)
     (slope,) = torch.autograd.grad(found, leaf)
     assert slope.tolist() == pytest.approx(expected[1], abs=1e-10)

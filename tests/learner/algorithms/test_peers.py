@@ -60,7 +60,7 @@ def ours(kind: str, aggregation: str, leaf: Tensor, *, weights: Tensor = WEIGHTS
 
 
 def assert_equal(found: Any, expected: Any) -> None:
-    """Two losses of one leaf: value and gradient."""
+    """Both losses have the same value and the same gradient."""
     leaves = [PI.clone().requires_grad_() for _ in range(2)]
     values = [make(leaf) for make, leaf in zip((found, expected), leaves, strict=True)]
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-7)
@@ -75,7 +75,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 def trl_loss(
     leaf: Tensor, loss_type: str, *, level: str = "token", beta: float = 0.0, weights: Tensor | None
 ) -> Tensor:
-    """The loss of TRL's trainer, whose model has already made the log-probabilities `leaf`."""
+    """The loss of TRL's trainer, for a model with the log-probabilities `leaf`."""
     trainer = pytest.importorskip("trl").GRPOTrainer
     clips = (3e-4, 4e-4) if level == "sequence" else (0.2, 1.5 if loss_type == "cispo" else 0.28)
     alone = SimpleNamespace(

@@ -26,7 +26,7 @@ def costs(lengths: list[int], shared: list[int], cuts: tuple[int, ...] | list[in
 
 
 def allowed(lengths: list[int], shared: list[int], budget: int) -> list[tuple[int, ...]]:
-    """All ways to cut, by trying every one."""
+    """All cuts within the budget, by exhaustive search."""
     inner = range(1, len(lengths))
     every = [(0, *chosen, len(lengths)) for n in range(len(lengths)) for chosen in combinations(inner, n)]
     return [

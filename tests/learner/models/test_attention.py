@@ -23,7 +23,7 @@ CASES = {
 
 
 def shared(lengths: list[int], common: list[int], behind: list[int]) -> SharedPrefixes | None:
-    """Of sequences that each share exactly `common` tokens with the previous one."""
+    """Made from sequences that each share exactly `common` tokens with the previous one."""
     sequences: list[np.ndarray] = []
     for index, (length, prefix) in enumerate(zip(lengths, common, strict=True)):
         own = 1000 * (index + 1) + np.arange(length - prefix)
@@ -33,7 +33,7 @@ def shared(lengths: list[int], common: list[int], behind: list[int]) -> SharedPr
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None) -> Tensor:
-    """Attention of [1, heads, N, head_dim] inside each sequence, all of whose tokens ask."""
+    """Attention of [1, heads, N, head_dim] within each sequence, with a query for every token."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     starts = np.cumsum([0, *lengths]).tolist()

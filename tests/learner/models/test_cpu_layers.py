@@ -1,4 +1,4 @@
-"""Layers that compute in fewer passes, beside transformers' own."""
+"""The patched layers against transformers' own."""
 
 import copy
 from typing import Any
@@ -48,7 +48,7 @@ def decoder(kind: type[PreTrainedConfig], dtype: torch.dtype = torch.float32, **
 
 
 def states_and_gradients(network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of two sequences, the second of which begins anew."""
+    """Hidden states and gradients for two packed sequences."""
     token_ids = torch.arange(3, 26).remainder(50).unsqueeze(0)
     positions = torch.cat([torch.arange(14), torch.arange(9)]).unsqueeze(0)
     states = network(

@@ -1,4 +1,4 @@
-"""Versions that stay on a device, with the CPU in its place: what is written where, in which order a group meets."""
+"""Device memory and broadcasts, with the CPU in place of the device."""
 
 import asyncio
 import threading
@@ -28,7 +28,7 @@ def address(socket_folder: Path) -> str:
 
 @pytest.fixture
 def buffers() -> list[Tensor]:
-    """Those that were described, in order."""
+    """The buffers that were described, in order."""
     return []
 
 
