@@ -80,7 +80,7 @@ def test_the_order_of_packing_changes_nothing(batch: RaggedBatch, pair: tuple[st
 
 
 def renumbered(index: Tensor) -> Tensor:
-    """Sequences by the order they come in."""
+    """Number the sequences in their order of appearance."""
     return (index.diff(prepend=index[:1]) != 0).cumsum(0)
 
 

@@ -138,7 +138,7 @@ def test_without_names_all_linear_layers_of_the_decoder_train(model_folder: Path
 
 
 def test_weights_held_in_another_form_are_taken_from_the_full_ones(model_folder: Path, trained: TrainingEngine):
-    """As with a base in four bits: the frozen weights come from `base`, not from the network."""
+    """As with a base in four bits: the frozen weights come from `full_base`, not from the network."""
     other = train(engine(model_folder, full_base=partial(load, model_folder, None)))
     expected = whole(trained)
     with torch.no_grad():
