@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from buffer.machine import THREADS_VARIABLE, available_memory_bytes
-from buffer.weights.shared_memory import most_segments
+from buffer.weights.shared_memory import max_segments
 from launch.config.checks import nearest_folder
 from launch.config.consistency import has_critic
 from launch.config.curriculum import fewest_prompts
@@ -112,7 +112,7 @@ def _sizes(plan: RunPlan) -> list[tuple[str, ...]]:
     frozen = 0 if trained else parameters * NUMBER_BYTES[model["dtype"]]
     critic = parameters * TRAINING_BYTES if has_critic(plan.sections) else 0
     published = parameters * NUMBER_BYTES[learner["publish_dtype"]]
-    versions = most_segments(weights["keep_versions"])
+    versions = max_segments(weights["keep_versions"])
     states = trained + (parameters if critic else 0)
     checkpoint = states * STATE_BYTES + parameters * NUMBER_BYTES[model["dtype"]]
     training = _size(trained * TRAINING_BYTES + frozen + critic)

@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from learner.models.attention import PACKED_ATTENTION
+from learner.models.attention import register_packed_attention
 from learner.models.policy import PolicyModel
 from learner.schedule import learning_rate
 
@@ -113,7 +113,7 @@ def _build(settings: SftSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2Fo
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config._attn_implementation = PACKED_ATTENTION
+    config._attn_implementation = register_packed_attention()
     return Qwen2ForCausalLM(config)
 
 

@@ -47,7 +47,7 @@ from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoS
 from learner.monitoring.tensorboard import batch_metrics
 from learner.networks import Networks
 from learner.passes import Annotations, PassAbandonedError, critic_step, policy_step, score_batch
-from learner.weights.store import WeightStore
+from learner.weights.store import Publisher
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Trainer:
         *,
         run_dir: Path,
         buffer: Connection,
-        store: WeightStore | None,
+        store: Publisher | None,
         device: torch.device,
         stopping: threading.Event,
     ) -> None:
@@ -241,7 +241,7 @@ class Trainer:
         proximal = self._score(networks.policy, batch) if scored else None
         reference = self._score(networks.reference, batch) if networks.reference is not None else None
         values = self._score(networks.critic, batch) if networks.critic is not None else None
-        kl_coef = self.algorithm.kl_coef_at(self.version, self._kl_coef)
+        kl_coef = self.algorithm.kl_coef_schedule.at(self.version, self._kl_coef)
         outputs = self.algorithm.advantages(
             AdvantageInputs(
                 rewards=batch.rewards,
@@ -262,14 +262,14 @@ class Trainer:
         if "policy/reference_kl_per_sequence" not in metrics:
             return self._kl_coef
         observed, num_sequences = metrics["policy/reference_kl_per_sequence"], metrics["policy/num_sequences"]
-        return self.algorithm.adapt_kl_coef(self._kl_coef, observed, num_sequences)
+        return self.algorithm.kl_coef_schedule.adapt(self._kl_coef, observed, num_sequences)
 
     def _step(self, batch: TrainingBatch, part: range, annotations: Annotations) -> dict[str, float]:
         """One optimizer step of the policy, and of the critic where there is one; the version goes up by one.
 
         A step whose loss or gradient is not finite is skipped: the version has the weights of the one before it.
         """
-        kl_coef = self.algorithm.kl_coef_at(self.version, self._kl_coef)
+        kl_coef = self.algorithm.kl_coef_schedule.at(self.version, self._kl_coef)
         annotations = replace(annotations, kl_coef=kl_coef)
         options = batch, part, annotations, self.config.tokens_per_microbatch, self._abandoning
         networks, sums = self.networks, MetricSums()

@@ -1,1 +1,1 @@
-"""The algorithms, their advantages, losses and corrections."""
+"""The algorithms, and the advantages, losses and corrections that they are made of."""

@@ -1,8 +1,8 @@
-"""From rewards to advantages: pure functions, no gradient, no configuration.
+"""Advantages from rewards: pure functions without gradient or configuration.
 
-Called by the algorithms once per batch. Token tensors are padded [B, T] (or one trajectory, [T]) with a `loss_mask`,
-or packed [N] over scored tokens with `sequence_index` [N] int64 naming each token's trajectory, trajectories contiguous
-and in order. Results are 0 where `loss_mask` is False.
+The algorithms call them once per batch. Token tensors are padded [B, T] (or one trajectory, [T]) with a `loss_mask`, or
+packed [N] over scored tokens. `sequence_index` [N] int64 is the trajectory of each packed token; trajectories are
+contiguous and in order. Results are 0 where `loss_mask` is False.
 
 Symbols: r_t reward, V_t value, gamma discount, lam the lambda of GAE, G the size of a group.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the learner's ranks and returns it; None where there is one rank."""
+"""Sums a tensor over the learner's ranks and returns it; None with one rank."""
 
 _STD_EPSILON = 1e-6
 _VARIANCE_FLOOR = 1e-8
@@ -26,8 +26,8 @@ def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam
     """Generalized advantage estimation (Schulman et al. 2016, equation 16) over the tokens the policy sampled.
 
     delta_t = r_t + gamma V_next(t) - V_t and A_t = delta_t + gamma lam A_next(t), where next(t) is the next token with
-    `loss_mask` True: observation tokens in between are no step of the policy, and their rewards and values are not
-    read. Past the last such token V and A are 0: an episode ends there, cut off by the length limit or not.
+    `loss_mask` True. Observation tokens in between are not steps of the policy; their rewards and values are ignored.
+    After the last sampled token V and A are 0, also when the length limit truncated the episode.
 
     Args:
         rewards, values: [T] or [B, T] float.
@@ -51,15 +51,15 @@ def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam
 def group_relative(rewards: Tensor, group_index: Tensor, *, normalize_std: bool) -> Tensor:
     """A_i = r_i - mean(r of its group), divided by the group's standard deviation + 1e-6 if `normalize_std` (GRPO).
 
-    The standard deviation is the sample one (divided by G - 1). A group of one has advantage 0: it has no peers.
+    The sample standard deviation is used (divided by G - 1). The advantage in a group of one is 0.
 
     Args:
         rewards: [num_sequences] float.
-        group_index: [num_sequences] int64, any order; a group must be here whole.
+        group_index: [num_sequences] int64, in any order; groups must be whole.
 
     Returns:
-        [num_sequences] in the dtype of `rewards`. Computed in float64, so that equal rewards give 0 and not rounding
-        noise divided by 1e-6.
+        [num_sequences] in the dtype of `rewards`. Computed in float64, so that equal rewards give 0 instead of
+        rounding noise divided by 1e-6.
     """
     exact = rewards.double()
     sizes, sums = _group_sums(exact, group_index)
@@ -77,7 +77,7 @@ def leave_one_out(rewards: Tensor, group_index: Tensor) -> Tensor:
 
     Args:
         rewards: [num_sequences] float.
-        group_index: [num_sequences] int64, any order; a group must be here whole.
+        group_index: [num_sequences] int64, in any order; groups must be whole.
 
     Returns:
         [num_sequences] in the dtype of `rewards`.
@@ -93,7 +93,7 @@ def whiten(advantages: Tensor, loss_mask: Tensor, *, reduce: Reduce | None = Non
     """(A - mean) / sqrt(max(variance, 1e-8)) with mean and population variance over the unmasked tokens of all ranks.
 
     Args:
-        advantages, loss_mask: one shape, any.
+        advantages, loss_mask: both of the same shape.
         reduce: sums a [3] float64 tensor over the ranks. Waits for: every rank's call.
 
     Returns:
@@ -109,14 +109,14 @@ def whiten(advantages: Tensor, loss_mask: Tensor, *, reduce: Reduce | None = Non
 
 
 def shape_rewards(rewards: Tensor, *, scale: float, shift: float, clip: float | None) -> Tensor:
-    """clip(scale r + shift, -clip, clip); None does not clip."""
+    """clip(scale r + shift, -clip, clip); with `clip` None no clip."""
     shaped = scale * rewards + shift
     return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
 @torch.no_grad()
 def terminal_rewards(rewards: Tensor, sequence_index: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """[N] token rewards of `dtype`: each trajectory's reward [num_sequences] at its last scored token, 0 elsewhere."""
+    """[N] rewards of `dtype`: each trajectory's reward [num_sequences] at its last scored token, 0 elsewhere."""
     ends = sequence_lengths(sequence_index, len(rewards)).cumsum(0) - 1
     token_rewards = torch.zeros(len(sequence_index), dtype=dtype, device=rewards.device)
     token_rewards[ends] = rewards.to(dtype)
@@ -124,7 +124,7 @@ def terminal_rewards(rewards: Tensor, sequence_index: Tensor, *, dtype: torch.dt
 
 
 def sequence_lengths(sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """[num_sequences] int64: scored tokens of each trajectory.
+    """[num_sequences] int64: number of scored tokens of each trajectory.
 
     Raises:
         ValueError: when trajectories are not contiguous and in order, or one has no token.
@@ -141,9 +141,9 @@ def sequence_lengths(sequence_index: Tensor, num_sequences: int) -> Tensor:
 
 
 def pad_mask(sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """[num_sequences, longest] bool that maps packed to padded and back.
+    """[num_sequences, longest] bool: the places of the packed tokens in a padded tensor.
 
-    `pad(packed, mask)` and `padded[mask]` keep the packed order, because trajectories are contiguous and in order.
+    `pad(packed, mask)` pads, `padded[mask]` packs again in the same order.
     """
     lengths = sequence_lengths(sequence_index, num_sequences)
     longest = int(lengths.max()) if num_sequences else 0
@@ -151,12 +151,12 @@ def pad_mask(sequence_index: Tensor, num_sequences: int) -> Tensor:
 
 
 def pad(packed: Tensor, mask: Tensor) -> Tensor:
-    """[num_sequences, longest] of packed [N], 0 where `pad_mask` is False."""
+    """Pad [N] to [num_sequences, longest] with 0; `mask` is from `pad_mask`."""
     return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
 
 
 def _group_sums(values: Tensor, group_index: Tensor) -> tuple[Tensor, Tensor]:
-    """(sizes, sums) per group, both float64 of [num_groups]; an index without members has size 0."""
+    """(sizes, sums) of the groups, both [num_groups] float64; a group index without members has size 0."""
     num_groups = int(group_index.max()) + 1 if len(group_index) else 0
     zeros = torch.zeros(num_groups, dtype=torch.float64, device=values.device)
     return zeros.index_add(0, group_index, torch.ones_like(values)), zeros.index_add(0, group_index, values)

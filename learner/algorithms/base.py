@@ -1,60 +1,71 @@
-"""What an algorithm is: advantages once per batch, a loss once per microbatch, and what they need to be given.
+"""The base class of the algorithms: advantages once per batch, a loss once per microbatch, and the inputs of both.
 
-An algorithm is one frozen class, chosen once by Hydra's `_target_` and called by the training loop, which knows no
-algorithm's name. It owns coefficients and no state, talks to no process, and calls no model. All token tensors are
-packed over scored tokens [N]; the advantages see a rank's whole batch, the losses one microbatch of whole sequences.
+An algorithm is one frozen class, chosen by Hydra's `_target_` and called by the training loop, which never asks for its
+name. It owns coefficients and no state, and calls neither models nor other processes. All token tensors are packed over
+scored tokens [N]. Advantages get a rank's whole batch, losses a microbatch of whole sequences.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from learner.algorithms.advantages import Reduce, shape_rewards, terminal_rewards, whiten
 from learner.algorithms.corrections import Correction, DecoupledTIS, Distance
-from learner.algorithms.kl import KLSettings
-from learner.algorithms.losses import Aggregation, batch_counts, kl_estimate, policy_loss, token_weights, weighted_sum
+from learner.algorithms.kl import KLSchedule, ScheduleKind
+from learner.algorithms.losses import (
+    Aggregation,
+    KLKind,
+    batch_counts,
+    kl_estimate,
+    policy_loss,
+    token_weights,
+    weighted_sum,
+)
 from learner.algorithms.metrics import MetricSums, policy_metrics
+
+KLPlace = Literal["off", "reward", "loss"]
+"""Where the KL to the reference is penalized."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdvantageInputs:
-    """One rank's batch: whole groups."""
+    """The whole groups of one rank's batch."""
 
     rewards: Tensor
-    """[num_sequences] float: one per trajectory."""
+    """[num_sequences] float."""
     group_index: Tensor
     """[num_sequences] int64: the group of each trajectory."""
     sequence_index: Tensor
-    """[N] int64: the trajectory of each scored token; contiguous, in order, every trajectory at least once."""
+    """[N] int64: the trajectory of each scored token. Contiguous and in order; no trajectory is left out."""
     behavior_logprobs: Tensor
     """[N] log mu."""
     values: Tensor | None = None
-    """[N] the critic's, if the algorithm needs one."""
+    """[N] from the critic, if the algorithm needs one."""
     proximal_logprobs: Tensor | None = None
-    """[N] log pi_prox; None when a batch gets one optimizer step and no extra forward pass was made."""
+    """[N] log pi_prox; None when a batch gets one optimizer step, without an extra forward pass."""
     ref_logprobs: Tensor | None = None
-    """[N] the reference's, if the algorithm needs one."""
+    """[N] from the reference, if the algorithm needs one."""
     kl_coef: float | None = None
-    """The coefficient of this batch; None: the algorithm's `kl_coef`."""
+    """The KL coefficient of this batch; None: the algorithm's `kl_coef`."""
     reduce: Reduce | None = None
     """Sums a small float64 tensor over the ranks; None with one rank."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdvantageOutputs:
-    """What the losses are given; no gradient."""
+    """The result of `Algorithm.advantages`; no gradient."""
 
     advantages: Tensor
     """[N]."""
     returns: Tensor | None
-    """[N] the critic's targets; None without a critic."""
+    """[N] targets of the critic; None without a critic."""
     token_rewards: Tensor
-    """[N] the reward at each trajectory's last token, less the KL penalty if it is in the reward."""
+    """[N] the reward at each trajectory's last token, minus the KL penalty if `kl=reward`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +75,7 @@ class LossInputs:
     logprobs: Tensor
     """[N] log pi."""
     entropy: Tensor
-    """[N] nats, of the whole distribution each token was drawn from."""
+    """[N] in nats, of the distribution that each token was sampled from."""
     behavior_logprobs: Tensor
     """[N] log mu."""
     advantages: Tensor
@@ -72,13 +83,13 @@ class LossInputs:
     token_weights: Tensor
     """[N] from `Algorithm.token_weights`; 0 masks a token."""
     sequence_index: Tensor
-    """[N] int64: the trajectory of each token; every trajectory is here whole."""
+    """[N] int64: the trajectory of each token; trajectories are whole."""
     proximal_logprobs: Tensor | None = None
-    """[N] log pi_prox; None with one optimizer step per batch: then pi_prox = sg(pi)."""
+    """[N] log pi_prox; None with one optimizer step per batch, where pi_prox = sg(pi)."""
     ref_logprobs: Tensor | None = None
-    """[N] the reference's; needed with `kl=loss`, otherwise only shown in the metrics."""
+    """[N] from the reference; required with `kl=loss`, otherwise only for metrics."""
     kl_coef: float | None = None
-    """The coefficient of this step; None: the algorithm's `kl_coef`."""
+    """The KL coefficient of this step; None: the algorithm's `kl_coef`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,7 +99,7 @@ class ValueLossInputs:
     values: Tensor
     """[N] under the weights being trained."""
     old_values: Tensor
-    """[N] when the batch began."""
+    """[N] from before the first optimizer step of the batch."""
     returns: Tensor
     """[N] targets."""
     token_weights: Tensor
@@ -97,16 +108,16 @@ class ValueLossInputs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossOutputs:
-    """A share of the global loss: the shares of all microbatches of all ranks add up to it."""
+    """One microbatch's share of the loss; the sum over all microbatches of all ranks is the loss of the step."""
 
     loss: Tensor
-    """Scalar to call backward on."""
+    """Scalar, to call `backward` on."""
     metrics: MetricSums
 
 
 @dataclass(frozen=True, kw_only=True)
-class Algorithm(KLSettings, ABC):
-    """The clipped policy loss with its corrections, and what differs between algorithms as methods to write.
+class Algorithm(ABC):
+    """The clipped policy loss with corrections. Subclasses add the advantages and override what else differs.
 
     Raises:
         ValueError: when fields contradict each other.
@@ -114,26 +125,44 @@ class Algorithm(KLSettings, ABC):
 
     needs_critic: ClassVar[bool] = False
     min_group_size: ClassVar[int] = 1
-    """Completions per prompt below which every advantage would be 0."""
+    """With fewer completions per prompt every advantage would be 0."""
 
     correction: Correction = field(default_factory=DecoupledTIS)
     clip_low: float = 0.2
     clip_high: float = 0.2
     """u = pi/pi_prox is clipped to [1 - clip_low, 1 + clip_high]."""
     whiten_advantages: bool = False
-    """Mean 0 and variance 1 over the scored tokens of the whole batch, all ranks together."""
+    """Give the advantages mean 0 and variance 1 over the scored tokens of the whole batch, all ranks together."""
     reward_scale: float = 1.0
     reward_shift: float = 0.0
     reward_clip: float | None = None
-    """A reward r counts as clip(reward_scale r + reward_shift, -reward_clip, reward_clip); None: unclipped."""
+    """A reward r becomes clip(reward_scale r + reward_shift, -reward_clip, reward_clip); None: no clip."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     aggregation: Aggregation = "token_mean"
     constant_length: int = 0
-    """Tokens; for `aggregation=constant` only."""
+    """Tokens; only for `aggregation=constant`."""
+    kl: KLPlace = "off"
+    """Where the KL to the reference is penalized: nowhere, in the reward (k1, per token) or in the loss."""
+    kl_kind: KLKind | None = None
+    """The estimator. None: k3 in the loss, k1 in the reward, which takes no other."""
+    kl_coef: float = 0.0
+    """The coefficient; with a schedule the first one."""
+    kl_schedule: ScheduleKind = "fixed"
+    """fixed | linear (to `kl_final_coef`) | adaptive (towards `kl_target`)."""
+    kl_final_coef: float = 0.0
+    """linear: the coefficient after `kl_schedule_steps`."""
+    kl_schedule_steps: int = 0
+    """linear: versions from the first coefficient to the last."""
+    kl_target: float = 6.0
+    """adaptive: nats per completion, summed over its tokens."""
+    kl_horizon: float = 10_000.0
+    """adaptive: completions over which an error of 20 % or more changes the coefficient by about 20 %."""
+    reference_refresh_every: int = 0
+    """Versions after which the trained policy becomes the reference; 0: the initial policy stays the reference."""
 
     def __post_init__(self) -> None:
-        KLSettings.__post_init__(self)
+        self._check_kl()
         name = type(self).__name__
         if self.correction.corrects_targets and not self.needs_critic:
             raise ValueError(
@@ -166,23 +195,63 @@ class Algorithm(KLSettings, ABC):
                 " longest completion in tokens"
             )
 
+    def _check_kl(self) -> None:
+        if self.kl not in get_args(KLPlace):
+            raise ValueError(
+                f"algorithm: kl is {self.kl!r}; choose 'off', 'reward' or 'loss' (in YAML with quotes: off without them"
+                " means false)"
+            )
+        if self.kl_kind is not None and self.kl_kind not in get_args(KLKind):
+            raise ValueError(f"algorithm: kl_kind is {self.kl_kind!r}; choose k1, k2 or k3")
+        if self.kl == "reward" and self.kl_kind in ("k2", "k3"):
+            raise ValueError(
+                f"algorithm: kl=reward takes the estimator k1; leave kl_kind={self.kl_kind} out or kl=loss"
+            )
+        never_positive = not self.kl_coef_schedule.is_ever_positive
+        if min(self.kl_coef, self.kl_final_coef) < 0 or (self.kl != "off" and never_positive):
+            raise ValueError(
+                f"algorithm: kl={self.kl} with kl_coef={self.kl_coef} punishes nothing; set kl_coef above 0 or kl='off'"
+            )
+        if self.reference_refresh_every < 0 or (self.reference_refresh_every and self.kl == "off"):
+            raise ValueError(
+                f"algorithm: reference_refresh_every={self.reference_refresh_every} with kl={self.kl} refreshes"
+                " nothing; set kl to reward or loss, or leave it 0"
+            )
+
+    @property
+    def kl_coef_schedule(self) -> KLSchedule:
+        """The KL coefficient of each optimizer step."""
+        return KLSchedule(
+            kind=self.kl_schedule,
+            coef=self.kl_coef,
+            final_coef=self.kl_final_coef,
+            num_steps=self.kl_schedule_steps,
+            target=self.kl_target,
+            horizon=self.kl_horizon,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `ref_logprobs` are required."""
+        return self.kl != "off"
+
     @property
     def needs_proximal(self) -> bool:
-        """Whether `AdvantageInputs.proximal_logprobs` must be given even with one optimizer step per batch."""
+        """Whether `AdvantageInputs.proximal_logprobs` is required even with one optimizer step per batch."""
         return self.correction.corrects_targets
 
     @abstractmethod
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """From rewards to what the losses weigh each token by. Waits for: the other ranks, where `reduce` is called."""
+        """Advantages and returns from rewards. Waits for: the other ranks, if it calls `reduce`."""
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutputs:
-        """The critic's share of the loss, for its own optimizer; only where `needs_critic`."""
+        """The critic's loss of one microbatch, for the critic's optimizer; only where `needs_critic`."""
         raise TypeError(f"{type(self).__name__} has no critic, so it has no value loss")
 
     def token_weights(
         self, loss_mask: Tensor, sequence_index: Tensor, *, num_tokens: float, num_sequences: float
     ) -> Tensor:
-        """[N] what each token counts; the counts are `losses.batch_counts` of one optimizer step over all ranks."""
+        """[N] weight of each token in the loss; the counts are `losses.batch_counts` of the step, over all ranks."""
         return token_weights(
             loss_mask,
             sequence_index,
@@ -193,7 +262,7 @@ class Algorithm(KLSettings, ABC):
         )
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        """policy_loss + kl_coef * KL (if in the loss) - entropy_coef * entropy, of one microbatch."""
+        """policy_loss + kl_coef * KL (if `kl=loss`) - entropy_coef * entropy, of one microbatch."""
         mask = inputs.token_weights > 0
         proximal = inputs.logprobs.detach() if inputs.proximal_logprobs is None else inputs.proximal_logprobs
         distance = Distance(proximal, inputs.behavior_logprobs, inputs.advantages, mask, inputs.sequence_index)
@@ -223,7 +292,7 @@ class Algorithm(KLSettings, ABC):
         return LossOutputs(total, metrics + terms)
 
     def denominator(self, logprobs: Tensor, distance: Distance) -> Tensor:
-        """[N] log of what pi is divided by in the clipped ratio; no gradient."""
+        """[N] log of the denominator of the clipped ratio u; no gradient."""
         return distance.behavior_logprobs if self.correction.clips_behavior else distance.proximal_logprobs
 
     def policy_term(self, inputs: LossInputs, denominator: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
@@ -231,7 +300,6 @@ class Algorithm(KLSettings, ABC):
         return policy_loss(
             inputs.logprobs,
             denominator,
-            inputs.behavior_logprobs,
             inputs.advantages,
             mask,
             clip_low=self.clip_low,
@@ -241,9 +309,9 @@ class Algorithm(KLSettings, ABC):
         )
 
     def token_rewards(self, batch: AdvantageInputs) -> Tensor:
-        """[N] each trajectory's shaped reward at its last token, less kl_coef * k1 on every token if KL is there.
+        """[N] each trajectory's shaped reward at its last token, minus kl_coef * k1 at every token if `kl=reward`.
 
-        The KL is that of pi_prox, or of mu where the batch has no `proximal_logprobs`.
+        The KL is that of pi_prox, or of mu if the batch has no `proximal_logprobs`.
         """
         logprobs = batch.behavior_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
         shaped = shape_rewards(batch.rewards, scale=self.reward_scale, shift=self.reward_shift, clip=self.reward_clip)
@@ -263,8 +331,8 @@ class Algorithm(KLSettings, ABC):
         return self.kl_coef if given is None else given
 
     def _reference_kl(self, inputs: LossInputs, mask: Tensor) -> tuple[Tensor, MetricSums]:
-        """(the KL term of the loss, 0 unless it belongs there; the KL to the reference as sums over tokens)."""
-        # Masked before they are subtracted: the gradient of e^NaN is NaN even where it is not summed.
+        """(KL term of the loss, 0 unless `kl=loss`; sums of the KL to the reference for the metrics)."""
+        # Mask before subtracting: the gradient of e^NaN is NaN even where its value is not summed.
         reference = torch.where(mask, self._given(inputs.ref_logprobs, "ref_logprobs"), 0.0)
         logprobs = torch.where(mask, inputs.logprobs, 0.0)
         fixed = logprobs.detach()

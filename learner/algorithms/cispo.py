@@ -1,4 +1,4 @@
-"""CISPO (MiniMax-M1, 2025): GRPO's advantages, and REINFORCE with a clipped ratio as a constant weight."""
+"""CISPO (MiniMax-M1, 2025): GRPO's advantages, and REINFORCE weighted by the clipped ratio without gradient."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from learner.algorithms.losses import cispo_loss
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(GRPO):
-    """Every token keeps its gradient; the clip only bounds how much it counts."""
+    """The clip bounds the weight of a token and never removes its gradient."""
 
     clip_low: float = 1.0
-    """1: unbounded below, as published."""
+    """1: no lower bound, as published."""
     clip_high: float = 4.0
 
     def policy_term(self, inputs: LossInputs, denominator: Tensor, weights: Tensor, mask: Tensor) -> Tensor:

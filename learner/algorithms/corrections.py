@@ -1,8 +1,8 @@
-"""The corrections: what the distance between mu and pi_prox does to the loss `sg(w) * min(u A, clip(u) A)`.
+"""The off-policy corrections: how the ratio pi_prox/mu enters the loss `sg(w) * min(u A, clip(u) A)`.
 
-One frozen class each, chosen by Hydra's `_target_` and called by the algorithm; the equations are those of
-`learner/algorithms/importance.py`. Shapes as there. A correction says by class attributes what it must be given; the
-algorithm refuses one that it cannot serve.
+Each correction is a frozen class, chosen by Hydra's `_target_` and called by the algorithm. Ratios and shapes are those
+of `learner/algorithms/importance.py`. Class attributes state what a correction needs; an algorithm that cannot provide
+it raises an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from learner.algorithms.importance import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Distance:
-    """What a correction may look at: one microbatch of whole sequences, [N] or [B, T]; no gradient."""
+    """The inputs of a correction: one microbatch of whole sequences, [N] or [B, T]; no gradient."""
 
     proximal_logprobs: Tensor
     """log pi_prox."""
@@ -39,19 +39,19 @@ class Distance:
     loss_mask: Tensor
     """bool."""
     sequence_index: Tensor | None = None
-    """[N] int64: the sequence of each packed token; None: every row is one."""
+    """[N] int64: the sequence of each packed token; None: every row is a sequence."""
 
     def ratios(self) -> Tensor:
         """pi_prox/mu of each token; 1 where the mask is False."""
         return ratio(self.proximal_logprobs, self.behavior_logprobs, self.loss_mask)
 
     def sequence_ratios(self, kind: SequenceRatio) -> Tensor:
-        """pi_prox/mu of its whole sequence at each token; 1 where the mask is False."""
+        """pi_prox/mu of the whole sequence, at each of its tokens; 1 where the mask is False."""
         logs = self.proximal_logprobs, self.behavior_logprobs
         return sequence_log_ratio(*logs, self.loss_mask, self.sequence_index, kind=kind).exp()
 
     def ones(self) -> Tensor:
-        """1 at each token, 0 where the mask is False, in the precision of the ratios."""
+        """1 at each token, 0 where the mask is False, in the dtype of the ratios."""
         return self.loss_mask.to(self.ratios().dtype)
 
     def truncated(self, cap: float) -> Tensor:
@@ -61,26 +61,26 @@ class Distance:
 
 
 class Correction(ABC):
-    """What the distance between mu and pi_prox does to the loss."""
+    """How the ratio pi_prox/mu enters the loss."""
 
     corrects_targets: ClassVar[bool] = False
-    """Whether it corrects what a critic is to learn; needs pi_prox before the advantages are made."""
+    """Whether it corrects the critic's targets, for which pi_prox must be known before the advantages."""
     judges_completions: ClassVar[bool] = False
-    """Whether it asks if a completion as a whole was good, which a critic's advantage per token does not tell."""
+    """Whether it asks if a whole completion was good. A critic's advantages, which differ per token, do not tell."""
     clips_behavior: ClassVar[bool] = False
-    """Whether the clipped ratio is pi/mu instead of pi/pi_prox."""
+    """Whether the clipped ratio u is pi/mu instead of pi/pi_prox."""
 
     @abstractmethod
     def weights(self, distance: Distance) -> Tensor:
-        """The weight w of every token, without gradient; 0 where the mask is False."""
+        """The importance weight w of every token, without gradient; 0 where the mask is False."""
 
     def ratios(self, distance: Distance) -> Tensor:
-        """What is weighed, before anything is cut off: pi_prox/mu of each token, or of its sequence."""
+        """The ratios before truncation or masking: pi_prox/mu of each token, or of its sequence."""
         return distance.ratios()
 
     @property
     def cap(self) -> float:
-        """The ratio above which a token counts as capped; infinite when nothing is truncated."""
+        """The ratio above which a token counts as capped in the metrics; infinite when nothing is truncated."""
         return math.inf
 
     def estimate(
@@ -94,16 +94,16 @@ class Correction(ABC):
         proximal_logprobs: Tensor | None,
         behavior_logprobs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(advantages, the critic's targets), padded [B, T]; a correction of the critic's targets overrides this."""
+        """(advantages, targets of the critic), padded [B, T], by GAE; a correction of targets overrides this."""
         return gae(rewards, values, loss_mask, gamma=gamma, lam=lam)
 
 
 @dataclass(frozen=True, slots=True)
 class DecoupledTIS(Correction):
-    """Truncated importance sampling beside a proximal clip: w = min(pi_prox/mu, C), u = pi/pi_prox."""
+    """Truncated importance sampling together with a proximal clip: w = min(pi_prox/mu, C), u = pi/pi_prox."""
 
     max_importance_weight: float = 2.0
-    """C: above 0; 1 never amplifies a token, infinity never truncates one."""
+    """C, above 0. With 1 no token is amplified; with infinity none is truncated."""
 
     def __post_init__(self) -> None:
         _check_cap("decoupled_tis", "max_importance_weight", self.max_importance_weight)
@@ -120,10 +120,10 @@ class DecoupledTIS(Correction):
 
 @dataclass(frozen=True, slots=True)
 class ClippedTIS(Correction):
-    """PPO's clip against mu as a weight: w = min(pi_prox/mu, C), 0 once pi_prox is where the advantage wants it.
+    """PPO's clip against mu as a weight: w = min(pi_prox/mu, C), or 0 where the policy has already moved far enough.
 
-    That is above `high` for A > 0 and below `low` for A < 0. A token on the wrong side keeps its weight, so that what
-    went too far can come back. u = pi/pi_prox.
+    w is 0 where A >= 0 and pi_prox/mu > `high`, and where A < 0 and pi_prox/mu < `low`. A token that moved against its
+    advantage keeps its weight, so the policy can move back. u = pi/pi_prox.
     """
 
     low: float = 0.6
@@ -149,7 +149,7 @@ class ClippedTIS(Correction):
 
 @dataclass(frozen=True, slots=True)
 class TokenMask(Correction):
-    """IcePop: a token whose pi_prox/mu lies outside [low, high] is left out; inside, w = pi_prox/mu. u = pi/pi_prox."""
+    """IcePop: w = pi_prox/mu for tokens where it lies in [low, high], 0 for the others. u = pi/pi_prox."""
 
     low: float = 0.5
     high: float = 5.0
@@ -164,29 +164,29 @@ class TokenMask(Correction):
 
 @dataclass(frozen=True, slots=True)
 class PPOBehavior(Correction):
-    """Textbook PPO on stale data: u = pi/mu is clipped, w = 1. The trust region then lies around old policies."""
+    """Textbook PPO on stale data: u = pi/mu is clipped, w = 1. The trust region is then around old policies."""
 
     clips_behavior: ClassVar[bool] = True
 
     def weights(self, distance: Distance) -> Tensor:
-        """1 on every token of the mask."""
+        """1 at every unmasked token."""
         return distance.ones()
 
 
 @dataclass(frozen=True, slots=True)
 class NoCorrection(Correction):
-    """Data is taken as if pi_prox had sampled it: w = 1, u = pi/pi_prox. The metrics still show the distance."""
+    """Treat data as if pi_prox had sampled it: w = 1, u = pi/pi_prox. The metrics still show the ratio pi_prox/mu."""
 
     def weights(self, distance: Distance) -> Tensor:
-        """1 on every token of the mask."""
+        """1 at every unmasked token."""
         return distance.ones()
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceMask(Correction):
-    """A sequence whose ratio pi_prox/mu lies outside [low, high] is left out; inside, w is that ratio. u = pi/pi_prox.
+    """w = pi_prox/mu of the whole sequence where it lies in [low, high], 0 for other sequences. u = pi/pi_prox.
 
-    The ratio of a long sequence is all or nothing as a product; its geometric mean does not depend on the length.
+    The product moves away from 1 with the length of the sequence; the geometric mean does not depend on the length.
     """
 
     ratio: SequenceRatio = "geometric"
@@ -208,7 +208,7 @@ class SequenceMask(Correction):
 
 @dataclass(frozen=True, slots=True)
 class SequenceTIS(Correction):
-    """Every token of a sequence weighs w = min(C, pi_prox/mu of the whole sequence). u = pi/pi_prox."""
+    """w = min(C, pi_prox/mu of the whole sequence) for all of its tokens. u = pi/pi_prox."""
 
     ratio: SequenceRatio = "product"
     max_importance_weight: float = 2.0
@@ -234,10 +234,10 @@ class SequenceTIS(Correction):
 
 @dataclass(frozen=True, slots=True)
 class TOPR(Correction):
-    """Tapered off-policy REINFORCE: good completions weigh 1, bad ones min(1, pi_prox/mu of the whole sequence).
+    """Tapered off-policy REINFORCE: w = 1 for good completions, min(1, pi_prox/mu of the whole sequence) for bad ones.
 
-    What was good is imitated however unlikely it has become; what was bad is pushed away only as far as the policy
-    would still say it. Good is a completion whose advantages sum to 0 or more.
+    A completion is good when its advantages sum to 0 or more. The policy imitates a good completion however unlikely it
+    has become, and is pushed away from a bad one only as far as it would still sample it.
     """
 
     judges_completions: ClassVar[bool] = True
@@ -261,7 +261,7 @@ class TOPR(Correction):
 
 @dataclass(frozen=True, slots=True)
 class VTrace(Correction):
-    """IMPALA: critic's targets and advantages are corrected too; w = min(pi_prox/mu, rho_bar), u = pi/pi_prox."""
+    """IMPALA: also corrects targets and advantages of the critic; w = min(pi_prox/mu, rho_bar), u = pi/pi_prox."""
 
     corrects_targets: ClassVar[bool] = True
 

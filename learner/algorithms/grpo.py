@@ -1,6 +1,6 @@
-"""GRPO (Shao et al. 2024): the other completions of the same prompt take the critic's place.
+"""GRPO (Shao et al. 2024): the baseline comes from the completions of the same prompt instead of a critic.
 
-Dr. GRPO, DAPO, RLOO and REINFORCE++-baseline are settings of it, files of their own in `configs/algorithm/`.
+Dr. GRPO, DAPO, RLOO and REINFORCE++-baseline are settings of GRPO, with their own files in `configs/algorithm/`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Baseline = Literal["group_mean", "leave_one_out"]
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(Algorithm):
-    """Every token of a completion gets its advantage: reward less the baseline, over the group's deviation."""
+    """All tokens of a completion get the same advantage: its reward relative to its group."""
 
     min_group_size: ClassVar[int] = 2
 
     baseline: Baseline = "group_mean"
-    """group_mean, or leave_one_out: the mean of the others only (RLOO)."""
+    """Subtracted from the reward: group_mean, or leave_one_out, the mean of the other completions (RLOO)."""
     normalize_std: bool = True
-    """Divide by the group's standard deviation; off, easy and hard prompts keep their smaller advantages."""
+    """Divide by the group's standard deviation. Without it, very easy and very hard prompts have smaller advantages."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +40,7 @@ class GRPO(Algorithm):
 
     @torch.no_grad()
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """Of the completions' total rewards, KL penalty included if it is in the reward."""
+        """From the total reward of each completion, which includes the KL penalty if `kl=reward`."""
         token_rewards = self.token_rewards(batch)
         totals = sum_per_sequence(token_rewards, batch.sequence_index)
         if self.baseline == "leave_one_out":

@@ -1,4 +1,4 @@
-"""GSPO (Zheng et al. 2025): GRPO's advantages, and a ratio that belongs to the whole completion."""
+"""GSPO (Zheng et al. 2025): GRPO's advantages, with one ratio for the whole completion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from learner.algorithms.losses import sequence_denominator
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(GRPO):
-    """u is the geometric mean of the tokens' ratios and is clipped for all of them at once, close to 1."""
+    """The ratio u is the geometric mean over the completion's tokens, clipped close to 1 for all of them at once."""
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
@@ -28,5 +28,5 @@ class GSPO(GRPO):
             )
 
     def denominator(self, logprobs: Tensor, distance: Distance) -> Tensor:
-        """[N] what makes pi/denominator the ratio of the completion to pi_prox."""
+        """[N] log d, such that pi/d is the completion's ratio to pi_prox."""
         return sequence_denominator(logprobs, distance.proximal_logprobs, distance.loss_mask, distance.sequence_index)

@@ -1,9 +1,9 @@
-"""How old data is weighed: the ratio of two policies, per token and per sequence, and V-trace's targets made of it.
+"""Ratios of two policies, per token and per sequence, and the V-trace targets made from them.
 
-Pure functions, called by the corrections, the losses and the metrics. Every log-ratio between policies is made here,
-clamped to +-MAX_LOG_RATIO in float32 (float64 stays float64). Token tensors are packed [N], with `sequence_index` [N]
-int64 naming each token's sequence, or padded [B, T], where every row is one (`sequence_index` None). Whatever stands
-where `loss_mask` is False, even NaN, reaches no result.
+Pure functions, called by the corrections, the losses and the metrics. Every log-ratio between policies is computed
+here, clamped to +-MAX_LOG_RATIO, in float32 (float64 stays float64). Token tensors are packed [N] or padded [B, T].
+`sequence_index` [N] int64 is the sequence of each packed token; None: every row is a sequence. Values where `loss_mask`
+is False, even NaN, have no effect on any result.
 
 Symbols: mu the behavior policy, pi_prox the proximal policy, pi the policy being trained.
 """
@@ -19,7 +19,7 @@ MAX_LOG_RATIO = 20.0
 """Largest |log-ratio|: e^20 squared still fits float32, so neither a loss nor a sum of squares overflows."""
 
 SequenceRatio = Literal["product", "geometric"]
-"""A sequence's ratio: the product of its tokens' ratios, or the product's root of as many as there are tokens."""
+"""How the ratios of a sequence's tokens become one: their product, or their geometric mean."""
 
 
 def log_ratio(numerator: Tensor, denominator: Tensor, loss_mask: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ def sequence_log_ratio(
     *,
     kind: SequenceRatio,
 ) -> Tensor:
-    """Log of the ratio of whole sequences, at every token of each; clamped; 0 where `loss_mask` is False.
+    """The log-ratio of a whole sequence, repeated at each of its tokens; clamped; 0 where `loss_mask` is False.
 
-    product: sum_t log(numerator_t/denominator_t) over the unmasked tokens. geometric: the mean over them (GSPO,
-    equation 7). A sequence must be here whole.
+    product: the sum of log(numerator_t/denominator_t) over the unmasked tokens. geometric: their mean (GSPO,
+    equation 7). Sequences must be whole.
 
     Raises:
         ValueError: unknown kind.
@@ -55,7 +55,7 @@ def sequence_log_ratio(
         raise ValueError(f"the ratio of a sequence is {kind!r}; choose product or geometric")
     totals = sum_per_sequence(log_ratio(numerator, denominator, loss_mask), sequence_index)
     if kind == "geometric":
-        # A sequence without unmasked tokens becomes NaN here, and nothing below.
+        # A sequence without unmasked tokens becomes NaN here; the `where` below removes it.
         totals = totals / sum_per_sequence(loss_mask.to(totals.dtype), sequence_index)
     spread = to_tokens(totals.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), sequence_index)
     return torch.where(loss_mask, spread, torch.zeros_like(spread))
@@ -86,19 +86,19 @@ def vtrace(
 
     delta_t = rho_t (r_t + gamma V_next(t) - V_t), rho_t = min(pi_prox/mu, rho_bar), c_t = lam min(pi_prox/mu, c_bar),
     v_t = V_t + delta_t + gamma c_t (v_next(t) - V_next(t)), A_t = r_t + gamma v_next(t) - V_t, where next(t) is the
-    next token with `loss_mask` True; past the last such token V and v are 0.
+    next token with `loss_mask` True. After the last such token V and v are 0.
 
     Args:
         proximal_logprobs, behavior_logprobs, rewards, values: [T] or [B, T].
         loss_mask: the same shape, bool.
         gamma: discount.
         lam: 1 in the paper's equations; below 1 as in its remark 2.
-        rho_bar: which policy's values are learned: infinite pi_prox's, near 0 mu's.
-        c_bar: how far a difference travels back; at most `rho_bar`.
+        rho_bar: cap of rho_t. It selects whose values are learned: of pi_prox when infinite, of mu near 0.
+        c_bar: cap of the trace coefficients, which carry differences back in time; at most `rho_bar`.
 
     Returns:
-        (targets v, advantages A) of the inputs' shape, 0 where `loss_mask` is False. The factor rho_t of the paper's
-        policy gradient is not in A: it is the loss's importance weight.
+        (targets v, advantages A) of the inputs' shape, 0 where `loss_mask` is False. A does not include the factor
+        rho_t of the paper's policy gradient, which is the importance weight of the loss.
     """
     ratios = ratio(proximal_logprobs, behavior_logprobs, loss_mask).to(values.dtype)
     rho, c = ratios.clamp(max=rho_bar), lam * ratios.clamp(max=c_bar)
@@ -125,5 +125,5 @@ def sum_per_sequence(per_token: Tensor, sequence_index: Tensor | None) -> Tensor
 
 
 def to_tokens(per_sequence: Tensor, sequence_index: Tensor | None) -> Tensor:
-    """A sequence's value at every token of it: [N], or [B, 1] for rows, which broadcasts over their tokens."""
+    """Repeat the value of each sequence at its tokens: [N], or [B, 1] for rows, which broadcasts."""
     return per_sequence.unsqueeze(-1) if sequence_index is None else per_sequence[sequence_index]

@@ -1,18 +1,17 @@
 """The terms of the loss: pure functions from tensors to one scalar, with keyword-only coefficients.
 
-Called by the algorithms once per microbatch. Tensors are packed [N] or padded [B, T], all of one shape; whatever stands
-where the mask is False, even NaN, changes neither a value nor a gradient.
+The algorithms call them once per microbatch. Tensors are packed [N] or padded [B, T], all of the same shape. Values
+where the mask is False, even NaN, change neither a result nor a gradient.
 
-Every term is a sum over tokens of `token_weights` times something. The weights are made once per optimizer step from
-the counts of the whole global batch, so adding the terms of all microbatches of all ranks gives the same loss however
-the batch was cut. (An engine that averages gradients over ranks or accumulation steps must undo that by a factor.)
+Every term is a weighted sum over tokens. The weights are computed once per optimizer step from counts over all ranks.
+So the terms of all microbatches of all ranks add up to the same loss, however the batch was cut. (An engine that
+averages gradients over ranks or accumulation steps must undo that by a factor.)
 
 Symbols: mu behavior, pi_prox proximal, pi trained policy, m_t mask, w_t importance weight, u_t ratio, A_t advantage.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -24,7 +23,6 @@ from learner.algorithms.importance import (
     sequence_log_ratio,
     sum_per_sequence,
     to_tokens,
-    truncated_weights,
 )
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -32,7 +30,7 @@ KLKind = Literal["k1", "k2", "k3"]
 
 
 def batch_counts(loss_mask: Tensor, sequence_index: Tensor | None = None) -> Tensor:
-    """[2] float64: unmasked tokens, and sequences with at least one. Summed over ranks these are the global counts."""
+    """[2] float64: number of unmasked tokens, and of sequences with at least one. Sum over ranks for global counts."""
     per_sequence = sum_per_sequence(loss_mask.long(), sequence_index)
     return torch.stack([loss_mask.sum().double(), (per_sequence > 0).sum().double()])
 
@@ -46,19 +44,19 @@ def token_weights(
     num_sequences: float,
     constant_length: int = 0,
 ) -> Tensor:
-    """What each token counts in the loss: the `m_t / N` of the design, for one of three N.
+    """The weight m_t / N of each token in the loss, for one of three N.
 
-    token_mean: m/num_tokens. sequence_mean: m/(tokens of its sequence * num_sequences), the mean over tokens, then over
-    sequences. constant: m/(num_sequences * constant_length), which no response length influences.
+    token_mean: N = num_tokens. sequence_mean: N = (tokens of the sequence) * num_sequences, a mean over tokens, then
+    over sequences. constant: N = num_sequences * constant_length, which does not depend on the completions' lengths.
 
     Args:
         loss_mask: [N] or [B, T] bool.
-        sequence_index: [N] int64 for packed tokens; a sequence must be here whole. None: every row is a sequence.
-        num_tokens, num_sequences: `batch_counts` of the whole global batch of this optimizer step.
-        constant_length: tokens, for `constant` only.
+        sequence_index: [N] int64 for packed tokens of whole sequences; None: every row is a sequence.
+        num_tokens, num_sequences: `batch_counts` of this optimizer step, summed over ranks.
+        constant_length: tokens; only for `constant`.
 
     Returns:
-        float64 of the mask's shape, 0 where it is False; the losses cast them to their own dtype.
+        float64 of the mask's shape, 0 where the mask is False; the losses cast them to their own dtype.
 
     Raises:
         ValueError: unknown aggregation, or `constant` without a length.
@@ -67,8 +65,8 @@ def token_weights(
     if aggregation == "token_mean":
         weights = mask / max(num_tokens, 1)
     elif aggregation == "sequence_mean":
-        own = to_tokens(sum_per_sequence(loss_mask.long(), sequence_index), sequence_index)
-        weights = mask / (own.clamp(min=1) * max(num_sequences, 1))
+        lengths = to_tokens(sum_per_sequence(loss_mask.long(), sequence_index), sequence_index)
+        weights = mask / (lengths.clamp(min=1) * max(num_sequences, 1))
     elif aggregation == "constant":
         if constant_length < 1:
             raise ValueError(f"aggregation constant: constant_length is {constant_length}; set it to 1 token or more")
@@ -81,39 +79,30 @@ def token_weights(
 def policy_loss(
     logprobs: Tensor,
     proximal_logprobs: Tensor,
-    behavior_logprobs: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
     *,
     clip_low: float,
     clip_high: float,
-    max_importance_weight: float = math.inf,
-    importance_weights: Tensor | None = None,
-    token_weights: Tensor | None = None,
+    importance_weights: Tensor,
+    token_weights: Tensor,
 ) -> Tensor:
     """The decoupled clipped policy loss.
 
-    L = - sum_t m_t sg(w_t) min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t) / N,
-    w = min(pi_prox/mu, C), u = pi/pi_prox.
+    L = - sum_t m_t sg(w_t) min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t) / N, u = pi/pi_prox.
 
     Args:
         logprobs: log pi, the only input that gets a gradient.
-        proximal_logprobs: log pi_prox; `logprobs.detach()` when a batch gets one optimizer step.
-        behavior_logprobs: log mu.
+        proximal_logprobs: log pi_prox, or another denominator of u (`Algorithm.denominator`).
         advantages: A.
         loss_mask: m, bool.
         clip_low, clip_high: distances from 1 at which u is clipped.
-        max_importance_weight: C.
-        importance_weights: w of another correction, instead of min(pi_prox/mu, C).
-        token_weights: m/N from `token_weights`; None: the mean over the unmasked tokens given here.
+        importance_weights: w of the correction.
+        token_weights: m/N from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 when nothing is unmasked.
     """
-    if importance_weights is None:
-        importance_weights = truncated_weights(
-            proximal_logprobs, behavior_logprobs, loss_mask, max_importance_weight=max_importance_weight
-        )
     u = ratio(logprobs, proximal_logprobs.detach(), loss_mask)
     fixed = advantages.detach()
     objective = torch.minimum(u * fixed, u.clamp(1 - clip_low, 1 + clip_high) * fixed)
@@ -129,27 +118,27 @@ def cispo_loss(
     clip_low: float,
     clip_high: float,
     importance_weights: Tensor,
-    token_weights: Tensor | None = None,
+    token_weights: Tensor,
 ) -> Tensor:
     """REINFORCE with a clipped, constant ratio (CISPO, MiniMax-M1 2025, equations 4 and 5).
 
-    L = - sum_t m_t sg(w_t) sg(clip(u_t, 1 - clip_low, 1 + clip_high)) A_t log pi_t / N, u = pi/pi_prox: a token that
-    the clip reaches keeps its gradient.
+    L = - sum_t m_t sg(w_t) sg(clip(u_t, 1 - clip_low, 1 + clip_high)) A_t log pi_t / N, u = pi/pi_prox: a
+    clipped token keeps its gradient.
 
     Args:
         logprobs: log pi, the only input that gets a gradient.
         proximal_logprobs: log pi_prox.
         advantages: A.
         loss_mask: m, bool.
-        clip_low, clip_high: distances from 1 at which u is clipped; `clip_low` 1 leaves it unbounded below.
+        clip_low, clip_high: distances from 1 at which u is clipped; with `clip_low` 1 it has no lower bound.
         importance_weights: w of the correction.
-        token_weights: m/N from `token_weights`; None: the mean over the unmasked tokens given here.
+        token_weights: m/N from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 when nothing is unmasked.
     """
     u = ratio(logprobs.detach(), proximal_logprobs.detach(), loss_mask).clamp(1 - clip_low, 1 + clip_high)
-    # The gradient of a product with NaN is NaN even where it is not summed, so it must not get out.
+    # A product with NaN has a NaN gradient even where it is not summed, so masked logprobs are detached.
     log_policy = torch.where(loss_mask, logprobs, logprobs.detach()).to(u.dtype)
     objective = u * advantages.detach() * log_policy
     return -weighted_sum(importance_weights.detach() * objective, loss_mask, token_weights)
@@ -158,15 +147,16 @@ def cispo_loss(
 def sequence_denominator(
     logprobs: Tensor, denominator_logprobs: Tensor, loss_mask: Tensor, sequence_index: Tensor | None = None
 ) -> Tensor:
-    """The denominator d with which pi_t/d_t is the ratio of the whole sequence, s_i = (prod_t pi_t/pi_prox_t)^(1/|i|).
+    """The denominator d that makes pi_t/d_t the sequence's ratio s_i = (prod_t pi_t/pi_prox_t)^(1/|i|).
 
-    As GSPO-token has it (GSPO, equation 14): pi_t/d_t = sg(s_i) pi_t/sg(pi_t), in value s_i and in gradient the token's
-    own, so that weights may differ between the tokens of a sequence; where they do not, it is GSPO's equation 5.
+    This is GSPO-token (GSPO, equation 14): pi_t/d_t = sg(s_i) pi_t/sg(pi_t) has the value s_i and the gradient of token
+    t, so weights may differ between the tokens of a sequence. With equal weights it is GSPO's equation 5.
 
     Args:
         logprobs: log pi.
         denominator_logprobs: log pi_prox of each token.
-        loss_mask: bool; `sequence_index` as in `learner/algorithms/importance.py`.
+        loss_mask: bool.
+        sequence_index: as in `learner/algorithms/importance.py`.
 
     Returns:
         log d of the inputs' shape, without gradient.
@@ -182,17 +172,17 @@ def value_loss(
     loss_mask: Tensor,
     *,
     value_clip: float | None,
-    token_weights: Tensor | None = None,
+    token_weights: Tensor,
 ) -> Tensor:
     """sum_t m_t/N * 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2).
 
     Args:
         values: V, the only input that gets a gradient.
-        old_values: V_old, the critic's when the batch began.
+        old_values: V_old, from before the first optimizer step of the batch.
         returns: R.
         loss_mask: m, bool.
-        value_clip: None or <= 0 leaves 0.5 (V - R)^2.
-        token_weights: m/N from `token_weights`; None: the mean over the unmasked tokens given here.
+        value_clip: None or <= 0: no clip, the loss is 0.5 (V - R)^2.
+        token_weights: m/N from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs).
@@ -200,7 +190,7 @@ def value_loss(
     values, old_values, returns = (
         t if t.dtype == torch.float64 else t.float() for t in (values, old_values.detach(), returns.detach())
     )
-    # The gradient of NaN^2 is NaN even when it is multiplied by 0, so it must not get out.
+    # NaN^2 has a NaN gradient even when it is multiplied by 0, so masked values are detached.
     values = torch.where(loss_mask, values, values.detach())
     errors = (values - returns).square()
     if value_clip is not None and value_clip > 0:
@@ -210,10 +200,10 @@ def value_loss(
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
-    """Per token, from one sample of pi, an estimate of KL(pi||ref) (Schulman 2020), with d = log ref - log pi.
+    """An estimate of KL(pi||ref) at each token, from the one token sampled from pi (Schulman 2020).
 
-    k1 = -d: unbiased, any sign. k2 = d^2/2: biased, its gradient is unbiased. k3 = e^d - 1 - d: unbiased, never below
-    0; d is clamped to +-MAX_LOG_RATIO there.
+    With d = log ref - log pi: k1 = -d is unbiased and of any sign. k2 = d^2/2 is biased, but its gradient is unbiased.
+    k3 = e^d - 1 - d is unbiased and never below 0; for k3 d is clamped to +-MAX_LOG_RATIO.
 
     Raises:
         ValueError: unknown kind.
@@ -225,15 +215,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
     if kind == "k2":
         return 0.5 * difference.square()
     if kind == "k3":
-        # expm1 keeps the d^2/2 that is left when d is small; e^d - 1 would lose it in float32.
+        # For small d the result is about d^2/2, which e^d - 1 would lose in float32; expm1 keeps it.
         clamped = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return torch.expm1(clamped) - clamped
     raise ValueError(f"KL estimator is {kind!r}; choose k1, k2 or k3")
 
 
-def weighted_sum(per_token: Tensor, loss_mask: Tensor, token_weights: Tensor | None = None) -> Tensor:
-    """sum_t m_t weight_t x_t; with None for the weights the mean over the mask."""
-    if token_weights is None:
-        token_weights = loss_mask.double() / loss_mask.sum().clamp(min=1)
-    # `where` and not a product: NaN * 0 is NaN.
+def weighted_sum(per_token: Tensor, loss_mask: Tensor, token_weights: Tensor) -> Tensor:
+    """sum_t m_t weight_t x_t."""
+    # `where` instead of a product: NaN * 0 is NaN.
     return (torch.where(loss_mask, per_token, 0.0) * token_weights.to(per_token.dtype)).sum()

@@ -1,9 +1,9 @@
-"""What a training step shows about itself, as sums that add up over microbatches and ranks.
+"""The metrics of an optimizer step, collected as sums over microbatches and ranks.
 
-The algorithms make one `MetricSums` per microbatch from tensors that stay on their device; the loop adds them up and
-turns them into floats once per optimizer step: one reduction of sums and one of maxima over the ranks, one copy to the
-host. `summarize` then computes the named metrics. The distance between mu and the learner is shown whatever the
-correction does with it, always by the untruncated weight pi_prox/mu.
+The algorithms make one `MetricSums` per microbatch; its tensors stay on the device. The training loop adds them up.
+Once per optimizer step it reduces them over the ranks, sums and maxima separately, and copies them to the host.
+`summarize` then computes the named metrics. The metrics of off-policy distance use the untruncated ratio pi_prox/mu,
+whatever the correction.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from learner.algorithms.importance import log_ratio
 
 @dataclass(frozen=True, slots=True)
 class MetricSums:
-    """Detached scalars by name: `sums` add up, of `maxima` the largest counts. Part of no graph."""
+    """Detached scalars by name: `+` adds `sums` and keeps the larger of `maxima`."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     maxima: dict[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: MetricSums) -> MetricSums:
-        """Both together; a name that only one side has keeps its value."""
+        """Combine both; a name on only one side keeps its value."""
         sums, maxima = dict(self.sums), dict(self.maxima)
         for name, value in other.sums.items():
             sums[name] = sums[name] + value if name in sums else value
@@ -39,8 +39,8 @@ class MetricSums:
         """Floats by name, over all ranks.
 
         Args:
-            reduce_sum, reduce_max: reduce a 1-D float64 tensor over the ranks, which must all call with the same names.
-                Wait for: every rank's call. None: one rank.
+            reduce_sum, reduce_max: reduce a 1-D float64 tensor over the ranks; None with one rank. Wait for: the call
+                of every rank, each with the same names.
         """
         totals: dict[str, float] = {}
         for values, reduce in ((self.sums, reduce_sum), (self.maxima, reduce_max)):
@@ -66,13 +66,13 @@ def policy_metrics(
     clip_low: float,
     clip_high: float,
 ) -> MetricSums:
-    """Sums over the unmasked tokens of one microbatch.
+    """The sums over the unmasked tokens of one microbatch of the policy.
 
     Args:
         logprobs, proximal_logprobs, behavior_logprobs: log pi, log pi_prox, log mu.
-        ratio_logprobs: the denominator of the clipped ratio, as correction and algorithm have it.
-        importance_weights: w as the loss used it.
-        capped: bool, whether the ratio that w is made of lies above where it is truncated.
+        ratio_logprobs: log of the denominator of the clipped ratio u, from `Algorithm.denominator`.
+        importance_weights: w in the loss.
+        capped: bool; whether the ratio behind w is above `Correction.cap`.
     """
     behavior_to_policy = log_ratio(logprobs, behavior_logprobs, loss_mask).double()
     weights = log_ratio(proximal_logprobs, behavior_logprobs, loss_mask).double().exp()
@@ -106,7 +106,7 @@ def policy_metrics(
 def value_metrics(
     *, values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, value_clip: float | None
 ) -> MetricSums:
-    """Sums over the unmasked tokens of one microbatch of the critic."""
+    """The sums over the unmasked tokens of one microbatch of the critic."""
     values, old_values, returns = values.double(), old_values.double(), returns.double()
     moved = (values - old_values).abs()
     clipped = moved > value_clip if value_clip is not None and value_clip > 0 else torch.zeros_like(loss_mask)
@@ -128,10 +128,11 @@ def value_metrics(
 
 
 def summarize(totals: Mapping[str, float]) -> dict[str, float]:
-    """Named metrics of one optimizer step from `MetricSums.totals`; groups without tokens are left out.
+    """The named metrics of one optimizer step from `MetricSums.totals`.
 
-    `importance/effective_sample_size` is (sum w)^2 / (N sum w^2), in (0, 1]. The standard deviation of a constant is 0,
-    and so is the share of it that the critic explains.
+    Policy metrics and value metrics are left out when no tokens were counted for them.
+    `importance/effective_sample_size` is (sum w)^2 / (N sum w^2), in (0, 1]. If all returns are equal,
+    `value/explained_variance` is 0.
     """
     metrics = _summarize_policy(totals) if totals.get("num_tokens", 0) > 0 else {}
     return metrics | (_summarize_values(totals) if totals.get("num_value_tokens", 0) > 0 else {})
@@ -158,7 +159,7 @@ def _summarize_policy(totals: Mapping[str, float]) -> dict[str, float]:
         "importance/fraction_capped": totals["capped"] / count,
         "importance/fraction_masked": totals["masked"] / count,
     }
-    # The terms are weighted by m/N already, so their sum over microbatches and ranks is the term itself.
+    # The terms already include the weights m/N, so their sums over microbatches and ranks need no division.
     metrics |= {f"policy/{name}": totals[name] for name in ("policy_loss", "total_loss") if name in totals}
     if "kl_penalty" in totals:
         metrics["policy/kl_penalty"] = totals["kl_penalty"]
@@ -187,12 +188,12 @@ def _summarize_values(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 def _std(mean_square: float, mean: float) -> float:
-    """Population standard deviation; what is left of rounding in a constant counts as 0."""
+    """Population standard deviation; 0 where the variance is only rounding error."""
     variance = mean_square - mean * mean
     return math.sqrt(variance) if variance > 1e-14 * mean_square else 0.0
 
 
 def _largest(per_token: Tensor, loss_mask: Tensor) -> Tensor:
-    """The largest unmasked value; -inf when there is none."""
+    """The largest unmasked value; -inf when all are masked."""
     lowest = torch.full((1,), -math.inf, dtype=per_token.dtype, device=per_token.device)
     return torch.cat([torch.where(loss_mask, per_token, -math.inf).flatten(), lowest]).amax()

@@ -1,4 +1,7 @@
-"""PPO (Schulman et al. 2017) with a separate critic: GAE, the clipped policy loss, the clipped value loss."""
+"""PPO (Schulman et al. 2017) with a separate critic: advantages from GAE or V-trace, and the clipped value loss.
+
+The clipped policy loss is the same for all algorithms: `Algorithm.loss` in `learner/algorithms/base.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from learner.algorithms.metrics import MetricSums, value_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(Algorithm):
-    """Every token is a step; the critic says what was to be expected there."""
+    """Every token is a step, and the critic's value is its baseline."""
 
     needs_critic: ClassVar[bool] = True
 
     gamma: float = 1.0
     lam: float = 0.95
     value_clip: float | None = 0.2
-    """How far a value may move from where the batch began before its loss stops following; None or 0 disables."""
+    """The value loss clips V to [V_old - value_clip, V_old + value_clip]; None or 0: no clip."""
     whiten_advantages: bool = True
 
     def __post_init__(self) -> None:
@@ -34,7 +37,7 @@ class PPO(Algorithm):
 
     @torch.no_grad()
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """GAE or V-trace per trajectory, then whitening over all ranks; the returns are not whitened."""
+        """GAE or V-trace per trajectory. The advantages may be whitened over all ranks, the returns never are."""
         token_rewards = self.token_rewards(batch)
         mask = pad_mask(batch.sequence_index, len(batch.rewards))
         proximal = batch.proximal_logprobs
@@ -50,7 +53,7 @@ class PPO(Algorithm):
         return AdvantageOutputs(self.whitened(advantages[mask], batch), returns[mask], token_rewards)
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutputs:
-        """0.5 max((V - R)^2, (clipped V - R)^2), aggregated as the policy loss is."""
+        """0.5 max((V - R)^2, (clipped V - R)^2), with the token weights of the policy loss."""
         mask = inputs.token_weights > 0
         loss = value_loss(
             inputs.values,

@@ -1,6 +1,6 @@
 """REINFORCE++ (Hu et al. 2025): no critic and no groups; advantages are normalized over the whole batch.
 
-Its variant with the group's mean as baseline is a setting of GRPO: `configs/algorithm/reinforce_pp_baseline.yaml`.
+The variant with the group's mean as baseline is a setting of GRPO: `configs/algorithm/reinforce_pp_baseline.yaml`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from learner.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforcePP(Algorithm):
-    """Every token gets the rewards that follow it, KL penalties among them, whitened over the whole batch."""
+    """The advantage of a token is the sum of the rewards from there on, including KL penalties, whitened."""
 
     gamma: float = 1.0
     whiten_advantages: bool = True
@@ -31,6 +31,6 @@ class ReinforcePP(Algorithm):
         token_rewards = self.token_rewards(batch)
         mask = pad_mask(batch.sequence_index, len(batch.rewards))
         rewards = pad(token_rewards, mask)
-        # Without values, GAE at lambda 1 is the sum of what follows.
+        # With values of 0 and lambda 1, GAE is the discounted sum of rewards.
         sums, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=self.gamma, lam=1.0)
         return AdvantageOutputs(self.whitened(sums[mask], batch), None, token_rewards)

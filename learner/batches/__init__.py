@@ -1,1 +1,1 @@
-"""From received groups to packed microbatches."""
+"""Received groups become packed microbatches."""

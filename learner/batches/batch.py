@@ -1,8 +1,9 @@
-"""A rank's shard of a batch as flat tensors, and the cuts that are made in it.
+"""A rank's shard of a batch as flat tensors, and how it is cut into minibatches and microbatches.
 
-Scored tokens (those with `loss_mask` True) of all trajectories lie on one axis [M], in trajectory order. Everything
-that is per token (log-probabilities, advantages, values) lives on it. A microbatch is a run of whole trajectories that
-fits a token budget; its scored tokens are a slice of [M]. Where to cut is known on the host: no device is waited for.
+The scored tokens (`loss_mask` True) of all trajectories are on one axis [M], in trajectory order. All per-token
+tensors (log-probabilities, advantages, values) are on this axis. A microbatch is a run of whole trajectories within a
+token budget, so its scored tokens are a slice of [M]. Cuts are computed from lengths on the host, without waiting for
+the device.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from buffer.trajectory import Trajectory, TrajectoryGroup
 from learner.batches.packing import even_cuts, fewest_parts
-from learner.batches.prefix_sharing import SharedPrefixes, common_lengths, is_worthwhile
+from learner.batches.prefix_sharing import SharedPrefixes, find_shared_prefix_lengths, is_worthwhile
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Packed sequences of one forward pass, and where their scored tokens lie in the batch."""
+    """The packed sequences of one forward pass, and the place of their scored tokens in the batch."""
 
     token_ids: Tensor
     """[N] int64."""
@@ -36,11 +37,11 @@ class MicroBatch:
     scored: slice
     """The same tokens on the batch's axis [M]."""
     shared: SharedPrefixes | None = None
-    """What the sequences have in common; None: nothing to speak of."""
+    """Prefixes that are computed once; None: every token is computed."""
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor, SharedPrefixes | None]:
-        """What a network is called with."""
+        """The arguments of a network's forward pass."""
         return self.token_ids, self.position_ids, self.boundaries, self.targets, self.shared
 
 
@@ -51,7 +52,7 @@ class TrainingBatch:
     policy_version: int
     trajectories: tuple[Trajectory, ...]
     staleness: tuple[int, ...]
-    """Versions, one per group, as computed by the buffer when it handed the batch out."""
+    """Versions, one per group, as computed by the buffer when it sent the batch."""
     group_index: Tensor
     """[num_sequences] int64."""
     sequence_index: Tensor
@@ -65,25 +66,25 @@ class TrainingBatch:
     of_one_version: Tensor
     """[M] bool: whether one version sampled the whole trajectory."""
     group_offsets: tuple[int, ...]
-    """[num_groups + 1] the first trajectory of every group, and their number."""
+    """[num_groups + 1] index of the first trajectory of every group, then the number of trajectories."""
     scored_offsets: tuple[int, ...]
-    """[num_sequences + 1] the first scored token of every trajectory on [M], and M."""
-    needed: tuple[int, ...]
-    """[num_sequences] how many of its first tokens matter: the state of the last scored one tells no score."""
-    common: tuple[int, ...]
-    """[num_sequences] of those, how many it begins with like the trajectory before it."""
+    """[num_sequences + 1] index on [M] of the first scored token of every trajectory, then M."""
+    num_computed: tuple[int, ...]
+    """[num_sequences] leading tokens to run through the model; the last scored token's hidden state is never used."""
+    shared_prefix_lengths: tuple[int, ...]
+    """[num_sequences] length of the prefix shared with the previous trajectory, at most `num_computed` of both."""
 
     @classmethod
     def from_groups(
         cls, groups: Sequence[TrajectoryGroup], staleness: Sequence[int], policy_version: int, device: torch.device
     ) -> TrainingBatch:
-        """Flatten the groups; tensors land on `device`."""
+        """Flatten the groups into tensors on `device`."""
         trajectories = tuple(trajectory for group in groups for trajectory in group.trajectories)
         group_index = [index for index, group in enumerate(groups) for _ in group.trajectories]
         lengths = [int(t.loss_mask.sum()) for t in trajectories]
         behavior = np.concatenate([t.behavior_logprobs[t.loss_mask] for t in trajectories])
         versions = np.concatenate([t.token_versions[t.loss_mask] for t in trajectories])
-        needed = tuple(_needed(t) for t in trajectories)
+        num_computed = tuple(_num_computed(t) for t in trajectories)
         return cls(
             policy_version=policy_version,
             trajectories=trajectories,
@@ -98,13 +99,13 @@ class TrainingBatch:
             ).to(device),
             group_offsets=tuple(accumulate((len(group.trajectories) for group in groups), initial=0)),
             scored_offsets=tuple(accumulate(lengths, initial=0)),
-            needed=needed,
-            common=tuple(common_lengths([t.token_ids for t in trajectories], needed)),
+            num_computed=num_computed,
+            shared_prefix_lengths=tuple(find_shared_prefix_lengths([t.token_ids for t in trajectories], num_computed)),
         )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the forward pass, prompts included."""
+        """All tokens of all trajectories, prompts included."""
         return sum(t.num_tokens for t in self.trajectories)
 
     @property
@@ -113,45 +114,45 @@ class TrainingBatch:
         return len(self.sequence_index)
 
     def split(self, num_parts: int) -> list[range]:
-        """Trajectory ranges of `num_parts` minibatches of equally many groups."""
+        """The trajectories of `num_parts` minibatches with equally many groups."""
         per_part = len(self.staleness) // num_parts
         return [range(*self.group_offsets[i * per_part :: per_part][:2]) for i in range(num_parts)]
 
     def num_microbatches(self, part: range, tokens_per_microbatch: int) -> int:
-        """How few microbatches of whole trajectories hold `part`; a trajectory above the budget stands alone."""
+        """The smallest number of microbatches for the trajectories in `part`; one above the budget is a microbatch."""
         return fewest_parts(*self._lengths(part), tokens_per_microbatch)
 
     def microbatches(
         self, part: range, tokens_per_microbatch: int, at_least: int = 1, attention_crossover_tokens: float = math.inf
     ) -> list[MicroBatch]:
-        """`part` in order, packed into few microbatches of about equal cost.
+        """The trajectories in `part`, in order, packed into few microbatches of about equal cost.
 
         Args:
             part: trajectories.
-            tokens_per_microbatch: budget of each, of computed tokens.
-            at_least: how many, although fewer would do; more than there are trajectories count as so many.
-            attention_crossover_tokens: as `even_cuts` has it; infinite: cost is tokens.
+            tokens_per_microbatch: budget of computed tokens.
+            at_least: smallest number of microbatches, up to one per trajectory.
+            attention_crossover_tokens: as in `even_cuts`; infinite: the cost is the number of tokens.
         """
-        lengths, common = self._lengths(part)
-        number = max(fewest_parts(lengths, common, tokens_per_microbatch), at_least)
-        cuts = even_cuts(lengths, common, tokens_per_microbatch, number, attention_crossover_tokens)
+        lengths, shared = self._lengths(part)
+        number = max(fewest_parts(lengths, shared, tokens_per_microbatch), at_least)
+        cuts = even_cuts(lengths, shared, tokens_per_microbatch, number, attention_crossover_tokens)
         return [self._pack(range(part.start + start, part.start + stop)) for start, stop in pairwise(cuts)]
 
     def scored_slice(self, part: range) -> slice:
-        """Where the scored tokens of the trajectories in `part` lie on [M]."""
+        """The slice of [M] with the scored tokens of the trajectories in `part`."""
         return slice(self.scored_offsets[part.start], self.scored_offsets[part.stop])
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors live."""
+        """Of the tensors."""
         return self.sequence_index.device
 
     def _lengths(self, part: range) -> tuple[list[int], Sequence[int]]:
-        """Tokens of each trajectory, and how many of them cost nothing after the one before it."""
+        """Tokens of each trajectory, and how many of them cost nothing after the previous trajectory."""
         lengths = [trajectory.num_tokens for trajectory in self.trajectories[part.start : part.stop]]
-        # On CUDA attention holds every token of every sequence, computed once or not.
-        if self.device.type == "cpu" and is_worthwhile(sum(self.common), self.num_tokens):
-            return lengths, self.common[part.start : part.stop]
+        # On CUDA attention needs memory for every token of every sequence, also for shared prefixes.
+        if self.device.type == "cpu" and is_worthwhile(sum(self.shared_prefix_lengths), self.num_tokens):
+            return lengths, self.shared_prefix_lengths[part.start : part.stop]
         return lengths, [0] * len(lengths)
 
     def _pack(self, part: range) -> MicroBatch:
@@ -168,17 +169,19 @@ class TrainingBatch:
             boundaries=tuple(boundaries.tolist()),
             targets=torch.from_numpy(targets).to(self.device),
             scored=self.scored_slice(part),
-            shared=SharedPrefixes.of(lengths, self.needed[of_part], self.common[of_part], self.device),
+            shared=SharedPrefixes.of(
+                lengths, self.num_computed[of_part], self.shared_prefix_lengths[of_part], self.device
+            ),
         )
 
 
-def _needed(trajectory: Trajectory) -> int:
+def _num_computed(trajectory: Trajectory) -> int:
     scored = np.flatnonzero(trajectory.loss_mask)
     return int(scored[-1]) if len(scored) else 0
 
 
 def occurrence_ranges(groups: Sequence[TrajectoryGroup]) -> str:
-    """The prompt occurrences of `groups` (what stands before the dot of a group_id) for a log: `3-5,9`."""
+    """The prompt occurrences of `groups` for a log, such as `3-5,9`: the numbers before the dot of each group_id."""
     numbers = {int(group.group_id.partition(".")[0]) for group in groups}
     starts = sorted(number for number in numbers if number - 1 not in numbers)
     ends = sorted(number for number in numbers if number + 1 not in numbers)

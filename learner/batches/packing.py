@@ -1,8 +1,8 @@
-"""Where a run of sequences is cut into microbatches: few, within a token budget, and of equal estimated cost.
+"""Where a run of sequences is cut into microbatches: few, within a token budget, and of about equal cost.
 
-Pure functions over lengths, called by `learner/batches/batch.py`. Sequences stay whole and in order, so that their
-scored tokens stay one slice; with sharded parameters all ranks cut into equally many parts, and unequal costs would be
-waited for.
+Pure functions over lengths, called by `learner/batches/batch.py`. Sequences stay whole and in order, so the scored
+tokens of a microbatch are one slice. With sharded parameters all ranks run equally many microbatches side by side, and
+a rank with a cheap one waits for the others. Hence the equal costs.
 """
 
 from __future__ import annotations
@@ -12,40 +12,47 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 _ROUNDS = 30
-"""Halvings of the interval that holds the smallest possible largest cost."""
+"""Bisection steps in the search for the smallest cost limit."""
 
 
-def fewest_parts(lengths: Sequence[int], common: Sequence[int], budget: int) -> int:
-    """How few runs of whole sequences fit `budget` tokens each; a longer sequence stands alone.
+def fewest_parts(lengths: Sequence[int], shared_prefix_lengths: Sequence[int], budget: int) -> int:
+    """The smallest number of runs of at most `budget` computed tokens; a longer sequence is a run of its own.
 
     Args:
         lengths: tokens of each sequence.
-        common: of them, those that are computed with the sequence before it where both are in one run.
-        budget: computed tokens.
+        shared_prefix_lengths: for each sequence, the leading tokens that cost nothing when the previous sequence is in
+            the same run.
+        budget: computed tokens of a run.
     """
-    tokens = _Costs(lengths, common)
+    tokens = _Costs(lengths, shared_prefix_lengths)
     return len(_fill(tokens, budget, tokens, budget)) - 1
 
 
 def even_cuts(
-    lengths: Sequence[int], common: Sequence[int], budget: int, num_parts: int, attention_crossover_tokens: float
+    lengths: Sequence[int],
+    shared_prefix_lengths: Sequence[int],
+    budget: int,
+    num_parts: int,
+    attention_crossover_tokens: float,
 ) -> list[int]:
-    """Bounds [num_parts + 1] of runs within `budget` tokens whose largest estimated cost is as small as can be.
+    """Bounds [num_parts + 1] of runs within `budget` tokens, with the smallest possible largest cost.
 
-    A sequence of T tokens costs T (1 + T / attention_crossover_tokens): its linear layers, and its attention, which
-    costs as much at that length. After a sequence with the same first C tokens it costs C (1 + C /
-    attention_crossover_tokens) less.
+    A sequence of T tokens costs T (1 + T / attention_crossover_tokens): T for its linear layers, the rest for its
+    attention, which costs the same at T = attention_crossover_tokens. A shared prefix of C tokens saves
+    C (1 + C / attention_crossover_tokens).
 
     Args:
-        lengths: tokens of each sequence, at least one.
-        common: as `fewest_parts` has it.
-        budget: computed tokens; a longer sequence stands alone.
-        num_parts: at least `fewest_parts`; with fewer sequences each is a part.
-        attention_crossover_tokens: tokens.
+        lengths: tokens of each sequence; at least one sequence.
+        shared_prefix_lengths: as in `fewest_parts`.
+        budget: computed tokens of a run; a longer sequence is a run of its own.
+        num_parts: at least `fewest_parts`. With fewer sequences, each is a run.
+        attention_crossover_tokens: sequence length at which attention costs as much as the linear layers.
     """
-    tokens = _Costs(lengths, common)
-    costs = _Costs(*([length * (1 + length / attention_crossover_tokens) for length in of] for of in (lengths, common)))
-    low, high = costs.largest, costs.all_together
+    tokens = _Costs(lengths, shared_prefix_lengths)
+    costs = _Costs(
+        *([n * (1 + n / attention_crossover_tokens) for n in counts] for counts in (lengths, shared_prefix_lengths))
+    )
+    low, high = costs.largest, costs.total
     if len(_fill(costs, low, tokens, budget)) - 1 > num_parts:
         for _ in range(_ROUNDS):
             middle = (low + high) / 2
@@ -56,38 +63,38 @@ def even_cuts(
         low = high
     cuts = _fill(costs, low, tokens, budget)
     while len(cuts) - 1 < min(num_parts, len(lengths)):
-        # Larger sequences leave too few parts: the one with the most sequences becomes two.
+        # One long sequence sets the limit, and the others fill too few runs: halve the run with the most sequences.
         start, stop = max(pairwise(cuts), key=lambda part: part[1] - part[0])
         cuts = sorted([*cuts, (start + stop) // 2])
     return cuts
 
 
 class _Costs:
-    """What sequences cost in a row.
+    """The costs of runs of sequences.
 
     Args:
-        alone: of each, as the first of its run.
-        less: of each, by how much less than that it costs after the one before it.
+        alone: cost of each sequence as the first of its run.
+        saved: what each sequence costs less after the previous one.
     """
 
-    def __init__(self, alone: Sequence[float], less: Sequence[float]) -> None:
-        own = [cost - saved for cost, saved in zip(alone, less, strict=True)]
-        self._less, self._before = less, [0.0, *accumulate(own)]
-        self.num_sequences = len(own)
-        self.largest = max(own)
-        """Of one sequence."""
-        self.all_together = self._before[-1] + less[0]
-        """As one run."""
+    def __init__(self, alone: Sequence[float], saved: Sequence[float]) -> None:
+        following = [cost - less for cost, less in zip(alone, saved, strict=True)]
+        self._saved, self._before = saved, [0.0, *accumulate(following)]
+        self.num_sequences = len(following)
+        self.largest = max(following)
+        """Of one sequence after the previous one."""
+        self.total = self._before[-1] + saved[0]
+        """Of all sequences as one run."""
 
     def end(self, first: int, limit: float) -> int:
-        """Where the longest run from `first` on ends that costs no more than `limit`."""
-        most = self._before[first] - self._less[first] + limit
-        # A rounding error of the sums must not cost a part.
+        """The end of the longest run from sequence `first` on that costs at most `limit`."""
+        most = self._before[first] - self._saved[first] + limit
+        # The tolerance keeps rounding errors in the sums from adding a run.
         return bisect_right(self._before, most + 1e-12 * self._before[-1]) - 1
 
 
 def _fill(costs: _Costs, cost: float, tokens: _Costs, budget: float) -> list[int]:
-    """Bounds of runs that are filled one after another up to both limits; at least one sequence each."""
+    """Bounds of runs, each filled up to both limits before the next begins; every run has at least one sequence."""
     cuts = [0]
     while cuts[-1] < costs.num_sequences:
         first = cuts[-1]

@@ -1,8 +1,8 @@
-"""The next batch on its way: asked for, received, decoded and flattened while the trainer does something else.
+"""Requests, receives, decodes and flattens the next batch while the training loop does something else.
 
-One `Prefetch` per rank, owned by the training loop, which asks for the batch of a version as soon as it has made that
-version, before it publishes, reports and saves. It can't be sooner: the buffer takes the request for the news that the
-version is there, and from what is handed out it reckons how far ahead an actor may work.
+The training loop owns one `Prefetch` per rank. It asks for the batch of a version as soon as the version exists, before
+it publishes, reports and saves. Not earlier: the buffer treats the request as the announcement of the version, and
+limits how far ahead actors may work by the batches it has sent.
 """
 
 from __future__ import annotations
@@ -14,35 +14,30 @@ from dataclasses import dataclass
 import torch
 
 from buffer.transport.connection import Connection
-from buffer.transport.messages import (
-    BatchRequest,
-    Message,
-    NoMoreBatches,
-    Shard,
-)
+from buffer.transport.messages import BatchRequest, Message, NoMoreBatches, Shard
 from buffer.transport.packed_group import unpack_group
 from learner.batches.batch import TrainingBatch, occurrence_ranges
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What came for one version."""
+    """The shard for one version."""
 
     shard: Shard
     batch: TrainingBatch
     occurrences: str
-    """The prompt occurrences of the batch, for the log."""
+    """Prompt occurrences of the batch, for the log."""
 
 
 class Prefetch:
-    """Asks for this rank's shards.
+    """Requests this rank's shards.
 
     Args:
         buffer: connection to the buffer.
-        rank, world_size: of the learner.
-        device: where the batch's tensors go.
-        timeout_seconds: after which a request fails.
-        attention_crossover_tokens: as `learner.batches.packing.even_cuts` has it; shards are dealt by the same cost.
+        rank, world_size: of this learner rank.
+        device: of the batch's tensors.
+        timeout_seconds: a request without an answer fails after this time.
+        attention_crossover_tokens: as in `learner.batches.packing.even_cuts`; the buffer balances shards by that cost.
     """
 
     def __init__(
@@ -61,10 +56,10 @@ class Prefetch:
         self._asked: tuple[int, Future[Received | NoMoreBatches]] | None = None
 
     def ask(self, policy_version: int) -> Future[Received | NoMoreBatches]:
-        """The batch for `policy_version`; asked for only once.
+        """The batch for `policy_version`. Repeated calls for one version send one request.
 
-        The future raises TimeoutError when the buffer did not answer in time, RequestRefused when it refused,
-        ConnectionError when the connection was closed.
+        The future raises TimeoutError when the buffer does not answer in time, RequestRefused when it refuses, and
+        ConnectionError when the connection is closed.
         """
         if self._asked is None or self._asked[0] != policy_version:
             request = BatchRequest(policy_version, self._rank, self._world_size, self._attention_crossover_tokens)
@@ -75,15 +70,15 @@ class Prefetch:
         return self._asked[1]
 
     def _arrived(self, answered: Future[Message], coming: Future[Received | NoMoreBatches]) -> None:
-        # After `close` nobody waits for it.
+        # After `close` the worker refuses, and no caller waits for the batch.
         with suppress(RuntimeError):
-            # In a thread of its own: the one that answers arrive in has heartbeats to carry.
+            # Unpacking takes long, and the connection's thread must keep sending heartbeats.
             self._worker.submit(self._receive, answered, coming)
 
     def _receive(self, answered: Future[Message], coming: Future[Received | NoMoreBatches]) -> None:
         try:
             coming.set_result(self._unpack(answered.result()))
-        except Exception as error:  # It belongs to whoever waits for the batch.
+        except Exception as error:  # Raised where the batch is waited for.
             coming.set_exception(error)
 
     def _unpack(self, answer: Message) -> Received | NoMoreBatches:
@@ -95,5 +90,5 @@ class Prefetch:
         return Received(answer, batch, occurrence_ranges(groups))
 
     def close(self) -> None:
-        """Forget what is on its way."""
+        """Drop the batch under way."""
         self._worker.shutdown(wait=False, cancel_futures=True)

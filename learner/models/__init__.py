@@ -1,1 +1,1 @@
-"""Policy and critic: attention, output layer, adapters, faster layers."""
+"""Policy and critic: attention, output layer, LoRA adapters, and faster layers for CPUs."""

@@ -1,8 +1,9 @@
-"""Causal attention inside each of the packed sequences, as an attention function registered with transformers.
+"""Causal attention within each packed sequence, as an attention function for transformers.
 
-On CUDA in half precision one variable-length kernel takes all sequences. On a CPU a short one is three matrix products,
-a long one is cut into blocks of queries, which leaves out scores that the causal mask hides. There, of what sequences
-have in common only keys and values are repeated, and all sequences are one node of the gradient's graph.
+On CUDA in half precision, one variable-length kernel computes all sequences. On a CPU, short sequences are computed as
+plain matrix products, and long ones in blocks of queries, which skips most scores that the causal mask hides. There the
+queries of a shared prefix are computed once, and only its keys and values are repeated. All sequences together are one
+autograd node there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from learner.batches.prefix_sharing import SharedPrefixes
 
 PACKED_ATTENTION = "slipstream_packed"
 QUERIES_PER_BLOCK = 128
-"""Fewer: fewer scores that the mask hides. More: fewer calls of the kernel."""
+"""A smaller block computes fewer masked scores, a larger one needs fewer kernel calls."""
+
+
+def register_packed_attention() -> str:
+    """Make `packed_attention` known to transformers. Returns the name to load a model with."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    return PACKED_ATTENTION
 
 
 def packed_attention(
@@ -37,28 +44,28 @@ def packed_attention(
     shared: SharedPrefixes | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each of the packed sequences.
+    """Causal attention within each packed sequence, called by transformers' attention layers.
 
     Args:
         module: the attention layer; unused, part of transformers' signature.
-        query: [1, heads, K, head_dim]; `key` and `value` may have fewer heads (grouped queries).
+        query: [1, heads, K, head_dim]; `key` and `value` may have fewer heads (grouped-query attention).
         key: [1, key_value_heads, K, head_dim].
         value: [1, key_value_heads, K, head_dim].
         attention_mask: must be None; the boundaries are the mask.
-        scaling: factor on the scores, 1 / sqrt(head_dim) when None.
-        boundaries: [num_sequences + 1] start offsets and N.
-        shared: which of the N tokens are the K that are computed; None: all of them are.
+        scaling: factor on the scores; None: 1 / sqrt(head_dim).
+        boundaries: [num_sequences + 1] start offset of each sequence, then N.
+        shared: the K computed tokens among the N; None: K = N.
 
     Returns:
-        [1, K, heads, head_dim] and no attention weights.
+        (output [1, K, heads, head_dim], None in place of attention weights).
     """
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
-        own = shared.own if shared else [range(end - start) for start, end in pairwise(boundaries)]
-        own = [asking for asking in own if asking]
-        # Once, instead of every score: there are more of them.
+        ranges = shared.computed_ranges if shared else [range(end - start) for start, end in pairwise(boundaries)]
+        ranges = [positions for positions in ranges if positions]
+        # Scaling the query is cheaper than scaling the scores: there are more of those.
         query = query * (1 / math.sqrt(query.shape[-1]) if scaling is None else scaling)
         output: Tensor = _SequenceAttention.apply(  # type: ignore[no-untyped-call]
-            query, key, value, shared.keys if shared else None, own
+            query, key, value, shared.keys if shared else None, ranges
         )
         return output, None
     if shared is not None:
@@ -71,7 +78,7 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen_attention(query, key, value, scaling, boundaries, grouped), None
     lengths = [end - start for start, end in pairwise(boundaries)]
-    # Split at once: the gradient of a slice is as long as what it was cut from.
+    # One split instead of slices: the gradient of a slice is as long as the whole tensor.
     parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped).transpose(1, 2)
@@ -81,22 +88,22 @@ def packed_attention(
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The tokens of [1, N, heads, head_dim] at `indices`, as whole rows: several times as fast as inside dim 2."""
+    """The tokens at `indices` of [1, N, heads, head_dim]. Whole rows are several times as fast as an index on dim 2."""
     return tensor.reshape(tensor.shape[1], -1).index_select(0, indices).view(1, len(indices), *tensor.shape[2:])
 
 
 class _SequenceAttention(torch.autograd.Function):
-    """softmax(query key^T) value of every sequence, by the way that suits its length."""
+    """softmax(query key^T) value of every sequence, by matrix products or in blocks."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, places: Tensor | None, own: Sequence[range]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, places: Tensor | None, ranges: Sequence[range]
     ) -> Tensor:
         keys, values = (_repeated(tensor[0], places) for tensor in (key, value))
-        sizes = [len(asking) for asking in own], [asking.stop for asking in own]
+        sizes = [len(positions) for positions in ranges], [positions.stop for positions in ranges]
         outputs, kept = [], []
         for q, k, v in _split(sizes, (query[0],), (keys, values)):
-            parts, keep = _way(q, k).forward(q, k, v)
+            parts, keep = _method(q, k).forward(q, k, v)
             outputs += parts
             kept.append(keep)
         output = torch.cat(outputs)
@@ -106,25 +113,27 @@ class _SequenceAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, values, output, places, *kept = ctx.saved_tensors
-        by_queries, by_keys, by_values = [], [], []
-        of_queries = by_output[0].transpose(0, 1), output.transpose(0, 1), query[0]
+        grad_queries, grad_keys, grad_values = [], [], []
+        of_queries = grad_output[0].transpose(0, 1), output.transpose(0, 1), query[0]
         for keep, tensors in zip(kept, _split(ctx.sizes, of_queries, (keys, values)), strict=True):
             sequence = _Sequence(*tensors)
-            by_query, by_key, by_value = _way(sequence.query, sequence.key).backward(sequence, keep)
-            by_queries += by_query
-            by_keys.append(by_key.transpose(0, 1))
-            by_values.append(by_value.transpose(0, 1))
-        by_key, by_value = (_summed(torch.cat(parts), places, ctx.num_computed) for parts in (by_keys, by_values))
-        gradients = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (torch.cat(by_queries), by_key, by_value))
+            grad_query, grad_key, grad_value = _method(sequence.query, sequence.key).backward(sequence, keep)
+            grad_queries += grad_query
+            grad_keys.append(grad_key.transpose(0, 1))
+            grad_values.append(grad_value.transpose(0, 1))
+        grad_key, grad_value = (
+            _summed(torch.cat(parts), places, ctx.num_computed) for parts in (grad_keys, grad_values)
+        )
+        gradients = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (torch.cat(grad_queries), grad_key, grad_value))
         return *gradients, None, None
 
 
 class _Sequence(NamedTuple):
-    """A sequence's part of what a backward pass knows, in the order of `_split`: [heads, tokens, head_dim] each."""
+    """The inputs of one sequence's backward pass, [heads, tokens, head_dim] each, in the order of `_split`."""
 
-    by_output: Tensor
+    grad_output: Tensor
     output: Tensor
     query: Tensor
     key: Tensor
@@ -134,53 +143,67 @@ class _Sequence(NamedTuple):
 def _split(
     sizes: tuple[list[int], list[int]], of_queries: Sequence[Tensor], of_keys: Sequence[Tensor]
 ) -> Iterable[tuple[Tensor, ...]]:
-    """The parts of every sequence of tensors [heads, K, head_dim] and [heads, of all sequences' keys, head_dim]."""
+    """Split tensors [heads, all queries, head_dim] and [heads, all keys, head_dim] into one tuple per sequence.
+
+    Args:
+        sizes: number of queries, and of keys, of each sequence.
+        of_queries: tensors with a row for every query.
+        of_keys: tensors with a row for every key, shared prefixes repeated.
+    """
     queries = [torch.split(tensor, sizes[0], 1) for tensor in of_queries]
     keys = [torch.split(tensor, sizes[1], 1) for tensor in of_keys]
     return zip(*queries, *keys, strict=True)
 
 
-def _way(query: Tensor, key: Tensor) -> type[_Products] | type[_Blocks]:
-    """How a sequence's attention is computed."""
+def _method(query: Tensor, key: Tensor) -> type[_Products] | type[_Blocks]:
+    """Matrix products for a short sequence, blocks for a long one or in half precision."""
     short = key.shape[1] <= QUERIES_PER_BLOCK and query.dtype in (torch.float32, torch.float64)
     return _Products if short else _Blocks
 
 
 class _Products:
-    """A sequence at once, its weights kept for the backward pass: for a short one fewer products and larger ones."""
+    """The whole sequence at once; keeps the attention weights for the backward pass. Fastest for short sequences."""
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Of [heads, n, head_dim] and [key_value_heads, m, head_dim]: output in parts, tokens first, and weights."""
+        """Attend from [heads, n, head_dim] queries to [key_value_heads, m, head_dim] keys and values.
+
+        Returns:
+            (the output in parts [tokens, heads, head_dim], what the backward pass needs: the attention weights).
+        """
         mask = _repeated_mask(query.shape[1], key.shape[1], query.shape[0] // key.shape[0], query.dtype)
         weights = torch._softmax(torch.baddbmm(mask, _stacked(query, key), key.mT), -1, False)
         return [torch.bmm(weights, value).view(query.shape).transpose(0, 1)], weights
 
     @staticmethod
     def backward(sequence: _Sequence, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Gradients of query, in parts, tokens first, and of key and value as they are."""
-        by_output, _, query, key, value = sequence
-        shape, query, by_output = query.shape, _stacked(query, key), _stacked(by_output, key)
-        by_weights = torch.bmm(by_output, value.mT)
-        by_scores = torch._softmax_backward_data(by_weights, weights, -1, weights.dtype)
-        by_query = torch.bmm(by_scores, key).view(shape).transpose(0, 1)
-        return [by_query], torch.bmm(by_scores.mT, query), torch.bmm(weights.mT, by_output)
+        """The gradients.
+
+        Returns:
+            (that of the query in parts [tokens, heads, head_dim], those of key and value in the inputs' shape).
+        """
+        grad_output, _, query, key, value = sequence
+        shape, query, grad_output = query.shape, _stacked(query, key), _stacked(grad_output, key)
+        grad_weights = torch.bmm(grad_output, value.mT)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_query = torch.bmm(grad_scores, key).view(shape).transpose(0, 1)
+        return [grad_query], torch.bmm(grad_scores.mT, query), torch.bmm(weights.mT, grad_output)
 
 
 def _stacked(tensor: Tensor, key: Tensor) -> Tensor:
-    """[heads, n, head_dim] as [key_value_heads, heads / key_value_heads x n, head_dim], by the heads of `key`."""
+    """[heads, n, head_dim] as [key_value_heads, heads / key_value_heads x n, head_dim], with the heads of `key`."""
     return tensor if tensor.shape[0] == key.shape[0] else tensor.reshape(key.shape[0], -1, tensor.shape[2])
 
 
 class _Blocks:
-    """`QUERIES_PER_BLOCK` queries of a sequence at a time, over the keys up to the last of them.
+    """`QUERIES_PER_BLOCK` queries at a time, over the keys up to the last of these queries.
 
-    By the kernel that PyTorch's own attention runs on a CPU, which keeps no weights.
+    Uses the CPU kernel of PyTorch's own attention, which keeps no attention weights.
     """
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], Tensor]:
-        """As that of `_Products`, with the logarithms of the weights' sums."""
+        """As in `_Products`; the backward pass needs the log-sum-exp of the scores."""
         outputs, sums = [], []
         for first, size, end in _blocks(query.shape[1], key.shape[1]):
             output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -197,12 +220,12 @@ class _Blocks:
 
     @staticmethod
     def backward(sequence: _Sequence, sums: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """As that of `_Products`."""
-        by_output, output, query, key, value = sequence
-        by_query, by_key, by_value = [], torch.zeros_like(key), torch.zeros_like(value)
+        """As in `_Products`."""
+        grad_output, output, query, key, value = sequence
+        grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for first, size, end in _blocks(query.shape[1], key.shape[1]):
-            by_part, *by_others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                by_output.narrow(1, first, size).unsqueeze(0),
+            grad_part, *grad_others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_output.narrow(1, first, size).unsqueeze(0),
                 query.narrow(1, first, size).unsqueeze(0),
                 key.narrow(1, 0, end).unsqueeze(0),
                 value.narrow(1, 0, end).unsqueeze(0),
@@ -213,26 +236,26 @@ class _Blocks:
                 attn_mask=_mask(size, end, query.dtype),
                 scale=1.0,
             )
-            by_query.append(by_part[0].transpose(0, 1))
-            for total, part in zip((by_key, by_value), by_others, strict=True):
+            grad_query.append(grad_part[0].transpose(0, 1))
+            for total, part in zip((grad_key, grad_value), grad_others, strict=True):
                 total.narrow(1, 0, end).add_(part[0])
-        return by_query, by_key, by_value
+        return grad_query, grad_key, grad_value
 
 
 def _blocks(num_queries: int, num_keys: int) -> Iterable[tuple[int, int, int]]:
-    """(first query, number of queries, number of keys) of each block of a sequence whose last tokens ask."""
+    """(first query, number of queries, number of keys) of each block; the queries are the last tokens of the keys."""
     for first in range(0, num_queries, QUERIES_PER_BLOCK):
         size = min(QUERIES_PER_BLOCK, num_queries - first)
         yield first, size, num_keys - num_queries + first + size
 
 
 def _repeated(tensor: Tensor, places: Tensor | None) -> Tensor:
-    """[heads, places, head_dim] of [heads, K, head_dim]."""
+    """The rows of [heads, K, head_dim] at `places`: shared prefixes repeated for every sequence."""
     return tensor if places is None else _rows(tensor.transpose(0, 1).unsqueeze(0), places)[0].transpose(0, 1)
 
 
 def _summed(tensor: Tensor, places: Tensor | None, num_computed: int) -> Tensor:
-    """The gradient [K, heads, head_dim] of what `_repeated` took from that of its result, tokens first."""
+    """The backward pass of `_repeated`, tokens first: a gradient for every place is summed to [K, heads, head_dim]."""
     if places is None:
         return tensor
     rows = tensor.flatten(1)
@@ -242,28 +265,28 @@ def _summed(tensor: Tensor, places: Tensor | None, num_computed: int) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _mask(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor | None:
-    """[num_queries, num_keys] 0 and minus infinity, aligned at the last of both.
+    """[num_queries, num_keys] causal mask of 0 and minus infinity, aligned at the last query and key.
 
-    None for as many queries as keys: the kernel's own causal mask aligns the first ones.
+    None when there are as many queries as keys: then the kernel's own causal mask is the same.
     """
     return None if num_queries == num_keys else _corner(num_queries, num_keys, dtype)
 
 
 @lru_cache(maxsize=1024)
 def _repeated_mask(num_queries: int, num_keys: int, times: int, dtype: torch.dtype) -> Tensor:
-    """[times x num_queries, num_keys]: of that many queries one after another."""
+    """[times x num_queries, num_keys]: the mask repeated for the heads of one key-value head."""
     mask = _corner(num_queries, num_keys, dtype)
     return mask if times == 1 else mask.repeat(times, 1)
 
 
 def _corner(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
-    # In few sizes, of which all together are twice the longest: they are kept.
+    # Cut from cached masks whose sizes are powers of 2, so together they need twice the memory of the largest.
     return _band(1 << (num_keys - 1).bit_length(), dtype)[-num_queries:, -num_keys:]
 
 
 @lru_cache
 def _band(num_keys: int, dtype: torch.dtype) -> Tensor:
-    """[QUERIES_PER_BLOCK, num_keys]: every mask of at most so many keys is its lower right corner."""
+    """[QUERIES_PER_BLOCK, num_keys]: the mask for up to `num_keys` keys is its lower right corner."""
     later = torch.full((QUERIES_PER_BLOCK, num_keys), -math.inf, dtype=dtype)
     return later.triu(num_keys - QUERIES_PER_BLOCK + 1)
 
@@ -271,7 +294,7 @@ def _band(num_keys: int, dtype: torch.dtype) -> Tensor:
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, boundaries: Sequence[int], grouped: bool
 ) -> Tensor:
-    """The same through one variable-length flash kernel; CUDA in half precision only."""
+    """All sequences in one variable-length flash kernel; CUDA in half precision only."""
     from torch.nn.attention.varlen import varlen_attn
 
     offsets = torch.tensor(boundaries, dtype=torch.int32, device=query.device)
@@ -290,6 +313,3 @@ def _varlen_attention(
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
-
-
-AttentionInterface.register(PACKED_ATTENTION, packed_attention)

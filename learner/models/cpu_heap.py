@@ -1,8 +1,8 @@
-"""The C library's heap: huge pages, and what a step frees stays with the process for the next one.
+"""Settings of glibc's heap: use huge pages, and keep freed memory for the next step.
 
-glibc hands free memory at the end of its heap back to the system and takes it again a moment later, page by page, each
-of which the system clears first. Activations come and go with every layer. They are read and written whole, so in pages
-of 4 KiB the processor looks up an address every thousand numbers.
+By default glibc returns free memory at the end of its heap to the system. The activations of every layer then take it
+back page by page, and the system clears each page first. With pages of 4 KiB, streaming through activations also costs
+a TLB lookup every 1,024 floats.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 
 KEPT_BYTES = 256 << 20
-"""Free memory at the end of the heap that is not handed back."""
+"""Free memory at the end of the heap that is not returned."""
 POOLED_BYTES = 32 << 20
-"""Blocks up to this size come from the heap, the largest that glibc allows; others are mapped one by one."""
+"""Largest block that comes from the heap, as much as glibc allows; each larger block is mapped separately."""
 _VARIABLE = "GLIBC_TUNABLES"
 
 
 def heap_environment() -> dict[str, str]:
-    """What a process has to be started with, since glibc reads it before anything runs. Other C libraries don't.
+    """Environment variables to start a process with; glibc reads them before the program runs.
 
-    Huge pages are there where the system gives them to who asks (`transparent_hugepage` is `madvise` or `always`), with
-    glibc 2.35 or later. What this process was started with comes last and wins.
+    Other C libraries ignore them. Huge pages need glibc 2.35 or later, and a system with `transparent_hugepage` at
+    `madvise` or `always`. Tunables that this process was started with come last and take precedence.
     """
     ours = f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={POOLED_BYTES}:glibc.malloc.trim_threshold={KEPT_BYTES}"
     return {_VARIABLE: ":".join(filter(None, [ours, os.environ.get(_VARIABLE, "")]))}

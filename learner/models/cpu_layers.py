@@ -1,8 +1,8 @@
-"""Norms, attention and feed-forward layers of transformers' decoders, in fewer passes over memory on a CPU.
+"""Norms, attention and feed-forward layers of transformers' decoders, with fewer passes over memory on a CPU.
 
-`patch_for_cpu` gives the modules that it knows a subclass which computes the same in float32 and float64 on a CPU.
-Whatever else they are called with goes the way transformers has it, and modules that it does not know are left alone. A
-module's weights are read in its own passes only: they may be sharded, frozen, or have adapters beside them.
+`patch_for_cpu` replaces the class of each known module by a subclass that computes the same function. The subclass
+handles float32 and float64 on a CPU, and leaves every other input to transformers. Unknown modules stay as they are. A
+module's weights are read only inside its forward and backward pass, so they may be sharded, frozen or have adapters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEED_FORWARDS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"}
 
 
 def patch_for_cpu(network: nn.Module) -> None:
-    """Let the modules of `network` that are known compute in fewer passes, in place."""
+    """Replace the classes of the known modules in `network`, in place."""
     angles = _Angles()
     for module in network.modules():
         kind = type(module)
@@ -37,8 +37,11 @@ def patch_for_cpu(network: nn.Module) -> None:
             module.__class__ = type(kind.__name__, (_FeedForward, kind), {})
 
 
-def _is_hastened(states: Tensor) -> bool:
-    """Lower precisions are rounded where transformers rounds them; what is best on CUDA has not to be best here."""
+def _is_supported(states: Tensor) -> bool:
+    """Whether the subclasses compute `states`: float32 or float64 on a CPU.
+
+    Lower precisions must be rounded where transformers rounds them, and what is fast on CUDA may be slow on a CPU.
+    """
     return states.device.type == "cpu" and states.dtype in (torch.float32, torch.float64)
 
 
@@ -49,8 +52,8 @@ class _Norm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """As the class it is mixed into."""
-        if not _is_hastened(hidden_states) or hidden_states.dtype != self.weight.dtype:
+        """As in the class that this one is mixed into."""
+        if not _is_supported(hidden_states) or hidden_states.dtype != self.weight.dtype:
             states: Tensor = super().forward(hidden_states)
             return states
         normed: Tensor = _RootMeanSquareNorm.apply(  # type: ignore[no-untyped-call]
@@ -60,7 +63,7 @@ class _Norm(nn.Module):
 
 
 class _RootMeanSquareNorm(torch.autograd.Function):
-    """y = w n of n = x r, r = 1 / sqrt(mean x^2 + epsilon), over the last dimension.
+    """y = w n with n = x r and r = 1 / sqrt(mean x^2 + epsilon), over the last dimension.
 
     d x = r (w d y - n mean(w d y n)) and d w = sum(d y n).
     """
@@ -69,36 +72,44 @@ class _RootMeanSquareNorm(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         factors = norms.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
-        # A parameter is referred to and not saved: under ZeRO-3 its storage comes and goes between the two passes.
+        # A reference instead of a saved tensor: ZeRO-3 frees the storage of the parameter between the two passes.
         ctx.weight = weight
         ctx.save_for_backward(states, factors)
         return (states * factors).mul_(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         states, factors = ctx.saved_tensors
         weight = ctx.weight
         normed = states * factors
-        products = by_output * normed
-        by_weight = products.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        products = grad_output * normed
+        grad_weight = products.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         means = torch.matmul(products, weight).div_(-weight.numel()).unsqueeze(-1)
-        by_states = torch.mul(by_output, weight, out=products).addcmul_(normed, means).mul_(factors)
-        return by_states, by_weight, None
+        grad_states = torch.mul(grad_output, weight, out=products).addcmul_(normed, means).mul_(factors)
+        return grad_states, grad_weight, None
 
 
 class _Angles:
-    """The cosines and sines of one pass, laid out once for all layers; they are kept until the next pass."""
+    """The cosines and sines of one forward pass, expanded once for all layers and kept until the next pass."""
 
     def __init__(self) -> None:
         self._made_of: Tensor | None = None
         self._spread: tuple[Tensor, Tensor]
 
     def spread(self, cosines: Tensor, sines: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """[1, K, num_heads, head_dim] cosines and [1, K, num_heads, head_dim / 2] sines of [1, K, head_dim] both."""
+        """Repeat both for every head.
+
+        Args:
+            cosines, sines: [1, K, head_dim].
+            num_heads: of the queries.
+
+        Returns:
+            cosines [1, K, num_heads, head_dim] and sines [1, K, num_heads, head_dim / 2].
+        """
         if self._made_of is not cosines:
             half = sines[..., : sines.shape[-1] // 2]
-            # Repeated in memory: reading rows as long as all heads is twice as fast as each head by itself.
+            # Repeated in memory: reading the row of all heads at once is twice as fast as reading each head.
             cosines_of_all, sines_of_all = (
                 angles.unsqueeze(2).expand(-1, -1, num_heads, -1).contiguous() for angles in (cosines, half)
             )
@@ -116,9 +127,9 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
-        return _rotated(by_output, cosines, sines, -1), None, None
+        return _rotated(grad_output, cosines, sines, -1), None, None
 
 
 def _rotated(states: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
@@ -131,7 +142,7 @@ def _rotated(states: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> 
 
 
 class _Attention(nn.Module):
-    """Projections, rotation of queries and keys, attention, projection; each head's norm before rotation, if any."""
+    """Projections, norms of queries and keys if the model has them, rotation, attention, output projection."""
 
     angles: _Angles
     config: Any
@@ -152,9 +163,9 @@ class _Attention(nn.Module):
         past_key_values: Any = None,
         **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the class it is mixed into."""
+        """As in the class that this one is mixed into."""
         packed = self.config._attn_implementation == PACKED_ATTENTION and past_key_values is None
-        if not packed or not _is_hastened(hidden_states):
+        if not packed or not _is_supported(hidden_states):
             outputs: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -182,7 +193,7 @@ class _Attention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    """down(silu(gate(x)) up(x)) of three linear layers."""
+    """down(silu(gate(x)) up(x)) with three linear layers."""
 
     config: Any
     gate_proj: nn.Module
@@ -190,9 +201,9 @@ class _FeedForward(nn.Module):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the class it is mixed into."""
+        """As in the class that this one is mixed into."""
         layers = self.gate_proj, self.up_proj, self.down_proj
-        if not _is_hastened(x) or self.config.hidden_act != "silu" or not all(_is_plain(layer, x) for layer in layers):
+        if not _is_supported(x) or self.config.hidden_act != "silu" or not all(_is_plain(layer, x) for layer in layers):
             states: Tensor = super().forward(x)
             return states
         computed: Tensor = _GatedProducts.apply(x, *(layer.weight for layer in layers))  # type: ignore[no-untyped-call]
@@ -200,13 +211,13 @@ class _FeedForward(nn.Module):
 
 
 def _is_plain(layer: nn.Module, states: Tensor) -> bool:
-    """Whether a layer is its weight and nothing else: no adapter, no shard that a hook brings, nobody who watches."""
+    """Whether a layer only multiplies by its weight: no adapter, no bias, and no hooks, such as those of shards."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return type(layer) is nn.Linear and layer.bias is None and layer.weight.dtype == states.dtype and not any(hooks)
 
 
 class _GatedProducts(torch.autograd.Function):
-    """y = (silu(g) u) D^T of g = x G^T and u = x U^T, of which g and u alone are kept.
+    """y = (silu(g) u) D^T with g = x G^T and u = x U^T. Besides the input only g and u are kept.
 
     With a = d y D: d u = silu(g) a, d g = silu'(g) u a, d x = d g G + d u U.
     """
@@ -219,15 +230,15 @@ class _GatedProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         states, gates, ups, gate, up, down = ctx.saved_tensors
-        rows, gates, ups, by_rows = (tensor.flatten(0, -2) for tensor in (states, gates, ups, by_output))
+        rows, gates, ups, grad_rows = (tensor.flatten(0, -2) for tensor in (states, gates, ups, grad_output))
         _, for_gate, for_up, for_down = ctx.needs_input_grad
         opened = silu(gates)
-        by_down = by_rows.T @ (opened * ups) if for_down else None
-        by_product = by_rows @ down
-        by_ups = opened.mul_(by_product)
-        by_gates = torch.ops.aten.silu_backward(by_product.mul_(ups), gates)
-        by_states = (by_gates @ gate).addmm_(by_ups, up).view_as(states)
-        by_gate, by_up = by_gates.T @ rows if for_gate else None, by_ups.T @ rows if for_up else None
-        return by_states, by_gate, by_up, by_down
+        grad_down = grad_rows.T @ (opened * ups) if for_down else None
+        grad_product = grad_rows @ down
+        grad_ups = opened.mul_(grad_product)
+        grad_gates = torch.ops.aten.silu_backward(grad_product.mul_(ups), gates)
+        grad_states = (grad_gates @ gate).addmm_(grad_ups, up).view_as(states)
+        grad_gate, grad_up = grad_gates.T @ rows if for_gate else None, grad_ups.T @ rows if for_up else None
+        return grad_states, grad_gate, grad_up, grad_down

@@ -1,10 +1,9 @@
-"""The language-model head that scores given tokens: log-probabilities and entropies without [tokens x vocabulary].
+"""The language-model head that scores given tokens, without holding all [tokens x vocabulary] logits.
 
-Used by `learner/models/policy.py` in the place of a causal model's output layer, whose weights it shares. Logits exist
-for a bounded number of tokens at a time and are computed again in the backward pass, unless all of them fit that
-bound; one call gathers a sharded weight once for each direction. Sums over the vocabulary and the weight's gradient
-are float32 (float64 for float64 parameters), but where a fused kernel does all of it on CUDA:
-`learner/models/fused_head.py`.
+`learner/models/policy.py` puts it in the place of a causal model's output layer, with the same weights. Logits are
+computed for a chunk of tokens at a time, and again in the backward pass unless one chunk holds all tokens. One call
+gathers a sharded weight once in each direction. Sums over the vocabulary and the weight's gradient are float32 (float64
+for float64 parameters). On CUDA a fused kernel may do all of this: `learner/models/fused_head.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from torch.nn.functional import linear, log_softmax
 from learner.models.fused_head import fits, fused_scores
 
 LOGITS_PER_CHUNK = 1 << 25
-"""Logits that exist at the same time: 134 MB in float32."""
+"""Logits held at the same time: 134 MB in float32."""
 
 
 class ScoringHead(nn.Linear):
-    """An output layer [vocabulary, hidden_size] that returns scores of tokens and never logits."""
+    """An output layer [vocabulary, hidden_size] that returns scores of given tokens instead of logits."""
 
     @classmethod
     def of(cls, layer: nn.Linear) -> ScoringHead:
-        """With the parameters of `layer` themselves, so that tied weights stay tied."""
+        """A head that holds the parameters of `layer` themselves, so tied weights stay tied."""
         head = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         head.weight, head.bias = layer.weight, layer.bias
         return head
 
     def forward(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Under softmax(logits / temperature), of each row of `hidden`.
+        """Score one token for each row of `hidden`, under softmax(logits / temperature).
 
         Args:
             hidden: [M, hidden_size].
@@ -42,7 +41,7 @@ class ScoringHead(nn.Linear):
             temperature: above 0.
 
         Returns:
-            log-probability of the token [M] and entropy of the distribution [M] in nats.
+            log-probabilities of the tokens [M] and entropies of the distributions [M] in nats.
         """
         if fits(hidden, self.weight, self.bias):
             return fused_scores(hidden, self.weight, tokens, temperature)
@@ -70,10 +69,10 @@ class _Scores(torch.autograd.Function):
             entropy = -torch.linalg.vecdot(logs.exp(), logs)
             parts.append((logs.gather(-1, tokens[start:stop, None]).squeeze(-1), entropy))
             kept = [logs] if keep else []
-            # Or it would live on beside the next chunk's.
+            # Free this chunk before the next one is computed.
             del logs
         logprobs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
-        # A parameter is referred to and not saved: under ZeRO-3 its storage comes and goes between the two passes.
+        # References instead of saved tensors: ZeRO-3 frees the storage of parameters between the two passes.
         ctx.weight, ctx.bias, ctx.temperature = weight, bias, temperature
         ctx.save_for_backward(hidden, tokens, entropies, *kept)
         ctx.set_materialize_grads(False)
@@ -81,36 +80,36 @@ class _Scores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_logprobs: Tensor | None, by_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, tokens, entropies, *kept = ctx.saved_tensors
         weight, bias = ctx.weight, ctx.bias
         wide = entropies.dtype
-        by_logprobs = torch.zeros_like(entropies) if by_logprobs is None else by_logprobs
-        by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        by_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        by_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
+        grad_logprobs = torch.zeros_like(entropies) if grad_logprobs is None else grad_logprobs
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and ctx.needs_input_grad[2] else None
         for start, stop in _cuts(len(hidden), weight.shape[0]):
             rows = slice(start, stop)
             logs = kept[0] if kept else _log_probabilities(hidden[rows], weight, bias, ctx.temperature)
-            factor = by_logprobs[rows, None] / -ctx.temperature
-            if by_entropy is not None:
-                factor = (logs + entropies[rows, None]).mul_(by_entropy[rows, None] / -ctx.temperature).add_(factor)
-            by_logits = logs.exp_().mul_(factor)
-            by_logits.scatter_add_(-1, tokens[rows, None], by_logprobs[rows, None] / ctx.temperature)
-            if by_bias is not None:
-                by_bias += by_logits.sum(0)
-            narrow = by_logits.to(weight.dtype)
-            if by_hidden is not None:
-                torch.mm(narrow, weight, out=by_hidden[rows])
-            if by_weight is not None:
-                _add_product(by_weight, narrow.T, hidden[rows])
-            del logs, by_logits, narrow
-        by_weight = None if by_weight is None else by_weight.to(weight.dtype)
-        return by_hidden, by_weight, None if by_bias is None else by_bias.to(weight.dtype), None, None
+            factor = grad_logprobs[rows, None] / -ctx.temperature
+            if grad_entropy is not None:
+                factor = (logs + entropies[rows, None]).mul_(grad_entropy[rows, None] / -ctx.temperature).add_(factor)
+            grad_logits = logs.exp_().mul_(factor)
+            grad_logits.scatter_add_(-1, tokens[rows, None], grad_logprobs[rows, None] / ctx.temperature)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            narrow = grad_logits.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(narrow, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight, narrow.T, hidden[rows])
+            del logs, grad_logits, narrow
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(weight.dtype), None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left right to `total`, in the precision of `total`."""
+    """Add the matrix product of `left` and `right` to `total`, in the precision of `total`."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:
@@ -125,6 +124,6 @@ def _log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None, temp
 
 
 def _cuts(num_rows: int, vocabulary: int) -> list[tuple[int, int]]:
-    """(start, stop) of runs of rows whose logits fit the bound."""
+    """(start, stop) of chunks of rows with at most `LOGITS_PER_CHUNK` logits, or of one row."""
     rows = max(LOGITS_PER_CHUNK // vocabulary, 1)
     return list(pairwise([*range(0, num_rows, rows), num_rows])) or [(0, 0)]

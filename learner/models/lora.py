@@ -1,10 +1,10 @@
-"""LoRA: low-rank matrices beside frozen linear layers, and the tensors that others make of a network with them.
+"""LoRA: low-rank matrices beside frozen linear layers, and the tensors that are published and saved.
 
     y = W x + s B A x,   A [rank, in],   B [out, rank],   s = alpha / rank
 
-`add_adapters` puts peft's layers into a causal model; only A and B train. Others never see them inside the network:
-`whole_tensors` has every weight under its Hugging Face name with W + s B A in the place of W, `adapter_tensors` has A
-and s B alone. `actors/weights/adapters.py` merges the second to the first by the same formula, to the same bits.
+`add_adapters` puts peft's layers into a causal model, where only A and B are trained. `whole_tensors` returns every
+weight under its Hugging Face name, with W + s B A in the place of W. `adapter_tensors` returns only A and s B.
+`actors/weights/adapters.py` merges those into whole weights by the same formula, to the same bits.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from buffer.weights.layout import LORA_A, LORA_B
 from learner.config import LoraConfig
 
 ADAPTER = "default"
-"""peft's name for the only adapter there is."""
+"""peft's name for the only adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedTensor:
-    """A tensor as others know it, and the parameters it is made of."""
+    """A tensor to publish or save, and the parameters that it is computed from."""
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     value: Callable[[], Tensor]
-    """Its value, once all of `parameters` are whole; without a gradient."""
+    """Computes the tensor, without a gradient. Needs all of `parameters` gathered."""
 
 
 def add_adapters(causal_lm: nn.Module, lora: LoraConfig) -> None:
-    """Give the linear layers that `lora` names matrices that train, and freeze everything else. B starts at 0."""
+    """Add A and B to the linear layers named by `lora`, and freeze all other parameters. B starts at 0."""
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
@@ -48,7 +48,7 @@ def add_adapters(causal_lm: nn.Module, lora: LoraConfig) -> None:
 
 
 def four_bit_base() -> Any:
-    """What transformers needs to load a base in four bits: NF4, its scales quantized too, products in bfloat16."""
+    """Settings of transformers for a base model in four bits: NF4, quantized scales, products in bfloat16."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -60,11 +60,11 @@ def four_bit_base() -> Any:
 
 
 def whole_tensors(network: nn.Module, base: nn.Module | None = None) -> Iterator[NamedTensor]:
-    """Every weight of `network` as if it had no adapters: theirs are added to the weights beside them.
+    """Every weight of `network`, with adapters merged into the weights beside them.
 
     Args:
         network: with or without adapters.
-        base: where the frozen weights are taken from; None: from `network` itself, which holds them in full.
+        base: the source of the frozen weights; None: `network` itself, which must hold them in full precision.
     """
     layers = _adapted_layers(network)
     for own_name, parameter in (base or network).named_parameters():
@@ -80,7 +80,7 @@ def whole_tensors(network: nn.Module, base: nn.Module | None = None) -> Iterator
 
 
 def adapter_tensors(network: nn.Module) -> Iterator[NamedTensor]:
-    """`LAYER.lora_A.weight` and `LAYER.lora_B.weight` in float32, the factor s in B; nothing for a network without."""
+    """`LAYER.lora_A.weight` and `LAYER.lora_B.weight` in float32, with s multiplied into B; none without adapters."""
     for name, layer in _adapted_layers(network).items():
         down, up = _pair(layer)
         yield NamedTensor(name + LORA_A, (down,), partial(_narrow, layer))
@@ -88,9 +88,15 @@ def adapter_tensors(network: nn.Module) -> Iterator[NamedTensor]:
 
 
 def save_adapter(tensors: Mapping[str, Tensor], folder: Path, lora: LoraConfig, base: Path) -> None:
-    """What `adapter_tensors` names, without a prefix, as a folder that `peft.PeftModel.from_pretrained` loads.
+    """Write adapters as a folder that `peft.PeftModel.from_pretrained` loads.
 
-    Its alpha is its rank: the factor is in B already.
+    The saved alpha equals the rank, because s is already in B.
+
+    Args:
+        tensors: from `adapter_tensors`, by their names there.
+        folder: is created.
+        lora: settings of the adapters.
+        base: the base model, for the saved settings.
 
     Raises:
         OSError: when the folder cannot be written.
@@ -133,9 +139,9 @@ def _scaled(layer: Any) -> Tensor:
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:
-    """W + s B A, added in float32, in the type of W."""
+    """W + s B A, added in float32, returned in the dtype of W."""
     weight, up = weight.detach(), _scaled(layer)
-    # An adapter that has learned nothing leaves every bit as it is: 0 added to -0 would be 0.
+    # While B is 0 every bit of W must stay: adding 0 would turn -0 into 0.
     if not up.any():
         return weight
     return (weight.float() + (up @ _narrow(layer)).to(weight.device)).to(weight.dtype)

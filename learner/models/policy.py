@@ -1,10 +1,9 @@
-"""The networks the learner trains: a Hugging Face decoder over packed sequences, with a language-model or a value head.
+"""The networks that the learner trains: a Hugging Face decoder over packed sequences, with a policy or value head.
 
-Sequences are concatenated to one axis and no padding is computed: position ids restart with every sequence, and
-`learner/models/attention.py` keeps attention inside each one. What sequences have in common at their beginning, such
-as a group's prompt, is computed once and repeated only for attention. Only the scored tokens go through the head, and
-their [tokens x vocabulary] matrix is never held whole. `learner/models/cpu_layers.py` has layers that are faster than
-transformers' own.
+Sequences are concatenated on one axis without padding. Position ids restart with every sequence, and attention stays
+within each sequence (`learner/models/attention.py`). A shared prefix, such as a group's prompt, is computed once and
+repeated only for attention. The head scores only the scored tokens, and their [tokens x vocabulary] logits are never
+all in memory. On a CPU `learner/models/cpu_layers.py` replaces layers of transformers by faster ones.
 """
 
 from __future__ import annotations
@@ -19,16 +18,17 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from learner.batches.prefix_sharing import SharedPrefixes
 from learner.config import LoraConfig
-from learner.models.attention import PACKED_ATTENTION
+from learner.models.attention import register_packed_attention
 from learner.models.cpu_layers import patch_for_cpu
 from learner.models.head import ScoringHead
 from learner.models.lora import add_adapters, four_bit_base
 
 
 class ScoredDecoder(nn.Module):
-    """A decoder over packed sequences, and what its states say about the tokens to score."""
+    """A decoder over packed sequences, with a head that scores tokens."""
 
     attention_crossover_tokens: float
+    """Sequence length at which attention costs as many operations as the linear layers."""
 
     def forward(
         self,
@@ -38,14 +38,14 @@ class ScoredDecoder(nn.Module):
         targets: Tensor,
         shared: SharedPrefixes | None = None,
     ) -> Any:
-        """What the subclass makes of the states [M, hidden_size] that the scored tokens were sampled from.
+        """The head's outputs for the scored tokens; `_outputs` of the subclass says which.
 
         Args:
             token_ids: [N] int64 packed sequences.
             position_ids: [N] int64, restarting at 0 with every sequence.
-            boundaries: [num_sequences + 1] start offsets and N.
-            targets: [M] int64 indices into N of the tokens to score; never the first of a sequence.
-            shared: what the sequences have in common; None: every token is computed.
+            boundaries: [num_sequences + 1] start offset of each sequence, then N.
+            targets: [M] int64 indices into N of the scored tokens; never the first of a sequence.
+            shared: prefixes that are computed once; None: every token is computed.
         """
         predecessors = targets - 1
         computed, positions = token_ids, position_ids
@@ -59,7 +59,7 @@ class ScoredDecoder(nn.Module):
             boundaries=tuple(boundaries),
             shared=shared,
         )
-        # An index's gradient assumes that rows repeat and sorts them; this one's only adds.
+        # Faster than indexing with `[]`, whose backward pass sorts the rows in case they repeat.
         states = output.last_hidden_state[0].index_select(0, predecessors)
         return self._outputs(states, token_ids[targets])
 
@@ -67,7 +67,7 @@ class ScoredDecoder(nn.Module):
         raise NotImplementedError
 
     def _outputs(self, states: Tensor, scored: Tensor) -> Any:
-        """Of [M, hidden_size] states and the [M] int64 tokens that came after them."""
+        """The outputs for [M, hidden_size] states and the [M] int64 tokens sampled from them."""
         raise NotImplementedError
 
 
@@ -92,7 +92,7 @@ class PolicyModel(ScoredDecoder):
         checkpointing: bool,
         lora: LoraConfig | None = None,
     ) -> PolicyModel:
-        """The Hugging Face folder `path` as a policy; `temperature` is the one the actors sample at."""
+        """The policy in the Hugging Face folder `path`; `temperature` is the actors' sampling temperature."""
         lora = lora or LoraConfig()
         policy = cls(_load(AutoModelForCausalLM, path, dtype, checkpointing, base_4bit=lora.base_4bit), temperature)
         if lora.rank:
@@ -104,7 +104,7 @@ class PolicyModel(ScoredDecoder):
         return decoder
 
     def _outputs(self, states: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the scored tokens, and the entropy of the distributions they were drawn from.
+        """Log-probabilities of the scored tokens, and entropies of the distributions they were sampled from.
 
         Returns:
             logprobs [M] float32 and entropy [M] float32 in nats.
@@ -114,7 +114,7 @@ class PolicyModel(ScoredDecoder):
 
 
 class ValueModel(ScoredDecoder):
-    """A decoder with a fresh scalar head: V(s_t) at the state each scored token was sampled from."""
+    """A decoder with a new scalar head: V(s_t) at the state that each scored token was sampled from."""
 
     def __init__(self, decoder: nn.Module, hidden_size: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class ValueModel(ScoredDecoder):
         self.decoder = decoder
         self.attention_crossover_tokens = _attention_crossover_tokens(decoder)
         self.value_head = nn.Linear(hidden_size, 1)
-        # Zero values at the start: the first advantages are then the returns, not the noise of a random head.
+        # Values start at 0, so the first advantages equal the returns. A random head would add noise.
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -145,19 +145,20 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool, 
     quantized = (
         {"quantization_config": four_bit_base(), "device_map": {"": torch.cuda.current_device()}} if base_4bit else {}
     )
-    network = kind.from_pretrained(path, dtype=dtype, attn_implementation=PACKED_ATTENTION, **quantized)
+    network = kind.from_pretrained(path, dtype=dtype, attn_implementation=register_packed_attention(), **quantized)
     network.config.use_cache = False
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-        # transformers loads in evaluation mode, where it recomputes nothing and keeps every activation.
+        # transformers loads models in evaluation mode, in which it keeps all activations instead of recomputing them.
         network.train()
     return network
 
 
 def _attention_crossover_tokens(decoder: Any) -> float:
-    """Length in tokens at which a sequence's attention costs as many operations as its linear layers.
+    """Sequence length at which attention costs as many operations as the linear layers.
 
-    Per token 2 for each parameter of a layer against 2 x hidden_size x length: scores and values, their causal half.
+    Operations per token and layer: 2 for each parameter, against 4 x hidden_size x length for scores and weighted
+    values, halved by the causal mask.
     """
     embedding = decoder.get_input_embeddings().weight
     parameters = sum(parameter.numel() for parameter in decoder.parameters() if parameter is not embedding)

@@ -1,1 +1,1 @@
-"""Where the learner publishes its weights."""
+"""The weight store: published policy versions, on the host or on a device."""

@@ -1,8 +1,8 @@
-"""Versions that stay on the learner's CUDA device: copied there, and taken from there by actors.
+"""Versions that stay on the learner's CUDA device, for `weights.transport=ipc` and `nccl`.
 
-`weights.transport=ipc`: actors on the same host and device map the learner's buffer. `weights.transport=nccl`: the
-learner's rank 0 and a fixed set of actors meet at every version and the learner broadcasts it. Announcement, names and
-locks are those of the weight store; a version's file holds a record in the place of its bytes.
+`ipc`: actors on the same host and device map the learner's buffers. `nccl`: the learner's rank 0 broadcasts every
+version to a fixed group of actors. Announcements and locks are those of the weight store, but the file of a version
+holds a record instead of weights: how to map the buffer, or where the group meets.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from buffer.transport.credentials import Credentials
 from buffer.transport.messages import TensorEntry
 from buffer.weights.config import WeightsConfig
 from buffer.weights.device_handle import RECORD_BYTES, DeviceHandle, Record, Rendezvous, pack_record
-from buffer.weights.shared_memory import Segment
-from learner.weights.store import NamedTensors, WeightStore
+from buffer.weights.shared_memory import Segment, SegmentPool, link_folder
+from learner.weights.store import HostMemory, Version, WeightStore
 
-Version = list[tuple[str, Tensor]]
 Send = Callable[[Version], None]
 Join = Callable[[Rendezvous, torch.device, Version], Send]
 
@@ -31,10 +30,10 @@ Join = Callable[[Rendezvous, torch.device, Version], Send]
 def export_handle(buffer: Tensor) -> DeviceHandle:
     """What another process needs to map `buffer`, a whole tensor [num_bytes] uint8 on a CUDA device.
 
-    Every export wraps the storage in another count of readers, so one of a buffer is made once.
+    Call it once per buffer: torch adds a reader count to the storage with every export.
     """
     _, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
-    # In the order of torch's `rebuild_cuda_tensor`; the others are what the reader knows anyway.
+    # The arguments of torch's `rebuild_cuda_tensor`, in order; the reader knows the others without being told.
     storage_handle, storage_bytes, storage_offset, _, counter, counter_offset, event, waits = arguments[7:15]
     return DeviceHandle(
         device_uuid=str(torch.cuda.get_device_properties(buffer.device).uuid),
@@ -48,91 +47,104 @@ def export_handle(buffer: Tensor) -> DeviceHandle:
     )
 
 
-class DeviceStore(WeightStore):
-    """`ipc`: each slot is a buffer on `device`, and its file the handle of it.
+class DeviceMemory:
+    """Buffers on a device; the segment of each is a file that holds a record.
 
     Args:
-        directory: as in `WeightStore`, like `config`, `credentials` and `memory`.
-        device: where versions lie.
-        describe: what the file of a buffer holds.
+        directory: as in `HostMemory`, like `shared_memory`.
+        device: where the buffers are.
+        describe: makes the record of a buffer.
     """
 
     def __init__(
         self,
         directory: Path,
-        config: WeightsConfig,
-        credentials: Credentials,
-        memory: Path | None,
+        shared_memory: Path | None,
         device: torch.device,
         describe: Callable[[Tensor], Record] = export_handle,
     ) -> None:
-        super().__init__(directory, config, credentials, memory)
+        self._segments = SegmentPool(link_folder(directory, shared_memory))
         self._device, self._describe = device, describe
         self._buffers: dict[Segment, Tensor] = {}
-        """Never given back: an actor that is slow for ever may still read one whose slot was removed."""
-        self._copied: torch.cuda.Event | None = None
+        """Never freed: a slow actor may still read the buffer of a segment that was removed."""
+        self._event: torch.cuda.Event | None = None
+        """Recorded after the copies of a version."""
         if device.type == "cuda":
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def _fill(self, tensors: NamedTensors, dtype: torch.dtype | None) -> Segment:
-        slot = super()._fill(tensors, dtype)
-        if self._copied is not None:
-            self._copied.record()
-        return slot
+    def take(self, num_bytes: int) -> Segment:
+        """A segment with its buffer of `num_bytes`.
 
-    def _take(self) -> Segment:
-        slot = self._slots.take(RECORD_BYTES)
-        if slot not in self._buffers:
-            self._buffers[slot] = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
-            slot.array[:] = bytearray(pack_record(self._describe(self._buffers[slot])))
-        return slot
+        Raises:
+            OSError: when there is no room for the record.
+        """
+        segment = self._segments.take(RECORD_BYTES)
+        if segment not in self._buffers:
+            self._buffers[segment] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            segment.array[:] = bytearray(pack_record(self._describe(self._buffers[segment])))
+        return segment
 
-    def _tensor(self, slot: Segment, entry: TensorEntry) -> Tensor:
-        flat = self._buffers[slot][entry.offset : entry.offset + entry.num_bytes]
+    def tensor(self, segment: Segment, entry: TensorEntry) -> Tensor:
+        """A view of the buffer."""
+        flat = self._buffers[segment][entry.offset : entry.offset + entry.num_bytes]
         return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
-    def _seal(self, slot: Segment) -> tuple[TensorEntry, ...]:
-        """Without checksums: the bytes never pass the host. Waits for: the device's copies, not for the next step."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._entries
+    def copied(self) -> None:
+        """Mark the end of the copies on the current stream."""
+        if self._event is not None:
+            self._event.record()
+
+    def seal(self, segment: Segment, layout: tuple[TensorEntry, ...]) -> tuple[TensorEntry, ...]:
+        """`layout` unchanged: the bytes never reach the host, so there are no checksums.
+
+        Waits for: the device's copies, but not for the next optimizer step.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        return layout
+
+    def retire(self, segment: Segment) -> None:
+        """Free `segment` and its buffer for a later version, once its readers have finished."""
+        self._segments.retire(segment)
+
+    def close(self) -> None:
+        """Remove the retired records."""
+        self._segments.close()
 
 
-class GroupStore(DeviceStore):
-    """`nccl`: every version is broadcast to the group once it is announced, behind the learner's next step.
+class GroupBroadcast:
+    """`nccl`: broadcasts every version to the actors' workers, in the background of the learner's next step.
 
-    A member that is late makes the learner wait at its following publication, one that does not come ends it: the
-    supervisor starts the learner again, and a new group meets at a new port.
+    A late worker delays the learner's following publication. A missing one ends the learner: the supervisor restarts
+    it, and a new group meets at a new port.
 
     Args:
-        directory: as in `DeviceStore`, like `credentials`, `memory` and `device`.
-        config: `group_size` members meet within `meeting_seconds`.
-        join: opens the group for rank 0, waiting for all members, and returns what broadcasts a version.
+        config: `group_size` members, which wait for each other up to `meeting_seconds`.
+        device: where the versions are.
+        join: opens the group as rank 0 once all members are there, and returns the function that broadcasts a version.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        config: WeightsConfig,
-        credentials: Credentials,
-        memory: Path | None,
-        device: torch.device,
-        join: Join,
-    ) -> None:
+    def __init__(self, config: WeightsConfig, device: torch.device, join: Join) -> None:
         host = config.address.partition("://")[2].rpartition(":")[0] or "127.0.0.1"
-        rendezvous = Rendezvous(host, _free_port(host), config.group_size)
-        super().__init__(directory, config, credentials, memory, device, lambda _: rendezvous)
-        self._rendezvous, self._join, self._seconds = rendezvous, join, config.meeting_seconds
+        self._rendezvous = Rendezvous(host, _free_port(host), config.group_size)
+        self._device, self._join, self._seconds = device, join, config.meeting_seconds
         self._send: Send | None = None
-        self._meetings = ThreadPoolExecutor(1, thread_name_prefix="meeting")
-        """NCCL cannot be told to give up, so it waits in a thread that can be left behind."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="broadcast")
+        """NCCL cannot be told to give up, so it runs in a thread that can be abandoned."""
 
-    def _deliver(self, policy_version: int, slot: Segment) -> None:
-        """Waits for: every member to take part. Gives up after: `meeting_seconds`, with an OSError."""
-        version = [(entry.name, self._tensor(slot, entry)) for entry in self._entries]
-        meeting = self._meetings.submit(self._meet, version)
+    def describe(self, buffer: Tensor) -> Rendezvous:
+        """The record of every version: where the group meets."""
+        return self._rendezvous
+
+    def send(self, policy_version: int, version: Version) -> None:
+        """Broadcast a version. Waits for: every member to take part. Gives up after: `meeting_seconds`.
+
+        Raises:
+            OSError: when it gave up.
+        """
+        broadcast = self._thread.submit(self._join_and_send, version)
         try:
-            meeting.result(self._seconds)
+            broadcast.result(self._seconds)
         except TimeoutError as error:
             raise OSError(
                 f"policy {policy_version}: not all {self._rendezvous.world_size - 1} workers of the actors took part in"
@@ -140,15 +152,14 @@ class GroupStore(DeviceStore):
                 " says why, and weights=file needs no group"
             ) from error
 
-    def _meet(self, version: Version) -> None:
+    def _join_and_send(self, version: Version) -> None:
         if self._send is None:
             self._send = self._join(self._rendezvous, self._device, version)
         self._send(version)
 
     def close(self) -> None:
-        """As a store does; a meeting that never ends is left behind."""
-        super().close()
-        self._meetings.shutdown(wait=False, cancel_futures=True)
+        """Abandon a broadcast that never ends."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _free_port(host: str) -> int:
@@ -158,17 +169,19 @@ def _free_port(host: str) -> int:
 
 
 def open_store(
-    directory: Path, config: WeightsConfig, credentials: Credentials, memory: Path | None, device: torch.device
+    directory: Path, config: WeightsConfig, credentials: Credentials, shared_memory: Path | None, device: torch.device
 ) -> WeightStore:
-    """The store that `config.transport` names.
+    """The store for `config.transport`; the other arguments as in `HostMemory` and `WeightStore`.
 
     Raises:
         ValueError: as `WeightStore` does.
     """
     if config.transport == "file":
-        return WeightStore(directory, config, credentials, memory)
+        return WeightStore(directory, config, credentials, HostMemory(directory, shared_memory))
     if config.transport == "ipc":
-        return DeviceStore(directory, config, credentials, memory, device)
+        return WeightStore(directory, config, credentials, DeviceMemory(directory, shared_memory, device))
     from learner.weights.nccl_group import join
 
-    return GroupStore(directory, config, credentials, memory, device, join)
+    group = GroupBroadcast(config, device, join)
+    memory = DeviceMemory(directory, shared_memory, device, group.describe)
+    return WeightStore(directory, config, credentials, memory, group)

@@ -1,7 +1,7 @@
-"""vLLM's NCCL weight transfer, the trainer's side: the only file of the learner that knows vLLM.
+"""The trainer's side of vLLM's NCCL weight transfer; the only file of the learner that imports vLLM.
 
-vLLM's trainer would drive its engines by remote calls. Here an actor drives its own engine when it reads of a version,
-so the trainer's calls have nothing to do, and what is left is the broadcast in which both meet.
+vLLM's trainer drives its engines by remote calls. Here each actor drives its own engine when it reads a new manifest.
+So the remote calls do nothing, and only the broadcast remains.
 """
 
 from __future__ import annotations
@@ -13,34 +13,33 @@ import torch
 from torch import Tensor
 
 from buffer.weights.device_handle import Rendezvous
-
-Version = list[tuple[str, Tensor]]
+from learner.weights.store import Version
 
 
 class SelfDrivenActors:
-    """vLLM's `VLLMWeightSyncClient` of engines that nobody has to call."""
+    """A `VLLMWeightSyncClient` of vLLM whose remote calls do nothing, because the actors drive their engines."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """The actor does it with the rendezvous of the first version it reads of."""
+        """Done by the actor, with the rendezvous in the record of its first version."""
 
     def start_weight_update(self) -> None:
-        """The actor pauses and starts by itself."""
+        """Done by the actor."""
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """The manifest says what comes."""
+        """Done by the actor, from the manifest."""
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """The actor gives the version its number."""
+        """Done by the actor, which sets the version number."""
 
 
 class VersionSource:
-    """vLLM's `WeightSource`: the tensors of the version that is sent next, and their metadata."""
+    """A `WeightSource` of vLLM: the tensors of the next version to send, and their metadata."""
 
     def __init__(self, version: Version, describe: Callable[..., Any]) -> None:
         self.version, self._describe = version, describe
 
     def metadata(self) -> list[Any]:
-        """A `ParamMeta` of vLLM's for every tensor, in order."""
+        """A `ParamMeta` of vLLM for every tensor, in order."""
         return [self._describe(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.version]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -50,15 +49,16 @@ class VersionSource:
 def join(rendezvous: Rendezvous, device: torch.device, version: Version) -> Callable[[Version], None]:
     """Open the group as its rank 0.
 
-    Waits for: all members. Gives up after: whatever the caller's patience is.
+    Waits for: all members. Gives up after: never; the caller must abandon the thread.
 
-    Returns what broadcasts a version and returns when it has left the device.
+    Returns a function that broadcasts a version, and returns when the version has been sent.
     """
     from vllm.distributed.weight_transfer.base import ParamMeta
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    # Of this thread, which is not the one that trains; on the training's stream the next step would wait for actors.
+    # For this thread, which is not the training thread. A stream of its own keeps the next optimizer step from waiting
+    # for actors.
     torch.cuda.set_device(device)
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     source = VersionSource(version, ParamMeta)
@@ -67,7 +67,7 @@ def join(rendezvous: Rendezvous, device: torch.device, version: Version) -> Call
         master_address=rendezvous.master_address,
         master_port=rendezvous.master_port,
         world_size=rendezvous.world_size,
-        # The version lies in one buffer already; packing it again would take another two.
+        # The version is already in one buffer; packing it again would need two more.
         packed=False,
     )
     engine = WeightTransferTrainerFactory.trainer_init(information, client=SelfDrivenActors(), source=source)

@@ -49,24 +49,28 @@ FINGERPRINT = "prompts"
 CREDENTIALS = Credentials.plain("scripted")
 
 
-class RecordingStore(WeightStore):
-    """Remembers what was published, and calls `on_publish` with each version first."""
+class RecordingStore:
+    """A weight store that remembers what was published, and calls `on_publish` with each version first."""
 
     def __init__(self, directory: Path, address: str, on_publish: Callable[[int], None]) -> None:
-        super().__init__(directory, WeightsConfig(address), CREDENTIALS)
+        self._store = WeightStore(directory, WeightsConfig(address), CREDENTIALS)
         self.on_publish = on_publish
         self.published: list[Future[Manifest]] = []
 
     def publish(self, policy_version: int, tensors: NamedTensors, dtype: torch.dtype | None = None) -> Future[Manifest]:
         """As in the weight store."""
         self.on_publish(policy_version)
-        self.published.append(super().publish(policy_version, tensors, dtype))
+        self.published.append(self._store.publish(policy_version, tensors, dtype))
         return self.published[-1]
 
     @property
     def manifests(self) -> list[Manifest]:
         """What was published, in order."""
         return [publication.result(10) for publication in self.published]
+
+    def close(self) -> None:
+        """As in the weight store."""
+        self._store.close()
 
 
 class ScriptedActor:

@@ -71,7 +71,7 @@ def random_model(shape: Shape, device: torch.device) -> Any:
     """A causal language model as the learner loads one, without a folder."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from learner.models.attention import PACKED_ATTENTION
+    from learner.models.attention import register_packed_attention
 
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -86,7 +86,9 @@ def random_model(shape: Shape, device: torch.device) -> Any:
         use_cache=False,
     )
     with device:
-        model = Qwen2ForCausalLM._from_config(config, dtype=dtype_on(device), attn_implementation=PACKED_ATTENTION)
+        model = Qwen2ForCausalLM._from_config(
+            config, dtype=dtype_on(device), attn_implementation=register_packed_attention()
+        )
     if shape.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

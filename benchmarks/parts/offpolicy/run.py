@@ -35,7 +35,6 @@ from learner.config import LearnerConfig, ModelConfig
 from learner.distributed.deepspeed_engine import init_distributed, shut_down_distributed
 from learner.monitoring.stop_conditions import RunStoppedError
 from learner.train import Trainer
-from learner.weights.store import WeightStore
 
 CURVES = {
     "ess": "importance/effective_sample_size",
@@ -99,7 +98,7 @@ class Study:
             "curves": curves,
         }
 
-    def _train(self, plan: RunPlan, directory: Path, buffer: InTurn, store: WeightStore) -> str:
+    def _train(self, plan: RunPlan, directory: Path, buffer: InTurn, store: History) -> str:
         """To the last version. Returns why the learner would not go on; nothing where it did."""
         config = read_section(LearnerConfig, plan.sections["learner"], "learner")
         torch.manual_seed(config.seed)

@@ -46,18 +46,18 @@ class Sampler(Protocol):
         """pass@1 on held-out prompts."""
 
 
-class History(WeightStore):
+class History:
     """A weight store that keeps every version and knows where each is."""
 
     def __init__(self, directory: Path, address: str, num_versions: int) -> None:
         config = WeightsConfig(address, keep_versions=num_versions + 1)
-        super().__init__(directory, config, Credentials.plain("offpolicy"))
+        self._store = WeightStore(directory, config, Credentials.plain("offpolicy"))
         self._published: dict[int, Future[Manifest]] = {}
         self.on_publication: Callable[[], None] = lambda: None
 
     def publish(self, policy_version: int, tensors: NamedTensors, dtype: torch.dtype | None = None) -> Future[Manifest]:
         """As in the weight store."""
-        self._published[policy_version] = super().publish(policy_version, tensors, dtype)
+        self._published[policy_version] = self._store.publish(policy_version, tensors, dtype)
         self.on_publication()
         return self._published[policy_version]
 
@@ -65,6 +65,10 @@ class History(WeightStore):
         """Of a version that was published; None of another one. Waits for: its file."""
         published = self._published.get(policy_version)
         return published and published.result(60.0)
+
+    def close(self) -> None:
+        """As in the weight store."""
+        self._store.close()
 
 
 class InTurn:

@@ -24,7 +24,7 @@ from actors.weights.client import WeightClient
 from buffer.transport.connection import Connection, host_id
 from buffer.transport.credentials import Credentials
 from buffer.weights.config import WeightsConfig
-from learner.weights.store import WeightStore
+from learner.weights.store import HostMemory, WeightStore
 
 CREDENTIALS = Credentials.plain("benchmark")
 CHUNK_BYTES = 1 << 20
@@ -77,7 +77,8 @@ class Store:
 
     def __init__(self, place: Place) -> None:
         config = WeightsConfig(place.address, keep_versions=2)
-        self._store = WeightStore(place.folder / "weights", config, CREDENTIALS, place.memory / "weights")
+        directory = place.folder / "weights"
+        self._store = WeightStore(directory, config, CREDENTIALS, HostMemory(directory, place.memory / "weights"))
 
     def send(self, version: int, tensors: Tensors) -> Callable[[], None]:
         """Copy; announce behind the next step."""

@@ -1,4 +1,4 @@
-"""What must not matter does not: masked tokens, the order of packing, and where a batch is cut into parts."""
+"""Masked tokens, the order of packing, and the cuts of a batch change neither loss nor gradient."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ PER_TOKEN = ("logprobs", "entropy", "behavior_logprobs", "advantages", "proximal
 
 
 def loss_inputs(algorithm: Algorithm, batch: RaggedBatch) -> LossInputs:
-    """All of a step, in float32."""
+    """The whole step as one microbatch, in float32."""
     mask, index = batch.packed_mask, batch.sequence_index
     counts = batch_counts(mask, index).tolist()
     weights = algorithm.token_weights(mask, index, num_tokens=counts[0], num_sequences=counts[1])
@@ -80,14 +80,14 @@ def test_the_order_of_packing_changes_nothing(batch: RaggedBatch, pair: tuple[st
 
 
 def renumbered(index: Tensor) -> Tensor:
-    """Sequences by the order they come in."""
+    """Number the sequences in their order of appearance."""
     return (index.diff(prepend=index[:1]) != 0).cumsum(0)
 
 
 @given(ragged_batches(), PAIRS, st.sets(st.integers(1, 4)))
 @settings(max_examples=60)
 def test_cuts_between_sequences_change_nothing(batch: RaggedBatch, pair: tuple[str, str], cuts: set[int]) -> None:
-    """Whether the parts are microbatches or ranks: their losses add up and their gradients lie side by side."""
+    """The losses of the parts add up, and their gradients concatenate, for microbatches as for ranks."""
     algorithm = build(*pair, **PENALTY)
     inputs, index = loss_inputs(algorithm, batch), batch.sequence_index
     bounds = [0, *sorted(cut for cut in cuts if cut < len(batch.lengths)), len(batch.lengths)]

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ from tests.references import (
     aggregate,
     cispo_terms,
     clipped_terms,
-    decoupled_weight,
     gradient,
     gspo_objective,
     gspo_terms,
@@ -51,6 +51,11 @@ def weights_for(batch: RaggedBatch, aggregation: Aggregation) -> Tensor:
     )
 
 
+def mean_weights(mask: Tensor) -> Tensor:
+    """Token weights of the mean over the mask."""
+    return mask.double() / mask.sum().clamp(min=1)
+
+
 def token_mask_weights(batch: RaggedBatch) -> list[list[float]]:
     rows = zip(batch.rows["proximal"], batch.rows["behavior"], strict=True)
     return [[icepop_weight(p, b, 0.5, 2.0) for p, b in zip(*row, strict=True)] for row in rows]
@@ -61,7 +66,7 @@ def flat_weights(batch: RaggedBatch) -> list[float]:
 
 
 def check(found: Tensor, leaf: Tensor, expected: tuple[float, list[float]]) -> None:
-    """The value to 1e-12, the gradient to 1e-10."""
+    """Compare the value to 1e-12 and the gradient to 1e-10."""
     assert found.item() == pytest.approx(expected[0], abs=1e-12)
     (slope,) = torch.autograd.grad(found, leaf)
     assert slope.tolist() == pytest.approx(expected[1], abs=1e-10)
@@ -71,13 +76,8 @@ def check(found: Tensor, leaf: Tensor, expected: tuple[float, list[float]]) -> N
 def test_policy_loss_agrees_in_value_and_gradient(
     batch: RaggedBatch, aggregation: Aggregation, clips: tuple[float, float]
 ) -> None:
-    cap = 1.7
-
     def reference(logprobs: Ragged) -> Tensor:
-        weights = [
-            [decoupled_weight(p, b, cap) for p, b in zip(*rows, strict=True)]
-            for rows in zip(batch.rows["proximal"], batch.rows["behavior"], strict=True)
-        ]
+        weights = token_mask_weights(batch)
         terms = clipped_terms(logprobs, batch.scalars("proximal"), weights, batch.scalars("advantages"), *clips)
         return aggregate(terms, batch.mask, aggregation, 11)
 
@@ -85,36 +85,12 @@ def test_policy_loss_agrees_in_value_and_gradient(
     found = policy_loss(
         logprobs,
         batch.packed("proximal"),
-        batch.packed("behavior"),
         batch.packed("advantages"),
         batch.packed_mask,
         clip_low=clips[0],
         clip_high=clips[1],
-        max_importance_weight=cap,
+        importance_weights=torch.tensor(flat_weights(batch), dtype=torch.float64),
         token_weights=weights_for(batch, aggregation),
-    )
-    check(found, logprobs, gradient(reference, batch.rows["logprobs"]))
-
-
-@given(ragged_batches())
-def test_policy_loss_takes_the_weights_of_another_correction(batch: RaggedBatch) -> None:
-    def reference(logprobs: Ragged) -> Tensor:
-        weights = token_mask_weights(batch)
-        terms = clipped_terms(logprobs, batch.scalars("proximal"), weights, batch.scalars("advantages"), 0.2, 0.2)
-        return aggregate(terms, batch.mask, "token_mean")
-
-    logprobs = batch.packed("logprobs").requires_grad_()
-    proximal, behavior, mask = batch.packed("proximal"), batch.packed("behavior"), batch.packed_mask
-    weights = torch.tensor(flat_weights(batch), dtype=torch.float64)
-    found = policy_loss(
-        logprobs,
-        proximal,
-        behavior,
-        batch.packed("advantages"),
-        mask,
-        clip_low=0.2,
-        clip_high=0.2,
-        importance_weights=weights,
     )
     check(found, logprobs, gradient(reference, batch.rows["logprobs"]))
 
@@ -146,7 +122,6 @@ def ratio_of_sequences(batch: RaggedBatch, logprobs: Tensor, **arguments: Tensor
     return policy_loss(
         logprobs,
         sequence_denominator(logprobs, proximal, mask, batch.sequence_index),
-        batch.packed("behavior"),
         arguments["advantages"],
         mask,
         clip_low=0.03,
@@ -183,18 +158,19 @@ def test_weights_of_single_tokens_reach_only_their_own_gradient_under_a_sequence
 
 @given(ragged_batches())
 def test_padded_and_packed_agree_and_padding_may_be_nan(batch: RaggedBatch) -> None:
-    names = ("logprobs", "proximal", "behavior", "advantages")
-    coefficients = {"clip_low": 0.2, "clip_high": 0.3, "max_importance_weight": 2.0}
+    names = ("logprobs", "proximal", "advantages")
     packed, padded = [batch.packed(n) for n in names], [batch.padded(n) for n in names]
     packed[0].requires_grad_(), padded[0].requires_grad_()
-    flat = policy_loss(*packed, batch.packed_mask, **coefficients)
-    square = policy_loss(*padded, batch.padded_mask, **coefficients)
+    flat_means, square_means = mean_weights(batch.packed_mask), mean_weights(batch.padded_mask)
+    of_flat = {"clip_low": 0.2, "clip_high": 0.3, "importance_weights": packed[2], "token_weights": flat_means}
+    of_square = of_flat | {"importance_weights": padded[2], "token_weights": square_means}
+    flat = policy_loss(*packed, batch.packed_mask, **of_flat)
+    square = policy_loss(*padded, batch.padded_mask, **of_square)
     assert flat.item() == pytest.approx(square.item(), abs=1e-12)
     (slope,) = torch.autograd.grad(square, padded[0])
     assert torch.isfinite(slope).all()
-    fixed = {"clip_low": 0.2, "clip_high": 0.3}
-    flat = cispo_loss(packed[0], packed[1], packed[3], batch.packed_mask, importance_weights=packed[3], **fixed)
-    square = cispo_loss(padded[0], padded[1], padded[3], batch.padded_mask, importance_weights=padded[3], **fixed)
+    flat = cispo_loss(*packed, batch.packed_mask, **of_flat)
+    square = cispo_loss(*padded, batch.padded_mask, **of_square)
     assert flat.item() == pytest.approx(square.item(), abs=1e-12)
     (slope,) = torch.autograd.grad(square, padded[0])
     assert torch.isfinite(slope).all()
@@ -205,18 +181,23 @@ def test_padded_and_packed_agree_and_padding_may_be_nan(batch: RaggedBatch) -> N
     names = ("values", "old_values", "returns")
     padded = [batch.padded(n) for n in names]
     padded[0].requires_grad_()
-    square = value_loss(*padded, batch.padded_mask, value_clip=0.2)
-    flat = value_loss(*[batch.packed(n) for n in names], batch.packed_mask, value_clip=0.2)
+    square = value_loss(*padded, batch.padded_mask, value_clip=0.2, token_weights=square_means)
+    flat = value_loss(*[batch.packed(n) for n in names], batch.packed_mask, value_clip=0.2, token_weights=flat_means)
     assert flat.item() == pytest.approx(square.item(), abs=1e-12)
     (slope,) = torch.autograd.grad(square, padded[0])
     assert torch.isfinite(slope).all()
 
 
+def weighed(num_tokens: int) -> dict[str, Any]:
+    """Clips at 0.2, the mean over the tokens, importance weights of 1."""
+    means = mean_weights(torch.ones(num_tokens, dtype=torch.bool))
+    return {"clip_low": 0.2, "clip_high": 0.2, "importance_weights": torch.ones(num_tokens), "token_weights": means}
+
+
 def test_on_policy_gradient_is_the_policy_gradient() -> None:
     logprobs = torch.tensor([-0.5, -1.0, -2.0], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    fixed = logprobs.detach()
-    loss = policy_loss(logprobs, fixed, fixed, advantages, torch.ones(3, dtype=torch.bool), clip_low=0.2, clip_high=0.2)
+    loss = policy_loss(logprobs, logprobs.detach(), advantages, torch.ones(3, dtype=torch.bool), **weighed(3))
     (slope,) = torch.autograd.grad(loss, logprobs)
     assert slope.tolist() == pytest.approx((-advantages / 3).tolist(), abs=1e-12)
 
@@ -224,25 +205,25 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
 def test_only_the_trained_logprobs_get_a_gradient() -> None:
     tensors = [torch.tensor([-1.0, -2.0], requires_grad=True) for _ in range(4)]
     mask = torch.ones(2, dtype=torch.bool)
-    loss = policy_loss(*tensors, mask, clip_low=0.2, clip_high=0.2, max_importance_weight=2.0)
+    weighed_by_a_leaf = weighed(2) | {"importance_weights": tensors[3]}
+    loss = policy_loss(*tensors[:3], mask, **weighed_by_a_leaf)
     slopes = torch.autograd.grad(loss, tensors, allow_unused=True)
     assert slopes[0] is not None and slopes[1:] == (None, None, None)
-    loss = policy_loss(*tensors, mask, clip_low=0.2, clip_high=0.2, importance_weights=tensors[3])
-    assert torch.autograd.grad(loss, tensors, allow_unused=True)[1:] == (None, None, None)
     slopes = torch.autograd.grad(kl_estimate(*tensors[:2], "k3").sum(), tensors[:2], allow_unused=True)
     assert slopes[0] is not None and slopes[1] is None
-    loss = cispo_loss(*tensors[:3], mask, clip_low=0.2, clip_high=0.2, importance_weights=tensors[3])
+    loss = cispo_loss(*tensors[:3], mask, **weighed_by_a_leaf)
     slopes = torch.autograd.grad(loss, tensors, allow_unused=True)
     assert slopes[0] is not None and slopes[1:] == (None, None, None)
     values = [torch.tensor([0.5, 1.0], requires_grad=True) for _ in range(3)]
-    slopes = torch.autograd.grad(value_loss(*values, mask, value_clip=0.2), values, allow_unused=True)
+    loss = value_loss(*values, mask, value_clip=0.2, token_weights=mean_weights(mask))
+    slopes = torch.autograd.grad(loss, values, allow_unused=True)
     assert slopes[1:] == (None, None)
 
 
 def test_nothing_unmasked_is_a_zero_that_can_be_differentiated() -> None:
     logprobs = torch.tensor([-1.0, math.nan], requires_grad=True)
     fixed, mask = torch.zeros(2), torch.zeros(2, dtype=torch.bool)
-    loss = policy_loss(logprobs, fixed, fixed, fixed, mask, clip_low=0.2, clip_high=0.2, max_importance_weight=2.0)
+    loss = policy_loss(logprobs, fixed, fixed, mask, **(weighed(2) | {"token_weights": mean_weights(mask)}))
     loss.backward()
     assert loss.item() == 0 and logprobs.grad is not None and logprobs.grad.tolist() == [0, 0]
 
@@ -250,8 +231,9 @@ def test_nothing_unmasked_is_a_zero_that_can_be_differentiated() -> None:
 def test_half_precision_inputs_are_lifted_to_float32() -> None:
     halves = [torch.tensor([-1.0, -2.0], dtype=torch.bfloat16) for _ in range(4)]
     mask = torch.ones(2, dtype=torch.bool)
-    assert policy_loss(*halves, mask, clip_low=0.2, clip_high=0.2).dtype == torch.float32
-    assert value_loss(*halves[:3], mask, value_clip=None).dtype == torch.float32
+    in_half = weighed(2) | {"importance_weights": halves[3]}
+    assert policy_loss(*halves[:3], mask, **in_half).dtype == torch.float32
+    assert value_loss(*halves[:3], mask, value_clip=None, token_weights=mean_weights(mask)).dtype == torch.float32
     assert kl_estimate(halves[0], halves[1], "k3").dtype == torch.float32
 
 
@@ -327,20 +309,12 @@ def test_cutting_a_batch_between_sequences_changes_nothing(
         for p in parts
     ]
     assert torch.equal(torch.cat(pieces), whole)
-    names = ("logprobs", "proximal", "behavior", "advantages")
+    weights = torch.tensor(flat_weights(batch), dtype=torch.float64)
 
     def loss(part: slice) -> float:
-        tensors = [batch.packed(name)[part] for name in names]
-        return float(
-            policy_loss(
-                *tensors,
-                mask[part],
-                clip_low=0.2,
-                clip_high=0.2,
-                max_importance_weight=2.0,
-                token_weights=whole[part],
-            )
-        )
+        tensors = [batch.packed(name)[part] for name in ("logprobs", "proximal", "advantages")]
+        weighing = {"importance_weights": weights[part], "token_weights": whole[part]}
+        return float(policy_loss(*tensors, mask[part], clip_low=0.2, clip_high=0.2, **weighing))
 
     assert loss(parts[0]) + loss(parts[1]) == pytest.approx(loss(slice(None)), abs=1e-12)
 

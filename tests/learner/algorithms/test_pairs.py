@@ -1,4 +1,4 @@
-"""Every sensible pair of algorithm and correction takes a real step, and every other is refused."""
+"""Every sensible pair of algorithm and correction makes a real step; the others are refused."""
 
 import math
 from dataclasses import replace
@@ -36,7 +36,7 @@ def engines(one_rank: None, model_folder: Path) -> tuple[TrainingEngine, Trainin
 
 @pytest.fixture(scope="module")
 def batch(engines: tuple[TrainingEngine, TrainingEngine]) -> TrainingBatch:
-    """As far off-policy as a stale actor's: the samples' own log-probabilities lie beyond every cap and mask."""
+    """As off-policy as from a stale actor: some ratios are beyond every cap and mask."""
     made = make_batch(fixed_groups()[:2])
     logprobs = score_batch(engines[0], made, BUDGET)
     return replace(made, behavior_logprobs=logprobs + 0.3 * torch.sin(torch.arange(made.num_scored_tokens)))

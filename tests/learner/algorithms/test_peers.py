@@ -56,11 +56,11 @@ def ours(kind: str, aggregation: str, leaf: Tensor, *, weights: Tensor = WEIGHTS
         return cispo_loss(leaf, PROXIMAL, ADVANTAGES, MASK, clip_low=1.0, clip_high=0.5, **common)
     clips = {"clip_low": 0.2, "clip_high": 0.28} if kind == "token" else {"clip_low": 3e-4, "clip_high": 4e-4}
     denominator = PROXIMAL if kind == "token" else sequence_denominator(leaf, PROXIMAL, MASK)
-    return policy_loss(leaf, denominator, BEHAVIOR, ADVANTAGES, MASK, **clips, **common)
+    return policy_loss(leaf, denominator, ADVANTAGES, MASK, **clips, **common)
 
 
 def assert_equal(found: Any, expected: Any) -> None:
-    """Two losses of one leaf: value and gradient."""
+    """Both losses have the same value and the same gradient."""
     leaves = [PI.clone().requires_grad_() for _ in range(2)]
     values = [make(leaf) for make, leaf in zip((found, expected), leaves, strict=True)]
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-7)
@@ -75,7 +75,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 def trl_loss(
     leaf: Tensor, loss_type: str, *, level: str = "token", beta: float = 0.0, weights: Tensor | None
 ) -> Tensor:
-    """The loss of TRL's trainer, whose model has already made the log-probabilities `leaf`."""
+    """The loss of TRL's trainer, for a model with the log-probabilities `leaf`."""
     trainer = pytest.importorskip("trl").GRPOTrainer
     clips = (3e-4, 4e-4) if level == "sequence" else (0.2, 1.5 if loss_type == "cispo" else 0.28)
     alone = SimpleNamespace(
@@ -215,13 +215,16 @@ def test_verl_bounds_a_negative_advantage_a_second_time_and_this_project_does_no
     core, config = verl(), verl_config(0.2, 0.28)
     object.__setattr__(config, "clip_ratio_c", 1.1)
     theirs = core.compute_policy_loss_vanilla(PROXIMAL, PI, -ADVANTAGES.abs(), MASK.double(), "token-mean", config)[0]
-    common = {"clip_low": 0.2, "clip_high": 0.28, "importance_weights": torch.ones_like(PI)}
-    assert theirs < policy_loss(PI, PROXIMAL, BEHAVIOR, -ADVANTAGES.abs(), MASK, **common) - 1e-3
+    weights = {"importance_weights": torch.ones_like(PI), "token_weights": token_weights("token_mean")}
+    ours = policy_loss(PI, PROXIMAL, -ADVANTAGES.abs(), MASK, clip_low=0.2, clip_high=0.28, **weights)
+    assert theirs < ours - 1e-3
 
 
 def test_the_value_loss_is_verls() -> None:
     theirs, _ = verl().compute_value_loss(VALUES, RETURNS, OLD_VALUES, MASK.double(), 0.2)
-    assert value_loss(VALUES, OLD_VALUES, RETURNS, MASK, value_clip=0.2).item() == pytest.approx(theirs.item())
+    means = token_weights("token_mean")
+    found = value_loss(VALUES, OLD_VALUES, RETURNS, MASK, value_clip=0.2, token_weights=means)
+    assert found.item() == pytest.approx(theirs.item())
 
 
 def test_the_advantages_are_verls_but_for_the_denominator_of_the_variance() -> None:

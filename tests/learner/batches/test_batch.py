@@ -84,14 +84,14 @@ def test_a_prompt_that_is_computed_once_takes_its_place_in_the_budget_once():
         ]
         groups.append(TrajectoryGroup(name, index, tuple(members)))
     batch = make_batch(groups)
-    assert batch.common == (0, 10, 10, 10, 0, 10, 10, 10)
+    assert batch.shared_prefix_lengths == (0, 10, 10, 10, 0, 10, 10, 10)
     # 12 + 3 x 2 for each group, and a part that begins inside a group computes its prompt again.
     assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 18)] == [4, 4]
     assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 16)] == [2, 2, 2, 2]
     assert batch.num_microbatches(range(1, 8), 16) == 3
     # On a device attention holds the prompt of every trajectory.
     on_device = TrainingBatch.from_groups(groups, [0, 0], 0, torch.device("meta"))
-    assert on_device.common == batch.common
+    assert on_device.shared_prefix_lengths == batch.shared_prefix_lengths
     assert [len(m.boundaries) - 1 for m in on_device.microbatches(range(0, 8), 24)] == [2, 2, 2, 2]
 
 

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.batches.prefix_sharing import WORTHWHILE_SHARE, SharedPrefixes, common_lengths
+from learner.batches.prefix_sharing import WORTHWHILE_SHARE, SharedPrefixes, find_shared_prefix_lengths
 from tests.learner.samples import CPU
 
 SEQUENCES = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=6), min_size=1, max_size=6)
 
 
-def of(sequences: list[list[int]], needed: list[int] | None = None) -> SharedPrefixes | None:
-    lengths = [len(ids) for ids in sequences] if needed is None else needed
-    common = common_lengths([np.array(ids) for ids in sequences], lengths)
-    return SharedPrefixes.of([len(ids) for ids in sequences], lengths, common, CPU)
+def of(sequences: list[list[int]], num_computed: list[int] | None = None) -> SharedPrefixes | None:
+    lengths = [len(ids) for ids in sequences] if num_computed is None else num_computed
+    shared = find_shared_prefix_lengths([np.array(ids) for ids in sequences], lengths)
+    return SharedPrefixes.of([len(ids) for ids in sequences], lengths, shared, CPU)
 
 
 @given(SEQUENCES, st.data())
@@ -23,8 +23,11 @@ def of(sequences: list[list[int]], needed: list[int] | None = None) -> SharedPre
 def test_every_token_that_matters_is_stood_for_by_one_with_the_same_beginning(
     sequences: list[list[int]], data: st.DataObject
 ):
-    needed = [data.draw(st.integers(0, len(ids))) for ids in sequences]
-    shared, mattering = of(sequences, needed), [ids[:length] for ids, length in zip(sequences, needed, strict=True)]
+    num_computed = [data.draw(st.integers(0, len(ids))) for ids in sequences]
+    shared, mattering = (
+        of(sequences, num_computed),
+        [ids[:length] for ids, length in zip(sequences, num_computed, strict=True)],
+    )
     alike = sum(len(os.path.commonprefix(list(neighbors))) for neighbors in pairwise(mattering))
     if shared is None:
         assert alike < WORTHWHILE_SHARE * sum(map(len, sequences))
@@ -43,7 +46,7 @@ def test_every_token_that_matters_is_stood_for_by_one_with_the_same_beginning(
     computed = shared.computed.tolist()
     assert set(computed) <= set(places) and len(computed) == len(places) - alike
     assert [stands_for[place] for place in computed] == computed
-    assert [start + i for start, own in zip(starts, shared.own, strict=False) for i in own] == computed
+    assert [start + i for start, own in zip(starts, shared.computed_ranges, strict=False) for i in own] == computed
 
 
 def test_a_prompt_is_computed_once_for_a_group():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from learner.batches.prefix_sharing import SharedPrefixes, common_lengths
+from learner.batches.prefix_sharing import SharedPrefixes, find_shared_prefix_lengths
 from learner.models.attention import QUERIES_PER_BLOCK, packed_attention
 from tests.learner.samples import CPU
 
@@ -19,21 +19,21 @@ CASES = {
     "one is the beginning of another": ([4, LONG, LONG, 4, 6], [0, 4, LONG, 4, 4], [0, 0, 0, 0, 0]),
     "not all matters": ([9, LONG, LONG], [0, 7, BLOCK + 3], [2, BLOCK, 1]),
 }
-"""Lengths, how much is in common with the one before, and how much at the end does not matter."""
+"""Lengths, tokens shared with the previous sequence, and tokens at the end that no score depends on."""
 
 
 def shared(lengths: list[int], common: list[int], behind: list[int]) -> SharedPrefixes | None:
-    """Of sequences of which each has in common with the one before it what `common` says, and not more."""
+    """Made from sequences that each share exactly `common` tokens with the previous one."""
     sequences: list[np.ndarray] = []
     for index, (length, prefix) in enumerate(zip(lengths, common, strict=True)):
         own = 1000 * (index + 1) + np.arange(length - prefix)
         sequences.append(np.concatenate([sequences[-1][:prefix], own]) if prefix else own)
-    needed = [length - rest for length, rest in zip(lengths, behind, strict=True)]
-    return SharedPrefixes.of(lengths, needed, common_lengths(sequences, needed), CPU)
+    num_computed = [length - rest for length, rest in zip(lengths, behind, strict=True)]
+    return SharedPrefixes.of(lengths, num_computed, find_shared_prefix_lengths(sequences, num_computed), CPU)
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None) -> Tensor:
-    """Attention of [1, heads, N, head_dim] inside each sequence, all of whose tokens ask."""
+    """Attention of [1, heads, N, head_dim] within each sequence, with a query for every token."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     starts = np.cumsum([0, *lengths]).tolist()

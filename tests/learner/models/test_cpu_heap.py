@@ -1,4 +1,4 @@
-"""Memory that comes and goes is taken from the system once, in huge pages."""
+"""Memory that is freed and allocated again is taken from the system once, in huge pages."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other
 
 
 def faults_and_huge_pages(environment: dict[str, str]) -> tuple[int, int]:
-    """Pages that the same 40 MB took from the system, the second to the fourth time; KiB of them in huge pages."""
+    """Pages that allocations 2 to 4 of the same 40 MB took from the system, and KiB in huge pages."""
     without = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     command = [sys.executable, "-c", WORK]
     said = subprocess.run(command, env=without | environment, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""Layers that compute in fewer passes, beside transformers' own."""
+"""The patched layers against transformers' own."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, apply_rotary_pos_emb
 
-from learner.models.attention import PACKED_ATTENTION
+from learner.models.attention import register_packed_attention
 from learner.models.cpu_layers import _Angles, _Attention, _FeedForward, _Norm, _Rotation, patch_for_cpu
 
 SIZES = {
@@ -36,7 +36,7 @@ KINDS = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
 def decoder(kind: type[PreTrainedConfig], dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     config = kind(**SIZES, **changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=PACKED_ATTENTION)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_packed_attention())
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
             # A weight of ones, or a bias of zeros, would hide that it is left out.
@@ -48,7 +48,7 @@ def decoder(kind: type[PreTrainedConfig], dtype: torch.dtype = torch.float32, **
 
 
 def states_and_gradients(network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of two sequences, the second of which begins anew."""
+    """Hidden states and gradients for two packed sequences."""
     token_ids = torch.arange(3, 26).remainder(50).unsqueeze(0)
     positions = torch.cat([torch.arange(14), torch.arange(9)]).unsqueeze(0)
     states = network(
@@ -60,8 +60,8 @@ def states_and_gradients(network: nn.Module) -> tuple[Tensor, dict[str, Tensor]]
 
 
 def known(network: nn.Module) -> set[str]:
-    hastened = (_Norm, _Attention, _FeedForward)
-    return {type(module).__name__ for module in network.modules() if isinstance(module, hastened)}
+    patched = (_Norm, _Attention, _FeedForward)
+    return {type(module).__name__ for module in network.modules() if isinstance(module, patched)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +119,7 @@ def test_other_attention_is_left_to_transformers():
     torch.testing.assert_close(rest, network(input_ids=token_ids).last_hidden_state[:, 6:], rtol=1e-5, atol=1e-5)
 
 
-def test_a_copy_of_a_hastened_network_is_one_and_is_by_itself():
+def test_a_copy_of_a_patched_network_is_patched_and_shares_nothing():
     network = decoder(Qwen2Config)
     patch_for_cpu(network)
     twin = copy.deepcopy(network)

@@ -77,7 +77,7 @@ def test_a_frozen_weight_gets_no_gradient_and_shares_the_layers_parameters(rows:
 
 
 def test_logits_exist_for_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch):
-    """In the whole of a forward and backward pass no tensor is larger than a chunk or the parameters."""
+    """No tensor of a forward and backward pass is larger than a chunk or the parameters."""
     monkeypatch.setattr(learner.models.head, "LOGITS_PER_CHUNK", 5 * VOCABULARY)
     largest = 0
 

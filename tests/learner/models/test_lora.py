@@ -1,4 +1,4 @@
-"""LoRA under DeepSpeed: what trains, what others are given of it, and how it is saved."""
+"""LoRA under DeepSpeed: what is trained, published and saved."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 LORA = LoraConfig(rank=2, alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
 ADAM = OptimizerConfig(learning_rate=0.05, eps=1e-3)
 INPUTS: tuple[Any, ...] = (torch.arange(3, 15), torch.arange(12) % 7, (0, 7, 12), torch.tensor([1, 2, 5, 9, 11]))
-"""Two packed sequences and the tokens of them to score."""
+"""Two packed sequences and their scored tokens."""
 
 
 def load(folder: Path, lora: LoraConfig | None = LORA, dtype: torch.dtype = torch.float32) -> PolicyModel:
@@ -43,7 +43,7 @@ def engine(folder: Path, stage: int = 0, dtype: torch.dtype = torch.float32, **n
 
 
 def train(engine: TrainingEngine, num_steps: int = 2) -> TrainingEngine:
-    """Towards other tokens than it would sample, so that every step moves all adapters."""
+    """Train towards unlikely tokens, so that every step changes all adapters."""
     for _ in range(num_steps):
         logprobs, _ = engine._engine(*INPUTS)
         engine.backward(-logprobs.sum(), last=True)
@@ -138,7 +138,7 @@ def test_without_names_all_linear_layers_of_the_decoder_train(model_folder: Path
 
 
 def test_weights_held_in_another_form_are_taken_from_the_full_ones(model_folder: Path, trained: TrainingEngine):
-    """As a base in four bits: the network's own frozen weights are passed over."""
+    """As with a base in four bits: the frozen weights come from `full_base`, not from the network."""
     other = train(engine(model_folder, full_base=partial(load, model_folder, None)))
     expected = whole(trained)
     with torch.no_grad():

@@ -30,7 +30,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch):
 
 
 def packed() -> MicroBatch:
-    """Three sequences of different lengths, one with unscored tokens in its middle."""
+    """Three sequences of different lengths, one with unscored tokens in the middle."""
     (micro,) = make_batch([make_group("g", 0, size=3)]).microbatches(range(0, 3), 1000)
     assert len(micro.targets) % 7 and len(micro.targets) > 14
     return micro

@@ -1,4 +1,4 @@
-"""Versions that stay on a device, with the CPU in its place: what is written where, in which order a group meets."""
+"""Device memory and broadcasts, with the CPU in place of the device."""
 
 import asyncio
 import threading
@@ -14,8 +14,8 @@ from buffer.transport.connection import Connection, RequestRefused, host_id
 from buffer.transport.credentials import Credentials
 from buffer.weights.config import WeightsConfig
 from buffer.weights.device_handle import DeviceHandle, Record, Rendezvous, pack_record, unpack_record
-from learner.weights.device_store import DeviceStore, GroupStore, open_store
-from learner.weights.store import WeightStore
+from learner.weights.device_store import DeviceMemory, GroupBroadcast, Join, open_store
+from learner.weights.store import Version, WeightStore
 
 CPU, CREDENTIALS = torch.device("cpu"), Credentials.plain("test")
 SETTINGS = {"keep_versions": 1, "deltas": False}
@@ -28,7 +28,7 @@ def address(socket_folder: Path) -> str:
 
 @pytest.fixture
 def buffers() -> list[Tensor]:
-    """Those that were described, in order."""
+    """The buffers that were described, in order."""
     return []
 
 
@@ -43,7 +43,17 @@ def describe(buffers: list[Tensor]) -> Callable[[Tensor], Record]:
     return number
 
 
-def version(number: int) -> list[tuple[str, Tensor]]:
+def device_store(folder: Path, address: str, describe: Callable[[Tensor], Record]) -> WeightStore:
+    config = WeightsConfig(address, transport="ipc", **SETTINGS)
+    return WeightStore(folder, config, CREDENTIALS, DeviceMemory(folder, None, CPU, describe))
+
+
+def group_store(folder: Path, config: WeightsConfig, join: Join) -> WeightStore:
+    group = GroupBroadcast(config, CPU, join)
+    return WeightStore(folder, config, CREDENTIALS, DeviceMemory(folder, None, CPU, group.describe), group)
+
+
+def version(number: int) -> Version:
     return [("embed", torch.full((3, 5), float(number))), ("norm", torch.arange(4) + number / 2)]
 
 
@@ -60,8 +70,7 @@ def fetch(address: str, folder: Path, known: str = "") -> DeviceWeights:
 def test_a_version_is_read_where_the_record_says_and_stays_while_it_is_held(
     tmp_path: Path, address: str, buffers: list[Tensor], describe: Callable[[Tensor], Record]
 ):
-    config = WeightsConfig(address, transport="ipc", **SETTINGS)
-    store = DeviceStore(tmp_path / "weights", config, CREDENTIALS, None, CPU, describe)
+    store = device_store(tmp_path / "weights", address, describe)
     try:
         store.publish(1, version(1), torch.bfloat16).result(timeout=20)
         held = fetch(address, tmp_path / "weights")
@@ -88,8 +97,7 @@ def test_a_version_is_read_where_the_record_says_and_stays_while_it_is_held(
 def test_a_version_on_another_host_is_refused_with_a_way_out(
     tmp_path: Path, address: str, describe: Callable[[Tensor], Record]
 ):
-    config = WeightsConfig(address, transport="ipc", **SETTINGS)
-    store = DeviceStore(tmp_path / "weights", config, CREDENTIALS, None, CPU, describe)
+    store = device_store(tmp_path / "weights", address, describe)
     try:
         manifest = store.publish(1, version(1)).result(timeout=20)
         with Connection(address, "actor-0", CREDENTIALS) as connection:
@@ -109,16 +117,16 @@ def test_the_group_is_told_of_a_version_before_it_is_sent_and_opened_once(tmp_pa
     folder, happened = tmp_path / "weights", []
     met = threading.Event()
 
-    def join(rendezvous: Rendezvous, device: torch.device, first: list[tuple[str, Tensor]]):
+    def join(rendezvous: Rendezvous, device: torch.device, first: Version):
         happened.append(("opened", rendezvous.world_size, [name for name, _ in first]))
 
-        def send(sent: list[tuple[str, Tensor]]) -> None:
+        def send(sent: Version) -> None:
             assert met.wait(20)
             happened.append(("sent", float(sent[0][1][0, 0])))
 
         return send
 
-    store = GroupStore(folder, config, CREDENTIALS, None, CPU, join)
+    store = group_store(folder, config, join)
     try:
         publication = store.publish(0, version(0))
         held = fetch(address, folder)
@@ -141,7 +149,7 @@ def test_the_group_is_told_of_a_version_before_it_is_sent_and_opened_once(tmp_pa
 def test_a_member_that_does_not_come_ends_the_learner_with_a_sentence(tmp_path: Path, address: str):
     config = WeightsConfig(address, transport="nccl", group_size=5, meeting_seconds=0.05, **SETTINGS)
     never = threading.Event()
-    store = GroupStore(tmp_path / "weights", config, CREDENTIALS, None, CPU, lambda *_: lambda _: bool(never.wait(20)))
+    store = group_store(tmp_path / "weights", config, lambda *_: lambda _: bool(never.wait(20)))
     try:
         with pytest.raises(OSError, match=r"policy 3: not all 4 workers.*weights\.meeting_seconds=0.*weights=file"):
             store.publish(3, version(3)).result(timeout=20)
@@ -168,7 +176,11 @@ def test_ranks_of_the_actors_follow_the_learners():
             rank_offset(name, 2, 7)
 
 
-def test_files_are_published_as_ever(tmp_path: Path, address: str):
+def test_the_transport_file_publishes_the_bytes_themselves(tmp_path: Path, address: str):
     store = open_store(tmp_path / "weights", WeightsConfig(address), CREDENTIALS, None, CPU)
-    store.close()
-    assert type(store) is WeightStore
+    try:
+        manifest = store.publish(1, version(1)).result(timeout=20)
+        assert Path(manifest.path).stat().st_size == manifest.num_bytes
+        assert all(entry.checksum for entry in manifest.tensors)
+    finally:
+        store.close()

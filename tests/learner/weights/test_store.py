@@ -27,7 +27,7 @@ from buffer.transport.messages import (
 from buffer.weights.config import WeightsConfig
 from buffer.weights.layout import checksum
 from buffer.weights.shared_memory import hold, max_segments
-from learner.weights.store import ALIGNMENT_BYTES, WeightStore
+from learner.weights.store import ALIGNMENT_BYTES, HostMemory, WeightStore
 
 Stores = Callable[..., WeightStore]
 
@@ -197,7 +197,7 @@ def test_a_restarted_store_publishes_the_same_version_under_another_name(
     first = open_store()
     before = first.publish(4, weights(1)).result(10)
     first.close()
-    (tmp_path / "weights" / "segment-1.part").write_bytes(b"half")
+    (tmp_path / "weights" / "slot-1.part").write_bytes(b"half")
     second = open_store()
     assert list((tmp_path / "weights").iterdir()) == []
     second.publish(4, weights(2)).result(10)
@@ -260,7 +260,7 @@ def test_the_memory_of_a_retired_version_is_written_again_unless_somebody_reads_
             inodes.append(Path(manifests[-1].path).stat().st_ino)
         reading.seek(manifests[1].tensors[-1].offset)
         assert np.frombuffer(reading.read(4), np.float32) == 1.0
-    # Version 1 is being read, so two other slots take turns.
+    # Version 1 is being read, so two other segments take turns.
     assert inodes[0] not in inodes[1:] and inodes[1] == inodes[3]
     for version in (5, 6):
         manifests.append(store.publish(version, weights(version)).result(10))
@@ -272,7 +272,7 @@ def test_the_memory_of_a_retired_version_is_written_again_unless_somebody_reads_
 def test_a_stalled_reader_gets_what_it_asked_for_although_later_versions_are_published(
     open_store: Stores, actor: Connection, address: str
 ):
-    """Its chunks are sent from the slot: that must not be written while ZeroMQ has them, and the others go on."""
+    """ZeroMQ sends chunks from the segment itself, so the segment must not be reused while a reader stalls."""
     store, size = open_store(keep_versions=1), 1 << 22
     manifests = [store.publish(0, [("w", torch.zeros(4 * size, dtype=torch.uint8))]).result(10)]
     inodes = [Path(manifests[0].path).stat().st_ino]
@@ -293,7 +293,7 @@ def test_a_stalled_reader_gets_what_it_asked_for_although_later_versions_are_pub
         manifests.append(store.publish(version, [("w", tensor)]).result(10))
         inodes.append(Path(manifests[-1].path).stat().st_ino)
         assert pull(actor, manifests[-1], size) == tensor.numpy().tobytes()
-    # Version 0 keeps its slot, the others take turns.
+    # Version 0 keeps its segment, the other versions take turns.
     assert inodes[0] not in inodes[1:] and len(set(inodes)) == 3
     replies = []
     while stalled.poll(500):
@@ -308,12 +308,12 @@ def test_a_stalled_reader_gets_what_it_asked_for_although_later_versions_are_pub
     assert inodes[0] in inodes[1:]
 
 
-def test_a_store_never_has_more_slots_than_room_was_looked_for(open_store: Stores, tmp_path: Path):
-    store, num_slots, readers = open_store(keep_versions=2), [], []
+def test_a_store_never_has_more_segments_than_the_launcher_checked_room_for(open_store: Stores, tmp_path: Path):
+    store, num_segments, readers = open_store(keep_versions=2), [], []
     for version in range(8):
         readers.append(hold(Path(store.publish(version, weights(version)).result(10).path)))
-        num_slots.append(len([*(tmp_path / "weights").glob("*.weights"), *(tmp_path / "weights").glob("*.part")]))
-    assert max(num_slots) == num_slots[-1] == max_segments(2)
+        num_segments.append(len([*(tmp_path / "weights").glob("*.weights"), *(tmp_path / "weights").glob("*.part")]))
+    assert max(num_segments) == num_segments[-1] == max_segments(2)
     for reader in readers:
         reader.close()
 
@@ -328,12 +328,13 @@ def test_other_tensors_than_before_are_refused(open_store: Stores):
 
 
 def test_versions_lie_in_shared_memory_where_there_is_a_folder_for_them(tmp_path: Path, address: str):
-    memory = tmp_path / "memory" / "weights"
-    (tmp_path / "weights").mkdir()
+    directory, memory = tmp_path / "weights", tmp_path / "memory" / "weights"
+    directory.mkdir()
     for _ in range(2):
-        store = WeightStore(tmp_path / "weights", WeightsConfig(address), Credentials.plain("test"), memory)
+        files = HostMemory(directory, memory)
+        store = WeightStore(directory, WeightsConfig(address), Credentials.plain("test"), files)
         manifest = store.publish(0, weights(), torch.bfloat16).result(10)
-        assert Path(manifest.path).parent == memory and (tmp_path / "weights").resolve() == memory
+        assert Path(manifest.path).parent == memory and directory.resolve() == memory
         assert {entry.dtype for entry in manifest.tensors} == {"bfloat16"}
         store.close()
         assert list(memory.iterdir()) == []
