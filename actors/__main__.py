@@ -19,6 +19,7 @@ from actors.rollouts.trajectories import PromptsTooLongError, check_prompts_fit
 from actors.tasks.task import Task, TaskConfig, load_task
 from actors.weights.client import WeightClient
 from actors.weights.device_client import DeviceClient, rank_offset
+from actors.weights.interface import VersionClient
 from buffer import starting
 from buffer.config import load_run_config, read_section
 from buffer.curriculum_config import Stage
@@ -129,6 +130,7 @@ async def _run(
     # The connection resends until it is answered; a lease may be long in coming.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
     learner = Connection(settings.address, name, credentials)
+    weights: VersionClient
     if settings.transport == "file":
         weights = WeightClient(
             learner,

@@ -31,8 +31,7 @@ from actors.rollouts.trajectories import (
     task_prompt_ids,
 )
 from actors.tasks.task import Problem, Task
-from actors.weights.client import WeightClient
-from actors.weights.local import LocalWeights
+from actors.weights.interface import FetchedVersion, VersionClient
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.messages import (
     EvaluationReport,
@@ -85,7 +84,7 @@ class Actor:
         engine: Engine,
         pool: ScoringPool | None,
         buffer: Connection,
-        weights: WeightClient,
+        weights: VersionClient,
         spool: Path,
         max_staleness: int,
     ) -> None:
@@ -279,7 +278,7 @@ class Actor:
             if loaded is not None:
                 loaded.release()
 
-    async def _load_next(self) -> LocalWeights | None:
+    async def _load_next(self) -> FetchedVersion | None:
         """Load the next version; None when there was none in time, or it was overtaken while it was fetched.
 
         Waits for: the learner's next publication. Gives up after: `weights_timeout_seconds`.
@@ -337,7 +336,7 @@ class Actor:
                 self._lateness,
             )
 
-    async def _verify_first_load(self, local: LocalWeights, engine_checksums: dict[str, str]) -> None:
+    async def _verify_first_load(self, local: FetchedVersion, engine_checksums: dict[str, str]) -> None:
         """Compare the weights as loaded by us with the same weights as loaded by vLLM's own loader.
 
         Version 0 is the folder the engine started from. A later version is written out as a folder and loaded again.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from actors.config import ActorConfig
 from actors.engine.thread import EngineThread
 from actors.lifeline import name_actor
-from actors.weights.local import LocalWeights
+from actors.weights.interface import FetchedVersion
 from actors.weights.vllm_loader import BACKENDS, WORKER_EXTENSION
 from buffer.trajectory import FinishReason, VersionSpan
 
@@ -185,7 +185,7 @@ class Engine:
             raise RuntimeError(f"the engine returned no complete output for request {request_id}")
         return [_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index)]
 
-    async def load(self, weights: LocalWeights) -> None:
+    async def load(self, weights: FetchedVersion) -> None:
         """Replace the weights in the middle of generation; sampled tokens keep their version.
 
         Requests in flight are frozen, not aborted. They go on with the new weights, and with their old key-value cache
@@ -194,7 +194,7 @@ class Engine:
         async with self._patience(weights):
             await self._thread.call(lambda llm: self._load(llm, weights))
 
-    def _load(self, llm: LLMEngine, weights: LocalWeights) -> None:
+    def _load(self, llm: LLMEngine, weights: FetchedVersion) -> None:
         self._thread.freeze(llm)
         if self._recomputes:
             # Every request goes back to the waiting queue without its cache, none is aborted.
@@ -217,7 +217,7 @@ class Engine:
         self._joined = group
 
     @asynccontextmanager
-    async def _patience(self, weights: LocalWeights) -> AsyncIterator[None]:
+    async def _patience(self, weights: FetchedVersion) -> AsyncIterator[None]:
         """Gives up, where weights are broadcast to a group, after its `meeting_seconds`, with an error that says so."""
         if weights.init_info() is None:
             yield

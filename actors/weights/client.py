@@ -13,16 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from actors.weights.local import LocalWeights, Mappings, check_manifest, check_tensors
-from actors.weights.pull import Puller, unexpected
+from actors.weights.local import LocalWeights, Mappings, check_tensors
+from actors.weights.manifests import check_manifest, wait_for_manifest
+from actors.weights.pull import Puller
 from buffer.transport.connection import Connection, RequestRefused
-from buffer.transport.messages import Manifest, ManifestRequest, NoNewVersion
+from buffer.transport.messages import Manifest
 from buffer.weights.shared_memory import hold, let_go
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PARK_SECONDS = 10.0
-"""How long one request for a manifest stays with the store, which knows nothing of longer waits."""
 RELAY_SECONDS = 30.0
 """How long a relay may take to have a version; then the learner's store is asked."""
 
@@ -71,21 +70,8 @@ class WeightClient:
         Waits for: the learner's next publication. Unblocked by: the learner. Gives up after: `wait_seconds`, with a
         TimeoutError when the store has not answered in that time and a minute more.
         """
-        return await self._ask(self._connection, known_publication, wait_seconds)
-
-    async def _ask(self, connection: Connection, known: str, wait_seconds: float) -> Manifest | None:
-        deadline = asyncio.get_running_loop().time() + wait_seconds
         host_id = self._host_id if self._connect is not None else ""
-        while True:
-            remaining = max(deadline - asyncio.get_running_loop().time(), 0.0)
-            request = ManifestRequest(known, min(remaining, LONGEST_PARK_SECONDS), host_id)
-            reply = await asyncio.wrap_future(connection.request(request, timeout_seconds=remaining + 60.0))
-            if isinstance(reply, Manifest):
-                return reply
-            if not isinstance(reply, NoNewVersion):
-                raise unexpected(reply, "a manifest")
-            if not remaining:
-                return None
+        return await wait_for_manifest(self._connection, known_publication, wait_seconds, host_id=host_id)
 
     async def fetch(self, manifest: Manifest) -> LocalWeights:
         """Bring a version to this host, compare every tensor's checksum, and make whole weights of it.
@@ -122,7 +108,8 @@ class WeightClient:
         async with asyncio.timeout(RELAY_SECONDS):
             theirs: Manifest | None = None
             while theirs is None or theirs.policy_version < manifest.policy_version:
-                theirs = await self._ask(self._relay, theirs.publication if theirs else "", RELAY_SECONDS)
+                known = theirs.publication if theirs else ""
+                theirs = await wait_for_manifest(self._relay, known, RELAY_SECONDS, host_id=self._host_id)
         if theirs.publication != manifest.publication:
             raise RequestRefused(f"it has publication {theirs.publication} by now")
         # Only where the file lies is the relay's word; its contents must be what the learner's checksums say.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 from collections import deque
@@ -19,13 +18,11 @@ from buffer.weights.shared_memory import let_go
 
 MAX_MAPPINGS = 8
 """Slots that are kept mapped; then all are let go, those that the learner gave up among them."""
-NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Types that are published, and the size of one number."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalWeights:
-    """A version whose bytes are on this host, checked against its manifest, and stay until `release`."""
+    """A version whose bytes are on this host, checked against its manifest; a `FetchedVersion`."""
 
     manifest: Manifest
     path: Path
@@ -101,26 +98,6 @@ class Mappings:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._arrays[inode] = np.frombuffer(mapped, np.uint8)
         return self._arrays[inode]
-
-
-def check_manifest(manifest: Manifest) -> None:
-    """Whether every tensor has a type that is published, as many bytes as its shape says, and lies inside the file.
-
-    Raises:
-        RuntimeError: naming the tensor.
-    """
-    for entry in manifest.tensors:
-        number_bytes = NUMBER_BYTES.get(entry.dtype, 0)
-        if not number_bytes or math.prod(entry.shape) * number_bytes != entry.num_bytes:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: tensor {entry.name} of type {entry.dtype} and shape {entry.shape}"
-                f" cannot have {entry.num_bytes} bytes"
-            )
-        if entry.offset % number_bytes or entry.offset + entry.num_bytes > manifest.num_bytes:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: tensor {entry.name} ends at byte {entry.offset + entry.num_bytes}"
-                f" of a file of {manifest.num_bytes}"
-            )
 
 
 class TensorCheck:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.weights.local import HostCopy, LocalWeights, TensorCheck, check_tensors
+from actors.weights.manifests import unexpected
 from buffer.transport.connection import Connection
 from buffer.transport.messages import Chunk, ChunkRequest, DeltaReply, DeltaRequest, Manifest, Message
 from buffer.transport.schema import Frame
@@ -142,8 +143,3 @@ class Puller:
         raise RuntimeError(
             f"bytes {offset}+{size} of publication {source.publication} arrived damaged {MAX_ATTEMPTS} times"
         )
-
-
-def unexpected(reply: Message, wanted: str) -> RuntimeError:
-    """A server that answers something else than it was asked."""
-    return RuntimeError(f"the weight store answered {type(reply).__name__} to a request for {wanted}")

@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, Weight
 
 from actors.lifeline import end_with_actor
 from actors.weights.adapters import tensor_at
-from actors.weights.local import LocalWeights
+from actors.weights.interface import FetchedVersion
 
 TRANSFER_BACKEND = "slipstream_file"
 IPC_BACKEND = "slipstream_ipc"
@@ -30,7 +30,7 @@ BACKENDS = {"file": TRANSFER_BACKEND, "ipc": IPC_BACKEND, "nccl": "nccl"}
 WORKER_EXTENSION = "actors.weights.vllm_loader.WorkerExtension"
 
 
-def export_folder(weights: LocalWeights, base: Path, folder: Path) -> Path:
+def export_folder(weights: FetchedVersion, base: Path, folder: Path) -> Path:
     """A version as a Hugging Face folder, with configuration and tokenizer from `base`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

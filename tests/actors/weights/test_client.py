@@ -365,7 +365,7 @@ def test_waiting_ends_with_the_next_publication_or_in_time(
     store: WeightStore, client: Clients, monkeypatch: pytest.MonkeyPatch
 ):
     """The store is asked again and again: it parks a request for less time than an actor may wait."""
-    monkeypatch.setattr("actors.weights.client.LONGEST_PARK_SECONDS", 0.1)
+    monkeypatch.setattr("actors.weights.manifests.LONGEST_PARK_SECONDS", 0.1)
 
     async def check(waiting: WeightClient) -> None:
         assert await waiting.wait_for_new("", 0.3) is None

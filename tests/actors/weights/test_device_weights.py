@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +28,7 @@ GROUP = Rendezvous("127.0.0.1", 29500, 2)
 
 def fetched(version: int, record: Record) -> DeviceWeights:
     manifest = Manifest(version, f"store:{version}", "v.weights", "", 80, ENTRIES)
-    return DeviceWeights(manifest, Path("v.weights"), None, record, 1)
+    return DeviceWeights(manifest, record, BytesIO(), rank_offset=1)
 
 
 def test_vllms_ipc_engine_maps_the_tensors_from_the_learners_buffer(monkeypatch: pytest.MonkeyPatch):
