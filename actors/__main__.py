@@ -58,7 +58,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from actors.engine.engine import prepare_environment
+    from actors.engine.environment import prepare_environment
 
     prepare_environment(config)
     try:

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from actors.config import ActorConfig
 from actors.engine.thread import EngineThread
-from actors.lifeline import name_actor
 from actors.weights.interface import FetchedVersion
-from actors.weights.vllm_loader import BACKENDS, WORKER_EXTENSION
+from actors.weights.vllm_worker import BACKENDS, WORKER_EXTENSION
 from buffer.trajectory import FinishReason, VersionSpan
 
 if TYPE_CHECKING:
@@ -52,22 +51,6 @@ class SampledCompletion:
     versions: tuple[VersionSpan, ...]
     """Runs of (start, version), starts counted within the completion."""
     finish_reason: FinishReason
-
-
-def prepare_environment(config: ActorConfig) -> None:
-    """Settings vLLM reads when it is imported. Call before anything imports it."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
-    # The supervisor decides who runs on which core; vLLM's own binding would fight it.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # A second thread on a busy core waits in a loop for the first, and makes everybody there many times slower.
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
-    # Its processes rename themselves, and would do it over the environment by which the launcher knows them.
-    os.environ["SPT_NOENV"] = "1"
-    name_actor()
 
 
 class Engine:

@@ -1,13 +1,12 @@
-"""Weights on their way into vLLM: its weight-transfer interface over a file on this host, and the names of the others.
+"""vLLM's weight-transfer interface over a file on this host.
 
-`FileTransferEngine` runs in vLLM's worker processes, registered under `TRANSFER_BACKEND` by importing this module: it
-maps the file that `actors/weights/client.py` has brought here and checked, and hands the tensors to vLLM's layerwise
-reload, so tensor parallelism and weight repacking keep working.
+vLLM runs `FileTransferEngine` in its workers, under the name that `actors/weights/vllm_worker.py` registers. The engine
+maps the file that `actors/weights/client.py` has fetched and checked, and hands the tensors to vLLM's layerwise reload.
+Tensor parallelism and weight repacking therefore work as in vLLM's own loader.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
-from actors.lifeline import end_with_actor
 from actors.weights.adapters import tensor_at
 from actors.weights.interface import FetchedVersion
-
-TRANSFER_BACKEND = "slipstream_file"
-IPC_BACKEND = "slipstream_ipc"
-BACKENDS = {"file": TRANSFER_BACKEND, "ipc": IPC_BACKEND, "nccl": "nccl"}
-"""vLLM's name of the engine for each `weights.transport`; the last one is vLLM's own."""
-WORKER_EXTENSION = "actors.weights.vllm_loader.WorkerExtension"
 
 
 def export_folder(weights: FetchedVersion, base: Path, folder: Path) -> Path:
@@ -129,27 +121,3 @@ def _repack_tied_head(model: torch.nn.Module) -> None:
     head = getattr(model, "lm_head", None)
     if head is not None and _tied_parameters(model):
         head.quant_method.process_weights_after_loading(head)
-
-
-class _ExpectedlyEmpty(logging.Filter):
-    """Drops vLLM's warning about layers that no weights arrive for by design; `receive_weights` checks the others."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """False for rotary tables and tied heads, which every update would report."""
-        text = record.getMessage()
-        return not (text.endswith("Failed to load weights") and ("RotaryEmbedding" in text or "LMHead" in text))
-
-
-logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(_ExpectedlyEmpty())
-
-
-class WorkerExtension:
-    """Named to vLLM as worker extension, so that its workers import this module and know the engine below."""
-
-
-end_with_actor()
-
-# vLLM's factory has no public way to ask; importing this module twice in one process must not fail.
-if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, FileTransferEngine)
-    WeightTransferEngineFactory.register_engine(IPC_BACKEND, "actors.weights.device_loader", "IpcTransferEngine")

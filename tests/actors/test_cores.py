@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 THREADS = """
 import re, threading
 from actors.config import ActorConfig
-from actors.engine.engine import prepare_environment
+from actors.engine.environment import prepare_environment
 {before}
 prepare_environment(ActorConfig(model_path="-", seed=0, samples_per_group=1, max_new_tokens=8, max_tokens=16))
 import torch
@@ -27,7 +27,7 @@ thread.join()
 CACHE = """
 import os
 from actors.config import ActorConfig
-from actors.engine.engine import prepare_environment
+from actors.engine.environment import prepare_environment
 limits = dict(samples_per_group=1, max_new_tokens=8, max_tokens=16)
 prepare_environment(ActorConfig(model_path="-", kv_cache_gib={asked}, **limits))
 print(os.environ["VLLM_CPU_KVCACHE_SPACE"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from actors.config import ActorConfig
-from actors.engine.engine import prepare_environment
+from actors.engine.environment import prepare_environment
 from actors.rollouts.episode import play
 from actors.rollouts.trajectories import task_prompt_ids
 from actors.tasks.games import bandit

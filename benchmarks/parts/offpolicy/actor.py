@@ -13,7 +13,8 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from actors.config import ActorConfig
-from actors.engine.engine import Engine, SampledCompletion, prepare_environment
+from actors.engine.engine import Engine, SampledCompletion
+from actors.engine.environment import prepare_environment
 from actors.rollouts.trajectories import build_group, completions_to_score, single_turn, task_prompt_ids
 from actors.tasks.task import Problem
 from actors.weights.client import LocalWeights
