@@ -70,7 +70,7 @@ def test_cores_are_a_list_of_those_that_may_be_used():
     ("listed", "said"),
     [
         ("0-3", "--cores=0-3 is no list of numbers; name cores as in --cores=0,1"),
-        ("4000", r"--cores=4000: core 4000 is not there; those that may be used are \[\d+"),
+        ("4000", r"--cores=4000: this process may not use core 4000, only \[\d+"),
     ],
 )
 def test_a_core_that_is_not_there_is_refused_with_one_sentence(listed: str, said: str, tmp_path: Path):

@@ -116,8 +116,8 @@ class Generator:
         prompt_ids, sampled, scores = await self._complete(
             problem, str(occurrence), num_samples=self._config.samples_per_group, seed=seed
         )
-        continuations = [single_turn(choice) for choice in sampled]
-        return pack_group(build_group(f"{occurrence}.0", problem, prompt_ids, continuations, scores, "actor-0"))
+        completions = [single_turn(choice) for choice in sampled]
+        return pack_group(build_group(f"{occurrence}.0", problem, prompt_ids, completions, scores, "actor-0"))
 
     async def _is_solved(self, problem: Problem) -> bool:
         name = f"evaluation-{problem.prompt_id}"
