@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 MIN_BATCHED_TOKENS = 2048
 """Smallest token budget of one engine step on a CPU; a larger one speeds up neither prefill nor decoding."""
 SHORT_CONTEXT, SMALL_BLOCK = 256, 32
-"""Tokens. On a CPU, contexts of up to `SHORT_CONTEXT` use cache blocks of `SMALL_BLOCK`, the smallest size there, because
+"""Tokens. On a CPU, contexts of up to `SHORT_CONTEXT` use cache blocks of `SMALL_BLOCK`, the smallest size, because
 larger blocks would stay half empty. Longer contexts are faster with vLLM's default block size of 128."""
 SHUTDOWN_SECONDS = 10.0
 """Longest wait for the engine step under way when the actor ends."""
