@@ -103,7 +103,7 @@ def test_records_without_an_answer_are_passed_over_and_counted(tmp_path, caplog)
     )
     task = load_task(described(data, num_held_out=1))
     assert [(problem.prompt_id, problem.gold) for problem in task.train] == [(0, "1"), (1, "2"), (2, "3")]
-    assert "passed over 1 records with an empty answer" in caplog.text
+    assert "skipped 1 records with an empty answer" in caplog.text
     unanswered = write_jsonl(tmp_path / "u.jsonl", [{"problem": "Prove it.", "answer": ""}])
     with pytest.raises(ValueError, match=r"u\.jsonl has only empty answers in field 'answer'"):
         load_task(described(unanswered))
