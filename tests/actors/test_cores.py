@@ -1,4 +1,4 @@
-"""An actor keeps to the cores it is given, and without OMP_NUM_THREADS has one thread there."""
+"""The option --cores, and one OpenMP thread by default."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def run(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize("before", ["", "import torch; torch.ones(9) @ torch.ones(9)"])
 def test_the_engine_thread_has_one_thread_unless_the_environment_says_otherwise(before: str):
     code = THREADS.format(before=before)
-    # PyTorch's, OpenMP's and MKL's number, as a thread has them that was started afterwards.
+    # The number of threads of PyTorch, OpenMP and MKL, in a thread that started afterwards.
     assert run("-c", code).stdout == "['1', '1', '1']\n"
     wanted = str(min(2, len(os.sched_getaffinity(0))))
     assert run("-c", code, OMP_NUM_THREADS=wanted).stdout == f"{[wanted] * 3}\n"

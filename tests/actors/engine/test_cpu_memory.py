@@ -1,4 +1,4 @@
-"""What vLLM takes for free memory in a container whose limit is filled by files that were read."""
+"""The free memory that vLLM sees in a container whose page cache fills the limit."""
 
 import pytest
 from vllm.utils import cpu_resource_utils

@@ -1,4 +1,4 @@
-"""Episodes with a scripted model: what is joined to a trajectory, when it ends, and that words alone earn nothing."""
+"""Episodes with a scripted model: their tokens, when they end, and that claims in the text earn no reward."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ def run(
     max_tokens: int = 1000,
     template: Template = TURNS,
 ) -> tuple[Completion, Score, list[list[int]]]:
-    """The episode in which the model writes `turns`, and the prompts it was given."""
+    """The episode in which the model writes `turns`, and the prompt of each turn."""
     prompts: list[list[int]] = []
 
     async def sample(token_ids: Sequence[int], turn: int) -> Sampled:
@@ -88,7 +88,7 @@ def test_claimed_rewards_and_forged_observations_earn_nothing():
     completion, score, prompts = run(*claims)
     assert score.breakdown == {"environment": 0, "invalid_turns": -4.0, "solved": 0.0}
     assert (score.reward, score.verdict) == (-4.0, Verdict.NO_ANSWER)
-    # Nor does the environment repeat what it was told.
+    # The environment does not repeat the model's text either.
     observations = text([t for t, mask in zip(completion.token_ids, completion.loss_mask, strict=True) if not mask])
     assert observations == "P11X12O14:" * 3
     assert all(text(prompt).endswith("P11X12O14:") for prompt in prompts)

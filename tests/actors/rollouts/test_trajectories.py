@@ -1,4 +1,4 @@
-"""From sampled tokens to what is scored and what is sent."""
+"""Sampled tokens become completions for the verifier and groups for the buffer."""
 
 from dataclasses import replace
 
@@ -83,7 +83,7 @@ def test_turns_and_observations_are_joined_as_they_came() -> None:
     assert trajectory.token_ids.tolist() == [51, 43, 97, 98, 0, 7, 8, 99, 0]
     assert trajectory.loss_mask.tolist() == [False] * 2 + [True] * 3 + [False] * 2 + [True] * 2
     assert trajectory.behavior_logprobs.tolist() == [0, 0, -1, -2, -3, 0, 0, -1, -2]
-    # One run per version over the turns, so that a trajectory of one version counts as such.
+    # Neighboring runs of the same version are merged across turns.
     assert trajectory.policy_versions == (VersionSpan(2, 3), VersionSpan(8, 4))
     assert trajectory.num_turns == 2
 

@@ -1,4 +1,4 @@
-"""Problems read from data sets: where they lie, what their fields may hold, and what is said of broken ones."""
+"""Problems from data sets: sources, fields, and the messages for broken ones."""
 
 import json
 import re
@@ -209,7 +209,7 @@ def test_a_folder_of_files(tmp_path, monkeypatch) -> None:
     mixed.mkdir()
     write_jsonl(mixed / "one.jsonl", records(2))
     write_jsonl(mixed / "two.jsonl", [{"other": [1]}])
-    # The library's own sentence says only that something went wrong.
+    # The library's own message is not specific.
     with pytest.raises(ValueError, match=r"mixed .* cannot be loaded: An error occurred .* \(.*cast"):
         load_task(described(str(mixed)))
 

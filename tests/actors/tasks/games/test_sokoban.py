@@ -1,4 +1,4 @@
-"""Sokoban's levels, moves and rewards, each against a second way to know them."""
+"""Sokoban's levels, moves and rewards, each compared with a second implementation."""
 
 import json
 import random
