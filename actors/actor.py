@@ -17,8 +17,6 @@ import asyncio
 import errno
 import logging
 import time
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,16 +25,8 @@ import numpy as np
 import verifier.base
 from actors.config import ActorConfig
 from actors.metrics import Meter
-from actors.rollouts.episode import run_episode
-from actors.rollouts.trajectories import (
-    Completion,
-    TextTokenizer,
-    build_group,
-    completions_to_score,
-    single_turn,
-    split_stops,
-    task_prompt_ids,
-)
+from actors.rollouts.completer import Completer
+from actors.rollouts.trajectories import TextTokenizer, build_group, task_prompt_ids
 from actors.tasks.task import Problem, Task
 from actors.weights.interface import FetchedVersion, VersionClient
 from buffer.transport.connection import Connection, RequestRefused
@@ -53,11 +43,11 @@ from buffer.transport.messages import (
     Message,
 )
 from buffer.transport.packed_group import pack_group
-from verifier.base import Score, Verdict
+from verifier.base import Verdict
 from verifier.scoring.pool import ScoringPool
 
 if TYPE_CHECKING:
-    from actors.engine.engine import Engine, SampledCompletion
+    from actors.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +87,10 @@ class Actor:
     ) -> None:
         self.actor_id, self.config, self.task, self.tokenizer = actor_id, config, task, tokenizer
         self.engine, self.pool, self.buffer, self.weights, self.spool = engine, pool, buffer, weights, spool
-        self.stop, self.stop_token_ids = split_stops(task.stop, tokenizer)
         self.policy_version = -1
         self.publication = ""
         self.meter = Meter()
+        self._completer = Completer(config, task, tokenizer, engine, pool, self.meter)
         self._max_staleness = max_staleness
         self._learner_version = -1
         """The learner's version in the last answer to a heartbeat."""
@@ -178,11 +168,11 @@ class Actor:
         self._room_changed.set()
 
     async def _deliver(self, lease: Lease, problem: Problem, prompt_ids: list[int]) -> None:
-        completed = await self._complete(
+        completed = await self._completer.complete(
             problem,
             prompt_ids,
             lease.group_id,
-            noise=lease.group_id,
+            seed_key=lease.group_id,
             num_samples=lease.samples_per_group or self.config.samples_per_group,
             temperature=self.config.temperature,
             max_new_tokens=self._max_new_tokens(lease),
@@ -220,108 +210,6 @@ class Actor:
     def _max_new_tokens(self, lease: Lease) -> int:
         """The limit of the curriculum's stage, or else the run's."""
         return lease.max_new_tokens or self.config.max_new_tokens
-
-    async def _complete(
-        self,
-        problem: Problem,
-        prompt_ids: list[int],
-        request_id: str,
-        *,
-        noise: str,
-        num_samples: int,
-        temperature: float,
-        max_new_tokens: int,
-        seeded: bool,
-    ) -> list[tuple[Completion, Score]]:
-        """Completions of one prompt with their scores.
-
-        A single-turn task samples all completions in one request and grades them. A multi-turn task runs an episode per
-        completion.
-
-        Args:
-            problem: the prompt's problem.
-            prompt_ids: token ids of the prompt.
-            request_id: unique among the requests in flight.
-            noise: input of the seeds; completions of one prompt still get different seeds.
-            num_samples: number of completions.
-            temperature: sampling temperature.
-            max_new_tokens: largest number of tokens of a completion, or of a turn.
-            seeded: whether sampling is seeded. The randomness of an environment always is.
-        """
-
-        async def one_episode(index: int) -> tuple[Completion, Score]:
-            async def sample(token_ids: Sequence[int], turn: int) -> SampledCompletion:
-                [choice] = await self._sample(
-                    token_ids,
-                    f"{request_id}.{index}.{turn}",
-                    num_samples=1,
-                    temperature=temperature,
-                    max_new_tokens=max_new_tokens,
-                    seed=self._seed(noise, index, turn) if seeded else None,
-                )
-                return choice
-
-            return await run_episode(
-                self.task,
-                problem,
-                prompt_ids,
-                self.tokenizer,
-                sample,
-                seed=self._seed(noise, index),
-                max_new_tokens=max_new_tokens,
-                max_tokens=self.config.max_tokens,
-            )
-
-        if self.task.is_multi_turn:
-            return await asyncio.gather(*(one_episode(index) for index in range(num_samples)))
-        sampled = await self._sample(
-            prompt_ids,
-            request_id,
-            num_samples=num_samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=self._seed(noise) if seeded else None,
-        )
-        prefill = self.task.template.prefill
-        assert self.pool is not None
-        scores = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer, prefill))
-        return [(single_turn(choice), score) for choice, score in zip(sampled, scores, strict=True)]
-
-    async def _sample(
-        self,
-        prompt_ids: Sequence[int],
-        request_id: str,
-        *,
-        num_samples: int,
-        temperature: float,
-        max_new_tokens: int,
-        seed: int | None,
-    ) -> list[SampledCompletion]:
-        """Completions of one prompt from the engine.
-
-        Waits for: the engine. Gives up after: `sample_timeout_seconds`, with a TimeoutError that ends the actor.
-        """
-        seconds = self.config.sample_timeout_seconds
-        with self.meter.in_flight():
-            try:
-                async with asyncio.timeout(seconds):
-                    return await self.engine.sample(
-                        prompt_ids,
-                        request_id=request_id,
-                        stop=self.stop,
-                        stop_token_ids=self.stop_token_ids,
-                        num_samples=num_samples,
-                        temperature=temperature,
-                        max_new_tokens=max_new_tokens,
-                        seed=seed,
-                    )
-            except TimeoutError as error:
-                raise TimeoutError(f"the engine did not finish request {request_id} within {seconds:.0f} s") from error
-
-    def _seed(self, group_id: str, *parts: int) -> int:
-        """A seed of the prompt's occurrence and `parts`. Another attempt at the same occurrence gets the same seed."""
-        occurrence = group_id.split(".", 1)[0]
-        return zlib.crc32(":".join(map(str, (self.config.seed, occurrence, *parts))).encode())
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -457,12 +345,12 @@ class Actor:
             )
             return score.reward, 0.0, 0.0
         max_new_tokens = self.config.evaluation_max_new_tokens or self.config.max_new_tokens
-        [(completion, score)] = await self._complete(
+        [(completion, score)] = await self._completer.complete(
             problem,
             prompt_ids,
             f"evaluation-{version}-{problem.prompt_id}",
             # The same seeds at every version, so that the curve shows the policy's changes alone.
-            noise=f"evaluation-{problem.prompt_id}",
+            seed_key=f"evaluation-{problem.prompt_id}",
             num_samples=1,
             temperature=self.config.evaluation_temperature,
             max_new_tokens=max_new_tokens,

@@ -357,7 +357,7 @@ def test_seeds_are_those_of_the_prompts_occurrence_and_not_of_the_attempt(loop: 
             await running.batch(0)
             seeds = dict(running.engine.requests)
             assert len(set(seeds.values())) == len(seeds)
-            assert all(seed == running.actor._seed(name.replace(".0", ".7")) for name, seed in seeds.items())
+            assert all(seed == running.actor._completer._seed(name.replace(".0", ".7")) for name, seed in seeds.items())
 
     asyncio.run(check())
 
