@@ -1,4 +1,4 @@
-"""`python -m actors RUN_DIR --name actor-0`: one actor of a run. May be started and stopped at any time."""
+"""Run one actor: `python -m actors RUN_DIR`. Actors may join and leave a run at any time."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.config import ActorConfig
 from actors.rollouts.trajectories import PromptsTooLongError, check_prompts_fit
 from actors.tasks.task import Task, TaskConfig, load_task
 from actors.weights.client import WeightClient
 from actors.weights.device_client import DeviceClient, rank_offset
+from actors.weights.interface import VersionClient
 from buffer.config import load_run_config, read_section
 from buffer.curriculum_config import Stage
 from buffer.process import exit_now, pause_gc, resume_gc
@@ -29,17 +29,22 @@ from buffer.weights.config import WeightsConfig
 from verifier.base import RewardSpec
 from verifier.config import VerifierConfig
 
+if TYPE_CHECKING:
+    from verifier.scoring.pool import ScoringPool
+
 logger = logging.getLogger("actors")
 
 
 def main() -> int:
-    """Generate for the run in RUN_DIR until told to stop. Returns the exit status."""
+    """Generate for the run in RUN_DIR until SIGTERM or SIGINT. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m actors", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the run's folder; its config.yaml says the rest")
-    # A name in use would take the other's leases away; this one is unique over hosts.
+    parser.add_argument("run_dir", type=Path, help="folder of the run; its config.yaml holds all other settings")
+    # Unique over hosts, because an actor takes over the leases of another one with its name.
     name = f"actor-{socket.gethostname()}-{os.getpid()}"
-    parser.add_argument("--name", default=name, help="unique among the run's actors; a name in use is taken over")
-    parser.add_argument("--cores", default="", help="the engine keeps to them, as in 0,1; its threads: OMP_NUM_THREADS")
+    parser.add_argument("--name", default=name, help="name of this actor; takes over from an actor with the same name")
+    parser.add_argument(
+        "--cores", default="", help="cores for vLLM's engine, as in 0,1; OMP_NUM_THREADS sets its number of threads"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
@@ -56,7 +61,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from actors.engine.engine import prepare_environment
+    from actors.engine.environment import prepare_environment
 
     prepare_environment(config)
     try:
@@ -65,7 +70,7 @@ def main() -> int:
         logger.info("stopped")
     except ExceptionGroup as failed:
         logger.exception("the actor's tasks failed")
-        # The log's last line is what the launcher shows; of a group's traceback it would be an ornament.
+        # The launcher shows the log's last line, so the last line names the error.
         print(f"error: {failed.exceptions[0]!r}", file=sys.stderr)
         return 1
     except PromptsTooLongError as error:
@@ -75,10 +80,10 @@ def main() -> int:
 
 
 def read_cores(listed: str) -> list[int]:
-    """The cores that `listed` names, as in 0,1.
+    """The core numbers in `listed`, such as 0,1. Empty: no cores.
 
     Raises:
-        ValueError: what is not a number, or a core that this process may not use.
+        ValueError: an entry is not a number, or this process may not use the core.
     """
     here = sorted(os.sched_getaffinity(0))
     try:
@@ -87,7 +92,7 @@ def read_cores(listed: str) -> list[int]:
         raise ValueError(f"--cores={listed} is no list of numbers; name cores as in --cores=0,1") from None
     foreign = sorted(set(cores) - set(here))
     if foreign:
-        raise ValueError(f"--cores={listed}: core {foreign[0]} is not there; those that may be used are {here}")
+        raise ValueError(f"--cores={listed}: this process may not use core {foreign[0]}, only {here}")
     return cores
 
 
@@ -111,37 +116,20 @@ async def _run(
 
     from actors.actor import Actor
     from actors.engine.engine import Engine
-    from actors.weights.adapters import Merger
-    from verifier.scoring.pool import ScoringPool
 
-    verifier = read_section(VerifierConfig, run["verifier"], "verifier")
     tokenizer = AutoTokenizer.from_pretrained(config.model_path)
-    limits = {"max_tokens": config.max_tokens, "max_new_tokens": config.max_new_tokens}
     stages = [read_section(Stage, stage, "curriculum stage") for stage in run["curriculum"]]
-    check_prompts_fit(task, tokenizer, **limits, stages=stages)
-    # First, so that it imports vLLM while the scoring processes start.
-    engine = Engine(config, settings.transport, settings.meeting_seconds, cores)
-    # The environment of a multi-turn task keeps its rewards itself.
-    pool = (
-        None if task.is_multi_turn else ScoringPool([RewardSpec(**spec) for spec in run["reward"]], **asdict(verifier))
+    check_prompts_fit(
+        task, tokenizer, max_tokens=config.max_tokens, max_new_tokens=config.max_new_tokens, stages=stages
     )
-    # The connection resends until it is answered; a lease may be long in coming.
+    # No time limit: the buffer answers a request for leases when it can grant one.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
     learner = Connection(settings.address, name, credentials)
-    if settings.transport == "file":
-        weights = WeightClient(
-            learner,
-            host_id=host_id() if config.share_files else "",
-            published=run_dir / "weights",
-            chunk_bytes=config.chunk_bytes,
-            deltas=settings.deltas,
-            relays=run_dir / "relays",
-            connect=lambda address: Connection(address, name, credentials),
-            whole=Merger(Path(config.model_path), config.dtype).whole,
-        )
-    else:
-        weights = DeviceClient(learner, host_id=host_id(), published=run_dir / "weights", rank_offset=offset)
-    spool = run_dir / "actors" / name
+    weights = _version_client(name, run_dir, config, credentials, settings, offset, learner)
+    # Before the scoring pool: the engine thread imports vLLM while the scoring processes start.
+    engine = Engine(config, settings.transport, settings.meeting_seconds, cores)
+    # The environment of a multi-turn task gives the rewards, so the task needs no pool.
+    pool = None if task.is_multi_turn else _scoring_pool(run)
     try:
         checksums = await engine.start()
         resume_gc()
@@ -154,7 +142,7 @@ async def _run(
             pool,
             buffer,
             weights,
-            spool,
+            spool=run_dir / "actors" / name,
             max_staleness=run["buffer"]["max_staleness"],
         )
         logger.info("%s is ready", name)
@@ -166,6 +154,47 @@ async def _run(
         if pool is not None:
             pool.close()
         engine.close()
+
+
+def _scoring_pool(run: dict[str, Any]) -> ScoringPool:
+    from verifier.scoring.pool import ScoringPool
+
+    verifier = read_section(VerifierConfig, run["verifier"], "verifier")
+    return ScoringPool(
+        [RewardSpec(**spec) for spec in run["reward"]],
+        num_workers=verifier.num_workers,
+        deadline_seconds=verifier.deadline_seconds,
+        memory_bytes=verifier.memory_bytes,
+        on_timeout=verifier.on_timeout,
+        on_error=verifier.on_error,
+        max_retries=verifier.max_retries,
+    )
+
+
+def _version_client(
+    name: str,
+    run_dir: Path,
+    config: ActorConfig,
+    credentials: Credentials,
+    settings: WeightsConfig,
+    offset: int,
+    learner: Connection,
+) -> VersionClient:
+    """The client for `weights.transport`."""
+    if settings.transport != "file":
+        return DeviceClient(learner, host_id=host_id(), published=run_dir / "weights", rank_offset=offset)
+    from actors.weights.adapters import Merger
+
+    return WeightClient(
+        learner,
+        host_id=host_id() if config.share_files else "",
+        published=run_dir / "weights",
+        chunk_bytes=config.chunk_bytes,
+        deltas=settings.deltas,
+        relays=run_dir / "relays",
+        connect=lambda address: Connection(address, name, credentials),
+        whole=Merger(Path(config.model_path), config.dtype).whole,
+    )
 
 
 if __name__ == "__main__":

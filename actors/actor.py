@@ -1,8 +1,14 @@
-"""One actor: leases prompts, samples and scores groups, delivers them, and keeps its weights fresh.
+"""One actor: leases prompts, samples and scores groups, delivers them, and loads new weights.
 
-Four kinds of task run side by side on one event loop: credit (ask the buffer for leases while there is room in flight),
-a rollout per lease, weights (fetch the next version behind the generation, load it in the middle of it) and heartbeats.
-Any error in one of them ends the process; the supervisor decides what follows.
+These tasks run concurrently on one event loop:
+
+- leases: ask the buffer for prompts while fewer than `max_groups_in_flight` groups are in flight;
+- one rollout per lease: sample, score and deliver a group;
+- weights: fetch the next version while generation goes on, then pause generation and load it;
+- heartbeats: report version and metrics to the buffer;
+- one evaluation at a time, when the buffer asks for it.
+
+An error in any of them ends the process, and the supervisor decides whether to restart it.
 """
 
 from __future__ import annotations
@@ -11,28 +17,18 @@ import asyncio
 import errno
 import logging
 import time
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+import verifier.base
 from actors.config import ActorConfig
 from actors.metrics import Meter
-from actors.rollouts.episode import play
-from actors.rollouts.trajectories import (
-    Continuation,
-    TextTokenizer,
-    build_group,
-    completions_to_score,
-    single_turn,
-    split_stops,
-    task_prompt_ids,
-)
+from actors.rollouts.completer import Completer
+from actors.rollouts.trajectories import TextTokenizer, build_group, task_prompt_ids
 from actors.tasks.task import Problem, Task
-from actors.weights.client import WeightClient
-from actors.weights.local import LocalWeights
+from actors.weights.interface import FetchedVersion, VersionClient
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.messages import (
     EvaluationReport,
@@ -47,33 +43,33 @@ from buffer.transport.messages import (
     Message,
 )
 from buffer.transport.packed_group import pack_group
-from verifier.base import Completion, Score, Verdict
+from verifier.base import Verdict
 from verifier.scoring.pool import ScoringPool
 
 if TYPE_CHECKING:
-    from actors.engine.engine import Engine, SampledCompletion
+    from actors.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 DISK_RETRY_SECONDS = 5.0
 MAX_UNSCORED_GROUPS = 50
-"""Groups in a row of which nothing could be scored, after which something else is wrong than a hard answer."""
+"""Consecutive groups without a single scored completion after which the verifier is assumed broken."""
 
 
 class Actor:
-    """Generation for one buffer.
+    """Generates for one buffer.
 
     Args:
         actor_id: unique in the run.
         config: sampling and evaluation.
-        task: prompts and golds; the buffer speaks of them by number.
+        task: prompts and golds; leases name a prompt by its number.
         tokenizer: the model's.
-        engine: started.
-        pool: scores completions; None for a multi-turn task, whose environment does.
+        engine: a started engine.
+        pool: scores completions; None for a multi-turn task, whose environment gives the rewards.
         buffer: connection to the buffer.
-        weights: pulls versions from the learner.
+        weights: fetches versions from the learner.
         spool: folder for this actor's files.
-        max_staleness: the run's, in versions: with older weights the buffer gives out no prompts.
+        max_staleness: the run's bound, in versions. The buffer grants no leases to an actor with older weights.
     """
 
     def __init__(
@@ -85,30 +81,36 @@ class Actor:
         engine: Engine,
         pool: ScoringPool | None,
         buffer: Connection,
-        weights: WeightClient,
+        weights: VersionClient,
         spool: Path,
         max_staleness: int,
     ) -> None:
         self.actor_id, self.config, self.task, self.tokenizer = actor_id, config, task, tokenizer
         self.engine, self.pool, self.buffer, self.weights, self.spool = engine, pool, buffer, weights, spool
-        self.stop, self.stop_token_ids = split_stops(task.stop, tokenizer)
         self.policy_version = -1
         self.publication = ""
         self.meter = Meter()
+        self._completer = Completer(config, task, tokenizer, engine, pool, self.meter)
         self._max_staleness = max_staleness
         self._learner_version = -1
-        """As the last heartbeat's answer had it."""
+        """The learner's version in the last answer to a heartbeat."""
         self._lateness = ""
-        """Why it may have no prompts: the last version took too long to come here."""
+        """What the actor waits for when the last version was fetched too slowly; empty: it was in time."""
         self._closing = False
         self._leased = self._num_unscored = 0
-        self._credit_changed = asyncio.Event()
+        self._room_changed = asyncio.Event()
         self._loading = asyncio.Lock()
 
     async def run(self, engine_checksums: dict[str, str]) -> None:
-        """Work until cancelled.
+        """Generate until cancelled.
 
-        Waits for: the learner's first weights, at most `weights_timeout_seconds`.
+        Waits for: the learner's first weights. Gives up after: `weights_timeout_seconds`.
+
+        Args:
+            engine_checksums: checksums of the weights that the engine loaded from its folder, by parameter.
+
+        Raises:
+            TimeoutError: no weights arrived in time.
         """
         deadline, loaded = time.monotonic() + self.config.weights_timeout_seconds, None
         while loaded is None:
@@ -116,25 +118,25 @@ class Actor:
                 raise TimeoutError(f"no weights from the learner within {self.config.weights_timeout_seconds:.0f} s")
             loaded = await self._load_next()
         async with asyncio.TaskGroup() as tasks:
-            # From the first sign of life on: whoever falls silent after it counts as hung.
-            tasks.create_task(self._keep_beating())
+            # Heartbeats must not stop once they have begun: a silent peer counts as hung.
+            tasks.create_task(self._send_heartbeats())
             await self._verify_first_load(loaded, engine_checksums)
             loaded.release()
             tasks.create_task(self._keep_weights_fresh())
-            tasks.create_task(self._spend_credit(tasks))
+            tasks.create_task(self._keep_leasing(tasks))
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
-    async def _spend_credit(self, tasks: asyncio.TaskGroup) -> None:
-        """Ask for as many groups as fit in flight.
+    async def _keep_leasing(self, tasks: asyncio.TaskGroup) -> None:
+        """Lease as many groups as may be in flight, and start a rollout for each.
 
-        Waits for: the buffer's admission. Unblocked by: batches taken by the learner, or newer weights here, of which
-        the buffer hears by heartbeat.
+        Waits for: the buffer's admission. Unblocked by: a batch that the learner takes, or newer weights in this actor,
+        which it reports by heartbeat.
         """
         while True:
             while self._leased >= self.config.max_groups_in_flight and not self._closing:
-                self._credit_changed.clear()
-                await self._credit_changed.wait()
+                self._room_changed.clear()
+                await self._room_changed.wait()
             reply = await self._ask_for_leases(max(self.config.max_groups_in_flight - self._leased, 0))
             self._closing = reply.closing
             for lease in reply.leases:
@@ -152,7 +154,7 @@ class Actor:
         return reply
 
     async def _roll_out(self, lease: Lease) -> None:
-        """Sample, score and deliver one group; an impossible prompt is given back with the reason."""
+        """Sample, score and deliver one group. Return the lease when the prompt leaves no room for an answer."""
         problem = self.task.train[lease.prompt_id]
         prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
         if len(prompt_ids) + self._max_new_tokens(lease) > self.config.max_tokens:
@@ -163,27 +165,27 @@ class Actor:
         else:
             await self._deliver(lease, problem, prompt_ids)
         self._leased -= 1
-        self._credit_changed.set()
+        self._room_changed.set()
 
     async def _deliver(self, lease: Lease, problem: Problem, prompt_ids: list[int]) -> None:
-        completed = await self._complete(
+        completed = await self._completer.complete(
             problem,
             prompt_ids,
             lease.group_id,
-            noise=lease.group_id,
+            seed_key=lease.group_id,
             num_samples=lease.samples_per_group or self.config.samples_per_group,
             temperature=self.config.temperature,
             max_new_tokens=self._max_new_tokens(lease),
             seeded=self.config.seeded_sampling,
         )
-        self.meter.sampled(len(completed), sum(continuation.num_sampled for continuation, _ in completed))
-        kept = [(continuation, score) for continuation, score in completed if not score.skipped]
+        self.meter.sampled(len(completed), sum(completion.num_sampled for completion, _ in completed))
+        kept = [(completion, score) for completion, score in completed if not score.skipped]
         if not kept:
             await self._give_back_unscored(lease)
             return
         self._num_unscored = 0
-        continuations, scores = zip(*kept, strict=True)
-        group = build_group(lease.group_id, problem, prompt_ids, continuations, scores, self.actor_id)
+        completions, scores = zip(*kept, strict=True)
+        group = build_group(lease.group_id, problem, prompt_ids, completions, scores, self.actor_id)
         receipt = await self._call(GroupDelivery(self.actor_id, pack_group(group)))
         if not isinstance(receipt, GroupReceipt):
             raise RuntimeError(f"the buffer answered {receipt} to a delivered group")
@@ -191,7 +193,11 @@ class Actor:
             logger.warning("group %s was %s", receipt.group_id, receipt.outcome)
 
     async def _give_back_unscored(self, lease: Lease) -> None:
-        """Nothing of the group could be scored, and the configuration says to leave such completions out."""
+        """Return a lease of which no completion could be scored, with `verifier.on_timeout` or `on_error` = skip.
+
+        Raises:
+            RuntimeError: `MAX_UNSCORED_GROUPS` consecutive groups could not be scored.
+        """
         self._num_unscored += 1
         if self._num_unscored == MAX_UNSCORED_GROUPS:
             raise RuntimeError(
@@ -202,103 +208,38 @@ class Actor:
         await self._call(LeaseReturn(self.actor_id, (lease.group_id,), "unscored"))
 
     def _max_new_tokens(self, lease: Lease) -> int:
-        """What the curriculum's stage allows; without one, what the run does."""
+        """The limit of the curriculum's stage, or else the run's."""
         return lease.max_new_tokens or self.config.max_new_tokens
-
-    async def _complete(
-        self,
-        problem: Problem,
-        prompt_ids: list[int],
-        request_id: str,
-        *,
-        noise: str,
-        num_samples: int,
-        temperature: float,
-        max_new_tokens: int,
-        seeded: bool,
-    ) -> list[tuple[Continuation, Score]]:
-        """Completions of one prompt with their scores: answered once and graded, or played turn by turn.
-
-        Args:
-            noise: what the seeds are made of; completions of the same prompt still differ.
-            seeded: whether sampling has a seed; an environment's noise always has one.
-        """
-        how = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-
-        async def play_one(index: int) -> tuple[Continuation, Score]:
-            async def sample(token_ids: Sequence[int], turn: int) -> SampledCompletion:
-                seed = self._seed(noise, index, turn) if seeded else None
-                [choice] = await self._sample(
-                    token_ids, f"{request_id}.{index}.{turn}", num_samples=1, seed=seed, **how
-                )
-                return choice
-
-            limits = {"max_new_tokens": max_new_tokens, "max_tokens": self.config.max_tokens}
-            seed = self._seed(noise, index)
-            return await play(self.task, problem, prompt_ids, self.tokenizer, sample, seed=seed, **limits)
-
-        if self.task.is_multi_turn:
-            return await asyncio.gather(*(play_one(index) for index in range(num_samples)))
-        seed = self._seed(noise) if seeded else None
-        sampled = await self._sample(prompt_ids, request_id, num_samples=num_samples, seed=seed, **how)
-        prefill = self.task.template.prefill
-        assert self.pool is not None
-        scores = await self.pool.score_group(completions_to_score(problem, sampled, self.tokenizer, prefill))
-        return [(single_turn(choice), score) for choice, score in zip(sampled, scores, strict=True)]
-
-    async def _sample(self, prompt_ids: Sequence[int], request_id: str, **how: Any) -> list[SampledCompletion]:
-        """Completions of one prompt.
-
-        Waits for: the engine. Gives up after: `sample_timeout_seconds`, with a TimeoutError that ends the actor.
-        """
-        seconds = self.config.sample_timeout_seconds
-        with self.meter.in_flight():
-            try:
-                async with asyncio.timeout(seconds):
-                    return await self.engine.sample(
-                        prompt_ids,
-                        request_id=request_id,
-                        stop=self.stop,
-                        stop_token_ids=self.stop_token_ids,
-                        **how,
-                    )
-            except TimeoutError as error:
-                raise TimeoutError(f"the engine did not finish request {request_id} within {seconds:.0f} s") from error
-
-    def _seed(self, group_id: str, *parts: int) -> int:
-        """Of the prompt's occurrence, not of the attempt: a group sampled again is sampled the same."""
-        occurrence = group_id.split(".", 1)[0]
-        return zlib.crc32(":".join(map(str, (self.config.seed, occurrence, *parts))).encode())
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
     async def _keep_weights_fresh(self) -> None:
-        """Load every version as it is published; one that is overtaken while it is fetched is skipped."""
+        """Load every version that is published. Skip a version that is superseded while it is fetched."""
         while True:
             loaded = await self._load_next()
             if loaded is not None:
                 loaded.release()
 
-    async def _load_next(self) -> LocalWeights | None:
-        """Load the next version; None when there was none in time, or it was overtaken while it was fetched.
+    async def _load_next(self) -> FetchedVersion | None:
+        """Load the next version. None when none was published in time, or when it could not be fetched.
 
         Waits for: the learner's next publication. Gives up after: `weights_timeout_seconds`.
         """
         manifest = await self.weights.wait_for_new(self.publication, self.config.weights_timeout_seconds)
         if manifest is None:
             return None
-        # An evaluation measures one version, so a newer one waits until it is through; the store may not keep it that
-        # long, so it is fetched afterwards.
+        # A version waits while an evaluation runs, because an evaluation measures one version. The fetch waits too: the
+        # store might not keep the version until the evaluation has ended.
         async with self._loading:
             fetched_from, learner_then = time.monotonic(), self._learner_version
             try:
                 local = await self.weights.fetch(manifest)
-            # Overtaken by a newer version, or the learner died on the way and will publish anew.
+            # A newer version superseded this one, or the learner ended during the fetch and will publish again.
             except (RequestRefused, TimeoutError) as error:
                 logger.info("policy %d was not fetched: %s", manifest.policy_version, error)
                 self._note_lateness(manifest.policy_version, time.monotonic() - fetched_from, learner_then)
                 return None
-            # Pulled weights need room; there may be some again, and meanwhile the older weights serve.
+            # There is no room for pulled weights. The older weights serve until the next attempt.
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -311,17 +252,19 @@ class Actor:
         self.policy_version, self.publication = manifest.policy_version, manifest.publication
         self.meter.loaded(paused_from - fetched_from, paused)
         logger.info("policy %d loaded, generation paused for %.3f s", self.policy_version, paused)
-        await self._beat("")
+        await self._send_heartbeat("")
         self._note_lateness(self.policy_version, paused_from - fetched_from, learner_then)
         return local
 
     def _note_lateness(self, version: int, seconds: float, learner_then: int) -> None:
-        """A version that the learner leaves more than `max_staleness` behind on its way is of no use when it is here.
+        """Warn when the learner advanced more than `max_staleness` versions while a version was fetched.
+
+        Such a version is too old for new leases when it arrives.
 
         Args:
-            version: that was fetched, or broken off.
-            seconds: it took.
-            learner_then: the learner's version when that began.
+            version: the version that was fetched, or whose fetch ended early.
+            seconds: duration of the fetch.
+            learner_then: the learner's version when the fetch began.
         """
         made, before = self._learner_version - learner_then, self._lateness
         self._lateness = ""
@@ -337,10 +280,14 @@ class Actor:
                 self._lateness,
             )
 
-    async def _verify_first_load(self, local: LocalWeights, engine_checksums: dict[str, str]) -> None:
-        """Compare the weights as loaded by us with the same weights as loaded by vLLM's own loader.
+    async def _verify_first_load(self, local: FetchedVersion, engine_checksums: dict[str, str]) -> None:
+        """Compare the weights that Slipstream loaded with the same weights from vLLM's own loader.
 
-        Version 0 is the folder the engine started from. A later version is written out as a folder and loaded again.
+        Version 0 is in the folder that the engine started from. A later version is written to a folder, from which
+        vLLM loads it once more.
+
+        Raises:
+            RuntimeError: a parameter differs.
         """
         version = local.policy_version
         if version > 0 and not local.on_host:
@@ -366,7 +313,7 @@ class Actor:
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     async def _evaluate(self, requested_version: int) -> None:
-        """pass@1 on held-out prompts with the weights of this moment, which stay until it is done."""
+        """Report pass@1 on the held-out prompts. The current weights stay loaded until the evaluation ends."""
         started = time.monotonic()
         async with self._loading:
             version = self.policy_version
@@ -389,35 +336,37 @@ class Actor:
     async def _evaluate_one(self, problem: Problem, version: int) -> tuple[float, float, float]:
         prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
         if len(prompt_ids) >= self.config.max_tokens:
-            # The model cannot answer what it cannot read; leaving it out would flatter the policy.
+            # The prompt does not fit the context. It counts as wrong: leaving it out would overstate pass@1.
             if self.task.is_multi_turn:
                 return 0.0, 0.0, 0.0
             assert self.pool is not None
-            [score] = await self.pool.score_group([Completion(text="", gold=problem.gold, truncated=True)])
+            [score] = await self.pool.score_group(
+                [verifier.base.Completion(text="", gold=problem.gold, truncated=True)]
+            )
             return score.reward, 0.0, 0.0
         max_new_tokens = self.config.evaluation_max_new_tokens or self.config.max_new_tokens
-        [(continuation, score)] = await self._complete(
+        [(completion, score)] = await self._completer.complete(
             problem,
             prompt_ids,
             f"evaluation-{version}-{problem.prompt_id}",
-            # The same noise at every version, so that curves differ by the policy alone.
-            noise=f"evaluation-{problem.prompt_id}",
+            # The same seeds at every version, so that the curve shows the policy's changes alone.
+            seed_key=f"evaluation-{problem.prompt_id}",
             num_samples=1,
             temperature=self.config.evaluation_temperature,
             max_new_tokens=max_new_tokens,
             seeded=True,
         )
-        return score.reward, float(score.verdict is Verdict.CORRECT), float(continuation.num_sampled)
+        return score.reward, float(score.verdict is Verdict.CORRECT), float(completion.num_sampled)
 
-    # --- talk with the buffer ----------------------------------------------------------------------------------------
+    # --- the buffer --------------------------------------------------------------------------------------------------
 
-    async def _keep_beating(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             waiting_for = "" if self.meter.num_in_flight else self._lateness or "prompts from the buffer"
-            await self._beat(waiting_for)
+            await self._send_heartbeat(waiting_for)
             await asyncio.sleep(self.config.heartbeat_seconds)
 
-    async def _beat(self, waiting_for: str) -> None:
+    async def _send_heartbeat(self, waiting_for: str) -> None:
         metrics = (
             self.meter.metrics()
             | {"groups_leased": float(self._leased), "weight_pulled_bytes": float(self.weights.pulled_bytes)}
@@ -426,8 +375,8 @@ class Actor:
         reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics))
         if isinstance(reply, HeartbeatReply):
             self._closing, self._learner_version = reply.closing, reply.policy_version
-            self._credit_changed.set()
+            self._room_changed.set()
 
     async def _call(self, message: Message) -> Message:
-        """Ask the buffer. The connection resends until it answers; a buffer that is gone for good ends the run."""
+        """The buffer's answer. The connection resends the message until the answer arrives."""
         return await asyncio.wrap_future(self.buffer.request(message))

@@ -1,4 +1,4 @@
-"""What an actor can be told, checked before an engine is started."""
+"""The configuration of an actor, checked before its engine starts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class ActorConfig:
     """One actor's engine, sampling and evaluation."""
 
     model_path: str
-    """A Hugging Face folder; its weights are replaced by the learner's newest before anything is sampled."""
+    """A Hugging Face folder. The learner's newest weights replace its weights before the first prompt is sampled."""
     samples_per_group: int
     max_new_tokens: int
-    """Completion tokens at most; in tasks of several turns, those of one turn."""
+    """Largest number of tokens of a completion; in multi-turn tasks, of one turn."""
     max_tokens: int
     """Context length of the engine: prompt and completion together, in tokens."""
     temperature: float = 1.0
@@ -29,28 +29,29 @@ class ActorConfig:
     dtype: str = "float32"
     tensor_parallel_size: int = 1
     kv_cache_gib: float = 1.0
-    """CPU engine only: memory of the key-value cache."""
+    """CPU engine only: size of the key-value cache, in GiB."""
     gpu_memory_utilization: float = 0.85
-    """CUDA engine only: share of the device that vLLM may take."""
+    """CUDA engine only: share of the device's memory that vLLM may use."""
     seeded_sampling: bool = False
-    """Sample every completion from a seed of its own, so that a run in turn repeats itself; costs some speed."""
+    """Sample every completion with its own seed. A synchronous run is then reproducible; costs some speed."""
     seed: int = 0
     evaluation_prompts: int = 200
     evaluation_temperature: float = 1.0
     """0 is greedy. pass@1 is estimated with one completion per held-out prompt."""
     evaluation_max_new_tokens: int = 0
-    """0: as in training."""
+    """0: as `max_new_tokens`."""
     heartbeat_seconds: float = 1.0
     weights_timeout_seconds: float = 600.0
-    """How long to wait for the learner's first weights."""
+    """Longest wait for the learner's first weights."""
     sample_timeout_seconds: float = 1800.0
-    """How long a group may be in the engine before the engine counts as hung and the actor ends."""
+    """Longest time of a request in the engine. Then the engine counts as hung, and the actor ends."""
     kv_cache: str = "keep"
-    """keep | recompute: what requests in flight attend to after new weights, the old ones' cache or a new one."""
+    """keep | recompute: whether requests in flight keep the old weights' key-value cache after a weight load, or
+    compute it again with the new weights."""
     chunk_bytes: int = 4 << 20
-    """Size of one pulled piece where the weights cannot be mapped. Four are asked for at a time."""
+    """Size of one chunk of weights that are pulled over the network. Four chunks are in flight at a time."""
     share_files: bool = True
-    """Map the weights' file on the learner's host instead of pulling it."""
+    """Map the weights' file on the learner's host instead of pulling the weights."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens >= self.max_tokens:

@@ -1,8 +1,8 @@
-"""Ties the engine's worker processes to their actor: vLLM's processes would outlive an actor that was killed.
+"""Ends vLLM's worker processes with their actor, because they would outlive an actor that was killed.
 
-The actor names itself in the environment before it starts an engine; a worker, which imports this through
-`actors/weights/vllm_loader.py`, then ends with it. An engine whose workers are other processes ends when it finds them
-dead.
+The actor writes its process id to the environment before it starts an engine (`name_actor`). Each worker waits for the
+end of that process in a thread, and then ends itself (`end_with_actor`, called by `actors/weights/vllm_worker.py`). An
+engine with workers in other processes ends when it finds them dead.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ACTOR_PID = "SLIPSTREAM_ACTOR_PID"
 
 
 def name_actor() -> None:
-    """Call in the actor, before its engine is started."""
+    """Write this process's id to the environment. Call in the actor before its engine starts."""
     os.environ[ACTOR_PID] = str(os.getpid())
 
 
 def end_with_actor() -> None:
-    """Call in a worker; does nothing in the actor itself, and where no actor is named."""
+    """Kill this process when its actor ends. Does nothing in the actor itself, or when the environment names none."""
     pid = int(os.environ.get(ACTOR_PID, os.getpid()))
     if pid != os.getpid():
         threading.Thread(target=_wait_and_end, args=(pid,), name="watch-actor", daemon=True).start()
@@ -33,5 +33,5 @@ def _wait_and_end(pid: int) -> None:
         poller.register(os.pidfd_open(pid), select.POLLIN)
         poller.poll()
     except ProcessLookupError:
-        pass  # It ended before it could be watched.
+        pass  # The actor ended before this thread could watch it.
     os.kill(os.getpid(), signal.SIGKILL)

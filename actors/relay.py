@@ -1,8 +1,8 @@
-"""`python -m actors.relay RUN_DIR`: takes every version once to this host and serves it to the actors here.
+"""Cache published weights and serve them to the actors on this host: `python -m actors.relay RUN_DIR`.
 
-The learner's link then carries a version once per host, and with `weights.relay_fanout` only to the first relays, from
-which the others pull. Actors hear of a relay on their host with the next manifest, and ask the learner's store where
-it is gone or slow: a relay may be started and stopped at any time.
+With a relay, the learner sends each version once per host. With `weights.relay_fanout`, the learner sends it to the
+first relays only, and the other relays pull from those. The next manifest names the relay to the actors on its host.
+They use the learner's store when the relay is gone or slow, so a relay may start and stop at any time.
 """
 
 from __future__ import annotations
@@ -38,24 +38,25 @@ CHUNK_BYTES = 4 << 20
 
 
 class Relay:
-    """Everything that was published, once more on this host.
+    """Relay: caches published weights and serves them to actors on this host.
 
     Args:
-        folder: for the versions' files; actors on this host map them.
-        store: to the learner's store; not closed here.
-        server: serves on this host.
-        client: pulls; it must not map.
-        host_id: this host's kernel.
+        folder: folder for the versions' files, which actors on this host map.
+        store: connection to the learner's store; stays open after `close`.
+        server: serves the versions.
+        client: pulls the versions; it must not map files.
+        host_id: id of this host's kernel.
     """
 
     def __init__(
         self, folder: Path, store: Connection, server: WeightServer, client: WeightClient, host_id: str
     ) -> None:
         self._store, self._server, self._client, self._host_id = store, server, client, host_id
-        self._slots = SegmentPool(folder)
+        self._segments = SegmentPool(folder)
         self._parent = ""
+        """Address of the relay to pull from; empty: pull from the learner."""
         self.policy_version = -1
-        """Of the newest version that is served here."""
+        """The newest version that this relay serves."""
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -66,69 +67,81 @@ class Relay:
     async def _keep_saying_hello(self) -> None:
         while True:
             hello = RelayHello(self._server.address, self._host_id)
-            # A learner that is being started again will hear the next one.
+            # A learner that is restarting gets the next hello.
             with suppress(TimeoutError):
                 place = await asyncio.wrap_future(self._store.request(hello, timeout_seconds=HELLO_SECONDS))
                 self._parent = place.parent if isinstance(place, RelayPlace) else ""
             await asyncio.sleep(HELLO_SECONDS)
 
     async def _keep_pulling(self) -> None:
-        """Waits for: the learner's next publication. A version that is overtaken meanwhile is passed over."""
+        """Pull and serve every version. Skip a version that is superseded during the pull.
+
+        Waits for: the learner's next publication.
+        """
         known = ""
         while True:
             try:
                 manifest = await self._client.wait_for_new(known, 600.0)
                 if manifest is not None:
-                    await self._pass_on(replace(manifest, relay=self._parent))
+                    await self._serve(replace(manifest, relay=self._parent))
                     known = manifest.publication
             except (RequestRefused, TimeoutError) as error:
-                logger.info("passed over: %s", error)
+                logger.info("skipped a version: %s", error)
 
-    async def _pass_on(self, manifest: Manifest) -> None:
+    async def _serve(self, manifest: Manifest) -> None:
         local = await self._client.fetch(manifest)
-        slot = await asyncio.to_thread(self._slots.take, manifest.num_bytes)
-        slot.array[:] = np.memmap(local.path, np.uint8, mode="r")
-        path = slot.publish(f"v{manifest.policy_version:08d}-{os.getpid()}.weights")
+        segment = await asyncio.to_thread(self._segments.take, manifest.num_bytes)
+        segment.array[:] = np.memmap(local.path, np.uint8, mode="r")
+        path = segment.publish(f"v{manifest.policy_version:08d}-{os.getpid()}.weights")
         here = replace(manifest, path=str(path.resolve()), host_id=self._host_id, relay="")
-        for retired in self._server.announce(here, slot):
-            self._slots.retire(retired)
+        for retired in self._server.announce(here, segment):
+            self._segments.retire(retired)
         self.policy_version = manifest.policy_version
         logger.info("policy %d served, %.1f MB pulled so far", self.policy_version, self._client.pulled_bytes / 1e6)
 
     def close(self) -> None:
-        """Stop serving and remove the versions."""
-        for slot in self._server.close():
-            slot.remove()
-        self._slots.close()
+        """Stop serving and remove the versions' files."""
+        for segment in self._server.close():
+            segment.remove()
+        self._segments.close()
 
 
 def make_folder(run_dir: Path, name: str) -> Path:
-    """RUN_DIR/relays/NAME, which leads to shared memory where there is somebody who will clear it."""
+    """RUN_DIR/relays/NAME: a link to shared memory when `SLIPSTREAM_MEMORY` names a folder, else a folder on disk."""
     memory = os.environ.get(MEMORY_VARIABLE)
     return link_folder(run_dir / "relays" / name, Path(memory) / name if memory else None)
 
 
 def own_address(store: str, fanout: int) -> str:
-    """Where to listen, at any free port: for this host alone, or for all that reach the store where relays form a tree.
+    """The address to listen on, with any free port.
+
+    Without a tree of relays, only this host connects, so the address is the loopback. In a tree, relays on other hosts
+    connect, so it is the address from which this host reaches the learner's store.
 
     Args:
-        store: the address of the learner's store.
-        fanout: as `WeightsConfig.relay_fanout`.
+        store: address of the learner's store.
+        fanout: as `weights.relay_fanout`; 0: no tree.
     """
     if not fanout:
         return "tcp://127.0.0.1:*"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Nothing is sent: it only looks for the way there.
+        # Sends nothing: connecting a UDP socket only chooses the local address.
         probe.connect((urlsplit(store).hostname, urlsplit(store).port))
         return f"tcp://{probe.getsockname()[0]}:*"
 
 
 def main() -> int:
-    """Relay the run in RUN_DIR until told to stop. Returns the exit status."""
+    """Relay the run in RUN_DIR until SIGTERM, SIGINT or SIGHUP. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m actors.relay", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the run's folder; its config.yaml says the rest")
-    parser.add_argument("--name", default=f"relay-{socket.gethostname()}-{os.getpid()}", help="unique in the run")
-    parser.add_argument("--address", default="", help="where to listen; left out, where those who pull from here can")
+    parser.add_argument("run_dir", type=Path, help="folder of the run; its config.yaml holds all other settings")
+    parser.add_argument(
+        "--name", default=f"relay-{socket.gethostname()}-{os.getpid()}", help="name of this relay, unique in the run"
+    )
+    parser.add_argument(
+        "--address",
+        default="",
+        help="address to listen on; default: loopback, or with weights.relay_fanout the one that reaches the learner",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
@@ -153,7 +166,7 @@ async def _run(run_dir: Path, name: str, config: WeightsConfig, own: Credentials
 
     task = asyncio.current_task()
     assert task is not None
-    # A hangup is how a remote shell's end is told.
+    # SIGHUP arrives when the remote shell that started the relay ends.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     with connect(config.address) as store:

@@ -28,6 +28,7 @@ ONLY_IN = {
         "actors/weights/device_tensors.py",
         "actors/weights/device_loader.py",
         "actors/engine/engine.py",
+        "actors/engine/environment.py",
         "actors/weights/vllm_loader.py",
     ),
     "vllm": (
@@ -38,6 +39,7 @@ ONLY_IN = {
         "actors/engine/shortcuts.py",
         "actors/engine/thread.py",
         "actors/weights/vllm_loader.py",
+        "actors/weights/vllm_worker.py",
         "learner/weights/nccl_group.py",
     ),
     "deepspeed": ("learner/distributed/deepspeed_engine.py",),

@@ -1,7 +1,7 @@
-"""vLLM's own C++ kernels for norms and SwiGLU on a CPU, in the place of the several torch operations it takes there.
+"""Makes vLLM use its own fused C++ kernels for RMSNorm and SwiGLU on a CPU.
 
-vLLM leaves fusing to torch's compiler, which an actor on a CPU does without. Called by `actors/engine/engine.py`
-before an engine is made in this process.
+vLLM itself runs several torch operations there and relies on torch's compiler to fuse them, but an actor on a CPU runs
+without the compiler. `actors/engine/engine.py` calls `use_fused_kernels` before it creates an engine in this process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 PROVIDER = "slipstream_cpu"
 KERNELS = ("rms_norm", "fused_add_rms_norm", "silu_and_mul")
 ELEMENTS = 16
-"""The kernels take rows of a multiple of so many elements."""
+"""The kernels need a row length that is a multiple of this number of elements."""
 
 
 def _norm_is_plain(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
@@ -45,10 +45,10 @@ def _fused_add_rms_norm(
 
 
 class FusedSiluAndMul(SiluAndMul):
-    """x -> silu(x[:d]) * x[d:] in one pass."""
+    """silu(x[..., :d]) * x[..., d:] in one pass."""
 
     def forward_cpu(self, x: Tensor) -> Tensor:
-        """[..., 2 d] to [..., d]."""
+        """x: [..., 2 d]. Returns [..., d]."""
         d = x.shape[-1] // 2
         if d % ELEMENTS:
             return silu(x[..., :d]).mul_(x[..., d:])
@@ -58,10 +58,10 @@ class FusedSiluAndMul(SiluAndMul):
 
 
 def use_fused_kernels() -> IrOpPriorityConfig:
-    """Register them, once for this process. Returns what an engine is told, so that it takes them where they apply."""
+    """Register the kernels, once per process. Returns the engine argument that prefers them where they apply."""
     current_platform.import_kernels()
     if not all(hasattr(torch.ops._C, name) for name in KERNELS):
-        # A build for another processor.
+        # This build of vLLM, for another processor, has no such kernels.
         return IrOpPriorityConfig()
     if PROVIDER not in ir.ops.rms_norm.impls:
         ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_norm_is_plain)(_rms_norm)

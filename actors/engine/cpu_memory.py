@@ -1,8 +1,8 @@
-"""How much memory vLLM believes to be free in a container, on a CPU.
+"""Corrects vLLM's view of the free memory in a container, on a CPU.
 
-vLLM counts every file that was read in the container as used memory, and refuses to start with its cache where they
-fill the limit: those of its own libraries are several gigabytes. The kernel drops them when memory is wanted. Called by
-`actors/engine/engine.py` before an engine is made in this process.
+vLLM counts the page cache as used memory and refuses to start when little else seems free. vLLM's own libraries alone
+fill several gigabytes of the page cache, which the kernel frees when memory is needed. `actors/engine/engine.py` calls
+`ignore_page_cache` before it creates an engine in this process.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from vllm.utils import cpu_resource_utils
 from buffer.machine import available_memory_bytes
 
 
-def count_only_what_is_needed() -> None:
-    """Let vLLM see a usage that leaves the memory which is really available."""
+def ignore_page_cache() -> None:
+    """Make vLLM compute the used memory as the limit minus the memory that is available."""
     cpu_resource_utils.get_cgroup_memory_usage = _usage_bytes
 
 

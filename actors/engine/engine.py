@@ -1,8 +1,8 @@
-"""vLLM behind four verbs: start, sample, load weights, stop.
+"""vLLM as the actor uses it: start, sample, load weights, close.
 
-Many prompts are in flight at once; new weights are loaded in the middle of generation and every completion comes back
-with the runs of tokens that each policy version sampled. Log-probabilities are those of the distribution that was
-sampled from, at the sampling temperature.
+Many prompts are in flight at once. New weights are loaded in the middle of generation, and every completion says which
+of its tokens each policy version sampled. Log-probabilities are those of the distribution that was sampled from, at the
+sampling temperature.
 """
 
 from __future__ import annotations
@@ -20,64 +20,50 @@ from numpy.typing import NDArray
 
 from actors.config import ActorConfig
 from actors.engine.thread import EngineThread
-from actors.lifeline import name_actor
-from actors.weights.local import LocalWeights
-from actors.weights.vllm_loader import BACKENDS, WORKER_EXTENSION
+from actors.weights.interface import FetchedVersion
+from actors.weights.vllm_worker import BACKENDS, WORKER_EXTENSION
 from buffer.trajectory import FinishReason, VersionSpan
 
 if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
 MIN_BATCHED_TOKENS = 2048
-"""Tokens of one engine step on a CPU; more helps neither prefill nor decoding there."""
+"""Smallest token budget of one engine step on a CPU; a larger one speeds up neither prefill nor decoding."""
 SHORT_CONTEXT, SMALL_BLOCK = 256, 32
-"""Tokens. On a CPU contexts up to the first are cached in blocks of the second, the fewest there, which they do not
-leave half empty; longer ones are faster in vLLM's own of 128."""
+"""Tokens. On a CPU, contexts of up to `SHORT_CONTEXT` use cache blocks of `SMALL_BLOCK`, the smallest size, because
+larger blocks would stay half empty. Longer contexts are faster with vLLM's default block size of 128."""
 SHUTDOWN_SECONDS = 10.0
-"""What an engine has in flight is worthless once its actor ends."""
+"""Longest wait for the engine step under way when the actor ends."""
 IN_THIS_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""On a CPU vLLM gives its worker a process, to set its threads there; ours are set for all of them."""
+"""Runs the worker in the actor's process. By default vLLM on a CPU starts a separate process, to set its number of
+threads; the actor sets the number in its own environment."""
 NO_VERSION = -1
-"""What the weights are called that the engine starts with; no trajectory may come from them."""
+"""Version of the weights that the engine starts with; no trajectory may come from them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledCompletion:
-    """What the engine sampled after a prompt."""
+    """The tokens that the engine sampled in one request."""
 
     token_ids: NDArray[np.int32]
-    """[T] int32, the end-of-sequence token included."""
+    """[T] int32, with the end-of-sequence token."""
     logprobs: NDArray[np.float32]
-    """[T] float32: log mu."""
+    """[T] float32: behavior log-probabilities (log mu)."""
     versions: tuple[VersionSpan, ...]
-    """Runs of (start, version), starts counted within the completion."""
+    """Runs of (start, version); starts are positions in `token_ids`."""
     finish_reason: FinishReason
 
 
-def prepare_environment(config: ActorConfig) -> None:
-    """Settings vLLM reads when it is imported. Call before anything imports it."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.kv_cache_gib))))
-    # The supervisor decides who runs on which core; vLLM's own binding would fight it.
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # A second thread on a busy core waits in a loop for the first, and makes everybody there many times slower.
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
-    # Its processes rename themselves, and would do it over the environment by which the launcher knows them.
-    os.environ["SPT_NOENV"] = "1"
-    name_actor()
-
-
 class Engine:
-    """One vLLM engine, in a thread of its own; `await engine.start()` before anything else.
+    """One vLLM engine in its own thread. Call `start` first.
 
     Args:
         config: the actor's.
-        transport: how weights come, as `weights.transport` has it.
-        meeting_seconds: how long a group that the weights are broadcast to may take to be complete.
-        cores: the engine keeps to them; what feeds it goes where there is room. Empty: all.
+        transport: as `weights.transport`.
+        meeting_seconds: as `weights.meeting_seconds`: longest wait until the NCCL group is complete.
+        cores: cores for the engine thread and the threads that it starts; the actor's other threads may use any core.
+            Empty: all cores.
     """
 
     def __init__(
@@ -91,63 +77,34 @@ class Engine:
         self._recomputes = config.kv_cache == "recompute"
         self._meeting_seconds = meeting_seconds
         self._joined: dict[str, Any] | None = None
-        """The group that this engine is a member of."""
+        """The NCCL group that this engine is a member of."""
         self._thread = EngineThread(self._make, cores)
 
     def _make(self) -> LLMEngine:
+        """Create vLLM's engine. Runs in the engine thread."""
         from vllm.platforms import current_platform
 
-        config, on_cpu = self._config, current_platform.is_cpu()
-        if on_cpu:
-            # Two functions of vLLM's sampler are compiled even in eager mode, for seconds that they never save again.
+        if current_platform.is_cpu():
+            # vLLM's sampler compiles two functions even in eager mode, which takes seconds and never pays off.
             torch._dynamo.config.disable = True
             os.environ["TORCH_COMPILE_DISABLE"] = "1"
 
-        from vllm.config import WeightTransferConfig
-        from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.executor import Executor
 
         from actors.engine.shortcuts import patch_for_cpu
 
-        if on_cpu:
-            from actors.engine.cpu_memory import count_only_what_is_needed
+        if current_platform.is_cpu():
+            from actors.engine.cpu_memory import ignore_page_cache
 
-            count_only_what_is_needed()
-        cpu_settings: dict[str, Any] = {}
-        if on_cpu and config.tensor_parallel_size == 1:
-            from actors.engine.cpu_kernels import use_fused_kernels
-
-            cpu_settings = {"ir_op_priority": use_fused_kernels(), "distributed_executor_backend": IN_THIS_PROCESS}
-        arguments = EngineArgs(
-            model=config.model_path,
-            dtype=config.dtype,
-            max_model_len=config.max_tokens,
-            max_num_seqs=config.max_groups_in_flight * config.samples_per_group,
-            tensor_parallel_size=config.tensor_parallel_size,
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            # Compilation costs a CPU run more time than it saves it.
-            enforce_eager=on_cpu,
-            # A chunked prompt of a seeded request ends vLLM's CPU worker: its generators cannot be set back.
-            enable_chunked_prefill=not on_cpu,
-            max_num_batched_tokens=max(config.max_tokens, MIN_BATCHED_TOKENS) if on_cpu else None,
-            logprobs_mode="processed_logprobs",
-            seed=config.seed,
-            # A prefix computed with one version must never serve another one.
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend=BACKENDS[self._transport]),
-            worker_extension_cls=WORKER_EXTENSION,
-            block_size=SMALL_BLOCK if on_cpu and config.max_tokens <= SHORT_CONTEXT else None,
-            **cpu_settings,
-        )
-        settings = arguments.create_engine_config()
+            ignore_page_cache()
+        settings = _engine_arguments(self._config, self._transport, current_platform.is_cpu()).create_engine_config()
         llm = LLMEngine(settings, Executor.get_class(settings), log_stats=False, multiprocess_mode=False)
         patch_for_cpu(llm)
         return llm
 
     async def start(self) -> dict[str, str]:
-        """Warm the engine up. Returns the checksums of the weights it has loaded from its folder."""
+        """Wait until the engine is ready and warm it up. Returns checksums of the weights from the model's folder."""
         await self._thread.call(lambda llm: llm.set_weight_version(str(NO_VERSION)))
         await self.sample([1, 2, 3], num_samples=1, temperature=1.0, max_new_tokens=4, request_id="warm-up")
         return await self.checksums()
@@ -164,7 +121,7 @@ class Engine:
         stop_token_ids: Sequence[int] = (),
         seed: int | None = None,
     ) -> list[SampledCompletion]:
-        """`num_samples` completions of one prompt; waits until the last one ends."""
+        """`num_samples` completions of one prompt. Waits for: the end of the last one."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         parameters = SamplingParams(
@@ -176,7 +133,7 @@ class Engine:
             seed=seed,
             stop=list(stop),
             stop_token_ids=list(stop_token_ids),
-            # Text is made once, from the finished tokens; only stop strings need it while sampling.
+            # The actor decodes finished completions. vLLM needs the text only to find stop strings.
             detokenize=bool(stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -185,30 +142,33 @@ class Engine:
             raise RuntimeError(f"the engine returned no complete output for request {request_id}")
         return [_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index)]
 
-    async def load(self, weights: LocalWeights) -> None:
-        """Replace the weights in the middle of generation; sampled tokens keep their version.
+    async def load(self, weights: FetchedVersion) -> None:
+        """Replace the weights in the middle of generation; tokens that are sampled already keep their version.
 
-        Requests in flight are frozen, not aborted. They go on with the new weights, and with their old key-value cache
-        or, where the configuration says so, with one that the new weights compute from their tokens.
+        Requests in flight are paused, not aborted, and continue with the new weights. With `actor.kv_cache=keep` they
+        continue with their old key-value cache; with `recompute`, the new weights compute the cache again.
+
+        Raises:
+            RuntimeError: the NCCL group was not complete in time, or the engine failed.
         """
-        async with self._patience(weights):
+        async with self._rendezvous_timeout(weights):
             await self._thread.call(lambda llm: self._load(llm, weights))
 
-    def _load(self, llm: LLMEngine, weights: LocalWeights) -> None:
+    def _load(self, llm: LLMEngine, weights: FetchedVersion) -> None:
         self._thread.freeze(llm)
         if self._recomputes:
-            # Every request goes back to the waiting queue without its cache, none is aborted.
+            # Every request returns to the waiting queue and loses its cache; none is aborted.
             llm.reset_prefix_cache(reset_running_requests=True)
         self._join(llm, weights.init_info())
         llm.collective_rpc("start_weight_update")
         llm.collective_rpc("update_weights", kwargs={"update_info": weights.update_info()})
         llm.collective_rpc("finish_weight_update")
         llm.set_weight_version(str(weights.policy_version))
-        # Not after an error, which ends the actor.
+        # Skipped after an error, because the error ends the actor.
         self._thread.thaw(llm)
 
     def _join(self, llm: LLMEngine, group: dict[str, Any] | None) -> None:
-        """Become a member of `group`, in the place of an earlier one. None: there is none."""
+        """Join `group` and leave an earlier one. Does nothing if `group` is joined already. None: no group."""
         if group == self._joined:
             return
         if self._joined is not None:
@@ -217,8 +177,8 @@ class Engine:
         self._joined = group
 
     @asynccontextmanager
-    async def _patience(self, weights: LocalWeights) -> AsyncIterator[None]:
-        """Gives up, where weights are broadcast to a group, after its `meeting_seconds`, with an error that says so."""
+    async def _rendezvous_timeout(self, weights: FetchedVersion) -> AsyncIterator[None]:
+        """With an NCCL group, give up the load after `meeting_seconds`; without a group, no limit."""
         if weights.init_info() is None:
             yield
             return
@@ -233,7 +193,7 @@ class Engine:
             ) from error
 
     async def reload_from_folder(self, folder: str) -> None:
-        """Load a Hugging Face folder through vLLM's own loader, to compare checksums with."""
+        """Load a Hugging Face folder with vLLM's own loader, to compare the checksums."""
         await self._thread.call(lambda llm: self._reload(llm, folder))
 
     def _reload(self, llm: LLMEngine, folder: str) -> None:
@@ -242,21 +202,56 @@ class Engine:
         self._thread.thaw(llm)
 
     async def checksums(self) -> dict[str, str]:
-        """Digest of every parameter as the engine holds it, over all its workers."""
+        """Digest of every parameter in the engine, by name, over all workers."""
         found: list[dict[str, str]] = await self._thread.call(
             lambda llm: llm.collective_rpc("compute_weight_checksums")
         )
         return {name: digest for worker in found for name, digest in worker.items()}
 
     def close(self) -> None:
-        """End the engine and its processes. Gives up after: `SHUTDOWN_SECONDS`."""
+        """End the engine and its processes. Waits for: the step under way. Gives up after: `SHUTDOWN_SECONDS`."""
         self._thread.close(SHUTDOWN_SECONDS)
+
+
+def _engine_arguments(config: ActorConfig, transport: str, on_cpu: bool) -> EngineArgs:
+    from vllm.config import WeightTransferConfig
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    kernels, executor = IrOpPriorityConfig(), None
+    if on_cpu and config.tensor_parallel_size == 1:
+        from actors.engine.cpu_kernels import use_fused_kernels
+
+        kernels, executor = use_fused_kernels(), IN_THIS_PROCESS
+    return EngineArgs(
+        model=config.model_path,
+        dtype=config.dtype,
+        max_model_len=config.max_tokens,
+        max_num_seqs=config.max_groups_in_flight * config.samples_per_group,
+        tensor_parallel_size=config.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        # On a CPU, compilation costs a run more time than it saves.
+        enforce_eager=on_cpu,
+        # A chunked prompt of a request with a seed ends vLLM's CPU worker, which cannot set the generators back.
+        enable_chunked_prefill=not on_cpu,
+        max_num_batched_tokens=max(config.max_tokens, MIN_BATCHED_TOKENS) if on_cpu else None,
+        logprobs_mode="processed_logprobs",
+        seed=config.seed,
+        # A prefix that one version computed must not serve a later version.
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=BACKENDS[transport]),
+        worker_extension_cls=WORKER_EXTENSION,
+        block_size=SMALL_BLOCK if on_cpu and config.max_tokens <= SHORT_CONTEXT else None,
+        ir_op_priority=kernels,
+        distributed_executor_backend=executor,
+    )
 
 
 def _completion(choice: object) -> SampledCompletion:
     token_ids = np.asarray(choice.token_ids, dtype=np.int32)  # type: ignore[attr-defined]
     flat = choice.logprobs  # type: ignore[attr-defined]
-    # The sampled token stands first at each position; rounding may lift its log-probability just above 0.
+    # At each position the sampled token comes first. Rounding may leave its log-probability slightly above 0.
     logprobs = np.asarray([flat.logprobs[start] for start in flat.start_indices], dtype=np.float32)
     spans = choice.weight_versions  # type: ignore[attr-defined]
     if not spans:

@@ -1,7 +1,7 @@
-"""What vLLM's engine does for every token of every sequence, done once for many tokens.
+"""Batches vLLM's per-token Python bookkeeping.
 
-With hundreds of short sequences and a small model that is an eighth of a step. `patch_for_cpu` puts the shortcuts into
-an engine of this process; what comes out of it stays the same.
+With hundreds of short sequences and a small model, this bookkeeping takes an eighth of an engine step. `patch_for_cpu`
+patches an engine that runs in this process. The engine's outputs stay the same.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 MOST_HELD = 64
-"""Outputs of one sequence that are held back, of a kilobyte each."""
+"""Largest number of outputs of one sequence that are held back; one takes about a kilobyte."""
 DECODING = {"num_lookahead_tokens": 0}
-"""What the scheduler asks a running sequence's slots with, beside the number of tokens."""
+"""Keyword arguments with which vLLM's scheduler calls `allocate_slots` for a sequence that decodes."""
 
 
 def patch_for_cpu(llm: LLMEngine) -> None:
-    """Put the shortcuts into `llm`, which has no request yet."""
+    """Patch `llm`, which has no request yet."""
     core: Any = llm.engine_core
     keep_blocks(core.engine_core.scheduler.kv_cache_manager)
     processor: Any = llm.output_processor
@@ -37,9 +37,9 @@ def patch_for_cpu(llm: LLMEngine) -> None:
 
 
 def keep_blocks(manager: KVCacheManager) -> None:
-    """Look for free blocks of the key-value cache only when a sequence has filled its last one.
+    """Allocate key-value cache blocks for a decoding sequence only when its last block is full.
 
-    Where blocks are shared or given back while a sequence goes on nothing is changed.
+    Changes nothing for a manager that shares blocks between sequences or frees blocks of a running sequence.
     """
     kinds = manager.coordinator.single_type_managers
     if manager.enable_caching or len(kinds) != 1 or type(kinds[0]) is not FullAttentionManager:
@@ -57,24 +57,25 @@ def keep_blocks(manager: KVCacheManager) -> None:
 
 
 class HeldOutputs:
-    """Holds what the engine's steps put out back from vLLM's output processor until it is needed.
+    """Collects the outputs of several engine steps before vLLM's output processor gets them.
 
-    That is when the sequence ends, when it has `MOST_HELD` outputs, and before other weights sample. Those of sequences
-    in whose text stop strings are looked for are never held back. For requests that ask for their last output alone.
+    A sequence's outputs are passed on, joined into one, when the sequence ends, when `MOST_HELD` outputs are held, or
+    when the weights change. Sequences with stop strings are never held back, because the processor looks for the
+    strings in the text. Only for requests with the output kind FINAL_ONLY.
     """
 
     def __init__(self, processor: OutputProcessor) -> None:
         self._processor, self._process = processor, processor.process_outputs
         self._held: dict[str, list[EngineCoreOutput]] = {}
         self._version: str | None = None
-        """Of the weights that sampled what is held."""
+        """Version of the weights that sampled the held outputs."""
 
     def process_outputs(
         self, outputs: list[EngineCoreOutput], *, weight_version: str | None = None, **named: Any
     ) -> OutputProcessorOutput:
-        """In the place of the processor's own."""
+        """Replaces `OutputProcessor.process_outputs`."""
         if weight_version != self._version:
-            # None of them ends its sequence or looks for a stop string, so nothing comes of them yet.
+            # No held output ends its sequence or needs a search for stop strings, so the processor returns nothing.
             self._process([_joined(parts) for parts in self._held.values()], weight_version=self._version, **named)
             self._held.clear()
             self._version = weight_version
@@ -97,11 +98,19 @@ class HeldOutputs:
 
 
 def _joined(parts: Sequence[EngineCoreOutput]) -> EngineCoreOutput:
-    """One output of consecutive ones of a sequence; changes the last of them."""
+    """Join consecutive outputs of a sequence into the last one, which is changed and returned."""
     last = parts[-1]
     if len(parts) > 1:
         last.new_token_ids = list(chain.from_iterable(part.new_token_ids for part in parts))
-        logprobs = [part.new_logprobs[:3] for part in parts if part.new_logprobs is not None]
-        last.new_logprobs = LogprobsLists(*map(np.concatenate, zip(*logprobs, strict=True))) if logprobs else None
+        logprobs = [part.new_logprobs for part in parts if part.new_logprobs is not None]
+        last.new_logprobs = _joined_logprobs(logprobs) if logprobs else None
         last.prefill_stats = parts[0].prefill_stats
     return last
+
+
+def _joined_logprobs(parts: Sequence[LogprobsLists]) -> LogprobsLists:
+    return LogprobsLists(
+        logprob_token_ids=np.concatenate([part.logprob_token_ids for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        sampled_token_ranks=np.concatenate([part.sampled_token_ranks for part in parts]),
+    )

@@ -1,7 +1,7 @@
-"""vLLM's engine in a thread of the actor: steps while there are requests, and does what it is told between two steps.
+"""Runs vLLM's engine in a thread of the actor: one step after another while there are requests, other work in between.
 
-In this process and not in one of its own, as vLLM has it for servers that stream: nothing is sent per token, a weight
-load is a call, and an actor imports vLLM once.
+vLLM's servers run the engine in a separate process to stream tokens. In the actor's own process nothing is sent per
+token, a weight load is a function call, and vLLM is imported once.
 """
 
 from __future__ import annotations
@@ -28,37 +28,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is done between two steps; its outcome, or what it began, comes by `future`."""
+    """A call between two engine steps. `future` gets its result, or the output of the request that it adds."""
 
     do: Callable[[LLMEngine], None]
     future: Future[Any]
 
 
 class EngineThread:
-    """Makes an engine and keeps it going until `close`.
+    """Creates an engine in a new thread and runs it until `close`.
 
     Args:
-        make: called in the thread, to which a CUDA device and OpenMP's number of threads belong.
-        cores: the thread keeps to them, and all that it starts; empty: all.
+        make: creates the engine. It runs in the new thread, because CUDA's current device and OpenMP's number of
+            threads are properties of a thread.
+        cores: cores for the thread and the threads that it starts; empty: all.
     """
 
     def __init__(self, make: Callable[[], LLMEngine], cores: Sequence[int] = ()) -> None:
         self._make, self._cores = make, cores
         self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._ended = ""
-        """Why nothing is done any more."""
+        """Why the thread accepts no more work; empty while it does."""
         self._lock = threading.Lock()
-        """Between `_ended` and the queue: what is put in is done or refused."""
+        """Guards `_ended` and the queue together, so that queued work is either done or refused."""
         self._sampling: dict[str, Future[RequestOutput]] = {}
         self._made = False
-        # A daemon: one that hangs, in a broadcast nobody takes part in, must not keep the process.
+        # A daemon, so that a thread that hangs in a broadcast does not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def call(self, work: Callable[[LLMEngine], T]) -> T:
-        """`work` done between two steps, while no request goes on.
+        """The result of `work`, which runs between two engine steps.
 
-        Waits for: the step under way, and what was asked for before.
+        Waits for: the step under way, and earlier work.
 
         Raises:
             RuntimeError: the engine has failed or is closed.
@@ -68,7 +69,12 @@ class EngineThread:
         return await asyncio.wrap_future(future)
 
     async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: SamplingParams) -> RequestOutput:
-        """The last output of a request, whose id no other one in flight has. A cancelled one leaves the engine.
+        """The final output of a request. Cancelling the call aborts the request.
+
+        Args:
+            request_id: unique among the requests in flight.
+            prompt_ids: token ids of the prompt.
+            parameters: with the output kind FINAL_ONLY.
 
         Raises:
             RuntimeError: the engine has failed or is closed.
@@ -87,25 +93,26 @@ class EngineThread:
             raise
 
     def freeze(self, llm: LLMEngine) -> None:
-        """Freeze requests in flight, aborting none, until `thaw`. For work of `call`."""
+        """Pause the requests in flight until `thaw`; none is aborted. Use within `call`."""
         core: Any = llm.engine_core
         core.engine_core.pause_scheduler("keep", clear_cache=False)
-        # Where batches are scheduled ahead of the device, one that ends later would bear the next version's name.
+        # Finish the batches that are scheduled ahead of the device. Their tokens would otherwise be attributed to the
+        # next version.
         while core.engine_core.batch_queue:
             self._step(llm)
 
     @staticmethod
     def thaw(llm: LLMEngine) -> None:
-        """Let requests go on."""
+        """Resume the paused requests."""
         core: Any = llm.engine_core
         core.engine_core.resume_scheduler()
 
     def close(self, seconds: float) -> None:
-        """End the engine. Waits for: the step under way. Gives up after: `seconds`; at once where it is still made."""
+        """End the engine. Waits for: the step under way. Gives up after: `seconds`; at once during creation."""
         self._work.put(None)
         self._thread.join(seconds if self._made else 0)
         if self._made and self._thread.is_alive():
-            logger.warning("the engine is left in the middle of something, after %g s", seconds)
+            logger.warning("the engine did not end within %g s and is left behind", seconds)
 
     def _put(self, work: _Work) -> None:
         with self._lock:
@@ -133,7 +140,7 @@ class EngineThread:
                 llm.engine_core.shutdown()
 
     def _do_all(self, llm: LLMEngine) -> bool:
-        """Do what was asked for; waits for something where no request goes on. False: the end."""
+        """Do the queued work; wait for work while there are no requests. Returns False when `close` was called."""
         while True:
             try:
                 work = self._work.get(block=not llm.has_unfinished_requests())

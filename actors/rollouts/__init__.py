@@ -1,1 +1,1 @@
-"""From prompts to sampled episodes, scored and packed as groups of trajectories."""
+"""Sampling of completions, and their packing as groups of trajectories."""

@@ -1,7 +1,7 @@
-"""One episode of a multi-turn task: turns of the model through the engine, answers of the environment in between.
+"""Runs one episode of a multi-turn task: the model writes a turn, the environment answers, until the episode ends.
 
-Tokens are only ever appended: what was sampled stays as it was sampled, the token that ended a turn included, and what
-the environment says follows as tokens that are not trained on. The environment alone keeps rewards and success.
+Tokens are only appended. Sampled tokens stay exactly as they were sampled, with the token that ended the turn. Tokens
+of the environment are not trained on. Rewards and success come from the environment alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from actors.rollouts.trajectories import Continuation, TextTokenizer
+from actors.rollouts.trajectories import Completion, TextTokenizer
 from actors.tasks.games.episode import Episode, Step
 from actors.tasks.task import Problem, Task
 from buffer.trajectory import FinishReason
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from actors.engine.engine import SampledCompletion
 
 Sample = Callable[[Sequence[int], int], Awaitable["SampledCompletion"]]
-"""Samples one turn after these token ids; the number is the turn's, from 0."""
+"""Samples one turn: (token ids so far, index of the turn from 0) to the turn's tokens."""
 
 
-async def play(
+async def run_episode(
     task: Task,
     problem: Problem,
     prompt_ids: Sequence[int],
@@ -32,41 +32,45 @@ async def play(
     seed: int,
     max_new_tokens: int,
     max_tokens: int,
-) -> tuple[Continuation, Score]:
-    """An episode to its end: the environment's, `task.max_turns`, or a context without room for another turn.
+) -> tuple[Completion, Score]:
+    """Run an episode until the environment ends it, after `task.max_turns`, or when no further turn fits the context.
 
-    Waits for: the engine, once for each turn.
+    Waits for: the engine, once per turn.
 
     Args:
-        prompt_ids: the first observation in the task's template.
-        seed: of the environment's noise.
-        max_new_tokens: of one turn.
-        max_tokens: of the context; a turn begins only where `max_new_tokens` still fit, the first one always.
+        task: a multi-turn task.
+        problem: the start of the episode.
+        prompt_ids: token ids of the first observation in the task's template.
+        tokenizer: the model's.
+        sample: samples one turn.
+        seed: seed of the environment's randomness.
+        max_new_tokens: largest number of tokens of one turn.
+        max_tokens: context length. Every turn after the first needs room for `max_new_tokens`.
     """
     episode = task.episode(problem, seed)
     episode.reset()
-    continuation, steps = Continuation(), list[Step]()
+    completion, steps = Completion(), list[Step]()
     for turn in range(task.max_turns):
-        choice = await sample([*prompt_ids, *continuation.token_ids], turn)
-        continuation.append_turn(choice)
+        choice = await sample([*prompt_ids, *completion.token_ids], turn)
+        completion.append_turn(choice)
         written = tokenizer.decode(choice.token_ids.tolist(), skip_special_tokens=True)
         step = episode.step(task.template.prefill + written)
         steps.append(step)
         if step.done or turn + 1 == task.max_turns:
             break
         shown = tokenizer.encode(task.template.next_turn(step.observation), add_special_tokens=False)
-        # A turn that ended itself has the token already with which the text between two turns begins.
+        # The template's text between two turns begins with the token that ends a turn. The model may have sampled it.
         if shown and shown[0] == choice.token_ids[-1]:
             del shown[0]
-        if len(prompt_ids) + continuation.num_tokens + len(shown) + max_new_tokens > max_tokens:
-            continuation.finish_reason = FinishReason.LENGTH
+        if len(prompt_ids) + completion.num_tokens + len(shown) + max_new_tokens > max_tokens:
+            completion.finish_reason = FinishReason.LENGTH
             break
-        continuation.append_observation(shown)
-    return continuation, score_episode(episode, steps, continuation.finish_reason)
+        completion.append_observation(shown)
+    return completion, score_episode(episode, steps, completion.finish_reason)
 
 
 def score_episode(episode: Episode, steps: Sequence[Step], finish_reason: FinishReason) -> Score:
-    """The return (the sum of all rewards), its parts, and a verdict: correct where the environment says solved."""
+    """The return (sum of all rewards), its parts, and the verdict: correct when the environment says solved."""
     invalid = sum(not step.valid for step in steps)
     parts = {
         "environment": sum(step.reward for step in steps if step.valid),

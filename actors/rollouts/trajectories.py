@@ -1,4 +1,4 @@
-"""From a lease to a scored group: prompt, completions, scores, trajectories."""
+"""Completions of a prompt, and how prompt, completions and scores become one group of trajectories."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+import verifier.base
 from actors.tasks.task import Problem, Task
 from buffer.curriculum_config import Stage, prompts_of
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
-from verifier.base import Completion, Score
+from verifier.base import Score
 
 if TYPE_CHECKING:
     from actors.engine.engine import SampledCompletion
 
 
 class PromptsTooLongError(ValueError):
-    """No prompt of the task can be answered within the model's context."""
+    """No prompt of the task leaves room for an answer in the model's context."""
 
 
 class TextTokenizer(Protocol):
-    """What a rollout needs of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that a rollout uses."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of `text`."""
@@ -32,36 +33,36 @@ class TextTokenizer(Protocol):
         """Text of `token_ids`."""
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Special and added tokens with their ids."""
+        """Ids of the special and added tokens, by their text."""
 
 
-class Continuation:
-    """What follows a prompt: the turns of the policy, and between them what an environment showed it."""
+class Completion:
+    """The tokens after a prompt: the turns that the policy sampled, and the environment's observations between them."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.loss_mask: list[bool] = []
         """True on sampled tokens, False on observations."""
         self.logprobs: list[float] = []
-        """log mu, 0 on observations."""
+        """Behavior log-probability (log mu) of each sampled token; 0 on observations."""
         self.versions: list[VersionSpan] = []
-        """Runs of (start, version), starts counted within the continuation; neighbors differ."""
+        """Runs of (start, version): starts are positions in `token_ids`, and neighbors differ in version."""
         self.finish_reason = FinishReason.STOP
-        """Of the last turn; LENGTH too where the context had no room for another."""
+        """Finish reason of the last turn; LENGTH also when the context has no room for another turn."""
         self.num_turns = 0
 
     @property
     def num_tokens(self) -> int:
-        """Observations included."""
+        """Sampled and observed tokens."""
         return len(self.token_ids)
 
     @property
     def num_sampled(self) -> int:
-        """Tokens that the policy sampled."""
+        """Sampled tokens."""
         return sum(self.loss_mask)
 
     def append_turn(self, choice: SampledCompletion) -> None:
-        """The tokens of a turn as they were sampled, the one that ended it included."""
+        """Append the tokens of a turn exactly as they were sampled, with the token that ended the turn."""
         start = self.num_tokens
         self.token_ids += choice.token_ids.tolist()
         self.loss_mask += [True] * len(choice.token_ids)
@@ -73,28 +74,28 @@ class Continuation:
         self.num_turns += 1
 
     def append_observation(self, token_ids: Sequence[int]) -> None:
-        """Tokens that the policy reads and did not write."""
+        """Append tokens of the environment, which are not trained on."""
         self.token_ids += token_ids
         self.loss_mask += [False] * len(token_ids)
         self.logprobs += [0.0] * len(token_ids)
 
 
-def single_turn(choice: SampledCompletion) -> Continuation:
-    """A completion in one turn."""
-    continuation = Continuation()
-    continuation.append_turn(choice)
-    return continuation
+def single_turn(choice: SampledCompletion) -> Completion:
+    """A completion of one turn."""
+    completion = Completion()
+    completion.append_turn(choice)
+    return completion
 
 
 def completions_to_score(
     problem: Problem, sampled: Sequence[SampledCompletion], tokenizer: TextTokenizer, prefill: str = ""
-) -> list[Completion]:
-    """What the verifier sees: text without special tokens, the gold, and whether the length limit cut it off.
+) -> list[verifier.base.Completion]:
+    """The verifier's view of completions: text without special tokens, the gold, and whether the text is truncated.
 
-    The template's `prefill`, with which the prompt began the answer, is part of that text.
+    The text begins with `prefill`, the part of the template that starts every answer.
     """
     return [
-        Completion(
+        verifier.base.Completion(
             text=prefill + tokenizer.decode(choice.token_ids.tolist(), skip_special_tokens=True),
             gold=problem.gold,
             truncated=choice.finish_reason is FinishReason.LENGTH,
@@ -108,11 +109,11 @@ def build_group(
     group_id: str,
     problem: Problem,
     prompt_ids: Sequence[int],
-    continuations: Sequence[Continuation],
+    completions: Sequence[Completion],
     scores: Sequence[Score],
     actor_id: str,
 ) -> TrajectoryGroup:
-    """The group as it is sent: prompt and observations masked, every sampled token with log mu and its version."""
+    """The group to deliver. The loss mask is False on prompt and observations; log mu is 0 there."""
     now = time.time()
     return TrajectoryGroup(
         group_id,
@@ -122,25 +123,25 @@ def build_group(
                 trajectory_id=f"{group_id}.{index}",
                 group_id=group_id,
                 prompt_id=problem.prompt_id,
-                token_ids=np.array([*prompt_ids, *continuation.token_ids], dtype=np.int32),
-                loss_mask=np.array([False] * len(prompt_ids) + continuation.loss_mask, dtype=np.bool_),
-                behavior_logprobs=np.array([0.0] * len(prompt_ids) + continuation.logprobs, dtype=np.float32),
-                policy_versions=_spans(continuation.versions, offset=len(prompt_ids)),
+                token_ids=np.array([*prompt_ids, *completion.token_ids], dtype=np.int32),
+                loss_mask=np.array([False] * len(prompt_ids) + completion.loss_mask, dtype=np.bool_),
+                behavior_logprobs=np.array([0.0] * len(prompt_ids) + completion.logprobs, dtype=np.float32),
+                policy_versions=_spans(completion.versions, offset=len(prompt_ids)),
                 reward=score.reward,
                 reward_breakdown=score.breakdown,
                 verdict=score.verdict.value,
-                finish_reason=continuation.finish_reason,
-                num_turns=continuation.num_turns,
+                finish_reason=completion.finish_reason,
+                num_turns=completion.num_turns,
                 actor_id=actor_id,
                 created_at=now,
             )
-            for index, (continuation, score) in enumerate(zip(continuations, scores, strict=True))
+            for index, (completion, score) in enumerate(zip(completions, scores, strict=True))
         ),
     )
 
 
 def split_stops(stop: Sequence[str], tokenizer: TextTokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """(strings to look for in the text, ids of special tokens, which never show in the text)."""
+    """(stop strings, stop token ids): special tokens stop by id, because they do not appear in the decoded text."""
     special = tokenizer.get_added_vocab()
     return (
         tuple(text for text in stop if text not in special),
@@ -149,10 +150,10 @@ def split_stops(stop: Sequence[str], tokenizer: TextTokenizer) -> tuple[tuple[st
 
 
 def _spans(versions: Sequence[VersionSpan], offset: int) -> tuple[VersionSpan, ...]:
-    """Spans counted from the start of the prompt, never decreasing.
+    """Spans with starts counted from the start of the prompt and versions that never decrease.
 
-    After a rollback of the learner a completion goes on with an older version. Its earlier tokens then count as that
-    old too: staleness is never understated.
+    After a rollback of the learner, a completion continues with an older version. The earlier tokens then get the older
+    version too, so that staleness is never understated.
     """
     oldest_from_here: list[VersionSpan] = []
     for span in reversed(versions):
@@ -164,17 +165,17 @@ def _spans(versions: Sequence[VersionSpan], offset: int) -> tuple[VersionSpan, .
 def check_prompts_fit(
     task: Task, tokenizer: TextTokenizer, *, max_tokens: int, max_new_tokens: int, stages: Sequence[Stage] = ()
 ) -> None:
-    """Refuse data of which not one prompt leaves room for an answer: every lease would be given back for ever.
+    """Refuse a task without a single prompt that leaves room for an answer: every lease would be returned.
 
     Args:
-        task: the problems.
+        task: its training problems are checked.
         tokenizer: the model's.
-        max_tokens: the model's context.
-        max_new_tokens: of a completion at most.
-        stages: the curriculum; each is looked at by itself.
+        max_tokens: the model's context length, in tokens.
+        max_new_tokens: largest number of tokens of a completion.
+        stages: the curriculum; the problems of each stage are checked separately.
 
     Raises:
-        PromptsTooLongError: with the shortest prompt's length and the way out.
+        PromptsTooLongError: with the length of the shortest prompt and the way out.
     """
     if not stages:
         _check_any_fits(task, task.train, tokenizer, max_tokens, max_new_tokens, "")
@@ -190,7 +191,7 @@ def _check_any_fits(
     shortest = math.inf
     for problem in problems:
         shortest = min(shortest, len(task_prompt_ids(task, problem, tokenizer)))
-        # In sound data this is the first one.
+        # Usually the first prompt returns here.
         if shortest + max_new_tokens <= max_tokens:
             return
     raise PromptsTooLongError(
@@ -201,5 +202,5 @@ def _check_any_fits(
 
 
 def task_prompt_ids(task: Task, problem: Problem, tokenizer: TextTokenizer) -> list[int]:
-    """Token ids of the prompt; templates write special tokens out, so none are added."""
+    """Token ids of the prompt. The tokenizer adds no special tokens, because templates contain them as text."""
     return tokenizer.encode(task.prompt(problem), add_special_tokens=False)

@@ -1,1 +1,1 @@
-"""Tasks: prompts, gold answers and, for the embedded ones, teacher traces."""
+"""Tasks: prompts, gold answers and, for generated tasks, a teacher's traces."""

@@ -1,7 +1,8 @@
-"""What every task shares: a problem, the task's configuration, and the split that keeps held-out problems unseen.
+"""The parts that all tasks share: a problem, the task's configuration, and the split into training and held-out.
 
-Generated tasks give each problem a *key*, equal for problems that teach the same thing (12+34 and 34+12). The key alone
-decides the side of the split, so no seed, count or option can move a held-out problem into training.
+A generated task gives each problem a *key*, which is equal for problems that teach the same thing (12+34 and 34+12).
+The key alone decides the side of the split. No seed, count or option can therefore move a held-out problem into
+training.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 HELD_OUT_SHARE = 8
-"""One key in this many is held out."""
+"""One in this many keys is held out."""
 
 
 class Drawn(NamedTuple):
-    """A problem before it has a number."""
+    """A problem without a prompt_id."""
 
     key: str
     """Equal for problems that teach the same thing."""
@@ -27,60 +28,61 @@ class Drawn(NamedTuple):
 
 
 Draw = Callable[[random.Random], Drawn]
-"""Makes one random problem."""
+"""Draws one random problem."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question and the answer it is scored against."""
+    """A question and its gold answer."""
 
     prompt_id: int
-    """Position in `Task.train`; held-out problems count on from there, so an id is unique within its task."""
+    """Position in `Task.train`. The ids of held-out problems continue after those, so an id is unique in its task."""
     question: str
     gold: str
-    """What the verifier compares with: text; a JSON list of texts, any of which is right; or the JSON object that the
-    task's own reward reads (countdown, knights_knaves)."""
+    """What the verifier compares an answer with: a text; a JSON list of texts, any of which is correct; or a JSON
+    object for a task's own reward (countdown, knights_knaves)."""
     level: int = 0
-    """Difficulty: numbers in countdown, people in knights_knaves, `level_field` of a file; 0 where there is none."""
+    """Difficulty, such as the number of people in knights_knaves, or `level_field` of a data set; 0: no level."""
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """Which problems, in which template. Hydra makes it from `configs/task/`."""
+    """The problems and their template. The files in `configs/task/` set the fields."""
 
     name: str = "arithmetic"
-    """A generated task (`actors/tasks/task.py` lists them), or data: questions and answers read from `data_path`."""
+    """A generated task (listed in `actors/tasks/task.py`), or `data`: questions and answers from `data_path`."""
     template: str = "plain"
-    """A name in `configs/template/`, or the path of a file of one's own."""
+    """A name in `configs/template/`, or the path of a template file."""
     data_path: str = ""
-    """A file (JSON lines, JSON, parquet), a folder, or hf:OWNER/NAME; tasks that generate need none."""
+    """A file (JSON lines, JSON, parquet), a folder, or hf:OWNER/NAME. Empty for generated problems."""
     eval_path: str = ""
-    """Held-out problems, as `data_path`; empty takes the last records of `data_path`."""
+    """Source of the held-out problems, as `data_path`. Empty: the last records of `data_path`."""
     subset: str = ""
-    """Of a data set with several: which one."""
+    """The subset to read, for a data set with several."""
     split: str = "train"
     eval_split: str = "test"
-    """Of data sets with splits: those of `data_path` and of `eval_path`."""
+    """The splits to read from `data_path` and from `eval_path`, for data sets with splits."""
     question_field: str = "problem"
     answer_field: str = "answer"
     level_field: str = ""
-    """A field holding a number ("Level 5" is 5); empty: no levels. The three take nested names too: `answer.value`."""
+    """Field with a number, the problem's level ("Level 5" is 5); empty: no levels. All three fields may be nested
+    names, such as `answer.value`."""
     answer_pattern: str = ""
-    r"""Regular expression with one group, whose last match in the answer field is the gold; `boxed`: the content of
-    the last \boxed{}; empty: all of it."""
+    r"""Regular expression with one group; the group's last match in the answer field is the gold. `boxed`: the content
+    of the last \boxed{}. Empty: the whole answer."""
     num_train: int = 0
-    """Training problems; 0 takes all that a data set has."""
+    """Number of training problems; 0: all problems of the data set."""
     num_held_out: int = 0
-    """Held-out problems; with `eval_path` at most so many, and 0 takes all."""
+    """Number of held-out problems; with `eval_path` the largest number, and 0: all of them."""
     min_level: int = 0
     max_level: int = 0
-    """Only problems of these levels are trained on; 0: no bound. Held-out problems keep every level."""
+    """Lowest and highest level of training problems; 0: no bound. Held-out problems keep all levels."""
     max_turns: int = 1
-    """Turns of an episode at most; more than 1 for multi-turn tasks only."""
+    """Largest number of turns of an episode; more than 1 only for multi-turn tasks."""
     seed: int = 0
-    """Chooses among the generated problems; data sets are read in their own order."""
+    """Seed of the generated problems. Data sets are read in their own order."""
     options: dict[str, int] = field(default_factory=dict)
-    """Numbers that only this task knows; its file under `actors/tasks/` names them."""
+    """Settings of one task, documented in its file under `actors/tasks/`."""
 
     def __post_init__(self) -> None:
         for name, value in (("num_train", self.num_train), ("num_held_out", self.num_held_out)):
@@ -95,34 +97,34 @@ class TaskConfig:
             )
 
     def trains_on(self, level: int) -> bool:
-        """Whether the difficulty filter lets problems of this level into training."""
+        """Whether problems of this level are trained on."""
         return self.min_level <= level <= (self.max_level or level)
 
 
 class Environment(Protocol):
-    """What a generated task's module offers; the modules beside this one are the implementations."""
+    """The interface of a single-turn task's module. The modules in `actors/tasks/text/` implement it."""
 
     COMPLETION_ALPHABET: str
-    """Every character a teacher trace can hold."""
+    """Every character that a teacher trace can contain."""
 
     def problems(self, config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-        """(training, held-out) problems, the same for the same config, with no key on both sides."""
+        """(training, held-out) problems. Equal configs give equal problems, and no key is on both sides."""
         ...
 
     def teacher_trace(self, problem: Problem, rng: random.Random, error_rate: float) -> str:
-        """A completion by a noisy teacher: always right at `error_rate` 0."""
+        """The completion of a noisy teacher; always correct with `error_rate` 0."""
         ...
 
 
 def read_options(config: TaskConfig, defaults: Mapping[str, tuple[int, int, int]]) -> dict[str, int]:
-    """The task's options with defaults filled in, each checked against its range.
+    """The task's options with their defaults filled in.
 
     Args:
-        config: whose `options` to read.
-        defaults: name -> (default, smallest, largest allowed value).
+        config: its `options` are read.
+        defaults: name -> (default, smallest allowed value, largest allowed value).
 
     Raises:
-        ValueError: an option the task does not know, or a value outside its range.
+        ValueError: the task has no such option, or a value is outside its range.
     """
     for name, value in config.options.items():
         if name not in defaults:
@@ -136,10 +138,10 @@ def read_options(config: TaskConfig, defaults: Mapping[str, tuple[int, int, int]
 
 
 def read_range(options: Mapping[str, int], low: str, high: str) -> tuple[int, int]:
-    """The two ends of a range of options.
+    """The values of the options `low` and `high`.
 
     Raises:
-        ValueError: they are the wrong way round.
+        ValueError: `low` is above `high`.
     """
     if options[low] > options[high]:
         raise ValueError(
@@ -150,22 +152,22 @@ def read_range(options: Mapping[str, int], low: str, high: str) -> tuple[int, in
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the problem with this key belongs to the held-out side, whatever the seed."""
+    """Whether problems with this key are held out."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % HELD_OUT_SHARE == 0
 
 
 def draw_problems(config: TaskConfig, draw: Draw) -> tuple[list[Problem], list[Problem]]:
-    """Draws distinct problems until both sides are full.
+    """(training, held-out) problems: distinct problems, drawn until both sides are full.
 
     Raises:
-        ValueError: `num_train` is 0, or there are fewer distinct problems than asked for.
+        ValueError: `num_train` is 0, or there are too few distinct problems.
     """
     if config.num_train == 0:
         raise ValueError(f"task.num_train is 0, but {config.name} generates its problems; set how many to train on")
     rng = random.Random(f"{config.name} {config.seed}")
     train: list[Drawn] = []
     held_out: list[Drawn] = []
-    # The same question with another gold is another problem: what a bandit pays is not asked.
+    # Equal questions with different golds are different problems: a bandit's question does not show its payoffs.
     seen: set[tuple[str, str]] = set()
     unproductive = 0
     while len(train) < config.num_train or len(held_out) < config.num_held_out:
@@ -193,6 +195,6 @@ def draw_problems(config: TaskConfig, draw: Draw) -> tuple[list[Problem], list[P
 
 
 def number_problems(train: Sequence[Drawn], held_out: Sequence[Drawn]) -> tuple[list[Problem], list[Problem]]:
-    """Gives each problem its prompt_id: training problems from 0, held-out ones from there on."""
+    """Number the problems: training problems from 0, then the held-out ones."""
     numbered = [Problem(i, drawn.question, drawn.gold, drawn.level) for i, drawn in enumerate([*train, *held_out])]
     return numbered[: len(train)], numbered[len(train) :]

@@ -1,7 +1,7 @@
-"""Tasks: the prompts an actor samples from, the golds they are scored against, and traces to pretrain a small model on.
+"""Tasks: prompts to sample from, golds to score against, and a teacher's traces to pretrain a small model on.
 
-A task is the same in every process that loads it from the same config; `Task.fingerprint` proves it, so the buffer can
-speak of prompts by number alone. Training and held-out problems never overlap.
+Every process that loads a task from the same config gets the same problems. `Task.fingerprint` proves it, so a lease
+names a prompt by its number. Training and held-out problems never overlap.
 """
 
 from __future__ import annotations
@@ -39,43 +39,43 @@ _GENERATORS: dict[str, Environment | MultiTurnEnvironment] = {**GENERATED, **MUL
 
 @dataclass(frozen=True)
 class Task:
-    """Problems with their template."""
+    """The problems and their template."""
 
     name: str
     train: Sequence[Problem]
     """Indexed by prompt_id."""
     held_out: Sequence[Problem]
-    """Their prompt_ids go on where those of `train` end."""
+    """Their prompt_ids continue after those of `train`."""
     template: Template
     max_turns: int = 1
-    """Turns of an episode at most."""
+    """Largest number of turns of an episode."""
 
     @property
     def is_multi_turn(self) -> bool:
-        """Whether problems are played in episodes, which keep the rewards, and not answered once and graded."""
+        """Whether a completion is an episode, which gives the rewards itself, instead of one answer that is graded."""
         return self.name in MULTI_TURN
 
     def episode(self, problem: Problem, seed: int) -> Episode:
-        """A play of a problem of a multi-turn task; `seed` chooses its noise."""
+        """A new episode of a multi-turn task's problem, with the randomness of `seed`."""
         return MULTI_TURN[self.name].episode(problem, seed)
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Strings that end a completion, besides the end-of-sequence token; they belong to the completion."""
+        """Strings that end a completion, in addition to the end-of-sequence token. They are part of the completion."""
         return self.template.stop
 
     def prompt(self, problem: Problem) -> str:
-        """The text the model continues."""
+        """The text that the model continues."""
         return self.template.render(problem.question)
 
     @cached_property
     def levels(self) -> NDArray[np.int64]:
-        """[training problems] the level of each."""
+        """[number of training problems] int64: level by prompt_id."""
         return np.fromiter((problem.level for problem in self.train), np.int64, len(self.train))
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of the SHA-256 of what makes a turn, and of all prompts, golds and levels."""
+        """16 hexadecimal digits of a SHA-256 over all prompts, golds and levels, and over what separates turns."""
         digest = hashlib.sha256(json.dumps([self.template.between, self.template.stop, self.max_turns]).encode())
         for side in (self.train, self.held_out):
             digest.update(json.dumps([[self.prompt(p), p.gold, p.level] for p in side]).encode())
@@ -83,9 +83,9 @@ class Task:
 
     @cached_property
     def alphabet(self) -> str:
-        """The characters a character tokenizer needs, sorted: those of all prompts and of every teacher trace.
+        """The characters that a character tokenizer needs, sorted: those of all prompts and of all teacher traces.
 
-        Tasks read from files have no teacher; theirs are the characters of prompts and golds.
+        A task from a data set has no teacher. Its alphabet is the characters of its prompts and golds.
         """
         texts: Iterable[str] = (text for p in (*self.train, *self.held_out) for text in (self.prompt(p), p.gold))
         if self.name in _GENERATORS:
@@ -95,11 +95,11 @@ class Task:
 
 
 def load_task(config: TaskConfig) -> Task:
-    """Generates or reads the problems.
+    """Generate or read the problems of a task.
 
     Raises:
-        ValueError: an unknown task or template, options out of range, or data that is missing or not as described;
-            the message is one sentence for the user.
+        ValueError: an unknown task or template, an option out of range, or data that is missing or malformed. The
+            message is one sentence for the user.
     """
     template = load_template(config.template)
     if config.name == "data":
@@ -122,19 +122,19 @@ def load_task(config: TaskConfig) -> Task:
 def write_traces(
     config: TaskConfig, path: Path, *, num_traces: int, error_rate: float, seed: int, clean_share: float = 0.0
 ) -> None:
-    """Writes a noisy teacher's completions of random training problems, to pretrain a small model on.
+    """Write a noisy teacher's completions of random training problems, to pretrain a small model on.
 
     Args:
         config: a generated task.
-        path: gets one JSON object {"prompt", "completion"} per line; appears whole or not at all.
+        path: gets one JSON object {"prompt", "completion"} per line. The file appears complete or not at all.
         num_traces: number of lines.
-        error_rate: how often the teacher errs, in [0, 1]; the environment says at what.
-        seed: of the choice of problems and of the errors.
-        clean_share: the first lines, as a share of all, are free of errors. Read in order they teach the facts before
-            the bad habits, in half the time that noise from the start takes.
+        error_rate: probability of a teacher's error, in [0, 1]; the task's `teacher_trace` says where it errs.
+        seed: seed of the choice of problems and of the errors.
+        clean_share: share of the lines, from the first on, without errors. A model that reads the file in order learns
+            the task before the errors, in half the time that errors from the start would take.
 
     Raises:
-        ValueError: a task without a teacher, or an error rate or share outside [0, 1].
+        ValueError: the task has no teacher, or `error_rate` or `clean_share` is outside [0, 1].
     """
     for name, value in (("error_rate", error_rate), ("clean_share", clean_share)):
         if not 0.0 <= value <= 1.0:
@@ -155,7 +155,7 @@ def write_traces(
 
 
 def _teach(task: Task, problem: Problem, rng: random.Random, error_rate: float) -> Iterator[tuple[str, str]]:
-    """(prompt, completion) of a noisy teacher; of an episode one per turn, with the turns before in the prompt."""
+    """(prompt, completion) pairs of a noisy teacher: in an episode one per turn, with earlier turns in the prompt."""
     prompt = task.prompt(problem)
     if not task.is_multi_turn:
         yield prompt, GENERATED[task.name].teacher_trace(problem, rng, error_rate)

@@ -1,8 +1,8 @@
-r"""Prompt templates: how a question becomes the text that the model continues.
+r"""Prompt templates: they turn a question into the text that the model continues.
 
-A named template is a file of `configs/template/`. Any other name is the path of a file of the user's own: YAML with the
-fields of `Template`, or a text file, whose every character is the template's. Nothing but the placeholders is
-interpreted, so LaTeX braces are safe.
+A named template is a file in `configs/template/`. Any other name is the path of a file: YAML with the fields of
+`Template`, or a text file that is the template's `text`, character by character. Only the placeholders are interpreted,
+so LaTeX braces are safe.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ OBSERVATION = "{observation}"
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The text around a question, and what ends a completion besides the end-of-sequence token."""
+    """The text around a question, and the strings that end a completion."""
 
     text: str
-    """Holds {question} exactly once."""
+    """Contains {question} exactly once."""
     prefill: str = ""
-    """How every answer begins: the end of the prompt and of what stands between two turns; rewards and environments
-    read it in front of what the model writes."""
+    """The beginning of every turn of the model. It ends the prompt and the text between two turns; rewards and
+    environments read it as part of the model's text."""
     between: str = ""
-    """Between two turns: what ends a turn, then {observation} once, up to where the model goes on; empty: one turn."""
+    """The text between two turns, from the end of a turn to the start of the next. Contains {observation} exactly once.
+    Empty: single-turn only."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion; they belong to it."""
+    """Strings that end a completion, in addition to the end-of-sequence token. They are part of the completion."""
 
     def __post_init__(self) -> None:
         for name, text, placeholder in (("text", self.text, QUESTION), ("between", self.between, OBSERVATION)):
@@ -45,7 +46,7 @@ class Template:
         return f"{before}{question}{after}{self.prefill}"
 
     def next_turn(self, observation: str) -> str:
-        """What follows a turn of the model, up to its next one."""
+        """The text between a turn of the model and its next turn."""
         before, _, after = self.between.partition(OBSERVATION)
         return f"{before}{observation}{after}{self.prefill}"
 
@@ -56,10 +57,10 @@ def template_names() -> list[str]:
 
 
 def load_template(name: str) -> Template:
-    """The named template, or the one in the file of that path.
+    """The template with this name, or in the file with this path.
 
     Raises:
-        ValueError: neither a name nor a readable file, or a file that does not hold what a template needs.
+        ValueError: there is no such template and no such file, or the file is not a template.
     """
     path = FOLDER / f"{name}.yaml" if name in template_names() else Path(name).expanduser()
     if not path.is_file():

@@ -1,1 +1,1 @@
-"""Published weights on their way into the engine."""
+"""Brings published weights from the learner to this host and into vLLM."""

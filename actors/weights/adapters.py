@@ -1,9 +1,9 @@
-"""Adapters become whole weights on the actor's host, before generation pauses.
+"""Merges published LoRA adapters into whole weights on the actor's host, before generation pauses.
 
-A version may hold, for every layer that a LoRA trains, two matrices instead of its weight: A [rank, in] and B [out,
-rank], float32, the LoRA's factor in B. `Merger` adds their product to the weights of the folder that the actor started
-from, by the formula of `learner/models/lora.py`, and hands on a version like any other; engines know nothing of
-adapters.
+For every layer that a LoRA trains, a version may hold two matrices instead of the weight: A [rank, in] and B [out,
+rank], in float32, with the LoRA's scale contained in B. `Merger` adds B A to the weights of the folder that the actor
+started from, by the formula of `learner/models/lora.py`. The result is a version like any other, so the engine needs no
+support for adapters.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def tensor_at(array: NDArray[np.uint8], dtype_name: str, shape: Iterable[int], offset: int) -> Tensor:
-    """The tensor at byte `offset` of `array`, whose memory it shares."""
+    """The tensor at byte `offset` of `array`; the tensor shares the array's memory."""
     dtype, shape = getattr(torch, dtype_name), tuple(shape)
     flat = torch.from_numpy(array[offset : offset + math.prod(shape) * dtype.itemsize])
     tensor: Tensor = flat.view(dtype).view(shape)
@@ -37,10 +37,10 @@ def tensor_at(array: NDArray[np.uint8], dtype_name: str, shape: Iterable[int], o
 
 
 def base_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face folder of safetensors, mapped; nothing is read before it is used.
+    """Every tensor of a Hugging Face folder of safetensors files, memory-mapped.
 
     Raises:
-        RuntimeError: there is none, or one cannot be read.
+        RuntimeError: a file is missing or cannot be read.
     """
     index = folder / INDEX
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
@@ -55,25 +55,26 @@ def base_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 class Merger:
-    """The whole weights of the newest version, in memory of this process that a later version is written over.
+    """Holds one copy of the whole weights in this process's memory; every version is merged into the same copy.
 
     Args:
-        base: the folder the engine started from, which is the one the learner started from.
-        dtype: what the engine runs in, and the learner.
+        base: the Hugging Face folder that engine and learner started from.
+        dtype: the dtype of the engine and of the learner.
     """
 
     def __init__(self, base: Path, dtype: str) -> None:
         self._base, self._dtype = base, dtype
         self._copy: HostCopy | None = None
         self._tensors: dict[str, Tensor] = {}
-        """Of the base, mapped, in its folder's types."""
+        """The base's tensors, memory-mapped, in the folder's dtypes."""
         self._places: dict[str, TensorEntry] = {}
+        """Where each tensor lies in the copy."""
 
     def whole(self, weights: LocalWeights) -> LocalWeights:
-        """`weights` itself, or what it becomes where it holds adapters; then the learner's memory is let go.
+        """`weights` itself when it holds no adapters; otherwise the merged weights, and `weights` is released.
 
         Raises:
-            RuntimeError: an adapter for a layer that the base does not have, or of another shape.
+            RuntimeError: an adapter belongs to no layer of the base, or has another shape.
             OSError: there is no room.
         """
         manifest = weights.manifest
@@ -101,7 +102,7 @@ class Merger:
         return LocalWeights(whole, copy.path)
 
     def _lay_out(self) -> HostCopy:
-        """Memory for every tensor of the base, and the base in it."""
+        """Allocate the copy and fill it with the base's tensors."""
         self._tensors, offset = base_tensors(self._base), 0
         for name, tensor in self._tensors.items():
             type_name = self._dtype if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
@@ -116,8 +117,8 @@ class Merger:
 
 
 def merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """W + B A, added in float32, in the type of W."""
-    # An adapter that has learned nothing leaves every bit as it is: 0 added to -0 would be 0.
+    """W + B A, computed in float32, in the dtype of W."""
+    # With B = 0 the weight must keep every bit, but adding 0 would turn -0 into 0.
     return (weight.float() + up @ down).to(weight.dtype) if up.any() else weight
 
 

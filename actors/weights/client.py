@@ -1,7 +1,7 @@
-"""Brings a published version to this host before generation pauses, by the cheapest way there is.
+"""Fetches published weights to this host while generation goes on (`weights.transport=file`).
 
-Mapped where the learner's file, or that of a relay on this host, can be reached; pulled where not. Waits, fetches and
-checks; loading is `actors/weights/vllm_loader.py`. What arrived is compared with the checksum of every tensor.
+The file of the learner, or of a relay, is memory-mapped when it is on this host; otherwise the weights are pulled over
+the network. The checksum of every tensor is compared in both cases. `actors/weights/vllm_loader.py` loads the result.
 """
 
 from __future__ import annotations
@@ -13,33 +13,32 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from actors.weights.local import LocalWeights, Mappings, check_manifest, check_tensors
-from actors.weights.pull import Puller, unexpected
+from actors.weights.local import LocalWeights, Mappings, check_tensors
+from actors.weights.manifests import check_manifest, wait_for_manifest
+from actors.weights.pull import Puller
 from buffer.transport.connection import Connection, RequestRefused
-from buffer.transport.messages import Manifest, ManifestRequest, NoNewVersion
+from buffer.transport.messages import Manifest
 from buffer.weights.shared_memory import hold, let_go
 
 logger = logging.getLogger(__name__)
 
-LONGEST_PARK_SECONDS = 10.0
-"""How long one request for a manifest stays with the store, which knows nothing of longer waits."""
 RELAY_SECONDS = 30.0
-"""How long a relay may take to have a version; then the learner's store is asked."""
+"""Longest wait until a relay has a version; then the actor asks the learner's store."""
 
 
 class WeightClient:
-    """Takes versions from the learner's weight store.
+    """Fetches versions from the learner's weight store; a `VersionClient`.
 
     Args:
-        connection: to the store; not closed here.
-        host_id: this host's kernel; files of processes with the same one can be mapped. Empty: nothing is.
-        published: the folder of the learner's files; no others are mapped, whatever path a manifest names.
-        chunk_bytes: size of one pulled piece.
+        connection: to the store; stays open after `close`.
+        host_id: id of this host's kernel; only files of processes with the same id are mapped. Empty: none are.
+        published: the folder of the learner's files. A file outside it is not mapped, whatever path a manifest names.
+        chunk_bytes: size of one pulled chunk.
         deltas: whether to ask for the difference to the version that was pulled before.
-        relays: the folder whose folders hold relays' files, which may be mapped too.
-        connect: opens a connection to a relay's address; None: relays are not used.
-        whole: what a version becomes once it is here, in a thread (`actors/weights/adapters.py`); None: it stays as it
-            is.
+        relays: a folder with one folder per relay, whose files may be mapped too.
+        connect: opens a connection to a relay's address; None: use no relays.
+        whole: converts a fetched version, in a thread (`Merger.whole` in `actors/weights/adapters.py`); None: no
+            conversion.
     """
 
     def __init__(
@@ -62,55 +61,43 @@ class WeightClient:
 
     @property
     def pulled_bytes(self) -> int:
-        """Over the network, in all."""
+        """Bytes received over the network so far."""
         return self._puller.pulled_bytes
 
     async def wait_for_new(self, known_publication: str, wait_seconds: float) -> Manifest | None:
-        """The newest manifest unless it is `known_publication`.
+        """The newest manifest; None when it is still `known_publication` after `wait_seconds`.
 
         Waits for: the learner's next publication. Unblocked by: the learner. Gives up after: `wait_seconds`, with a
         TimeoutError when the store has not answered in that time and a minute more.
         """
-        return await self._ask(self._connection, known_publication, wait_seconds)
-
-    async def _ask(self, connection: Connection, known: str, wait_seconds: float) -> Manifest | None:
-        deadline = asyncio.get_running_loop().time() + wait_seconds
         host_id = self._host_id if self._connect is not None else ""
-        while True:
-            remaining = max(deadline - asyncio.get_running_loop().time(), 0.0)
-            request = ManifestRequest(known, min(remaining, LONGEST_PARK_SECONDS), host_id)
-            reply = await asyncio.wrap_future(connection.request(request, timeout_seconds=remaining + 60.0))
-            if isinstance(reply, Manifest):
-                return reply
-            if not isinstance(reply, NoNewVersion):
-                raise unexpected(reply, "a manifest")
-            if not remaining:
-                return None
+        return await wait_for_manifest(self._connection, known_publication, wait_seconds, host_id=host_id)
 
     async def fetch(self, manifest: Manifest) -> LocalWeights:
-        """Bring a version to this host, compare every tensor's checksum, and make whole weights of it.
+        """Fetch a version to this host, compare every tensor's checksum, and merge adapters.
 
-        Waits for: the relay, for `RELAY_SECONDS` and a minute per chunk, or the store, a minute per chunk.
+        Waits for: a relay or the store. Gives up after: a minute per chunk, and `RELAY_SECONDS` until the relay has the
+        version.
 
         Raises:
-            RuntimeError: bytes that are not what the learner published, or a manifest that contradicts itself, naming
-                the tensor.
+            RuntimeError: a tensor is not what the learner published, or the manifest contradicts itself; the message
+                names the tensor.
             RequestRefused: the version is gone; ask for the newest manifest.
-            TimeoutError: a chunk did not come; the next call for the same version goes on where this one ended.
+            TimeoutError: a chunk did not arrive. The next call for the same version continues there.
             OSError: there is no room.
         """
         check_manifest(manifest)
-        local = await self._bring(manifest)
+        local = await self._fetch(manifest)
         return local if self._whole is None else await asyncio.to_thread(self._whole, local)
 
-    async def _bring(self, manifest: Manifest) -> LocalWeights:
+    async def _fetch(self, manifest: Manifest) -> LocalWeights:
         mapped = await self._mapped_file(manifest)
         if mapped is not None:
             return mapped
         if manifest.relay and self._connect is not None:
             try:
                 return await self._from_relay(manifest, self._connect)
-            # It may have died, or be behind; the learner has what it announced.
+            # The relay may have ended, or may not have the version yet. The learner has every version it announces.
             except (TimeoutError, RequestRefused, ConnectionError, RuntimeError) as error:
                 logger.warning("policy %d does not come from %s: %s", manifest.policy_version, manifest.relay, error)
         return await self._puller.pull(manifest, self._connection)
@@ -122,15 +109,16 @@ class WeightClient:
         async with asyncio.timeout(RELAY_SECONDS):
             theirs: Manifest | None = None
             while theirs is None or theirs.policy_version < manifest.policy_version:
-                theirs = await self._ask(self._relay, theirs.publication if theirs else "", RELAY_SECONDS)
+                known = theirs.publication if theirs else ""
+                theirs = await wait_for_manifest(self._relay, known, RELAY_SECONDS, host_id=self._host_id)
         if theirs.publication != manifest.publication:
             raise RequestRefused(f"it has publication {theirs.publication} by now")
-        # Only where the file lies is the relay's word; its contents must be what the learner's checksums say.
+        # The relay only says where its file is. The contents are checked against the learner's checksums.
         mapped = await self._mapped_file(replace(manifest, path=theirs.path, host_id=theirs.host_id))
         return mapped or await self._puller.pull(manifest, self._relay)
 
     async def _mapped_file(self, manifest: Manifest) -> LocalWeights | None:
-        """The file that a manifest names, where it is on this host, may be mapped and is not gone."""
+        """The manifest's file, mapped. None when it is on another host, outside the allowed folders, or gone."""
         folders = [self._published, *(self._relays.iterdir() if self._relays and self._relays.is_dir() else ())]
         path = Path(manifest.path).resolve()
         if manifest.host_id != self._host_id or not any(path.is_relative_to(folder.resolve()) for folder in folders):
@@ -157,7 +145,7 @@ class WeightClient:
         return LocalWeights(manifest, path, file)
 
     def close(self) -> None:
-        """End the connection to a relay."""
+        """Close the connection to a relay."""
         if self._relay is not None:
             self._relay.close()
             self._relay = None

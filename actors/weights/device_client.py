@@ -1,18 +1,17 @@
-"""Versions that stay on the learner's CUDA device: what an actor fetches is the record that says how to take one.
+"""Weights that stay on the learner's CUDA device (`weights.transport=ipc` and `nccl`).
 
-`weights.transport=ipc` and `nccl`. Waiting for a version is as in `actors/weights/client.py`; nothing is pulled, and
-nothing is checked here, because no byte passes the host. A record is held like a file: while it is, the learner does
-not write another version over the one it describes.
+A version's file holds only a record that says how to reach the weights on the device. `DeviceClient` reads the record;
+no weights pass through this process, so nothing is pulled and no checksum is compared. While the actor holds the
+record's file, the learner does not overwrite the weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from actors.weights.client import WeightClient
-from actors.weights.local import LocalWeights, check_manifest
+from actors.weights.manifests import check_manifest, wait_for_manifest
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.messages import Manifest
 from buffer.weights.device_handle import DeviceHandle, Record, Rendezvous, unpack_record
@@ -20,53 +19,79 @@ from buffer.weights.shared_memory import hold, let_go
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceWeights(LocalWeights):
-    """A version on the learner's device, held until `release`."""
+class DeviceWeights:
+    """A version on the learner's device; a `FetchedVersion`."""
 
-    record: Record | None = None
-    rank_offset: int = 0
+    manifest: Manifest
+    record: Record
+    """ipc: a `DeviceHandle`. nccl: a `Rendezvous`."""
+    held: BinaryIO
+    """The record's file, locked against reuse until `release`."""
+    rank_offset: int
     """nccl: the rank of this actor's first worker."""
 
+    @property
+    def policy_version(self) -> int:
+        """Completed optimizer steps behind these weights."""
+        return self.manifest.policy_version
+
+    @property
+    def on_host(self) -> bool:
+        """False: only vLLM's workers can read the weights."""
+        return False
+
     def update_info(self) -> dict[str, Any]:
-        """ipc: for `IpcTransferEngine`. nccl: for vLLM's own engine."""
+        """ipc: the argument of `IpcTransferEngine`. nccl: the argument of vLLM's own engine."""
         tensors = self.manifest.tensors
-        told = {
+        info = {
             "names": [entry.name for entry in tensors],
             "dtype_names": [entry.dtype for entry in tensors],
             "shapes": [list(entry.shape) for entry in tensors],
         }
         if isinstance(self.record, DeviceHandle):
-            return told | {"offsets": [entry.offset for entry in tensors], "handle": asdict(self.record)}
-        return told
+            return info | {"offsets": [entry.offset for entry in tensors], "handle": asdict(self.record)}
+        return info
 
     def init_info(self) -> dict[str, Any] | None:
-        """nccl: the group to join, another one after every start of the learner."""
+        """nccl: the group to join; every start of the learner opens another one. ipc: None."""
         if not isinstance(self.record, Rendezvous):
             return None
         return asdict(self.record) | {"rank_offset": self.rank_offset, "packed": False}
 
-    @property
-    def on_host(self) -> bool:
-        """No."""
-        return False
+    def release(self) -> None:
+        """Allow the learner to overwrite the weights."""
+        let_go(self.held)
 
 
-class DeviceClient(WeightClient):
-    """Takes records of versions from the learner's weight store.
+class DeviceClient:
+    """Fetches the records of versions from the learner's weight store; a `VersionClient`.
 
     Args:
-        connection: to the store; not closed here.
-        host_id: this host's kernel.
+        connection: to the store; stays open after `close`.
+        host_id: id of this host's kernel.
         published: the folder of the learner's files.
         rank_offset: nccl: the rank of this actor's first worker.
     """
 
     def __init__(self, connection: Connection, *, host_id: str, published: Path, rank_offset: int = 0) -> None:
-        super().__init__(connection, host_id=host_id, published=published, chunk_bytes=1, deltas=False)
+        self._connection, self._host_id, self._published = connection, host_id, published
         self._rank_offset = rank_offset
 
+    @property
+    def pulled_bytes(self) -> int:
+        """0: the weights never pass through this process."""
+        return 0
+
+    async def wait_for_new(self, known_publication: str, wait_seconds: float) -> Manifest | None:
+        """The newest manifest; None when it is still `known_publication` after `wait_seconds`.
+
+        Waits for: the learner's next publication. Unblocked by: the learner. Gives up after: `wait_seconds`, with a
+        TimeoutError when the store has not answered in that time and a minute more.
+        """
+        return await wait_for_manifest(self._connection, known_publication, wait_seconds)
+
     async def fetch(self, manifest: Manifest) -> DeviceWeights:
-        """The record of a version.
+        """Read the record of a version and hold its file.
 
         Raises:
             RuntimeError: the learner is on another host, or the manifest contradicts itself.
@@ -84,14 +109,17 @@ class DeviceClient(WeightClient):
         except FileNotFoundError as error:
             raise RequestRefused(f"policy {manifest.policy_version} is not kept any more") from error
         try:
-            return DeviceWeights(manifest, path, held, unpack_record(held.read()), self._rank_offset)
+            return DeviceWeights(manifest, unpack_record(held.read()), held, self._rank_offset)
         except BaseException:
             let_go(held)
             raise
 
+    def close(self) -> None:
+        """Nothing to close: the connection belongs to the caller."""
+
 
 def rank_offset(name: str, workers_per_actor: int, group_size: int) -> int:
-    """The rank of an actor's first worker in the group; the learner is rank 0, actor-0 comes next.
+    """The rank of an actor's first worker in the NCCL group: the learner has rank 0, the workers of actor-0 follow.
 
     Raises:
         ValueError: the group has no place for an actor of this name.

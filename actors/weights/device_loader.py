@@ -1,8 +1,8 @@
-"""vLLM's IPC weight-transfer engine, told in plain types where the learner's buffer lies.
+"""vLLM's IPC weight-transfer engine with a description of the learner's buffer in plain types.
 
-Runs in vLLM's worker processes, named to vLLM by `actors/weights/vllm_loader.py`. vLLM's own engine takes handles as
-the tuples that torch pickles, which only cross to a worker with unsafe serialization; here the tuples are made in the
-worker.
+vLLM's own engine takes CUDA handles as the tuples that torch pickles, and such tuples reach a worker process only with
+unsafe serialization. `IpcTransferEngine` creates the tuples in the worker. `actors/weights/vllm_worker.py` registers it
+with vLLM.
 """
 
 from __future__ import annotations
@@ -31,27 +31,30 @@ class HandleUpdateInfo(WeightTransferUpdateInfo):
     """The fields of a `DeviceHandle`."""
 
     def for_vllm(self) -> IPCWeightTransferUpdateInfo:
-        """The same as vLLM's engine wants it: a tuple for torch's `rebuild_cuda_tensor` per tensor."""
+        """The argument of vLLM's engine: per tensor, the arguments of torch's `rebuild_cuda_tensor`."""
         handle = DeviceHandle(**self.handle)
-        views = zip(self.dtype_names, self.shapes, self.offsets, strict=True)
+        places = zip(self.dtype_names, self.shapes, self.offsets, strict=True)
         return IPCWeightTransferUpdateInfo(
             names=self.names,
             dtype_names=self.dtype_names,
             shapes=self.shapes,
-            ipc_handles=[{handle.device_uuid: rebuild_arguments(handle, *view)} for view in views],
+            ipc_handles=[
+                {handle.device_uuid: rebuild_arguments(handle, dtype_name, shape, offset)}
+                for dtype_name, shape, offset in places
+            ],
         )
 
 
 class IpcTransferEngine(IPCWeightTransferEngine):
-    """vLLM's engine over a buffer that the learner uses again."""
+    """vLLM's engine for a buffer that the learner reuses."""
 
     update_info_cls = HandleUpdateInfo
 
     def receive_weights(self, update_info: HandleUpdateInfo) -> None:
-        """Map the buffer and load from it, without a copy of the whole."""
+        """Map the learner's buffer and load from it, without copying the buffer first."""
         super().receive_weights(update_info.for_vllm())
 
     def finish_weight_update(self) -> None:
-        """Nothing may still be read when the actor lets the buffer go."""
+        """Finish the load, and wait until the device has read the buffer, which the actor releases afterwards."""
         super().finish_weight_update()
         torch.accelerator.synchronize()

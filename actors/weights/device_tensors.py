@@ -1,4 +1,4 @@
-"""What torch needs to map a tensor of another process's device, made from the record of its buffer."""
+"""Builds torch's arguments for mapping a CUDA tensor of another process."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from buffer.weights.device_handle import DeviceHandle
 
 
 def rebuild_arguments(handle: DeviceHandle, dtype_name: str, shape: list[int], offset: int) -> tuple[Any, ...]:
-    """For torch's `rebuild_cuda_tensor`; the seventh is the reader's number of the device, here 0.
+    """Arguments of torch's `rebuild_cuda_tensor`. The seventh is the reader's device index, here 0.
 
     Args:
-        handle: of the buffer.
+        handle: describes the learner's buffer.
         dtype_name: such as bfloat16.
-        shape: of the tensor, contiguous.
+        shape: shape of the contiguous tensor.
         offset: bytes from the start of the buffer.
     """
     dtype, size = getattr(torch, dtype_name), torch.Size(shape)

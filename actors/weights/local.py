@@ -1,8 +1,7 @@
-"""A version on this host: in the learner's slot or pulled, checked against its manifest before it is handed on."""
+"""Weights on this host, in the learner's shared memory or in this process's copy, and the check of their checksums."""
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 from collections import deque
@@ -18,14 +17,12 @@ from buffer.transport.messages import Manifest
 from buffer.weights.shared_memory import let_go
 
 MAX_MAPPINGS = 8
-"""Slots that are kept mapped; then all are let go, those that the learner gave up among them."""
-NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Types that are published, and the size of one number."""
+"""Largest number of mappings that are kept. Then all are dropped, because some may belong to deleted files."""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalWeights:
-    """A version whose bytes are on this host, checked against its manifest, and stay until `release`."""
+    """A version whose bytes are on this host, checked against its manifest; a `FetchedVersion`."""
 
     manifest: Manifest
     path: Path
@@ -38,7 +35,7 @@ class LocalWeights:
         return self.manifest.policy_version
 
     def update_info(self) -> dict[str, Any]:
-        """What `FileTransferEngine` needs, in types that cross to the worker process."""
+        """The fields of `FileUpdateInfo` in `actors/weights/vllm_loader.py`, in plain types."""
         tensors = self.manifest.tensors
         return {
             "path": str(self.path),
@@ -49,24 +46,30 @@ class LocalWeights:
         }
 
     def init_info(self) -> dict[str, Any] | None:
-        """What vLLM's engine must be told before its first load; None: nothing."""
+        """None: a file needs no group."""
         return None
 
     @property
     def on_host(self) -> bool:
-        """Whether the bytes can be read here, and not only by the engine's workers."""
+        """True: this process can read the bytes."""
         return True
 
     def release(self) -> None:
-        """The version is loaded, or not wanted any more; the learner may reuse its memory."""
+        """Allow the learner to reuse the memory."""
         if self.held is not None:
             let_go(self.held)
 
 
 class HostCopy:
-    """The pulled version: anonymous memory of this process, which the engine's workers open by its path.
+    """Anonymous memory of this process for one version, which later versions overwrite.
 
-    The kernel frees it when the last of them ends. A later version is written over it.
+    vLLM's workers open the memory by its path. The kernel frees it when the last process that has it open ends.
+
+    Args:
+        num_bytes: size of the memory.
+
+    Raises:
+        OSError: there is no room.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -76,24 +79,24 @@ class HostCopy:
         self.array: NDArray[np.uint8] = np.frombuffer(mmap.mmap(self._descriptor, num_bytes), np.uint8)
         """[num_bytes] uint8."""
         self.manifest: Manifest | None = None
-        """What it holds, checked; None while it is being written."""
+        """The version in the memory, after its check; None while the memory is being written."""
         self.arriving: TensorCheck | None = None
-        """Of the version that is being pulled; a pull that breaks off is resumed where it stands."""
+        """Progress of the version that is being pulled, so that an interrupted pull can be resumed."""
 
     def __del__(self) -> None:
         os.close(self._descriptor)
 
 
 class Mappings:
-    """The learner's slots as this process sees them, kept: mapping one anew costs more than reading all of it."""
+    """Keeps the learner's files mapped, because mapping one again costs more than reading all of it."""
 
     def __init__(self) -> None:
         self._arrays: dict[int, NDArray[np.uint8]] = {}
-        """By the file's inode: a slot keeps it while versions come and go."""
+        """[num_bytes] uint8 per inode. The learner reuses a file for later versions, and its inode stays the same."""
         self._store = ""
 
     def of(self, file: BinaryIO, manifest: Manifest) -> NDArray[np.uint8]:
-        """[num_bytes] uint8: the contents of a held file."""
+        """[num_bytes] uint8: the contents of `file`, which the caller holds."""
         store, inode = manifest.publication.partition(":")[0], os.fstat(file.fileno()).st_ino
         if store != self._store or len(self._arrays) >= MAX_MAPPINGS:
             self._arrays, self._store = {}, store
@@ -103,47 +106,27 @@ class Mappings:
         return self._arrays[inode]
 
 
-def check_manifest(manifest: Manifest) -> None:
-    """Whether every tensor has a type that is published, as many bytes as its shape says, and lies inside the file.
-
-    Raises:
-        RuntimeError: naming the tensor.
-    """
-    for entry in manifest.tensors:
-        number_bytes = NUMBER_BYTES.get(entry.dtype, 0)
-        if not number_bytes or math.prod(entry.shape) * number_bytes != entry.num_bytes:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: tensor {entry.name} of type {entry.dtype} and shape {entry.shape}"
-                f" cannot have {entry.num_bytes} bytes"
-            )
-        if entry.offset % number_bytes or entry.offset + entry.num_bytes > manifest.num_bytes:
-            raise RuntimeError(
-                f"policy {manifest.policy_version}: tensor {entry.name} ends at byte {entry.offset + entry.num_bytes}"
-                f" of a file of {manifest.num_bytes}"
-            )
-
-
 class TensorCheck:
-    """Takes every tensor's checksum while a version arrives, so that each byte is read while it is in the cache.
+    """Computes every tensor's checksum while a version arrives, when its bytes are still in the processor's cache.
 
     Args:
-        manifest: what the tensors must be.
-        array: [num_bytes] uint8, where they arrive.
+        manifest: holds the expected checksums.
+        array: [num_bytes] uint8: the memory that the version arrives in.
     """
 
     def __init__(self, manifest: Manifest, array: NDArray[np.uint8]) -> None:
         self.manifest, self._array = manifest, array
         self.num_bytes = 0
-        """That arrived, from the first on."""
+        """Number of bytes that have arrived, counted from the start."""
         self._unread = deque(sorted(manifest.tensors, key=lambda entry: entry.offset))
         self._begun = xxhash.xxh3_64()
-        """Over what was read of the first tensor in `_unread`."""
+        """Hash of the bytes read so far of the first tensor in `_unread`."""
         self._num_read = 0
-        """Bytes of it."""
+        """Number of those bytes."""
         self._wrong: list[str] = []
 
     def advance(self, num_bytes: int) -> None:
-        """Read on: the first `num_bytes` are there and stay as they are."""
+        """Continue with the bytes before `num_bytes`, which have arrived and do not change."""
         self.num_bytes = num_bytes
         while self._unread:
             entry = self._unread[0]
@@ -163,10 +146,10 @@ class TensorCheck:
             self._num_read = 0
 
     def finish(self) -> None:
-        """Read the rest and compare.
+        """Read the remaining bytes and compare all checksums.
 
         Raises:
-            RuntimeError: naming the first tensor that is not what it must be.
+            RuntimeError: a checksum differs; the message names the tensor.
         """
         self.advance(self.manifest.num_bytes)
         if self._wrong:
@@ -174,9 +157,9 @@ class TensorCheck:
 
 
 def check_tensors(manifest: Manifest, array: NDArray[np.uint8]) -> None:
-    """Compare the checksum of every tensor.
+    """Compare the checksum of every tensor in `array`.
 
     Raises:
-        RuntimeError: naming the tensor.
+        RuntimeError: a checksum differs; the message names the tensor.
     """
     TensorCheck(manifest, array).finish()

@@ -1,7 +1,7 @@
-"""Pulls a version in chunks into this host's copy, as the difference to what is there where that is smaller.
+"""Pulls a version over the network into this host's copy: a delta when it is smaller, else all chunks.
 
-From the learner's store or from a relay: the bytes of a publication are the same everywhere, so a pull that broke off
-at one goes on at the other.
+A publication has the same bytes in the learner's store and in every relay. A pull that was interrupted at one of them
+is therefore resumed at another.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.weights.local import HostCopy, LocalWeights, TensorCheck, check_tensors
+from actors.weights.manifests import unexpected
 from buffer.transport.connection import Connection
 from buffer.transport.messages import Chunk, ChunkRequest, DeltaReply, DeltaRequest, Manifest, Message
 from buffer.transport.schema import Frame
@@ -26,45 +27,45 @@ logger = logging.getLogger(__name__)
 CHUNKS_IN_FLIGHT = 4
 CHUNK_TIMEOUT_SECONDS = 60.0
 MAX_ATTEMPTS = 3
-"""How often a chunk whose bytes are damaged is asked for."""
+"""Number of requests for a chunk that arrives damaged."""
 REUSED_BYTES = 31 << 20
-"""The largest block that glibc takes note of."""
+"""Largest block that raises glibc's threshold for returning memory to the system."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The bytes of a publication, or of its delta against `base`, at a server."""
+    """A server that has the bytes of a publication, or with `base` the delta from `base` to the publication."""
 
     connection: Connection
     publication: str
     base: str = ""
 
     def ask(self, offset: int, num_bytes: int) -> asyncio.Future[Message]:
-        """The answer to a request for a chunk."""
+        """Request a chunk. The future gets the answer."""
         request = ChunkRequest(self.publication, self.base, offset, num_bytes)
         return asyncio.wrap_future(self.connection.request(request, timeout_seconds=CHUNK_TIMEOUT_SECONDS))
 
 
 class Puller:
-    """This host's copy and how it is filled.
+    """Owns this process's copy of the weights and pulls versions into it.
 
     Args:
-        chunk_bytes: size of one pulled piece.
+        chunk_bytes: size of one chunk.
         deltas: whether to ask for the difference to the version that was pulled before.
     """
 
     def __init__(self, chunk_bytes: int, deltas: bool) -> None:
-        # glibc gives freed memory back to the system from twice the largest block on that was ever freed, and fresh
-        # memory for every chunk costs more than receiving it.
+        # glibc returns freed memory to the system above twice the size of the largest block that was ever freed. Fresh
+        # memory for every chunk would cost more than receiving the chunk, so this frees one large block.
         bytes(REUSED_BYTES)
         self._chunk_bytes = chunk_bytes
         self._deltas = deltas
         self._copy: HostCopy | None = None
         self.pulled_bytes = 0
-        """Over the network, in all."""
+        """Bytes received over the network so far."""
 
     async def pull(self, manifest: Manifest, connection: Connection) -> LocalWeights:
-        """Make the copy this version. Raises what `WeightClient.fetch` does."""
+        """Pull `manifest` into the copy. Raises the errors of `WeightClient.fetch`."""
         copy = self._copy
         if copy is None or len(copy.array) != manifest.num_bytes:
             copy = self._copy = HostCopy(manifest.num_bytes)
@@ -74,7 +75,7 @@ class Puller:
         return LocalWeights(manifest, copy.path)
 
     async def _pull_delta(self, manifest: Manifest, copy: HostCopy, connection: Connection) -> bool:
-        """Turn the version that is here into `manifest`. False when the whole of it must be pulled."""
+        """Update the copy's version to `manifest` with a delta. False: pull the whole version."""
         base = copy.manifest
         if not self._deltas or base is None or layout_of(base.tensors) != layout_of(manifest.tensors):
             return False
@@ -107,12 +108,12 @@ class Puller:
         check.finish()
 
     async def _pull_into(self, target: NDArray[np.uint8], source: Source, check: TensorCheck | None = None) -> None:
-        """Pull all chunks, a few at a time and in order; with `check` those that it has not read, and it reads them."""
+        """Pull all chunks in order, a few at a time. With `check`, start after the bytes that it has read."""
         waiting: deque[tuple[int, int, asyncio.Future[Message]]] = deque()
 
         async def take_first() -> None:
             offset, size, answer = waiting.popleft()
-            data = await self._sound(source, offset, size, answer)
+            data = await self._chunk(source, offset, size, answer)
             target[offset : offset + size] = np.frombuffer(data, np.uint8)
             if check is not None:
                 check.advance(offset + size)
@@ -129,8 +130,12 @@ class Puller:
             for *_, answer in waiting:
                 answer.cancel()
 
-    async def _sound(self, source: Source, offset: int, size: int, answer: asyncio.Future[Message]) -> Frame:
-        """The bytes of one chunk; damaged ones are asked for again."""
+    async def _chunk(self, source: Source, offset: int, size: int, answer: asyncio.Future[Message]) -> Frame:
+        """The bytes of one chunk. Damaged bytes are requested again, `MAX_ATTEMPTS` times in all.
+
+        Raises:
+            RuntimeError: every attempt arrived damaged.
+        """
         for attempt in range(MAX_ATTEMPTS):
             reply = await (answer if not attempt else source.ask(offset, size))
             if not isinstance(reply, Chunk):
@@ -142,8 +147,3 @@ class Puller:
         raise RuntimeError(
             f"bytes {offset}+{size} of publication {source.publication} arrived damaged {MAX_ATTEMPTS} times"
         )
-
-
-def unexpected(reply: Message, wanted: str) -> RuntimeError:
-    """A server that answers something else than it was asked."""
-    return RuntimeError(f"the weight store answered {type(reply).__name__} to a request for {wanted}")

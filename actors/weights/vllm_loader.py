@@ -1,13 +1,12 @@
-"""Weights on their way into vLLM: its weight-transfer interface over a file on this host, and the names of the others.
+"""vLLM's weight-transfer interface over a file on this host.
 
-`FileTransferEngine` runs in vLLM's worker processes, registered under `TRANSFER_BACKEND` by importing this module: it
-maps the file that `actors/weights/client.py` has brought here and checked, and hands the tensors to vLLM's layerwise
-reload, so tensor parallelism and weight repacking keep working.
+vLLM runs `FileTransferEngine` in its workers, under the name that `actors/weights/vllm_worker.py` registers. The engine
+maps the file that `actors/weights/client.py` has fetched and checked, and hands the tensors to vLLM's layerwise reload.
+Tensor parallelism and weight repacking therefore work as in vLLM's own loader.
 """
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
-from actors.lifeline import end_with_actor
 from actors.weights.adapters import tensor_at
-from actors.weights.local import LocalWeights
-
-TRANSFER_BACKEND = "slipstream_file"
-IPC_BACKEND = "slipstream_ipc"
-BACKENDS = {"file": TRANSFER_BACKEND, "ipc": IPC_BACKEND, "nccl": "nccl"}
-"""vLLM's name of the engine for each `weights.transport`; the last one is vLLM's own."""
-WORKER_EXTENSION = "actors.weights.vllm_loader.WorkerExtension"
+from actors.weights.interface import FetchedVersion
 
 
-def export_folder(weights: LocalWeights, base: Path, folder: Path) -> Path:
-    """A version as a Hugging Face folder, with configuration and tokenizer from `base`."""
+def export_folder(weights: FetchedVersion, base: Path, folder: Path) -> Path:
+    """Write a version as a Hugging Face folder with the configuration and tokenizer of `base`. Returns the folder.
+
+    The bytes of the version must be on this host.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in base.iterdir():
@@ -45,7 +40,7 @@ def export_folder(weights: LocalWeights, base: Path, folder: Path) -> Path:
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+    """Empty: a file needs no group."""
 
 
 @dataclass
@@ -60,30 +55,30 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     """Bytes from the start of the file."""
 
     def map_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, tensor) pairs that share the mapped file's memory."""
-        # Copy on write: torch wants writable memory, and nobody may write into the learner's file.
+        """(name, tensor) pairs; the tensors share the mapped file's memory."""
+        # Copy on write: torch needs writable memory, but the learner's file must not change.
         mapped = np.memmap(self.path, dtype=np.uint8, mode="c")
         places = zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True)
         return [(name, tensor_at(mapped, dtype, shape, offset)) for name, dtype, shape, offset in places]
 
 
 class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """vLLM's weight-transfer interface over a local file; runs in every worker process."""
+    """Loads the model of one worker from a local file."""
 
     init_info_cls = FileInitInfo
     update_info_cls = FileUpdateInfo
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """No connection to make."""
+        """Nothing to do: a file needs no group."""
 
     def start_weight_update(self) -> None:
-        """Loaded layers are repacked, so they go back to their checkpoint layout first."""
+        """Return the layers to their checkpoint layout, because vLLM repacks a layer after loading it."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load all tensors; the base class would synchronize an accelerator that a CPU worker does not have."""
+        """Load all tensors. The base class would synchronize an accelerator, which a CPU worker does not have."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
@@ -92,12 +87,12 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         """Hand the mapped tensors to the model's own loader.
 
         Raises:
-            RuntimeError: a parameter of the engine's model is in no published tensor and would keep its old value.
+            RuntimeError: a parameter of the model is in no published tensor and would keep its old value.
         """
         loaded = self.model.load_weights(update_info.map_tensors())
         wanted = {name for name, _ in self.model.named_parameters()}
         missing = wanted - (loaded or wanted) - _tied_parameters(self.model)
-        # Quantized layers make parameters of their own from the published ones.
+        # Quantized layers have parameters that they compute from the published ones.
         if missing and self.model_config.quantization is None:
             raise RuntimeError(
                 f"{len(missing)} of {len(wanted)} parameters are not among the published weights, the first is"
@@ -105,51 +100,27 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
             )
 
     def finish_weight_update(self) -> None:
-        """Repack the layers for serving."""
+        """Repack the layers for inference."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied_head(self.model)
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        """Nothing to do: no resource is held between updates."""
 
 
 def _tied_parameters(model: torch.nn.Module) -> set[str]:
-    """Names of parameters that share another one's storage by the model's configuration."""
+    """Names of the parameters that share another parameter's storage by the model's configuration."""
     return {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
     """Repack an output head that shares the embedding's weight.
 
-    The reload fills the shared tensor through the embedding and passes the head over, but on a CPU the head multiplies
-    with a packed copy that was made when it was last processed: without this it would stay at the first version.
+    vLLM's reload fills the shared tensor through the embedding and skips the head. On a CPU the head multiplies with a
+    packed copy of the weight, which would keep the first version without this call.
     """
     head = getattr(model, "lm_head", None)
     if head is not None and _tied_parameters(model):
         head.quant_method.process_weights_after_loading(head)
-
-
-class _ExpectedlyEmpty(logging.Filter):
-    """Drops vLLM's warning about layers that no weights arrive for by design; `receive_weights` checks the others."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """False for rotary tables and tied heads, which every update would report."""
-        text = record.getMessage()
-        return not (text.endswith("Failed to load weights") and ("RotaryEmbedding" in text or "LMHead" in text))
-
-
-logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(_ExpectedlyEmpty())
-
-
-class WorkerExtension:
-    """Named to vLLM as worker extension, so that its workers import this module and know the engine below."""
-
-
-end_with_actor()
-
-# vLLM's factory has no public way to ask; importing this module twice in one process must not fail.
-if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, FileTransferEngine)
-    WeightTransferEngineFactory.register_engine(IPC_BACKEND, "actors.weights.device_loader", "IpcTransferEngine")

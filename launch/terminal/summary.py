@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from buffer.actor_metrics import over_actors
 from buffer.ledger.audit import audit
 from buffer.transport.messages import EvaluationReport, Status
 
@@ -38,7 +39,6 @@ def summarize_run(run_dir: Path, status: Status, wall_seconds: float) -> Summary
     """From the buffer's last words and the ledger's file."""
     reports = sorted(status.reports, key=lambda report: report.requested_version)
     learner = next((peer.metrics for peer in status.peers if peer.name == "learner-0"), {})
-    idle = [peer.metrics["idle_fraction"] for peer in status.peers if peer.role == "actor" and peer.metrics]
     ledger = audit(run_dir)
     before = reports[0].pass_at_1 if reports and reports[0].policy_version == 0 else None
     return Summary(
@@ -47,7 +47,7 @@ def summarize_run(run_dir: Path, status: Status, wall_seconds: float) -> Summary
         policy_version=status.policy_version,
         samples_per_second=learner.get("samples_per_second"),
         tokens_per_second=learner.get("tokens_per_second"),
-        actor_idle_fraction=sum(idle) / len(idle) if idle else None,
+        actor_idle_fraction=over_actors(status.peers).get("idle_fraction"),
         learner_idle_fraction=learner.get("idle_fraction"),
         staleness_mean=ledger.staleness_mean,
         staleness_max=ledger.staleness_max,

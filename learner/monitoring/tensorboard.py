@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
+from buffer.actor_metrics import over_actors
 from buffer.trajectory import Trajectory
 from buffer.transport.messages import EvaluationReport, Status
 from learner.batches.batch import TrainingBatch
 
-MEANS = ("_fraction", "_seconds")
-"""What the names of actors' metrics end with that are averaged over them; all others add up."""
 LONG_WAIT_SECONDS = 1.0
 """Shorter waits are part of the work and get no line of text."""
 LAYOUT = {
@@ -105,9 +104,7 @@ class Reporter:
         metrics["buffer/stage"], metrics["buffer/success"] = float(status.stage.stage), status.stage.success
         metrics["buffer/prompts_passed_over"] = float(status.stage.num_passed_over)
         actors = [peer for peer in status.peers if peer.role == "actor"]
-        for name in {name for peer in actors for name in peer.metrics}:
-            values = [peer.metrics[name] for peer in actors if name in peer.metrics]
-            metrics[f"actor/{name}"] = sum(values) / (len(values) if name.endswith(MEANS) else 1)
+        metrics |= {f"actor/{name}": value for name, value in over_actors(actors).items()}
         if actors:
             metrics["weights/actor_versions_behind"] = float(policy_version - min(a.policy_version for a in actors))
         self.scalars(metrics, policy_version)

@@ -1,4 +1,4 @@
-"""An engine, weights and a tokenizer that need no vLLM, for the actor's tests: deterministic, versioned, stoppable."""
+"""Stand-ins without vLLM for the actor's tests: an engine, a version client, a tokenizer and tasks."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ PARAMETERS = {"embed": "1", "head": "2"}
 
 
 class Characters:
-    """One token per character; 0 ends a text."""
+    """A tokenizer with one token per character; token 0 ends a text."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
@@ -34,7 +34,7 @@ class Characters:
 
 @dataclass
 class Sampled:
-    """As the engine's: what was sampled after a prompt."""
+    """Stands in for `SampledCompletion`."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -43,7 +43,7 @@ class Sampled:
 
 
 def sampled(text: str, *versions: tuple[int, int], finish_reason: FinishReason = FinishReason.STOP) -> Sampled:
-    """A completion with an end token and the log-probabilities -1, -2, ..."""
+    """A completion of `text` and an end token, with the log-probabilities -1, -2, ..."""
     token_ids = np.array([*(ord(character) for character in text), 0], np.int32)
     logprobs = -np.arange(1, len(token_ids) + 1, dtype=np.float32)
     return Sampled(token_ids, logprobs, tuple(VersionSpan(*version) for version in versions), finish_reason)
@@ -53,7 +53,7 @@ def sampled(text: str, *versions: tuple[int, int], finish_reason: FinishReason =
 class Local:
     manifest: Manifest
     released: list[int]
-    """Versions whose memory the learner may write again."""
+    """Versions that were released."""
 
     def release(self) -> None:
         self.released.append(self.policy_version)
@@ -65,15 +65,15 @@ class Local:
 
 @dataclass
 class FakeEngine:
-    """Answers the sum in the prompt in every even completion, and one more in the odd ones."""
+    """Answers with the sum in the prompt in even completions, and with the sum plus one in odd ones."""
 
     version: int = -1
     requests: list[tuple[str, int | None]] = field(default_factory=list)
-    """request_id and seed of each."""
+    """(request_id, seed) of each request."""
     open: asyncio.Event = field(default_factory=asyncio.Event)
-    """Requests wait while it is closed."""
+    """Requests wait until this event is set."""
     wrong: dict[str, str] = field(default_factory=dict)
-    """Parameters that do not load as they should."""
+    """Wrong checksums, by parameter."""
 
     def __post_init__(self) -> None:
         self.open.set()
@@ -106,7 +106,7 @@ class FakeEngine:
 
 
 class FakeWeights:
-    """A store of which the test says what it publishes; `gone` versions cannot be fetched any more."""
+    """A version client whose versions the test publishes; versions in `gone` cannot be fetched."""
 
     pulled_bytes = 0
 
@@ -117,7 +117,7 @@ class FakeWeights:
         self.released: list[int] = []
         self.under_way = 0
         self.link = asyncio.Event()
-        """Nothing arrives while it is down."""
+        """Fetches wait until this event is set."""
         self.link.set()
         self._published = asyncio.Event()
 
@@ -140,7 +140,7 @@ class FakeWeights:
         self.under_way = manifest.policy_version
         await self.link.wait()
         if manifest.policy_version in self.gone:
-            # As published meanwhile: otherwise there would be nothing newer to ask for.
+            # Publish a newer version, so that the actor has something to fetch next.
             self.publish(manifest.policy_version + 1)
             raise RequestRefused(f"version {manifest.policy_version} is not the newest any more")
         self.fetched.append(manifest.policy_version)
@@ -148,7 +148,7 @@ class FakeWeights:
 
 
 def sums(num_train: int = 8, num_held_out: int = 3, long_prompt: int | None = None) -> Task:
-    """Problems like 3+4=; the one with the number `long_prompt` is long."""
+    """Problems like 3+4=. The prompt of problem `long_prompt` is long."""
     problems = []
     for number in range(num_train + num_held_out):
         left = "0" * 50 + str(number) if number == long_prompt else str(number)
@@ -157,7 +157,7 @@ def sums(num_train: int = 8, num_held_out: int = 3, long_prompt: int | None = No
 
 
 TURNS = Template("{question}", between="\0{observation}")
-"""Over several turns, each ended by the end token of `Characters`."""
+"""A multi-turn template in which the end token of `Characters` ends each turn."""
 BOARD = ["######", "#PX_O#", "#____#", "#____#", "#____#", "######"]
 CORRIDOR = Problem(0, "P11X12O14:", json.dumps({"board": BOARD, "depth": 6, "actions_per_turn": 1, "words": 0}))
-"""Sokoban: two pushes to the right solve it."""
+"""A Sokoban problem that two pushes to the right solve."""

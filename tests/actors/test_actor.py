@@ -40,7 +40,7 @@ def pool() -> Iterator[ScoringPool]:
 
 @dataclass
 class Loop:
-    """An actor at work, and the learner's connection to its buffer."""
+    """A running actor, and the learner's connection to the buffer."""
 
     actor: Actor
     engine: FakeEngine
@@ -158,7 +158,7 @@ def test_an_actor_with_old_weights_waits_and_newer_weights_unblock_it(loop: Loop
             running.weights.publish(0)
             assert (await running.batch(0)).staleness == (0, 0)
             assert (await running.batch(1)).staleness == (1, 1)
-            # Version 0 is too old for the batch of version 2: the request for leases stays unanswered.
+            # Version 0 is too old for the batch of version 2, so the buffer does not answer the lease request.
             sampled_so_far = len(running.engine.requests)
             waiting = asyncio.ensure_future(running.batch(2))
             await asyncio.sleep(0.5)
@@ -199,7 +199,7 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_the_others_go_on(loop: Loop
 
 
 def test_a_stage_of_the_curriculum_says_how_many_completions_and_how_long(loop: Looper):
-    """The first stage's shorter completions leave room for the long prompt, those of the run do not."""
+    """The long prompt leaves room for the first stage's shorter completions, but not for the run's."""
     stages = [Stage(samples_per_group=3, max_new_tokens=16, until_step=4), Stage()]
     limits = {"samples_per_group": 2, "max_new_tokens": 40, "max_tokens": 80}
 
@@ -229,7 +229,7 @@ def test_an_evaluation_is_reported_once_with_the_version_it_measured(loop: Loope
                 await asyncio.sleep(0.01)
             [report] = reports
             assert (report.requested_version, report.policy_version, report.num_prompts) == (0, 0, 2)
-            # The stand-in's only completion is right, and as long as the text, the braces and the end.
+            # The engine's only completion is correct, and its length is that of the text and the end token.
             assert (report.pass_at_1, report.completion_tokens_mean) == (1.0, len(r"\boxed{12}") + 1)
             asked = [(name, seed) for name, seed in running.engine.requests if name.startswith("evaluation")]
             assert [name for name, _ in asked] == ["evaluation-0-8", "evaluation-0-9"]
@@ -311,7 +311,7 @@ def test_a_version_that_is_gone_before_it_was_fetched_is_passed_over(loop: Loope
             await running.until(lambda: running.weights.released == [1, 3])
 
     with pytest.MonkeyPatch.context() as patch:
-        # Verifying a later version than 0 writes a folder and needs vLLM.
+        # Verifying a version after 0 needs vLLM.
         patch.setattr(Actor, "_verify_first_load", lambda *_: asyncio.sleep(0))
         asyncio.run(check())
 
@@ -357,7 +357,7 @@ def test_seeds_are_those_of_the_prompts_occurrence_and_not_of_the_attempt(loop: 
             await running.batch(0)
             seeds = dict(running.engine.requests)
             assert len(set(seeds.values())) == len(seeds)
-            assert all(seed == running.actor._seed(name.replace(".0", ".7")) for name, seed in seeds.items())
+            assert all(seed == running.actor._completer._seed(name.replace(".0", ".7")) for name, seed in seeds.items())
 
     asyncio.run(check())
 
@@ -458,7 +458,7 @@ def test_a_verifier_that_always_hangs_is_counted_and_the_run_goes_on(loop: Loope
             running.weights.publish(0)
             for packed in (await running.batch(0)).groups:
                 found = unpack_group(packed).trajectories
-                # on_timeout: whose reward they get is configured, wrong by default.
+                # By default, verifier.on_timeout gives them the reward of a wrong answer.
                 assert [(t.verdict, t.reward) for t in found] == [("timeout", -0.5)] * 2
             async with asyncio.timeout(SECONDS):
                 timeouts = 0.0
@@ -577,7 +577,7 @@ def test_the_meter_counts_the_time_without_requests(monkeypatch: pytest.MonkeyPa
 
 
 class Puzzler(FakeEngine):
-    """Plays the corridor: even completions push the box home in two turns, odd ones claim to have done so."""
+    """Answers for CORRIDOR: even completions solve it in two turns, odd ones only claim to."""
 
     async def sample(self, prompt_ids: Sequence[int], *, request_id: str, seed: int | None = None, **_: Any) -> Any:
         self.requests.append((request_id, seed))
@@ -603,7 +603,7 @@ def test_episodes_are_played_turn_by_turn_and_rewarded_by_their_environment(loop
             observation = solved.token_ids[~solved.loss_mask][len(CORRIDOR.question) :]
             assert "".join(map(chr, observation)) == "P12X13O14:"
             assert solved.oldest_version == solved.newest_version == 0
-            # Every turn of every completion has a seed of its own.
+            # Every turn of every completion has a different seed.
             of_group = {name: seed for name, seed in running.engine.requests if name.startswith(f"{group.group_id}.")}
             assert len(of_group) == len(set(of_group.values())) == 5
             await running.ask(messages.EvaluationRequest(0))

@@ -1,4 +1,4 @@
-"""What an actor cannot be told."""
+"""Settings that `ActorConfig` refuses."""
 
 from typing import Any
 

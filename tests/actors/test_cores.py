@@ -1,4 +1,4 @@
-"""An actor keeps to the cores it is given, and without OMP_NUM_THREADS has one thread there."""
+"""The option --cores, and one OpenMP thread by default."""
 
 import os
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 THREADS = """
 import re, threading
 from actors.config import ActorConfig
-from actors.engine.engine import prepare_environment
+from actors.engine.environment import prepare_environment
 {before}
 prepare_environment(ActorConfig(model_path="-", seed=0, samples_per_group=1, max_new_tokens=8, max_tokens=16))
 import torch
@@ -27,7 +27,7 @@ thread.join()
 CACHE = """
 import os
 from actors.config import ActorConfig
-from actors.engine.engine import prepare_environment
+from actors.engine.environment import prepare_environment
 limits = dict(samples_per_group=1, max_new_tokens=8, max_tokens=16)
 prepare_environment(ActorConfig(model_path="-", kv_cache_gib={asked}, **limits))
 print(os.environ["VLLM_CPU_KVCACHE_SPACE"])
@@ -48,7 +48,7 @@ def run(*words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize("before", ["", "import torch; torch.ones(9) @ torch.ones(9)"])
 def test_the_engine_thread_has_one_thread_unless_the_environment_says_otherwise(before: str):
     code = THREADS.format(before=before)
-    # PyTorch's, OpenMP's and MKL's number, as a thread has them that was started afterwards.
+    # The number of threads of PyTorch, OpenMP and MKL, in a thread that started afterwards.
     assert run("-c", code).stdout == "['1', '1', '1']\n"
     wanted = str(min(2, len(os.sched_getaffinity(0))))
     assert run("-c", code, OMP_NUM_THREADS=wanted).stdout == f"{[wanted] * 3}\n"
@@ -70,7 +70,7 @@ def test_cores_are_a_list_of_those_that_may_be_used():
     ("listed", "said"),
     [
         ("0-3", "--cores=0-3 is no list of numbers; name cores as in --cores=0,1"),
-        ("4000", r"--cores=4000: core 4000 is not there; those that may be used are \[\d+"),
+        ("4000", r"--cores=4000: this process may not use core 4000, only \[\d+"),
     ],
 )
 def test_a_core_that_is_not_there_is_refused_with_one_sentence(listed: str, said: str, tmp_path: Path):

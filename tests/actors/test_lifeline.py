@@ -1,4 +1,4 @@
-"""A worker ends with its actor, however that ends, and in no other process anything is watched."""
+"""A worker ends with its actor, even if the actor is killed. Other processes watch nothing."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = (
     "from actors.lifeline import end_with_actor; end_with_actor(); print('up', flush=True); import time; time.sleep(60)"
 )
-# As with vLLM, another process stands between the two, and may go on by itself.
+# As in vLLM, the worker is a grandchild of the actor: a process between them survives the actor.
 BETWEEN = f"import os, subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {WORKER!r}]); time.sleep(60)"
 ACTOR = f"""
 import subprocess, sys, time
@@ -35,7 +35,7 @@ def test_workers_end_with_a_killed_actor():
     between, worker = psutil.Process(actor.pid).children(recursive=True)
     actor.kill()
     deadline = time.monotonic() + 20
-    # Nobody has asked yet how it ended.
+    # The process between them has not waited for the worker, so the worker becomes a zombie.
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Relays between the learner's real store and actors on hosts of their own."""
+"""Relays between the learner's real store and actors on several hosts."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +23,7 @@ SECONDS = 20.0
 
 
 class Cluster:
-    """A learner's store, and hosts by name with a relay or an actor each."""
+    """A learner's store, and named hosts with a relay or an actor each."""
 
     def __init__(self, run_dir: Path, sockets: Path, stack: AsyncExitStack, fanout: int) -> None:
         self.run_dir, self._sockets, self._stack = run_dir, sockets, stack
@@ -46,7 +46,7 @@ class Cluster:
         return client
 
     async def relay(self, host: str) -> tuple[Relay, WeightClient, asyncio.Task[None]]:
-        """One that has said hello."""
+        """A relay on `host` that the store knows."""
         client = self.client(host, maps=False)
         server = WeightServer(f"ipc://{self._sockets}/{host}", CREDENTIALS, keep_versions=2)
         store = self._stack.enter_context(Connection(self._config.address, f"relay-{host}", CREDENTIALS))
@@ -98,7 +98,7 @@ def test_a_version_comes_to_a_host_once_however_many_actors_there_are(start):
                 actors = [cluster.client("far", maps=True) for _ in range(2)]
                 taken = [await cluster.take(actor) for actor in actors]
                 assert all(holds(local, version) for local in taken)
-                # Both map the relay's file.
+                # Both actors map the relay's file.
                 assert {local.path.parent for local in taken} == {(cluster.run_dir / "relays" / "far")}
                 assert [actor.pulled_bytes for actor in actors] == [0, 0]
                 assert relay.policy_version == version
@@ -106,7 +106,7 @@ def test_a_version_comes_to_a_host_once_however_many_actors_there_are(start):
                     assert pulling.pulled_bytes == manifest.num_bytes
                 for local in taken:
                     local.release()
-            # An actor elsewhere hears nothing of it.
+            # The manifest for an actor on another host does not name the relay.
             other = cluster.client("near", maps=True)
             assert holds(await cluster.take(other), 2) and other.pulled_bytes == manifest.num_bytes
 
@@ -126,7 +126,7 @@ def test_with_a_fanout_of_one_relays_form_a_chain(start):
             await cluster.publish(1)
             await until(lambda: second.policy_version == 1)
             assert pulling.pulled_bytes == 20_000
-            # The learner has sent every chunk once.
+            # The learner sent every chunk once.
             assert sorted(asked) == list(range(0, 20_000, 4_000))
 
     asyncio.run(check())
@@ -153,7 +153,7 @@ def test_a_relay_that_breaks_off_is_replaced_by_the_learner_at_that_chunk(start)
             relay, _, _ = await cluster.relay("far")
             await cluster.publish(1)
             await until(lambda: relay.policy_version == 1)
-            # Of another folder than actors may map, so that they pull; and half of it is refused.
+            # Actors may not map this relay's folder, so they pull; the relay refuses half of the chunks.
             actor = cluster.client("far", maps=True)
             actor._relays = None
             answer = relay._server._kept.chunk
@@ -173,6 +173,6 @@ def test_a_relay_that_breaks_off_is_replaced_by_the_learner_at_that_chunk(start)
 
 def test_a_relay_listens_where_those_reach_it_that_pull_from_it():
     assert own_address("tcp://192.0.2.1:5", 0) == "tcp://127.0.0.1:*"
-    # Of several addresses it is the one on the way to the store: to a store on this host, the same.
+    # The address from which this host reaches the store; for a store on this host, the store's address.
     assert own_address("tcp://127.0.0.1:5", 2) == "tcp://127.0.0.1:*"
     assert own_address("tcp://127.0.0.3:5", 2) in ("tcp://127.0.0.1:*", "tcp://127.0.0.3:*")

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from actors.config import ActorConfig
-from actors.engine.engine import prepare_environment
-from actors.rollouts.episode import play
+from actors.engine.environment import prepare_environment
+from actors.rollouts.episode import run_episode
 from actors.rollouts.trajectories import task_prompt_ids
 from actors.tasks.games import bandit
 from actors.tasks.task import TaskConfig, load_task
@@ -193,12 +193,12 @@ async def _check_turns(engine: Engine, base: Path, model: PreTrainedModel) -> No
         return choice
 
     limits = {"seed": 0, "max_new_tokens": 12, "max_tokens": 256}
-    continuation, _ = await play(task, task.train[0], prompt_ids, tokenizer, sample_turn, **limits)
-    assert continuation.num_turns == 3
-    assert 0 < continuation.num_sampled < continuation.num_tokens
-    ids = torch.tensor([[*prompt_ids, *continuation.token_ids]])
+    completion, _ = await run_episode(task, task.train[0], prompt_ids, tokenizer, sample_turn, **limits)
+    assert completion.num_turns == 3
+    assert 0 < completion.num_sampled < completion.num_tokens
+    ids = torch.tensor([[*prompt_ids, *completion.token_ids]])
     with torch.no_grad():
         expected = (model(input_ids=ids).logits[0].float() / 0.7).log_softmax(-1)
     expected = expected[len(prompt_ids) - 1 : -1].gather(-1, ids[0, len(prompt_ids) :, None])[:, 0]
-    mask = torch.tensor(continuation.loss_mask)
-    torch.testing.assert_close(torch.tensor(continuation.logprobs)[mask], expected[mask], atol=1e-4, rtol=0)
+    mask = torch.tensor(completion.loss_mask)
+    torch.testing.assert_close(torch.tensor(completion.logprobs)[mask], expected[mask], atol=1e-4, rtol=0)

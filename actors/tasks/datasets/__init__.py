@@ -1,1 +1,1 @@
-"""Tasks whose problems are read from files."""
+"""Tasks whose problems are read from data sets."""

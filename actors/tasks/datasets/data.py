@@ -1,8 +1,8 @@
-r"""The task `data`: questions and answers from a data set of one's own, by the names of its fields.
+r"""The task `data`: questions and answers from the named fields of a data set.
 
-The gold is text. A list of texts or numbers holds several golds, any of which is right, and becomes the JSON text
-`["1/2", "0.5"]`, or the gold itself where there is but one. Objects and lists of anything else become JSON text as they
-are, for a reward that reads them. Dollar signs that mark an answer as mathematics are taken off.
+The gold is a text. A list of texts or numbers is a list of alternatives, any of which is correct. It becomes the JSON
+text `["1/2", "0.5"]`, or the gold itself if there is only one. An object, or a list of anything else, becomes JSON text
+unchanged, for a reward that reads it. Dollar signs around mathematics are removed from a gold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verifier.mathematics.extract import last_boxed
 logger = logging.getLogger(__name__)
 
 BOXED = "boxed"
-"""As `answer_pattern`: the last box, whose braces no regular expression can count."""
+"""Value of `answer_pattern` for the last \\boxed{}, because a regular expression cannot match nested braces."""
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _NUMBER = re.compile(r"[0-9]+")
 HIGHEST_LEVEL = 1_000_000
@@ -30,8 +30,8 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
     """(training, held-out) problems, in the order of their sources.
 
     Raises:
-        ValueError: as in `read_problems`; a missing field, an empty question, an answer without a match of
-            `answer_pattern`, or a pattern that is none.
+        ValueError: the errors of `read_problems`; a missing field, an empty question, an answer without a match of
+            `answer_pattern`, or an invalid pattern.
     """
     pattern = _compile(config.answer_pattern)
     if (config.min_level or config.max_level) and not config.level_field:
@@ -98,7 +98,7 @@ def _text(value: Any, where: str, field: str) -> str:
     if value is None:
         return ""
     if isinstance(value, float) and value.is_integer():
-        # Some sets write whole answers as 27.0; a model answers 27.
+        # Some data sets write an integer answer as 27.0, but a model answers 27.
         value = int(value)
     if not isinstance(value, str | int | float):
         shown = json.dumps(value, default=str)[:60]
@@ -107,19 +107,19 @@ def _text(value: Any, where: str, field: str) -> str:
 
 
 def _without_dollars(text: str) -> str:
-    """The text without the dollar signs around its mathematics; one that has no partner means money."""
+    """The text without dollar signs. An odd number of them stays: a sign without a partner means money."""
     return _DOLLAR.sub("", text).strip() if len(_DOLLAR.findall(text)) % 2 == 0 else text
 
 
 def _level(config: TaskConfig, row: Row) -> int:
-    """The first number in the level field; 0 without one, since sets to evaluate on often have none."""
+    """The first number in the level field. 0 if there is none, because evaluation sets often have no levels."""
     if not config.level_field:
         return 0
     try:
         value = row.field(config.level_field)
     except ValueError:
         return 0
-    # Digits alone: in "level-3" the hyphen is no sign.
+    # Digits only: the hyphen in "level-3" is not a minus sign.
     found = _NUMBER.search(str(value))
     if found and (len(found[0]) > 18 or int(found[0]) > HIGHEST_LEVEL):
         raise ValueError(

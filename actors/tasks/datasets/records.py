@@ -1,9 +1,9 @@
-"""From the rows of a data set to training and held-out problems that do not overlap.
+"""Splits the rows of a data set into training and held-out problems that do not overlap.
 
-Held-out problems come from `eval_path`, or are the last `num_held_out` records of `data_path`. A training record whose
-question is also held out, apart from letter case, spaces and dollar signs, is left out of training. The difficulty
-filter then takes from training what is too easy or too hard. A record that cannot be scored, because it has no
-answer, is passed over, and the log says how many were.
+The held-out problems come from `eval_path`, or are the last `num_held_out` records of `data_path`. A training record is
+dropped if its question is held out too; letter case, spaces and dollar signs are ignored in this comparison. Training
+records outside `min_level` to `max_level` are dropped. Records without an answer cannot be scored; they are skipped,
+and the log gives their number.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from actors.tasks.datasets.sources import Row, read_rows
 logger = logging.getLogger(__name__)
 
 Reader = Callable[[Row], Drawn]
-"""Makes a problem of a row; an empty gold says that the row has no answer."""
+"""Converts a row to a problem. An empty gold means that the row has no answer."""
 
 _IGNORED = re.compile(r"[\s$]+")
 
 
 def comparable(question: str) -> str:
-    """Equal for questions that differ in letter case, spaces and dollar signs alone."""
+    """A key that is equal for questions that differ only in letter case, spaces and dollar signs."""
     return _IGNORED.sub("", question).casefold()
 
 
@@ -32,8 +32,7 @@ def read_problems(config: TaskConfig, read: Reader) -> tuple[list[Problem], list
     """(training, held-out) problems, in the order of their sources.
 
     Raises:
-        ValueError: a source that is missing, unreadable or empty, a row that `read` refuses, or fewer records than
-            asked for.
+        ValueError: a source is missing, unreadable or empty, `read` refuses a row, or there are too few records.
     """
     if not config.data_path:
         raise ValueError("task.data_path is empty; give the training problems, data.path=FILE")
@@ -87,5 +86,5 @@ def _read(config: TaskConfig, source: str, split: str, read: Reader) -> list[Dra
             f"data file {source} has only empty answers in field {config.answer_field!r}; set task.answer_field"
         )
     if len(scorable) < len(records):
-        logger.warning("%s: passed over %d records with an empty answer", source, len(records) - len(scorable))
+        logger.warning("%s: skipped %d records with an empty answer", source, len(records) - len(scorable))
     return scorable

@@ -1,7 +1,7 @@
-"""Rows of a data set, wherever it lies: JSON lines, a JSON list, parquet, a saved data set, or the Hugging Face hub.
+"""Reads the rows of a data set: JSON lines, a JSON list, parquet, a saved data set, or the Hugging Face hub.
 
-Only a source that begins with `hf:` is looked for on the network, so a mistyped path never becomes a download. The
-`datasets` library and its reader of parquet are loaded when they are needed.
+Only a source that begins with `hf:` is downloaded, so a mistyped path never starts a download. The `datasets` library
+and `pyarrow` are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ HUB = "hf:"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record, and how an error message names it."""
+    """One record."""
 
     where: str
+    """How error messages name the record."""
     fields: dict[str, Any]
 
     def field(self, path: str, setting: str = "") -> Any:
-        """The value of a field, or of a nested one: names and list positions joined by dots, as in `answer.value`.
+        """The value of a field. A nested field is names and list positions joined by dots, as in `answer.value`.
 
         Raises:
-            ValueError: there is none; the message names `setting` as the way out.
+            ValueError: there is no such field; the message names `setting` as the way out.
         """
         if path in self.fields:
             return self.fields[path]
@@ -48,11 +49,11 @@ def read_rows(source: str, *, subset: str, split: str) -> list[Row]:
 
     Args:
         source: `hf:OWNER/NAME`, a folder (one saved by `datasets`, or one of data files), or a file.
-        subset: of a data set with several, which one; empty: the only one.
-        split: of a data set with splits.
+        subset: subset of a data set with several; empty: the only one.
+        split: split of a data set with splits.
 
     Raises:
-        ValueError: nothing there, not readable, or not rows; one sentence that names the source and the row.
+        ValueError: the source is missing, unreadable, or does not hold rows; the message names the source and the row.
     """
     path = Path(source).expanduser()
     if source.startswith(HUB) or path.is_dir():
@@ -123,7 +124,7 @@ def _load_data_set(source: str, path: Path, subset: str, split: str) -> Any:
             name = source.removeprefix(HUB) if source.startswith(HUB) else str(path)
             return datasets.load_dataset(name, subset or None, split=split)
         saved = datasets.load_from_disk(str(path))
-    # The library answers an unknown name, subset or split, and a network that is down, with errors of many kinds.
+    # The library raises many types of errors for an unknown name, subset or split, and for a network that is down.
     except Exception as error:
         raise ValueError(
             f"data set {source} (task.subset {subset or 'not set'}, split {split}) cannot be loaded:"
@@ -140,6 +141,6 @@ def _load_data_set(source: str, path: Path, subset: str, split: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """What the error says, and in parentheses what it was raised from, which often says more."""
+    """The first line of the error's message, and in parentheses that of its cause, which often says more."""
     said = (str(error) or type(error).__name__).splitlines()[0]
     return f"{said} ({_first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else said

@@ -1,1 +1,1 @@
-"""Tasks of several turns: boards, bandits, and what counts as an action."""
+"""Multi-turn tasks: boards, bandits, and the parser of a turn's actions."""

@@ -1,7 +1,7 @@
-"""How a turn names its actions: `<answer>Up || Left</answer>`, and what the environments pay where it does not.
+"""Parses the actions of a turn, as in `<answer>Up || Left</answer>`.
 
-The parser is the only thing that reads what the model wrote. It never looks for anything but the tagged answer, so
-forged observations and claimed rewards are text without effect.
+Only this parser reads the model's text, and it reads only the tagged answer. Forged observations and claimed rewards in
+the text therefore have no effect.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from collections.abc import Mapping, Sequence
 OPEN, CLOSE, SEPARATOR = "<answer>", "</answer>", "||"
 ALPHABET = OPEN + CLOSE + SEPARATOR
 INVALID_REWARD = -1.0
-"""Of a turn without a readable action; the state stays as it is."""
+"""Reward of a turn without a readable action, which leaves the state unchanged."""
 MAX_CHARACTERS = 200
-"""Longer answers hold no list of actions."""
+"""Longest answer that is read as a list of actions."""
 
 
 def read_actions(text: str, names: Mapping[str, str], at_most: int) -> list[str] | None:
-    """The actions of a turn, in order; None where it is not exactly one tagged list of 1 to `at_most` known actions.
+    """The actions of a turn, in order. None unless it has exactly one tagged list of 1 to `at_most` known actions.
 
-    Thinking does not count: what stands before the last `</think>` is passed over, and thinking that never ends holds
-    no answer.
+    The text before the last `</think>` is ignored. A turn with an open `<think>` has no answer.
 
     Args:
-        text: what the model wrote in this turn.
-        names: action as the model writes it, in lower case -> action.
-        at_most: actions in one turn.
+        text: the model's turn.
+        names: maps an action as the model writes it, in lower case, to the action.
+        at_most: largest number of actions in one turn.
     """
-    said = text.rpartition("</think>")[2]
-    if "<think>" in said or said.count(OPEN) != 1 or said.count(CLOSE) != 1:
+    after_thinking = text.rpartition("</think>")[2]
+    if "<think>" in after_thinking or after_thinking.count(OPEN) != 1 or after_thinking.count(CLOSE) != 1:
         return None
-    inside = said.partition(OPEN)[2].partition(CLOSE)
+    inside = after_thinking.partition(OPEN)[2].partition(CLOSE)
     if not inside[1] or len(inside[0]) > MAX_CHARACTERS:
         return None
     written = [part.strip().lower() for part in inside[0].split(SEPARATOR)]
@@ -41,10 +40,10 @@ def read_actions(text: str, names: Mapping[str, str], at_most: int) -> list[str]
 
 
 def write_actions(actions: Sequence[str]) -> str:
-    """A turn that names these actions."""
+    """The turn with these actions."""
     return f"{OPEN}{SEPARATOR.join(actions)}{CLOSE}"
 
 
 def noisy(action: str, actions: Sequence[str], rng: random.Random, error_rate: float) -> str:
-    """`action`, or with probability `error_rate` any of `actions`."""
+    """`action`, or with probability `error_rate` a uniformly random one of `actions`."""
     return rng.choice(actions) if rng.random() < error_rate else action

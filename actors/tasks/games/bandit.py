@@ -1,11 +1,12 @@
-"""Bandit: arms with legendary names pay 1 with hidden chances, 0 otherwise. Solved: the last pull is of the best arm.
+"""Bandit: every arm pays 1 with a hidden probability, 0 otherwise. Solved: the last pull is of the best arm.
 
-The chances are drawn for every problem, so the best arm must be found out by pulling; `dragon_best` says in how many of
-100 problems it is the dragon, which is all there is to learn where there is one pull only. The payoffs are the
-episode's own noise. The reward of a turn is what its pull paid; one without a readable action costs 1.
+The probabilities are drawn for every problem, so the model has to find the best arm by pulling. The dragon is the best
+arm in `dragon_best` percent of the problems; with a single pull, only this can be learned. The episode's seed decides
+the payoffs. The reward of a turn is the payoff of its pull, or -1 without a readable action.
 
-Options: `arms`, `pulls` (as many as `task.max_turns`, or fewer), `dragon_best` in percent, `words` 1 asks in
-sentences. Without it: `phoenix,dragon:` is answered `<answer>dragon</answer>`, and `1:` or `0:` is what it paid.
+Options: `arms`; `pulls`, at most `task.max_turns`; `dragon_best`, in percent; `words`, where 1 asks in English
+sentences. With `words` 0, the question `phoenix,dragon:` is answered `<answer>dragon</answer>`, and the observation
+`1:` or `0:` is the payoff.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ OPTIONS = {"arms": (2, 2, 6), "pulls": (6, 1, 100), "dragon_best": (70, 0, 100),
 ARMS = ("dragon", "phoenix", "griffin", "unicorn", "kraken", "sphinx")
 COMPLETION_ALPHABET = "".join(sorted(set("".join(ARMS)))) + ALPHABET + ",:01"
 SMALLEST_GAP = 30
-"""Percent between the best arm and the next one: less could not be told apart in a few pulls."""
+"""Smallest difference between the two best arms, in percent; a few pulls would not reveal a smaller one."""
 RULES = (
     "You play a slot machine with {number} arms: {listed}. Each pays 1 or 0 with a chance of its own, which you do not"
     " know. You pull {pulls} times; earn as much as you can, and pull the best arm last.\n"
@@ -31,7 +32,7 @@ RULES = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; the same chances for the same arms are on the same side.
+    """(training, held-out) problems. Problems with the same probabilities are on the same side of the split.
 
     Raises:
         ValueError: an unknown option, a value out of range, more pulls than turns, or too few problems.
@@ -70,17 +71,17 @@ def _question(listed: list[str], options: dict[str, int]) -> str:
     return ",".join(listed) + ":"
 
 
-def episode(problem: Problem, seed: int) -> Play:
-    """A play of `problem` with the payoffs of `seed`."""
-    return Play(json.loads(problem.gold), seed)
+def episode(problem: Problem, seed: int) -> BanditEpisode:
+    """An episode of `problem` with the payoffs of `seed`."""
+    return BanditEpisode(json.loads(problem.gold), seed)
 
 
-class Play:
-    """One session at the machine.
+class BanditEpisode:
+    """One episode: `pulls` pulls.
 
     Args:
-        gold: percent chances by arm, pulls and words of the problem.
-        seed: of the payoffs.
+        gold: the problem's gold: `chances`, in percent by arm, `pulls` and `words`.
+        seed: seed of the payoffs.
     """
 
     def __init__(self, gold: dict[str, object], seed: int) -> None:
@@ -94,17 +95,17 @@ class Play:
 
     @property
     def solved(self) -> bool:
-        """Whether all pulls are made, the last one of the best arm."""
+        """Whether all pulls were made and the last one was of the best arm."""
         return len(self._pulled) == self._options["pulls"] and self._pulled[-1][0] == self._best
 
     def reset(self) -> str:
-        """Nothing pulled yet, the same payoffs to come."""
+        """Start over with the same payoffs. Returns the question."""
         self._pulled: list[tuple[str, int]] = []
         self._payoffs = random.Random(self._seed)
         return _question(list(self._chances), self._options)
 
     def step(self, text: str) -> Step:
-        """Pulls one arm."""
+        """Pull the arm that `text` names."""
         arms = read_actions(text, {arm: arm for arm in self._chances}, 1)
         if arms is None:
             notice = "No arm was named." if self._options["words"] else ",".join(self._chances) + ":"
@@ -115,11 +116,11 @@ class Play:
         return Step(observation, float(paid), done=len(self._pulled) == self._options["pulls"])
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:
-        """Each arm once, then the one with the best mean so far; a random one at the error rate."""
+        """Pull the arm with the best estimate so far, or with probability `error_rate` a random arm."""
         pulls, paid = Counter[str](), Counter[str]()
         for arm, payoff in self._pulled:
             pulls[arm] += 1
             paid[arm] += payoff
-        # Laplace's rule of succession: an arm that was never pulled is worth a half.
+        # Laplace's rule of succession: the estimate of an arm that was never pulled is 1/2.
         best = max(self._chances, key=lambda arm: (paid[arm] + 1) / (pulls[arm] + 2))
         return write_actions([noisy(best, list(self._chances), rng, error_rate)])

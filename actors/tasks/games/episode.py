@@ -1,8 +1,8 @@
-"""Multi-turn tasks: what a module offers whose problems are played over several turns.
+"""The protocol of multi-turn tasks.
 
-An episode is the only owner of its state, its rewards and its success. What the model writes is an argument of `step`
-and nothing more, so a forged observation or a claimed reward changes none of them. The modules `sokoban`, `frozen_lake`
-and `bandit` are the implementations; `actors/rollouts/episode.py` leads the model through them.
+Only the episode changes its state, its rewards and its success. The model's text is an argument of `step` and nothing
+more, so a forged observation or a claimed reward has no effect. The modules `sokoban`, `frozen_lake` and `bandit`
+implement the protocol, and `actors/rollouts/episode.py` runs the episodes.
 """
 
 from __future__ import annotations
@@ -19,46 +19,46 @@ class Step:
     """The environment's answer to one turn of the model."""
 
     observation: str
-    """What the model sees next; nothing of it repeats what the model wrote."""
+    """The text that the model sees next. It repeats nothing that the model wrote."""
     reward: float
-    """Of this turn alone."""
+    """The reward of this turn."""
     done: bool
-    """Whether the episode is over; further steps are an error."""
+    """Whether the episode is over. Further steps are an error."""
     valid: bool = True
-    """False where the turn held no action that could be read."""
+    """False if the turn has no readable action."""
 
 
 class Episode(Protocol):
-    """One play of a multi-turn problem. It alone keeps state, rewards and success; text it is given it only reads."""
+    """One episode of a multi-turn problem. It owns the state, the rewards and the success."""
 
     @property
     def solved(self) -> bool:
-        """Whether the aim is reached; the verdict of the trajectory."""
+        """Whether the goal is reached, which makes the trajectory's verdict correct."""
         ...
 
     def reset(self) -> str:
-        """Starts over, with the same noise. Returns the first observation: the problem's question."""
+        """Start over with the same randomness. Returns the first observation, which is the problem's question."""
         ...
 
     def step(self, text: str) -> Step:
-        """Plays the action that the model's turn `text` names; any text at all is allowed."""
+        """Take the actions that the model's turn `text` names. Any text is allowed."""
         ...
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:
-        """What a noisy teacher writes in this state; each of its actions is a random one with that probability."""
+        """The turn of a noisy teacher in this state. Each action is random with probability `error_rate`."""
         ...
 
 
 class MultiTurnEnvironment(Protocol):
-    """What the module of a multi-turn task offers."""
+    """The interface of a multi-turn task's module."""
 
     COMPLETION_ALPHABET: str
-    """Every character a teacher's turn or a later observation can hold."""
+    """Every character that a teacher's turn or a later observation can contain."""
 
     def problems(self, config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-        """As `Environment.problems`; the gold is a JSON object that says all that an episode is made of."""
+        """As `Environment.problems`. The gold is a JSON object from which an episode can be created."""
         ...
 
     def episode(self, problem: Problem, seed: int) -> Episode:
-        """A play of `problem`, whose noise follows from `seed` alone; not yet reset."""
+        """A new episode of `problem`, not yet reset. `seed` alone determines its randomness."""
         ...

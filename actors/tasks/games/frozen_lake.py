@@ -1,13 +1,15 @@
-"""Frozen lake: reach the goal over slippery ice without falling into a hole. +1 at the goal, 0 otherwise.
+"""Frozen lake: reach the goal over slippery ice without falling into a hole. Reward: +1 at the goal, 0 otherwise.
 
-Each move goes where it was meant to with probability 1 - `slip`/100, else to one of the two sides, equally likely; the
-noise is the episode's own, so the completions of one prompt meet different slips. A turn without a readable action
-costs 1 and moves nothing.
+A move succeeds with probability 1 - `slip`/100; otherwise it goes to one of its two sides, with equal probability. The
+episode's seed decides the slips, so the completions of one prompt meet different slips. A turn without a readable
+action has the reward -1 and does not move the player.
 
-Symbols: `P` player, `_` ice, `O` hole, `G` goal, `X` player in a hole, `V` player on the goal. From every start there
-is a way to the goal around the holes. Options: `size`, `holes`, `slip` in percent (67: as in Gymnasium),
-`actions_per_turn`, `words` 1 asks in sentences. Without it the question lists what lies in which row and column:
-`P00G33O11O13O23:` is answered `<answer>D</answer>`, by the teacher with a thought in front of it.
+Symbols: `P` player, `_` ice, `O` hole, `G` goal, `X` player in a hole, `V` player on the goal. Every start has a path
+to the goal around the holes.
+
+Options: `size`; `holes`; `slip`, in percent (67: as in Gymnasium); `actions_per_turn`; `words`, where 1 asks in English
+sentences. With `words` 0, the question lists each symbol with row and column: `P00G33O11O13O23:` is answered
+`<answer>D</answer>`. The teacher writes a thought before its answer.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ OPTIONS = {
     "words": (0, 0, 1),
 }
 LISTED = "PXVGO"
-"""What a question without words names, in this order."""
+"""Symbols that a question without words lists, in this order."""
 COMPLETION_ALPHABET = LISTED + LETTER_ALPHABET + "yn"
 GOAL_REWARD = 1.0
 RULES = (
@@ -54,7 +56,9 @@ RULES = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; turned and mirrored lakes are on the same side. Level: moves of the shortest way.
+    """(training, held-out) problems. Rotated and mirrored lakes are on the same side of the split.
+
+    The level is the number of moves of the shortest path.
 
     Raises:
         ValueError: an unknown option, a value out of range, more holes than the lake holds, or too few lakes.
@@ -73,7 +77,7 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
             player, goal, *drawn = rng.sample(cells, 2 + holes)
             rows = _rows(size, player, goal, frozenset(drawn))
             moves = moves_to_goal(tuple(rows)).get(player)
-            # A way there and one more, since the ice is slippery.
+            # The turns must allow one move more than the shortest path, because the ice is slippery.
             if moves is not None and 2 <= moves < allowed:
                 break
         gold = {"lake": rows, **{name: options[name] for name in ("slip", "actions_per_turn", "words")}}
@@ -89,7 +93,7 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
 
 @lru_cache(maxsize=4096)
 def moves_to_goal(rows: tuple[str, ...]) -> dict[Cell, int]:
-    """Moves of the shortest way to the goal around the holes, from every cell that has one."""
+    """Length of the shortest path to the goal around the holes, for every cell that has a path."""
     goals = list(cells_of(list(rows), "GV"))
     free = cells_of(list(rows), "P_GV")
     found = dict.fromkeys(goals, 0)
@@ -105,7 +109,7 @@ def moves_to_goal(rows: tuple[str, ...]) -> dict[Cell, int]:
 
 
 def chances(cell: Cell, move: str, size: int, slip: int) -> dict[Cell, float]:
-    """Where a move may end, with probabilities that add up to 1; the edge holds the player back."""
+    """The cells where a move may end, with their probabilities. A move off the board stays in its cell."""
     found: dict[Cell, float] = {}
     for direction, chance in ((move, 1 - slip / 100), *((side, slip / 200) for side in sideways(move))):
         to = _within(step_to(cell, direction), size)
@@ -128,21 +132,22 @@ def _rows(size: int, player: Cell, goal: Cell, holes: frozenset[Cell]) -> list[s
 
 def _question(rows: list[str], options: dict[str, int]) -> str:
     if options["words"]:
-        return RULES.format(**options) + "\n".join(rows)
+        rules = RULES.format(slip=options["slip"], actions_per_turn=options["actions_per_turn"])
+        return rules + "\n".join(rows)
     return listed(rows, LISTED)
 
 
-def episode(problem: Problem, seed: int) -> Play:
-    """A play of `problem` with the slips of `seed`."""
-    return Play(json.loads(problem.gold), seed)
+def episode(problem: Problem, seed: int) -> FrozenLakeEpisode:
+    """An episode of `problem` with the slips of `seed`."""
+    return FrozenLakeEpisode(json.loads(problem.gold), seed)
 
 
-class Play:
-    """One walk.
+class FrozenLakeEpisode:
+    """One walk from the start, to the goal or into a hole.
 
     Args:
-        gold: lake, slip, actions_per_turn and words of the problem.
-        seed: of the slips.
+        gold: the problem's gold: `lake`, `slip`, `actions_per_turn` and `words`.
+        seed: seed of the slips.
     """
 
     def __init__(self, gold: dict[str, object], seed: int) -> None:
@@ -157,16 +162,16 @@ class Play:
 
     @property
     def solved(self) -> bool:
-        """Whether the player stands on the goal."""
+        """Whether the player is on the goal."""
         return self._player == self._goal
 
     def reset(self) -> str:
-        """Back to the start, with the same slips to come."""
+        """Start over with the same slips. Returns the question."""
         self._player, self._slips = self._start, random.Random(self._seed)
         return _question(self._first, self._options)
 
     def step(self, text: str) -> Step:
-        """Makes the turn's moves one by one; they end in a hole or at the goal."""
+        """Make the moves of a turn one by one, up to a hole or the goal."""
         names = NAMES if self._options["words"] else LETTERS
         moves = read_actions(text, names, self._options["actions_per_turn"])
         if moves is None:
@@ -185,11 +190,11 @@ class Play:
         return "\n".join([notice, *rows]) if self._options["words"] else listed(rows, LISTED)
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:
-        """The next moves of the shortest way, blind to the slips; each a random one at the error rate.
+        """The next moves of the shortest path, planned without slips. Each is random with probability `error_rate`.
 
-        Without words the turn begins with a thought that a small model can follow step by step: moves straight towards
-        the goal that are no step of the way (`D10n`: down leads to row 1, column 0, a hole or a detour), then the one
-        that is (`R01y`).
+        Without words the turn begins with a thought, which a small model can learn step by step. The thought lists the
+        moves towards the goal that are not on a shortest path (`D10n`: down leads to row 1, column 0, a hole or a
+        detour), then the best move (`R01y`).
         """
         known = moves_to_goal(tuple(self._first))
         cell, moves = self._player, list[str]()
@@ -210,7 +215,7 @@ class Play:
         return "".join(f"{m[0]}{written[m][0]}{written[m][1]}{'y' if m == best else 'n'}" for m in ordered)
 
     def _nears(self, move: str) -> bool:
-        """Whether a move leads straight towards the goal and lies on no shortest way, since a hole is in between."""
+        """Whether a move reduces the distance to the goal but is not on a shortest path, because of a hole."""
         known, to = moves_to_goal(tuple(self._first)), step_to(self._player, move)
         towards = sum(abs(a - b) for a, b in zip(to, self._goal, strict=True))
         here = sum(abs(a - b) for a, b in zip(self._player, self._goal, strict=True))

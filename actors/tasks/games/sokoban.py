@@ -1,14 +1,14 @@
-"""Sokoban: push every box onto a target. Rewards as RAGEN has them, kept by the environment.
+"""Sokoban: push every box onto a target. The rewards are those of RAGEN:
 
     -0.1 per move, +1 a box onto a target, -1 off one, +10 all boxes on targets, -1 a turn without a readable action
 
-Symbols: `#` wall, `_` floor, `O` target, `X` box, `V` box on a target, `P` player, `S` player on a target. Every level
-is made by walking backwards from its solution, so that the fewest moves to solve it are known and at most `depth`.
+Symbols: `#` wall, `_` floor, `O` target, `X` box, `V` box on a target, `P` player, `S` player on a target. Boards are
+searched backwards from the solution, so the fewest moves to solve a problem are known and at most `depth`.
 
-Options: `size` of the board with its outer walls, `boxes`, `depth` (fewest moves to the solution, at most), `walls`
-inside, `actions_per_turn`, `words` 1 asks in sentences, for models that read English. Without it the question lists
-what stands in which row and column, without the outer walls, and moves are letters: `P12X22O32#24:` is answered
-`<answer>D</answer>`, by the teacher with the next push in front of it.
+Options: `size` of the board, with outer walls; `boxes`; `depth`, the largest number of moves of a shortest solution;
+`walls`, the number of walls inside; `actions_per_turn`; `words`, where 1 asks in English sentences. With `words` 0, the
+question lists each symbol with row and column, without the outer walls, and moves are letters: `P12X22O32#24:` is
+answered `<answer>D</answer>`. The teacher writes the next push before its answer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS = {
     "words": (0, 0, 1),
 }
 LISTED = "PSXVO#"
-"""What a question without words names, in this order; the outer walls are always there."""
+"""Symbols that a question without words lists, in this order; outer walls are left out."""
 COMPLETION_ALPHABET = LISTED + LETTER_ALPHABET
 POSITIONS_PER_BOARD = 8
 MOVE_REWARD, BOX_REWARD, SOLVED_REWARD = -0.1, 1.0, 10.0
@@ -45,7 +45,9 @@ RULES = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; turned and mirrored boards are on the same side. Level: fewest moves.
+    """(training, held-out) problems. Rotated and mirrored boards are on the same side of the split.
+
+    The level is the fewest moves to the solution.
 
     Raises:
         ValueError: an unknown option, a value out of range, more moves than the turns allow, or too few levels.
@@ -68,12 +70,12 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
 
     def draw(rng: random.Random) -> Drawn:
         nonlocal board, known
-        # The search is the work: several positions of one board pay for it.
+        # The search is expensive, so several problems come from one board.
         if rng.random() < 1 / POSITIONS_PER_BOARD:
             board, known = _searched_board(options, rng)
         state, moves = None, 0
         while state is None:
-            # Every number of moves is equally likely, few and many.
+            # Uniform over the number of moves.
             moves = rng.randint(1, options["depth"])
             fitting = [state for state, needed in known.items() if needed == moves]
             if fitting:
@@ -102,26 +104,26 @@ def _random_board(options: dict[str, int], rng: random.Random) -> Board:
 
 def _question(board: Board, state: State, options: dict[str, int]) -> str:
     if options["words"]:
-        return RULES.format(**options) + "\n".join(board.rows(state))
+        return RULES.format(actions_per_turn=options["actions_per_turn"]) + "\n".join(board.rows(state))
     rows = board.rows(state)
     inside = ["." * board.size, *("." + row[1:-1] + "." for row in rows[1:-1]), "." * board.size]
     return listed(inside, LISTED)
 
 
-# A large board's search fills tens of megabytes, so few are kept, and only where a teacher plans.
+# The search of a large board takes tens of megabytes, so the cache is small. Only the teacher uses it.
 _known_to_teacher = lru_cache(maxsize=256)(moves_to_solution)
 
 
-def episode(problem: Problem, seed: int) -> Play:
-    """A play of `problem`; nothing in it is random."""
-    return Play(json.loads(problem.gold))
+def episode(problem: Problem, seed: int) -> SokobanEpisode:
+    """An episode of `problem`. Nothing in it is random."""
+    return SokobanEpisode(json.loads(problem.gold))
 
 
-class Play:
+class SokobanEpisode:
     """One game.
 
     Args:
-        gold: board, depth, actions_per_turn and words of the problem.
+        gold: the problem's gold: `board`, `depth`, `actions_per_turn` and `words`.
     """
 
     def __init__(self, gold: dict[str, object]) -> None:
@@ -137,12 +139,12 @@ class Play:
         return self._state.boxes == self._board.targets
 
     def reset(self) -> str:
-        """Back to the first position."""
+        """Return to the first position. Returns the question."""
         self._state = self._start
         return _question(self._board, self._state, self._options)
 
     def step(self, text: str) -> Step:
-        """Makes the turn's moves one by one; after the last push that solves the level the rest is passed over."""
+        """Make the moves of a turn one by one. Moves after the push that solves the problem are ignored."""
         names = NAMES if self._options["words"] else LETTERS
         moves = read_actions(text, names, self._options["actions_per_turn"])
         if moves is None:
@@ -162,12 +164,13 @@ class Play:
         return _question(self._board, self._state, self._options)
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:
-        """The next moves of a shortest solution, each a random one at the error rate; then the plan is made anew.
+        """The next moves of a shortest solution. Each is random with probability `error_rate`.
 
-        Without words the turn begins with the plan's next push, `D11`: down, from row 1 and column 1. A small model
-        finds the way there step by step, and would not find it at once.
+        Every move is planned from the state after the move before it. Without words the turn begins with the
+        next push of the plan, `D11`: down, from row 1 and column 1. A small model learns the path to the push step by
+        step, but not in one step.
         """
-        # Mistakes lead further away than any level begins.
+        # Mistakes may lead further from the solution than any problem starts.
         known = _known_to_teacher(self._board, 2 * self._options["depth"])
         state, moves = self._state, list[str]()
         while len(moves) < self._options["actions_per_turn"] and state.boxes != self._board.targets:
@@ -181,7 +184,7 @@ class Play:
         return min(MOVES, key=lambda move: known.get(self._board.after(state, move), len(known)))
 
     def _next_push(self, known: dict[State, int]) -> str:
-        """The first push of the plan and where it is made from; nothing where no plan is known."""
+        """The first push of the plan, with the player's row and column before it. Empty if no plan is known."""
         state = self._state
         while known.get(state):
             move = self._best_move(state, known)

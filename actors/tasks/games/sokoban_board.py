@@ -1,4 +1,4 @@
-"""Sokoban's board: what stays, what moves, and how far every position is from the solution."""
+"""Sokoban's board and states, and the distance of every state from the solution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from actors.tasks.games.grid import MOVES, Cell, cells_of, step_to
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What moves."""
+    """The parts of a position that move."""
 
     player: Cell
     boxes: frozenset[Cell]
@@ -18,14 +18,14 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """What stays."""
+    """The parts of a position that stay."""
 
     size: int
     walls: frozenset[Cell]
     targets: frozenset[Cell]
 
     def after(self, state: State, move: str) -> State:
-        """The state after a move; the same where a wall or a second box is in the way."""
+        """The state after a move; unchanged if a wall or a second box is in the way."""
         to = step_to(state.player, move)
         if to in self.walls:
             return state
@@ -37,7 +37,7 @@ class Board:
         return State(to, state.boxes - {to} | {beyond})
 
     def rows(self, state: State) -> list[str]:
-        """The board as text, outer walls included."""
+        """The board as text, with the outer walls."""
 
         def symbol(cell: Cell) -> str:
             if cell in self.walls:
@@ -53,14 +53,14 @@ class Board:
 
 
 def read_board(rows: list[str]) -> tuple[Board, State]:
-    """The inverse of `Board.rows`."""
+    """Board and state of a board as text; the inverse of `Board.rows`."""
     board = Board(len(rows), cells_of(rows, "#"), cells_of(rows, "OVS"))
     [player] = cells_of(rows, "PS")
     return board, State(player, cells_of(rows, "XV"))
 
 
 def moves_to_solution(board: Board, limit: int) -> dict[State, int]:
-    """Every state that at most `limit` moves solve, with the fewest moves: breadth first, backwards from the end."""
+    """Fewest moves to the solution for every state with at most `limit`, by a breadth-first search backwards."""
     ends = [State(cell, board.targets) for cell in _floor(board) if cell not in board.targets]
     found = dict.fromkeys(ends, 0)
     queue = deque(ends)
@@ -76,7 +76,7 @@ def moves_to_solution(board: Board, limit: int) -> dict[State, int]:
 
 
 def _before(board: Board, state: State) -> list[State]:
-    """The states from which one move leads here: a step, or a push of the box that is now ahead."""
+    """The states from which one move leads to `state`: a step, or a push of the box ahead of the player."""
     found = []
     for down, right in MOVES.values():
         r, c = state.player

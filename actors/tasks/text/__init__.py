@@ -1,1 +1,1 @@
-"""Generated tasks of one answer."""
+"""Generated tasks that are answered in one turn."""

@@ -1,7 +1,7 @@
 r"""Addition digit by digit: `47+85=` is answered `7+5=12;4+8+1=13;\boxed{132}`.
 
-Each step adds one column, from the right, with the carry of the step before; the box holds the last total followed by
-the digits written so far. Option: `digits` of both numbers (default 2).
+Each step adds one column, from the right, with the carry of the step before. The box holds the sum. Option: `digits`,
+the number of digits of both numbers (default 2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LARGEST_TOTAL = 19
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; `a+b=` and `b+a=` are on the same side.
+    """(training, held-out) problems. `a+b=` and `b+a=` are on the same side of the split.
 
     Raises:
         ValueError: an unknown option, a value out of range, or too few distinct problems.
@@ -33,7 +33,7 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """The column steps and the boxed sum; each step is wrong with probability `error_rate`, and the rest follows it."""
+    """The column steps and the boxed sum. Each step is wrong with probability `error_rate`; later ones build on it."""
     first, second = problem.question.rstrip("=").split("+")
     steps: list[str] = []
     written = ""

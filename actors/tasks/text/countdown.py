@@ -1,12 +1,15 @@
 """Countdown: `3,7,12=22:` asks for 22 from 3, 7 and 12, each used exactly once, with + - * and /.
 
-Every problem is solvable: its target is the value of a random expression over its numbers, whole and positive
-throughout. With `data_path` the numbers and targets are read from there instead. The level is how many numbers.
+Every problem is solvable: the target is the value of a random expression over the numbers, in which every intermediate
+result is a positive integer. With `data_path`, numbers and targets are read from there. The level is the number of
+numbers.
 
-The teacher searches: after up to `MAX_MISSES` tries that miss it writes `3+7=10,10+12=22?22y;<answer>(3+7)+12</answer>`
-or gives up, and answers with its last try either way. Options: `min_numbers` and `max_numbers` (default 3 and 3: how
-many, each count equally often), `max_value` (default 9: one digit, for small models), `max_target` (default 99);
-`words` 1 asks in a sentence, for models that read English. Defaults allow 1,945 training and 199 held-out problems.
+The teacher writes up to `MAX_MISSES` tries that miss, then the solution, as in
+`3+7=10,10+12=22?22y;<answer>(3+7)+12</answer>`, or it gives up. The answer is its last try in both cases.
+
+Options: `min_numbers` and `max_numbers` (default 3), each count equally often; `max_value` of a number (default 9, one
+digit, for small models); `max_target` (default 99); `words`, where 1 asks in an English sentence. The defaults allow
+1,945 training and 199 held-out problems.
 """
 
 from __future__ import annotations
@@ -22,17 +25,20 @@ from actors.tasks.datasets.records import read_problems
 from actors.tasks.datasets.sources import Row
 
 OPTIONS = {
-    **{"min_numbers": (3, 2, 5), "max_numbers": (3, 2, 5)},
-    **{"max_value": (9, 4, 1000), "max_target": (99, 9, 10_000), "words": (0, 0, 1)},
+    "min_numbers": (3, 2, 5),
+    "max_numbers": (3, 2, 5),
+    "max_value": (9, 4, 1000),
+    "max_target": (99, 9, 10_000),
+    "words": (0, 0, 1),
 }
 COMPLETION_ALPHABET = "0123456789+-*/=,?yn;()<answer>"
 MAX_MISSES = 5
-"""Most tries that miss before the solution; as many as this and fewer are equally likely."""
+"""Largest number of tries that miss before the solution. Every number from 0 on is equally likely."""
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A number on the table: its value, the expression that made it, and the steps so far."""
+    """A number on the table: its value, its expression, and the step that made it."""
 
     value: int
     text: str
@@ -41,12 +47,12 @@ class Term:
 
     @property
     def operand(self) -> str:
-        """The expression, ready to stand inside a larger one."""
+        """The expression as an operand, in parentheses unless it is a given number."""
         return f"({self.text})" if self.step else self.text
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; all targets of the same numbers are on the same side.
+    """(training, held-out) problems. All targets of the same numbers are on the same side of the split.
 
     The gold is a JSON object: {"numbers": [int, ...], "target": int}.
 
@@ -95,10 +101,10 @@ def given(numbers: list[int]) -> list[Term]:
 
 
 def moves(table: list[Term]) -> Iterator[list[Term]]:
-    """Every table one step further on; the new term is the last one."""
+    """Every table after one more step. The new term comes last."""
     for i, j in combinations(range(len(table)), 2):
         rest = [term for k, term in enumerate(table) if k not in (i, j)]
-        # What was just made comes first, so that a chain reads on from its last result.
+        # A computed term comes first, so that a chain of steps continues from its last result.
         a, b = (table[j], table[i]) if table[j].step else (table[i], table[j])
         small, large = sorted((a, b), key=lambda term: term.value)
         results = [("+", a, b, a.value + b.value), ("*", a, b, a.value * b.value)]
@@ -112,7 +118,7 @@ def moves(table: list[Term]) -> Iterator[list[Term]]:
 
 
 def solve(numbers: list[int], target: int, rng: random.Random) -> list[Term] | None:
-    """The terms made on the way to a random solution, or None where there is none."""
+    """The terms of a random solution, step by step, or None if there is no solution."""
 
     def search(table: list[Term]) -> list[Term] | None:
         if len(table) == 1:
@@ -129,23 +135,23 @@ def solve(numbers: list[int], target: int, rng: random.Random) -> list[Term] | N
 
 
 def miss(numbers: list[int], target: int, rng: random.Random) -> list[Term]:
-    """The terms of a try that misses: random steps, then the step that comes closest to the target but not to it."""
+    """The terms of a try that misses: random steps, then the step that comes closest without hitting the target."""
     for attempt in range(10):
         table, made = given(numbers), list[Term]()
         while len(table) > 2:
             table = rng.choice(list(moves(table)))
             made.append(table[-1])
         last = sorted((after[-1] for after in moves(table)), key=lambda term: abs(term.value - target))
-        # A step that hits the target is passed over only where every try could hit it.
+        # When the closest step hits the target, try again. The last attempt skips the step that hits it.
         if last[0].value != target or attempt == 9:
             return [*made, next(term for term in last if term.value != target)]
     raise AssertionError("unreachable: the tenth attempt returns")
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """Up to `MAX_MISSES` misses, each followed by giving up with probability `error_rate`, then the solution.
+    """Up to `MAX_MISSES` misses, then the solution. After each miss the teacher gives up with probability `error_rate`.
 
-    The tagged answer is the last try, so it is wrong exactly where the teacher gave up.
+    The tagged answer is the last try, so it is wrong exactly when the teacher gave up.
     """
     gold = json.loads(problem.gold)
     numbers, target = gold["numbers"], gold["target"]
@@ -164,12 +170,12 @@ def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> st
 
 
 def _write_try(terms: list[Term], target: int) -> str:
-    """The steps, then the target again with the verdict beside it: small models cannot compare over a distance."""
+    """The steps, the target again, and the verdict beside it: small models cannot compare distant numbers."""
     return f"{','.join(term.step for term in terms)}?{target}{'y' if terms[-1].value == target else 'n'}"
 
 
 def _fresh_miss(numbers: list[int], target: int, rng: random.Random, known: set[str]) -> list[Term]:
-    """A miss that was not tried before, unless ten draws find none."""
+    """A miss that is not in `known`, or any miss if ten draws find no new one."""
     for _ in range(9):
         terms = miss(numbers, target, rng)
         if terms[-1].text not in known:

@@ -1,10 +1,12 @@
 r"""Knights and knaves (Logic-RL): who of 2 to 8 people always tells the truth, and who always lies?
 
-Every puzzle has exactly one solution, found by search. In short (`words` 0, for small models) `A:B-;B:A+|C-;C:!A+?`
-stands for: A says B is a knave; B says A is a knight or C is a knave; C says A is not a knight (`&` and, `>` if-then,
-`~` if and only if). With `words` 1 it is told in English. With `data_path` puzzles are read from there instead: `quiz`,
-`names` and `solution`, a list of bool. Options: `min_people` and `max_people` (default 2 and 3, each number equally
-often). The level is how many people.
+Every puzzle has exactly one solution, found by search. In the short notation (`words` 0, for small models),
+`A:B-;B:A+|C-;C:!A+?` means: A says B is a knave; B says A is a knight or C is a knave; C says A is not a knight. The
+other signs are `&` and, `>` if-then, `~` if and only if. With `words` 1, the puzzle is told in English. With
+`data_path`, puzzles are read from there: `quiz`, `names`, and `solution`, a list of bool.
+
+Options: `min_people` and `max_people` (default 2 and 3), each number equally often; `words`. The level is the number of
+people.
 
 The teacher tries the worlds in order, each up to the first statement that does not fit its speaker:
 `<think>A+B+0n;A+B-1y1|0y</think><answer>(1) A is a knight\n(2) B is a knave</answer>`.
@@ -49,7 +51,7 @@ SPEECH = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; puzzles that differ in names and order alone are on the same side.
+    """(training, held-out) problems. Puzzles that differ only in names and order are on the same side of the split.
 
     The gold is a JSON object: {"names": [text, ...], "is_knight": [bool, ...]}.
 
@@ -133,10 +135,12 @@ def _kind(is_knight: bool) -> str:
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """Worlds tried in order, then the first that seems to fit, or the last; a check errs with chance `error_rate`.
+    """The worlds up to the first that seems to fit, and that world as the answer. If none seems to fit, it is the last.
+
+    Each check of a statement is wrong with probability `error_rate`.
 
     Raises:
-        ValueError: the puzzle is not in short.
+        ValueError: the puzzle is not in the short notation.
     """
     if not problem.question.endswith("?") or ":" not in problem.question[:2]:
         raise ValueError(
@@ -154,7 +158,10 @@ def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> st
 
 
 def _check(puzzle: Sequence[Statement], world: World, rng: random.Random, error_rate: float) -> tuple[str, bool]:
-    """Each statement as the truth of its claims, with y where it fits its speaker, up to the first n."""
+    """(checks, whether all are y). A check is the truth of a statement's claims, then y if it fits its speaker, else n.
+
+    The checks end with the first n.
+    """
     checks = ""
     for statement, is_knight in zip(puzzle, world, strict=True):
         fits = statement.holds(world) is is_knight

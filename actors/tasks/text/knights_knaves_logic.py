@@ -1,6 +1,7 @@
-"""Knights tell the truth and knaves lie: statements about who is who, and the search for those they allow.
+"""The logic of knights, who tell the truth, and knaves, who lie: statements, worlds, and the search for solutions.
 
-A world says of every person, by number, whether they are a knight. A puzzle is one statement per person, in order.
+A world says for every person, by number, whether the person is a knight. A puzzle has one statement per person, in
+order.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from itertools import product
 World = tuple[bool, ...]
 
 SIGNS = {"not": "!", "and": "&", "or": "|", "if": ">", "iff": "~"}
-"""How the forms of two claims, and the negation of one, are written in short."""
+"""The sign of each form of statement in the short notation."""
 LETTERS = "ABCDEFGH"
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """That a person is a knight, or a knave."""
+    """The claim that a person is a knight, or a knave."""
 
     person: int
     is_knight: bool
 
     def holds(self, world: World) -> bool:
-        """Whether it is so."""
+        """Whether the claim is true in `world`."""
         return world[self.person] is self.is_knight
 
     def __str__(self) -> str:
@@ -34,14 +35,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What a person says: one claim, its negation, or two claims joined."""
+    """One person's statement: a claim, its negation, or two claims joined."""
 
     form: str
-    """is, not (one claim), and, or, if, iff (two different people's)."""
+    """One claim: is, not. Claims about two different people: and, or, if, iff."""
     claims: tuple[Claim, ...]
 
     def holds(self, world: World) -> bool:
-        """Whether it is true."""
+        """Whether the statement is true in `world`."""
         first, last = self.claims[0].holds(world), self.claims[-1].holds(world)
         match self.form:
             case "is":
@@ -66,12 +67,12 @@ def written(form: str, parts: Sequence[str]) -> str:
 
 
 def fits(puzzle: Sequence[Statement], world: World) -> bool:
-    """Whether exactly the knights' statements are true."""
+    """Whether exactly the statements of the knights are true."""
     return all(statement.holds(world) is is_knight for statement, is_knight in zip(puzzle, world, strict=True))
 
 
 def solutions(puzzle: Sequence[Statement]) -> list[World]:
-    """Every world that fits, of all 2^n."""
+    """Every world that fits the puzzle, out of all 2^n."""
     return [world for world in worlds(len(puzzle)) if fits(puzzle, world)]
 
 
@@ -92,7 +93,7 @@ def draw_puzzle(num_people: int, rng: random.Random) -> tuple[list[Statement], W
 def _draw_statement(speaker: int, num_people: int, rng: random.Random) -> Statement:
     form = rng.choice(("is", *SIGNS))
     if form in ("is", "not"):
-        # Of themselves everyone would say the same.
+        # Not about the speaker: every speaker would call themselves a knight.
         people = [rng.choice([person for person in range(num_people) if person != speaker])]
     else:
         people = rng.sample(range(num_people), 2)
@@ -100,26 +101,26 @@ def _draw_statement(speaker: int, num_people: int, rng: random.Random) -> Statem
 
 
 def shape(puzzle: Sequence[Statement]) -> str:
-    """The statements without who is who, sorted: equal for puzzles that differ in the people's order or names."""
+    """A key that is equal for puzzles that differ only in the people's order or names."""
 
     def of_one(speaker: int, statement: Statement) -> str:
         parts = [f"{'me' if c.person == speaker else 'other'}{'+' if c.is_knight else '-'}" for c in statement.claims]
-        # Only `if` reads differently the other way round.
+        # Only `if` depends on the order of its claims.
         return written(statement.form, parts if statement.form == "if" else sorted(parts))
 
     return ";".join(sorted(of_one(speaker, statement) for speaker, statement in enumerate(puzzle)))
 
 
 def write_puzzle(puzzle: Sequence[Statement]) -> str:
-    """The puzzle in short: `A:B-;B:A+&C-;C:!A+?`."""
+    """The puzzle in the short notation: `A:B-;B:A+&C-;C:!A+?`."""
     return ";".join(f"{LETTERS[i]}:{statement}" for i, statement in enumerate(puzzle)) + "?"
 
 
 def parse_puzzle(text: str) -> list[Statement]:
-    """The puzzle that `write_puzzle` wrote.
+    """The inverse of `write_puzzle`.
 
     Raises:
-        ValueError: it is not of that form.
+        ValueError: the text is not in the short notation.
     """
     return [_parse_statement(part.partition(":")[2]) for part in text.removesuffix("?").split(";")]
 

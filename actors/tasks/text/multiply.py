@@ -1,7 +1,7 @@
 """Multiplication by partial products: `36*47=` is answered `36*7=252;36*4=144;252+1440=1692;<answer>1692</answer>`.
 
-One partial product per digit of the second number, from the right, then running sums. Options: `first_digits`
-(default 2) and `second_digits` (default 2), up to 3 each; `words` 1 asks in a sentence, for models that read English.
+The answer has one partial product per digit of the second number, from the right, then running sums. Options:
+`first_digits` and `second_digits` (default 2, at most 3); `words`, where 1 asks in an English sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ COMPLETION_ALPHABET = "0123456789+*=;<answer>/"
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems; `a*b=` and `b*a=` are on the same side.
+    """(training, held-out) problems. `a*b=` and `b*a=` are on the same side of the split.
 
     Raises:
         ValueError: an unknown option, a value out of range, or too few distinct problems.
@@ -24,7 +24,7 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
     options = read_options(config, OPTIONS)
 
     def number(rng: random.Random, digits: int) -> int:
-        # A factor of 1 leaves nothing to learn.
+        # At least 2: a product with 1 teaches nothing.
         return rng.randint(max(2, 10 ** (digits - 1)), 10**digits - 1)
 
     def draw(rng: random.Random) -> Drawn:
@@ -36,25 +36,25 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """Partial products, running sums and the tagged answer; each is wrong with probability `error_rate`."""
+    """Partial products, running sums and the tagged answer. Each number may be wrong (`error_rate`)."""
     first, second = re.findall(r"\d+", problem.question)
 
-    def reckon(right: int) -> int:
+    def compute(right: int) -> int:
         return slip(right, rng) if rng.random() < error_rate else right
 
-    products = [reckon(int(first) * int(digit)) for digit in reversed(second)]
+    products = [compute(int(first) * int(digit)) for digit in reversed(second)]
     steps = [f"{first}*{digit}={product}" for digit, product in zip(reversed(second), products, strict=True)]
     total = products[0]
     for place, product in enumerate(products[1:], start=1):
         shifted = product * 10**place
-        following = reckon(total + shifted)
+        following = compute(total + shifted)
         steps.append(f"{total}+{shifted}={following}")
         total = following
     return f"{';'.join(steps)};<answer>{total}</answer>"
 
 
 def slip(right: int, rng: random.Random) -> int:
-    """The number with one digit changed, as long as before."""
+    """`right` with one digit changed; the number of digits stays."""
     digits = list(str(right))
     place = rng.randrange(len(digits))
     # A leading zero would make the number shorter.

@@ -13,7 +13,8 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from actors.config import ActorConfig
-from actors.engine.engine import Engine, SampledCompletion, prepare_environment
+from actors.engine.engine import Engine, SampledCompletion
+from actors.engine.environment import prepare_environment
 from actors.rollouts.trajectories import build_group, completions_to_score, single_turn, task_prompt_ids
 from actors.tasks.task import Problem
 from actors.weights.client import LocalWeights
@@ -115,8 +116,8 @@ class Generator:
         prompt_ids, sampled, scores = await self._complete(
             problem, str(occurrence), num_samples=self._config.samples_per_group, seed=seed
         )
-        continuations = [single_turn(choice) for choice in sampled]
-        return pack_group(build_group(f"{occurrence}.0", problem, prompt_ids, continuations, scores, "actor-0"))
+        completions = [single_turn(choice) for choice in sampled]
+        return pack_group(build_group(f"{occurrence}.0", problem, prompt_ids, completions, scores, "actor-0"))
 
     async def _is_solved(self, problem: Problem) -> bool:
         name = f"evaluation-{problem.prompt_id}"

@@ -1,4 +1,4 @@
-"""The fused kernels give what vLLM's own torch operations give, and leave alone what they cannot take."""
+"""The fused kernels compute the same as vLLM's torch operations, and are not used for unsupported inputs."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ ROWS, EPSILON = 5, 1e-6
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     told = use_fused_kernels()
-    # A second engine of the same process.
+    # A second call in the same process, as for a second engine.
     assert use_fused_kernels() == told
 
 

@@ -1,4 +1,4 @@
-"""With the shortcuts vLLM's engine hands out the same blocks and the same outputs as without."""
+"""vLLM's engine allocates the same blocks and returns the same outputs with the patches as without."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sliding() -> SlidingWindowSpec:
 
 
 def scheduled(made: KVCacheManager, seed: int) -> list[object]:
-    """What the manager answers to a scheduler that decodes, preempts and ends sequences at random."""
+    """The manager's answers to a scheduler that decodes, preempts and ends sequences at random."""
     rng, answers = random.Random(seed), []
     running: list[Request] = []
     for number in range(120):
@@ -90,7 +90,7 @@ def test_the_blocks_are_the_same(seed: int) -> None:
 
 
 def counted(made: KVCacheManager) -> list[str]:
-    """Grows with every call of the manager's own."""
+    """Grows with every call of the manager's original method."""
     calls, allocate = [], made.allocate_slots
 
     def allocate_slots(request: Request, *arguments: Any, **named: Any) -> Any:
@@ -112,7 +112,7 @@ def test_a_cache_that_is_shared_or_given_back_is_left_alone(made: KVCacheManager
 
 
 class Sampled:
-    """Outputs of an engine's steps, the same for everyone of one seed."""
+    """Random outputs of an engine's steps; equal seeds give equal outputs."""
 
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
@@ -159,7 +159,7 @@ def finished(result: Any) -> list[tuple[object, ...]]:
 
 
 def steps(made: OutputProcessor, process: Any, seed: int) -> list[list[tuple[object, ...]]]:
-    """What every step brings, of an engine whose sequences begin, end and are aborted, and whose weights change."""
+    """The outputs of an engine whose sequences begin, end and are aborted, and whose weights change."""
     rng, sampled = random.Random(seed), Sampled(seed)
     running: dict[str, int] = {}
     version, found = 0, []
@@ -173,11 +173,11 @@ def steps(made: OutputProcessor, process: Any, seed: int) -> list[list[tuple[obj
         if rng.random() < 0.02:
             name = rng.choice(sorted(running))
             made.abort_requests([name], internal=True)
-            # The step under way still has a token of it.
+            # The step under way still returns a token of the aborted sequence.
             outputs.append(sampled.output(name))
             del running[name]
         for name in list(running):
-            # A sequence without a slot has no token in this step.
+            # Some sequences are not scheduled in this step.
             if rng.random() < 0.1:
                 continue
             running[name] -= 1
@@ -236,7 +236,7 @@ def test_the_processor_works_once_for_many_tokens(monkeypatch: pytest.MonkeyPatc
 
 
 def test_text_is_looked_at_after_every_token() -> None:
-    """Its stop string ends a sequence at once, of which the engine is then told."""
+    """A stop string ends its sequence at once, and the engine is told to abort it."""
 
     class Spelling(IncrementalDetokenizer):
         def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:

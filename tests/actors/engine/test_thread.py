@@ -1,4 +1,4 @@
-"""The engine's thread over an engine that counts to three for every request."""
+"""The engine thread with a stand-in engine that takes three steps per request."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ class Counting:
     paused: bool = False
     breaks: bool = False
     gate: threading.Event = field(default_factory=threading.Event)
-    """Steps wait for it."""
+    """Steps wait until this event is set."""
     shut: bool = False
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ async def sampled(thread: EngineThread, name: str, prompt: tuple[int, ...] = (1,
 
 
 async def held(thread: EngineThread, llm: Counting, name: str) -> "asyncio.Future[Any]":
-    """A request in the middle of its first step, which waits for the gate."""
+    """A request whose first step waits for the gate."""
     llm.gate.clear()
     request = asyncio.ensure_future(sampled(thread, name))
     await asyncio.sleep(0.05)
@@ -204,7 +204,7 @@ def test_a_cancelled_request_leaves_the_engine() -> None:
             await request
         llm.gate.set()
         assert await thread.call(lambda llm: dict(llm.steps_of)) == {}  # type: ignore[attr-defined]
-        # Its name is free again.
+        # The request id can be used again.
         assert (await sampled(thread, "unwanted")).finished
 
     run(llm, do)

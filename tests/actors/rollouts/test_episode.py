@@ -1,4 +1,4 @@
-"""Episodes with a scripted model: what is joined to a trajectory, when it ends, and that words alone earn nothing."""
+"""Episodes with a scripted model: their tokens, when they end, and that claims in the text earn no reward."""
 
 import asyncio
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.rollouts.episode import play
-from actors.rollouts.trajectories import Continuation
+from actors.rollouts.episode import run_episode
+from actors.rollouts.trajectories import Completion
 from actors.tasks.base import Problem
 from actors.tasks.task import Task, TaskConfig, load_task, write_traces
 from actors.tasks.templates import Template
@@ -26,8 +26,8 @@ def run(
     max_turns: int = 4,
     max_tokens: int = 1000,
     template: Template = TURNS,
-) -> tuple[Continuation, Score, list[list[int]]]:
-    """The episode in which the model writes `turns`, and the prompts it was given."""
+) -> tuple[Completion, Score, list[list[int]]]:
+    """The episode in which the model writes `turns`, and the prompt of each turn."""
     prompts: list[list[int]] = []
 
     async def sample(token_ids: Sequence[int], turn: int) -> Sampled:
@@ -39,8 +39,8 @@ def run(
     task = Task("sokoban", [problem], [], template, max_turns)
     prompt_ids = [ord(c) for c in task.prompt(problem)]
     limits = {"seed": 0, "max_new_tokens": 30, "max_tokens": max_tokens}
-    continuation, score = asyncio.run(play(task, problem, prompt_ids, Characters(), sample, **limits))  # type: ignore[arg-type]
-    return continuation, score, prompts
+    completion, score = asyncio.run(run_episode(task, problem, prompt_ids, Characters(), sample, **limits))  # type: ignore[arg-type]
+    return completion, score, prompts
 
 
 def text(token_ids: Sequence[int]) -> str:
@@ -48,22 +48,20 @@ def text(token_ids: Sequence[int]) -> str:
 
 
 def test_every_turn_follows_all_that_came_before_and_the_end_token_is_not_repeated():
-    continuation, score, prompts = run(UP, RIGHT, RIGHT)
+    completion, score, prompts = run(UP, RIGHT, RIGHT)
     first = "P11X12O14:"
     assert [text(prompt) for prompt in prompts] == [
         first,
         f"{first}{UP}${first}",
         f"{first}{UP}${first}{RIGHT}$P12X13O14:",
     ]
-    assert text(continuation.token_ids) == f"{UP}${first}{RIGHT}$P12X13O14:{RIGHT}$"
-    sampled_text = text([t for t, mask in zip(continuation.token_ids, continuation.loss_mask, strict=True) if mask])
+    assert text(completion.token_ids) == f"{UP}${first}{RIGHT}$P12X13O14:{RIGHT}$"
+    sampled_text = text([t for t, mask in zip(completion.token_ids, completion.loss_mask, strict=True) if mask])
     assert sampled_text == f"{UP}${RIGHT}${RIGHT}$"
-    assert all(
-        (logprob < 0) == mask for logprob, mask in zip(continuation.logprobs, continuation.loss_mask, strict=True)
-    )
+    assert all((logprob < 0) == mask for logprob, mask in zip(completion.logprobs, completion.loss_mask, strict=True))
     starts = [0, len(UP) + 1 + len(first), 2 * (len(UP) + 1 + len(first))]
-    assert continuation.versions == [VersionSpan(start, version) for version, start in enumerate(starts)]
-    assert (continuation.num_turns, continuation.finish_reason) == (3, FinishReason.STOP)
+    assert completion.versions == [VersionSpan(start, version) for version, start in enumerate(starts)]
+    assert (completion.num_turns, completion.finish_reason) == (3, FinishReason.STOP)
     assert score.verdict is Verdict.CORRECT
     assert score.reward == pytest.approx(11 - 0.3)
     assert score.breakdown == {"environment": pytest.approx(10.7), "invalid_turns": 0.0, "solved": 1.0}
@@ -72,11 +70,11 @@ def test_every_turn_follows_all_that_came_before_and_the_end_token_is_not_repeat
 def test_a_turn_that_was_cut_off_is_ended_by_a_token_that_is_not_trained_on():
     cut = sampled("<answer>R", (0, 0), finish_reason=FinishReason.LENGTH)
     cut = Sampled(cut.token_ids[:-1], cut.logprobs[:-1], cut.versions, cut.finish_reason)
-    continuation, score, prompts = run(cut, RIGHT, RIGHT)
+    completion, score, prompts = run(cut, RIGHT, RIGHT)
     assert text(prompts[1]).endswith("<answer>R$P11X12O14:")
-    assert continuation.loss_mask[len("<answer>R")] is False
+    assert completion.loss_mask[len("<answer>R")] is False
     assert score.breakdown == {"environment": pytest.approx(10.8), "invalid_turns": -1.0, "solved": 1.0}
-    assert continuation.finish_reason is FinishReason.STOP
+    assert completion.finish_reason is FinishReason.STOP
 
 
 def test_claimed_rewards_and_forged_observations_earn_nothing():
@@ -87,11 +85,11 @@ def test_claimed_rewards_and_forged_observations_earn_nothing():
     )[1]
     assert boasting == honest
     claims = ["reward: 10", "Solved. +10", "\0P13V14:", "<answer>reward: 10</answer>"]
-    continuation, score, prompts = run(*claims)
+    completion, score, prompts = run(*claims)
     assert score.breakdown == {"environment": 0, "invalid_turns": -4.0, "solved": 0.0}
     assert (score.reward, score.verdict) == (-4.0, Verdict.NO_ANSWER)
-    # Nor does the environment repeat what it was told.
-    observations = text([t for t, mask in zip(continuation.token_ids, continuation.loss_mask, strict=True) if not mask])
+    # The environment does not repeat the model's text either.
+    observations = text([t for t, mask in zip(completion.token_ids, completion.loss_mask, strict=True) if not mask])
     assert observations == "P11X12O14:" * 3
     assert all(text(prompt).endswith("P11X12O14:") for prompt in prompts)
 
@@ -104,10 +102,10 @@ def test_a_second_answer_forged_behind_an_observation_is_no_further_move():
 
 def test_a_prefill_begins_every_turn_and_is_read_as_part_of_it():
     begun = Template("{question}", prefill="<answer>", between="\0{observation}")
-    continuation, score, prompts = run("U</answer>", "R</answer>", "R</answer>", template=begun)
+    completion, score, prompts = run("U</answer>", "R</answer>", "R</answer>", template=begun)
     assert all(text(prompt).endswith(":<answer>") for prompt in prompts) and len(prompts) == 3
     assert (score.verdict, score.breakdown["invalid_turns"]) == (Verdict.CORRECT, 0)
-    sampled_text = text([t for t, mask in zip(continuation.token_ids, continuation.loss_mask, strict=True) if mask])
+    sampled_text = text([t for t, mask in zip(completion.token_ids, completion.loss_mask, strict=True) if mask])
     assert sampled_text == "U</answer>$R</answer>$R</answer>$", "the prefill is not trained on"
 
 
@@ -132,20 +130,20 @@ def test_every_observation_is_written_in_the_alphabet(name: str, words: int):
 
 
 def test_an_episode_ends_after_its_turns_without_an_observation_nobody_reads():
-    continuation, score, prompts = run(UP, UP, max_turns=2)
-    assert len(prompts) == continuation.num_turns == 2
-    assert text(continuation.token_ids).endswith(f"{UP}$")
+    completion, score, prompts = run(UP, UP, max_turns=2)
+    assert len(prompts) == completion.num_turns == 2
+    assert text(completion.token_ids).endswith(f"{UP}$")
     assert (score.reward, score.verdict) == (pytest.approx(-0.2), Verdict.WRONG)
-    assert continuation.finish_reason is FinishReason.STOP
+    assert completion.finish_reason is FinishReason.STOP
 
 
 def test_an_episode_that_would_exceed_the_context_ends_as_truncated():
     observation, turn = len("P11X12O14:"), len(f"{UP}$")
     room_for_two = observation + turn + observation + 30
     assert run(UP, UP, UP, UP, max_tokens=room_for_two)[0].num_turns == 2
-    continuation, score, _ = run(UP, UP, UP, UP, max_tokens=room_for_two - 1)
-    assert text(continuation.token_ids) == f"{UP}$"
-    assert (continuation.finish_reason, score.verdict) == (FinishReason.LENGTH, Verdict.TRUNCATED)
+    completion, score, _ = run(UP, UP, UP, UP, max_tokens=room_for_two - 1)
+    assert text(completion.token_ids) == f"{UP}$"
+    assert (completion.finish_reason, score.verdict) == (FinishReason.LENGTH, Verdict.TRUNCATED)
     assert score.reward == pytest.approx(-0.1)
 
 

@@ -1,12 +1,13 @@
-"""From sampled tokens to what is scored and what is sent."""
+"""Sampled tokens become completions for the verifier and groups for the buffer."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import verifier.base
 from actors.rollouts.trajectories import (
-    Continuation,
+    Completion,
     PromptsTooLongError,
     build_group,
     check_prompts_fit,
@@ -20,7 +21,7 @@ from buffer.curriculum_config import Stage
 from buffer.trajectory import FinishReason, VersionSpan
 from buffer.transport.packed_group import pack_group, unpack_group
 from tests.actors.stand_ins import Characters, sampled, sums
-from verifier.base import Completion, Score, Verdict
+from verifier.base import Score, Verdict
 
 PROBLEM = Problem(7, "3+4=", "7")
 SCORES = [Score(1.0, {"grade": 1.0}, Verdict.CORRECT), Score(-0.5, {"grade": -0.5}, Verdict.WRONG)]
@@ -29,8 +30,8 @@ SCORES = [Score(1.0, {"grade": 1.0}, Verdict.CORRECT), Score(-0.5, {"grade": -0.
 def test_the_verifier_sees_text_without_special_tokens_and_whether_it_was_cut_off():
     choices = [sampled("7", (0, 0)), sampled("8 or", (0, 0), finish_reason=FinishReason.LENGTH)]
     assert completions_to_score(PROBLEM, choices, Characters()) == [
-        Completion("7", "7", truncated=False, num_tokens=2),
-        Completion("8 or", "7", truncated=True, num_tokens=5),
+        verifier.base.Completion("7", "7", truncated=False, num_tokens=2),
+        verifier.base.Completion("8 or", "7", truncated=True, num_tokens=5),
     ]
 
 
@@ -72,17 +73,17 @@ def test_after_a_rollback_no_token_seems_newer_than_those_after_it():
 
 
 def test_turns_and_observations_are_joined_as_they_came() -> None:
-    continuation = Continuation()
-    continuation.append_turn(sampled("ab", (0, 3), finish_reason=FinishReason.LENGTH))
-    continuation.append_observation([7, 8])
-    continuation.append_turn(sampled("c", (0, 3), (1, 4)))
-    assert (continuation.num_turns, continuation.num_tokens, continuation.num_sampled) == (2, 7, 5)
-    assert continuation.finish_reason is FinishReason.STOP
-    [trajectory] = build_group("12.0", PROBLEM, [51, 43], [continuation], SCORES[:1], "actor-1").trajectories
+    completion = Completion()
+    completion.append_turn(sampled("ab", (0, 3), finish_reason=FinishReason.LENGTH))
+    completion.append_observation([7, 8])
+    completion.append_turn(sampled("c", (0, 3), (1, 4)))
+    assert (completion.num_turns, completion.num_tokens, completion.num_sampled) == (2, 7, 5)
+    assert completion.finish_reason is FinishReason.STOP
+    [trajectory] = build_group("12.0", PROBLEM, [51, 43], [completion], SCORES[:1], "actor-1").trajectories
     assert trajectory.token_ids.tolist() == [51, 43, 97, 98, 0, 7, 8, 99, 0]
     assert trajectory.loss_mask.tolist() == [False] * 2 + [True] * 3 + [False] * 2 + [True] * 2
     assert trajectory.behavior_logprobs.tolist() == [0, 0, -1, -2, -3, 0, 0, -1, -2]
-    # One run per version over the turns, so that a trajectory of one version counts as such.
+    # Neighboring runs of the same version are merged across turns.
     assert trajectory.policy_versions == (VersionSpan(2, 3), VersionSpan(8, 4))
     assert trajectory.num_turns == 2
 

@@ -1,4 +1,4 @@
-"""The generated tasks: solvable, split without overlap, reproducible, and taught with as many errors as asked for."""
+"""The generated tasks: solvable, split without overlap, reproducible, and a teacher with the given error rate."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Every `task=` and recipe as configured: what its template asks for is what its rewards pay for."""
+"""Every configured task and recipe: an answer in the format that the template asks for gets the full reward."""
 
 import json
 import random
@@ -18,7 +18,7 @@ SECTIONS = ("task", "data", "reward")
 
 
 def configured(*overrides: str) -> tuple[Task, Scorer]:
-    """The task with few problems, and the scorer of its rewards."""
+    """The task with a few problems, and the scorer for its rewards."""
     few = ("task.num_train=20", "task.num_held_out=4")
     sections: dict[str, Any] = own_sections(compose_config([*overrides, *few], SECTIONS), overrides)
     task = load_task(read_section(TaskConfig, sections["task"], "task"))
@@ -26,7 +26,7 @@ def configured(*overrides: str) -> tuple[Task, Scorer]:
 
 
 def score(task: Task, scorer: Scorer, completion: str) -> Score:
-    """What an actor would get for this completion of the task's first problem."""
+    """The score of this completion of the task's first problem."""
     [seen] = completions_to_score(task.train[0], [sampled(completion)], Characters(), task.template.prefill)
     return scorer(seen)
 

@@ -54,7 +54,7 @@ def test_templates_of_several_turns_put_the_observation_between_them(name: str) 
     template = load_template(name)
     between = template.next_turn("{observation} seen")
     assert between.startswith("<|im_end|>") and between.count("{observation} seen") == 1
-    # The model goes on after what it went on after the first time.
+    # The text between two turns ends like the prompt.
     assert between.endswith(template.text.partition("{question}")[2])
 
 

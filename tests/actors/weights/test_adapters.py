@@ -1,4 +1,4 @@
-"""Versions that hold adapters become, on the actor's host, the whole weights that the learner would have sent."""
+"""Published adapters are merged on the actor's host into the whole weights that the learner would have published."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def policy_of(base: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> PolicyModel:
-    """With adapters that have learned something, but for `seed` 0."""
+    """A policy with trained adapters; with `seed` 0 the adapters are untrained."""
     lora = LoraConfig(rank=3, alpha=7)
     policy = PolicyModel.load(base, dtype=dtype, temperature=1.0, checkpointing=False, lora=lora)
     if seed:
@@ -69,7 +69,7 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def sharded(base: Path, folder: Path) -> Path:
-    """The same weights in two files and an index."""
+    """The weights split into two files with an index."""
     tensors = list(load_file(base / "model.safetensors").items())
     files = {f"model-{i}.safetensors": dict(tensors[i::2]) for i in range(2)}
     folder.mkdir()
@@ -109,7 +109,7 @@ def test_the_actor_makes_the_bits_that_the_learner_would_have_sent(
 
 
 def test_before_the_first_step_every_bit_is_the_bases(base: Path, tmp_path: Path, store: WeightStore):
-    """Also the sign of a zero, which adding a product of zeros would lose."""
+    """Even the sign of a zero is kept, which adding a product of zeros would lose."""
     tensors = {name: tensor.clone() for name, tensor in base_tensors(base).items()}
     for tensor in tensors.values():
         tensor.view(-1)[0] = -0.0

@@ -30,7 +30,7 @@ ELSEWHERE = "another host"
 
 
 def tensors(version: int = 0) -> dict[str, Tensor]:
-    """Of both dtypes, of sizes that leave gaps in the file, and more than a few chunks in all; few numbers change."""
+    """Tensors of both dtypes that need gaps in the file and several chunks; versions differ in few numbers."""
     generator = torch.Generator().manual_seed(0)
     named = {
         "embed": torch.randn(37, 11, generator=generator),
@@ -43,7 +43,7 @@ def tensors(version: int = 0) -> dict[str, Tensor]:
 
 
 class Wire:
-    """A connection to the store that counts requests and may spoil the answers to chunks."""
+    """A connection to the store that counts requests and can damage chunks."""
 
     def __init__(self, address: str) -> None:
         self.connection = Connection(address, "actor-0", Credentials.plain("test"), timeout_seconds=SECONDS)
@@ -63,7 +63,7 @@ class Wire:
         return answer
 
     def chunks(self) -> list[tuple[str, int]]:
-        """(base, offset) of the chunks asked for since the last call."""
+        """(base, offset) of the chunks requested since the last call."""
         asked, self.asked = self.asked, []
         return [(message.base, message.offset) for message in asked if isinstance(message, ChunkRequest)]
 
@@ -93,7 +93,7 @@ Clients = Callable[..., WeightClient]
 @pytest.fixture
 def client(store: WeightStore, wire: Wire, tmp_path: Path) -> Clients:
     connected: list[WeightClient] = []
-    """What a client has pulled lasts as long as the client."""
+    """Keeps the clients alive, because a client owns the weights that it has pulled."""
 
     def connect(on_host: str = ELSEWHERE, chunk_bytes: int = 10_000, deltas: bool = True) -> WeightClient:
         settings: dict[str, Any] = {"published": tmp_path / "published", "chunk_bytes": chunk_bytes, "deltas": deltas}
@@ -124,7 +124,7 @@ def test_weights_on_the_same_host_are_mapped_where_the_learner_wrote_them(store:
     local = fetch(mapping, publish(store, 3))
     assert local.path == Path(local.manifest.path) and local.policy_version == 3
     assert mapping.pulled_bytes == 0
-    # Held, so that later versions leave it alone, until it is released.
+    # Later versions do not overwrite a held version.
     for version in range(4, 10):
         publish(store, version)
     assert_holds(local, 3)
@@ -138,7 +138,7 @@ def test_released_versions_leave_their_memory_to_later_ones(store: WeightStore, 
         inodes.append(local.path.stat().st_ino)
         assert_holds(local, version)
         local.release()
-    # Three are kept and one is written.
+    # Three versions are kept and one is being written.
     assert len(set(inodes)) == 4
 
 
@@ -275,7 +275,7 @@ def test_a_tensor_that_arrives_wrong_is_named_and_the_version_pulled_from_the_be
 
 @given(st.lists(st.integers(0, 300), max_size=8), st.integers(0, 299), st.integers(0, 2))
 def test_checksums_taken_as_the_bytes_arrive_are_those_of_the_whole_tensors(arrivals: list[int], at: int, spoiled: int):
-    """Whatever arrives at once, also where tensors share bytes, leave gaps or have none."""
+    """For any sizes of the arriving pieces, and for tensors that share bytes, leave gaps or are empty."""
     rng = np.random.default_rng(0)
     published = rng.integers(0, 256, 300, np.uint8)
     places = {"a": (0, 100), "tied": (40, 100), "empty": (150, 0), "c": (160, 140)}
@@ -335,7 +335,7 @@ def test_a_difference_that_does_not_fit_is_followed_by_the_whole_version(
     pulling = client()
     fetch(pulling, publish(store, 1))
     assert pulling._puller._copy is not None
-    # Not what the learner believes is there.
+    # The copy is damaged, so its contents are not the base that the learner knows.
     pulling._puller._copy.array[:100] ^= 1
     assert_holds(fetch(pulling, publish(store, 2)), 2)
 
@@ -364,8 +364,8 @@ async def _seconds(client: WeightClient, manifest: Manifest) -> float:
 def test_waiting_ends_with_the_next_publication_or_in_time(
     store: WeightStore, client: Clients, monkeypatch: pytest.MonkeyPatch
 ):
-    """The store is asked again and again: it parks a request for less time than an actor may wait."""
-    monkeypatch.setattr("actors.weights.client.LONGEST_PARK_SECONDS", 0.1)
+    """The client repeats the request, because the store holds one for less time than an actor may wait."""
+    monkeypatch.setattr("actors.weights.manifests.LONGEST_PARK_SECONDS", 0.1)
 
     async def check(waiting: WeightClient) -> None:
         assert await waiting.wait_for_new("", 0.3) is None

@@ -1,13 +1,10 @@
-"""vLLM's own weight-transfer engines with a CPU in the place of devices: what they are told is what they understand.
-
-Beside tests/actors/weights/test_vllm_loader.py the only tests here that import vLLM.
-"""
+"""vLLM's own weight-transfer engines accept the arguments that `DeviceWeights` makes; a CPU stands in for devices."""
 
 import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +25,7 @@ GROUP = Rendezvous("127.0.0.1", 29500, 2)
 
 def fetched(version: int, record: Record) -> DeviceWeights:
     manifest = Manifest(version, f"store:{version}", "v.weights", "", 80, ENTRIES)
-    return DeviceWeights(manifest, Path("v.weights"), None, record, 1)
+    return DeviceWeights(manifest, record, BytesIO(), rank_offset=1)
 
 
 def test_vllms_ipc_engine_maps_the_tensors_from_the_learners_buffer(monkeypatch: pytest.MonkeyPatch):
@@ -65,7 +62,7 @@ def test_vllms_nccl_engines_meet_over_what_both_sides_are_told(monkeypatch: pyte
     opened: list[Any] = []
 
     class Group:
-        """Broadcasts to nobody, then gives a receiver what was sent."""
+        """Records the tensors that are broadcast."""
 
         def broadcast(self, tensor: torch.Tensor, src: int, stream: Any) -> None:
             sent.append(tensor)
@@ -91,7 +88,7 @@ def test_vllms_nccl_engines_meet_over_what_both_sides_are_told(monkeypatch: pyte
 
 
 class Receiver:
-    """A member of the group that receives what the trainer sent, in the same order."""
+    """A member of the group that receives the trainer's tensors in the same order."""
 
     def __init__(self, rank: int, sent: list[torch.Tensor]) -> None:
         assert rank == 1
@@ -104,7 +101,7 @@ class Receiver:
 
 
 class RecordedEngine:
-    """vLLM's verbs, written down; `hangs` takes longer than anybody has patience for."""
+    """Records the calls of vLLM's methods. The method `hangs` takes longer than the timeout."""
 
     def __init__(self, hangs: str = "") -> None:
         self.calls: list[str] = []

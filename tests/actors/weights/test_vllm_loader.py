@@ -1,4 +1,4 @@
-"""Weights into vLLM: what its workers map and load."""
+"""Loading a file of weights in vLLM's workers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +24,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def published(folder: Path, named: Iterable[tuple[str, Tensor]]) -> tuple[Segment, LocalWeights]:
-    """Tensors as they lie in shared memory, without a learner."""
+    """Publish tensors in shared memory without a learner."""
     entries, offset = [], 0
     tensors = [(name, tensor.detach()) for name, tensor in named]
     for name, tensor in tensors:
@@ -71,7 +71,7 @@ def test_mapped_tensors_may_be_changed_without_changing_the_learners_file(tmp_pa
 
 
 class StandInModel(torch.nn.Linear):
-    """A model whose loader takes what it knows and passes over the rest, as vLLM's do."""
+    """A model whose loader ignores unknown tensors, as vLLM's do."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)

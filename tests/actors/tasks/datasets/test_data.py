@@ -1,4 +1,4 @@
-"""Problems read from data sets: where they lie, what their fields may hold, and what is said of broken ones."""
+"""Problems from data sets: sources, fields, and the messages for broken ones."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_records_without_an_answer_are_passed_over_and_counted(tmp_path, caplog)
     )
     task = load_task(described(data, num_held_out=1))
     assert [(problem.prompt_id, problem.gold) for problem in task.train] == [(0, "1"), (1, "2"), (2, "3")]
-    assert "passed over 1 records with an empty answer" in caplog.text
+    assert "skipped 1 records with an empty answer" in caplog.text
     unanswered = write_jsonl(tmp_path / "u.jsonl", [{"problem": "Prove it.", "answer": ""}])
     with pytest.raises(ValueError, match=r"u\.jsonl has only empty answers in field 'answer'"):
         load_task(described(unanswered))
@@ -209,7 +209,7 @@ def test_a_folder_of_files(tmp_path, monkeypatch) -> None:
     mixed.mkdir()
     write_jsonl(mixed / "one.jsonl", records(2))
     write_jsonl(mixed / "two.jsonl", [{"other": [1]}])
-    # The library's own sentence says only that something went wrong.
+    # The library's own message is not specific.
     with pytest.raises(ValueError, match=r"mixed .* cannot be loaded: An error occurred .* \(.*cast"):
         load_task(described(str(mixed)))
 

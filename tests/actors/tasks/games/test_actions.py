@@ -1,4 +1,4 @@
-"""Only a tagged list of known actions is an action; nothing else that a model writes is."""
+"""The parser accepts only a tagged list of known actions."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""The bandit: hidden chances, the episode's own payoffs, and what can be learned from them."""
+"""The bandit: hidden probabilities, payoffs from the episode's seed, and what a policy can learn."""
 
 import json
 import random
@@ -80,7 +80,7 @@ def test_trying_out_beats_what_is_known_beforehand():
         while not episode.step(episode.teacher_turn(rng, 0.0)).done:
             pass
         solved += episode.solved
-    # Always the dragon would be right in 70 of 100.
+    # Always choosing the dragon would be correct in 70 of 100 problems.
     assert solved / len(train) > 0.8
 
 

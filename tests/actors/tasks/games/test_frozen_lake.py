@@ -25,7 +25,7 @@ def lake(rows: list[str], slip: int = 0, actions_per_turn: int = 1, words: int =
 
 
 def best_value(rows: list[str], slip: int, moves: int) -> float:
-    """The best chance to reach the goal within so many moves, by value iteration."""
+    """The highest probability to reach the goal within the given number of moves, by value iteration."""
     size = len(rows)
     symbols = {(r, c): rows[r][c] for r in range(size) for c in range(size)}
     value = {cell: float(symbol == "G") for cell, symbol in symbols.items()}

@@ -1,4 +1,4 @@
-"""Sokoban's levels, moves and rewards, each against a second way to know them."""
+"""Sokoban's levels, moves and rewards, each compared with a second implementation."""
 
 import json
 import random
@@ -109,7 +109,7 @@ def test_rewards_are_those_of_the_table():
     assert (blocked.observation, blocked.reward, blocked.valid) == ("P11X22O23:", pytest.approx(-0.2), True)
     invalid = episode.step("<answer>U||U||U</answer>")
     assert (invalid.observation, invalid.reward, invalid.valid) == ("P11X22O23:", -1.0, False)
-    # The second move of the turn is passed over, since the first one solves the level.
+    # The second move of the turn is ignored, because the first one solves the problem.
     episode.step("<answer>D</answer>")
     solved = episode.step("<answer>R||L</answer>")
     assert (solved.observation, solved.reward, solved.done) == ("P22V23:", pytest.approx(10.9), True)

@@ -1,4 +1,4 @@
-"""Knights and knaves: exactly one solution by a search of the tests' own, in short, in English and from files."""
+"""Knights and knaves: exactly one solution, by an independent search; short notation, English, and data files."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def make(**settings) -> tuple[list[Problem], list[Problem]]:
 
 
 def is_true(statement: str, world: dict[str, bool]) -> bool:
-    """The truth of a statement in short, read afresh: `!B+`, `B+`, `B+&C-`."""
+    """The truth of a statement in the short notation, by an independent parser: `!B+`, `B+`, `B+&C-`."""
     if statement[0] == "!":
         return not is_true(statement[1:], world)
     if len(statement) == 2:
@@ -44,7 +44,7 @@ def fitting(statements: dict[str, str]) -> list[dict[str, bool]]:
 
 
 def heard(question: str, names: list[str]) -> dict[str, str]:
-    """Who said what in an English puzzle, in short, with the names' initials."""
+    """The statements of an English puzzle in the short notation, with the names' initials."""
     initial = {name: name[0] for name in names}
     body = question.partition(f"and {names[-1]}. ")[2].removesuffix(" Who is a knight and who is a knave?")
     said: dict[str, str] = {}
