@@ -1,12 +1,21 @@
-"""What is lost when processes die all the time? Nothing, and this counts it.
+"""Counts the groups that are lost or trained twice when processes of a run are killed and frozen at random.
 
-A run of the default size, on the real vLLM and the real DeepSpeed, while every few seconds a random process of it is
-killed (kill -9) or frozen for a while (SIGSTOP): buffer, learner, actors, and what these have started. When the storm
-is over the run may finish. Then the ledger is audited, and held against a second witness: what the learner itself wrote
-down about every batch it trained on. Beside it stands the same run, undisturbed.
+A run of the default size uses the real vLLM and DeepSpeed. Every few seconds one of its processes is killed (kill -9)
+or frozen for some seconds (SIGSTOP): the buffer, the learner, an actor, or a child process of these. After `--minutes`
+the run is left alone until it finishes. The same run without disturbances is measured for comparison.
 
-lost: prompts issued that are in no state, or that no weights of the last lineage of checkpoints contain although the
-ledger calls them done. trained_twice: uses of groups in the last lineage that the ledger does not have.
+Then the ledger is audited and compared with the learner's log, which names the groups of every batch. Learners restart
+from checkpoints, so of several trainings of one version only the last is part of the final weights.
+
+Measured, in groups:
+
+- lost: issued prompts without a state in the ledger, plus groups that the ledger calls done but that are not part of
+  the final weights.
+- trained_twice: trainings of a group that are part of the final weights and that the ledger does not have.
+
+Measured in seconds: the recovery time of each role, from the kill until its log shows that it works again.
+
+Exit status: 0; 1 with one sentence when a run fails, or a group is lost or trained twice.
 """
 
 from __future__ import annotations
@@ -40,22 +49,22 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLES = {"buffer": "buffer", "learner": "learner", "actors": "actor"}
-"""Module that a process runs, and its role."""
+"""Role of a process, by the module that it runs."""
 BACK_AT_WORK = {
     "buffer": re.compile(r"buffer listens on"),
     "learner": re.compile(r"policy \d+ published"),
     "actor": re.compile(r"policy \d+ loaded"),
 }
-"""What the log of a role says once it does its work again."""
+"""Line of the log by which a restarted process shows that it works again, by role."""
 TRAINED = re.compile(r"policy (\d+) trains on groups ([\d,.-]+)")
 FREEZE_SECONDS = (0.5, 8.0)
 DESCENDANT_SHARE = 0.25
-"""How often not the process itself is hit but one that it has started: a verifier's worker."""
+"""Probability that a child process, such as a scoring process, is hit instead of the chosen process."""
 
 
 @dataclass
 class Victim:
-    """A process of the run's own making, with its role."""
+    """A process of the run that may be killed or frozen."""
 
     role: str
     name: str
@@ -64,19 +73,19 @@ class Victim:
 
     @property
     def log_bytes(self) -> int:
-        """How long its log is by now."""
+        """Current size of its log."""
         return self.log.stat().st_size if self.log.exists() else 0
 
 
 @dataclass
 class Storm:
-    """Kills and freezes the processes of one run; notes how long each role needs to be back at work.
+    """Kills and freezes processes of one run, and records how long each role takes to recover.
 
     Args:
-        launcher: process id.
-        run_dir: where the logs are.
-        seed: of the choice of victims and moments.
-        interval_seconds: mean time between two blows.
+        launcher: process id of the launcher.
+        run_dir: the run's directory, which has the logs.
+        seed: decides which processes are hit, and when.
+        interval_seconds: mean time between two kills or freezes.
     """
 
     launcher: int
@@ -94,7 +103,7 @@ class Storm:
         self._next_blow = time.monotonic() + self.interval_seconds
 
     def turn(self) -> None:
-        """Strike if it is time, thaw whose time is over, note who is back."""
+        """Kill or freeze a process if it is time, resume frozen ones whose time is over, and record recoveries."""
         now = time.monotonic()
         if now >= self._next_blow:
             self._next_blow = now + self._random.uniform(0.5, 1.5) * self.interval_seconds
@@ -104,23 +113,23 @@ class Storm:
         self._look_who_is_back(now)
 
     def end(self) -> None:
-        """Leave nobody frozen."""
+        """Resume all frozen processes."""
         self._thaw(float("inf"))
 
     @property
     def all_back(self) -> bool:
-        """Whether everybody who was killed works again."""
+        """Whether every killed process works again."""
         return not self._down
 
     def watch(self) -> None:
-        """Note who is back, without striking."""
+        """Record recoveries, without further kills."""
         self._look_who_is_back(time.monotonic())
 
     def _strike(self, now: float) -> None:
         victims = self._victims()
         if not victims:
             return
-        # Roles first: with many actors the buffer would hardly ever be hit.
+        # The role is chosen first. Otherwise many actors would leave the buffer hardly ever hit.
         role = self._random.choice(sorted({victim.role for victim in victims}))
         victim = self._random.choice([victim for victim in victims if victim.role == role])
         target = victim.process
@@ -131,7 +140,7 @@ class Storm:
             self.kills[role] += 1
             size = victim.log_bytes
             target.kill()
-            # A killed descendant may be replaced without its parent's death, which leaves no trace in the log.
+            # A killed child may be replaced while its parent lives on, so the log shows no recovery.
             if target.pid == victim.process.pid:
                 self._down[victim.name] = (now, size, victim)
         else:
@@ -171,13 +180,14 @@ class Storm:
         return [Victim(role, name, process, self.run_dir / "logs" / f"{name}.log")]
 
 
-# --- two witnesses ---------------------------------------------------------------------------------------------------
+# --- the ledger and the learner's log --------------------------------------------------------------------------------
 
 
 def lineage(learner_log: str) -> dict[int, list[int]]:
-    """Occurrences by the version whose batch they were, in the lineage of checkpoints that the last weights have.
+    """Returns the occurrences that the final weights were trained on, by the version that trained on them.
 
-    A learner that comes back trains a version again: what it wrote last about a version counts.
+    A restarted learner trains versions after its checkpoint again. So the last line about a version counts, and every
+    line removes what stood before it about later versions.
     """
     records: dict[int, list[int]] = {}
     for match in TRAINED.finditer(learner_log):
@@ -188,7 +198,7 @@ def lineage(learner_log: str) -> dict[int, list[int]]:
 
 
 def occurrences(text: str) -> list[int]:
-    """`3-5,9` as [3, 4, 5, 9]."""
+    """Parses `3-5,9` as [3, 4, 5, 9]."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -197,7 +207,7 @@ def occurrences(text: str) -> list[int]:
 
 
 def account(run_dir: Path) -> dict[str, Any]:
-    """What the ledger and the learner say about every prompt that was issued."""
+    """Compares the ledger of a finished run with its learner's log; returns the counts of the report."""
     inspect = [sys.executable, "-m", "buffer", "inspect", str(run_dir), "--json"]
     found = json.loads(subprocess.run(inspect, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout)
     with closing(sqlite3.connect(f"file:{run_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as db:
@@ -225,16 +235,17 @@ def account(run_dir: Path) -> dict[str, Any]:
 
 
 def launch(run_dir: Path, overrides: Iterable[str]) -> subprocess.Popen[bytes]:
+    """Start a run whose terminal output goes to a file beside `run_dir`."""
     command = [sys.executable, "launch/cluster.py", *overrides, f"run_dir={run_dir}"]
     with (run_dir.parent / f"{run_dir.name}.out").open("wb") as output:
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
 def wait_for(process: subprocess.Popen[bytes], run_dir: Path, seconds: float) -> None:
-    """Until the run ended well.
+    """Waits for: the end of a run. Gives up after: `seconds`.
 
     Raises:
-        SystemExit: when it did not.
+        SystemExit: when the run fails or takes longer.
     """
     try:
         status = process.wait(timeout=seconds)
@@ -253,7 +264,7 @@ def training_has_begun(run_dir: Path) -> bool:
 
 
 def disturbed(run_dir: Path, overrides: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """One run under the storm."""
+    """One run with kills and freezes; returns its figures."""
     process = launch(run_dir, overrides)
     storm = Storm(process.pid, run_dir, options.seed, options.interval)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -322,14 +333,14 @@ def show(figures: dict[str, Any]) -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--quick", action="store_true", help="one minute of storm over a short run")
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of the storm")
-    parser.add_argument("--interval", type=float, default=6.0, help="mean seconds between two blows")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the run; ended, it ends the storm")
-    parser.add_argument("--actors", type=int, default=2, help="actor processes")
-    parser.add_argument("--finish-minutes", type=float, default=20.0, help="how long the rest of the run may take")
-    parser.add_argument("--seed", type=int, default=0, help="of the storm")
-    parser.add_argument("--keep", type=Path, help="keep the run directories here")
+    parser.add_argument("--quick", action="store_true", help="a short run with one minute of disturbances")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of disturbances, from the first step on")
+    parser.add_argument("--interval", type=float, default=6.0, help="mean seconds between two kills or freezes")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps per run")
+    parser.add_argument("--actors", type=int, default=2, help="number of actor processes")
+    parser.add_argument("--finish-minutes", type=float, default=20.0, help="time limit once undisturbed")
+    parser.add_argument("--seed", type=int, default=0, help="seed that decides which processes are hit, and when")
+    parser.add_argument("--keep", type=Path, help="folder for the run directories, which are kept there")
     options = parser.parse_args()
     if options.quick:
         options.minutes, options.steps = 1.0, 100

@@ -50,7 +50,10 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     for name, meaning in (
         ("completion", f"name of the field with the completion; default {defaults.completion}"),
         ("gold", f"name of the field with the gold: a text, or a list of alternatives; default {defaults.gold}"),
-        ("expected", "name of the field with the label (true, false, 1, 0, a verdict); default: expected, label or correct"),
+        (
+            "expected",
+            "name of the field with the label (true, false, 1, 0, a verdict); default: expected, label or correct",
+        ),
         ("kind", f"name of the field by which the tables are split; default {defaults.kind}"),
     ):
         check.add_argument(f"--{name}-field", default=asdict(defaults)[name], help=meaning)

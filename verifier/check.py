@@ -232,7 +232,7 @@ def grade(
 def report(
     rows: Sequence[Row], rewards: Sequence[RewardSpec], scores: Sequence[Score], others: Sequence[Score] | None = None
 ) -> Report:
-    """Counts verdicts and collects the disagreements: with `others`, the other grader's scores, or else with the labels."""
+    """Counts verdicts and collects the disagreements with `others`, a second grader's scores, or with the labels."""
     explain = build_scorer(rewards).grader.explain
     found = Report(completions=len(rows), mean_reward=sum(score.reward for score in scores) / len(rows))
     found.verdicts = dict(Counter(score.verdict.value for score in scores).most_common())

@@ -1,7 +1,7 @@
-r"""Ways to write the same answer otherwise, and to write another answer that looks alike.
+r"""Rules that rewrite a gold into an equal text, and rules that change it into a similar but different answer.
 
-A rule takes a gold and a source of chance and returns the other text, or None where it does not apply. Rules work on
-the text alone and keep away from golds where their label could be doubted: prose, constants of integration, zeros.
+A rule takes a gold and a random generator and returns the new text, or None where it does not apply. Rules work on the
+text alone. They skip golds for which the label of the result could be wrong: prose, constants of integration, zeros.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _is_expression(gold: str) -> bool:
     return has_digit_or_letter and _EXPRESSION.fullmatch(gold) is not None and not _LETTERS.search(gold)
 
 
-# --- the same ---
+# --- equal rewritings ---
 
 
 def _spelling(gold: str, chance: random.Random) -> str:
@@ -146,7 +146,7 @@ def _zeros(gold: str, chance: random.Random) -> str | None:
     return f"{gold}00" if _DECIMAL.fullmatch(gold) else None
 
 
-# --- another ---
+# --- changes ---
 
 
 def _can_change(gold: str) -> bool:
@@ -215,7 +215,7 @@ def _hundredfold(gold: str, chance: random.Random) -> str | None:
 
 
 def _rounded(gold: str, chance: random.Random) -> str | None:
-    """A fraction that no decimal equals, to two places."""
+    """A fraction without a finite decimal, rounded to two places."""
     parts = _fraction(gold)
     if parts is None or 10**9 % Fraction(parts[1], parts[2]).denominator == 0:
         return None
@@ -241,7 +241,7 @@ REWRITINGS: dict[str, Rule] = {
     "decimal as fraction": _as_fraction,
     "more zeros": _zeros,
 }
-"""The label of each is correct."""
+"""Rules by name. Their results are labelled correct."""
 CHANGES: dict[str, Rule] = {
     "another digit": _digit,
     "another sign": _sign,
@@ -253,4 +253,4 @@ CHANGES: dict[str, Rule] = {
     "a hundredfold": _hundredfold,
     "rounded": _rounded,
 }
-"""The label of each is wrong."""
+"""Rules by name. Their results are labelled wrong."""
