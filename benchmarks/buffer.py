@@ -62,16 +62,16 @@ PROCESSES = multiprocessing.get_context("spawn")
 
 def pattern(num_trajectories: int, num_tokens: int) -> PackedGroup:
     """The group that is sent again and again: random tokens, the first ones a prompt."""
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     mask = np.arange(num_tokens) >= min(64, num_tokens // 2)
     trajectories = tuple(
         Trajectory(
             trajectory_id=f"0.0.{i}",
             group_id="0.0",
             prompt_id=0,
-            token_ids=chance.integers(0, 150_000, num_tokens).astype(np.int32),
+            token_ids=rng.integers(0, 150_000, num_tokens).astype(np.int32),
             loss_mask=mask,
-            behavior_logprobs=np.where(mask, -chance.random(num_tokens), 0.0).astype(np.float32),
+            behavior_logprobs=np.where(mask, -rng.random(num_tokens), 0.0).astype(np.float32),
             policy_versions=(VersionSpan(0, 0),),
             reward=float(i % 2),
             reward_breakdown={"correct": float(i % 2)},

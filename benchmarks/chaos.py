@@ -50,7 +50,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 ROLES = {"buffer": "buffer", "learner": "learner", "actors": "actor"}
 """Role of a process, by the module that it runs."""
-BACK_AT_WORK = {
+RECOVERED = {
     "buffer": re.compile(r"buffer listens on"),
     "learner": re.compile(r"policy \d+ published"),
     "actor": re.compile(r"policy \d+ loaded"),
@@ -63,7 +63,7 @@ DESCENDANT_SHARE = 0.25
 
 
 @dataclass
-class Victim:
+class Target:
     """A process of the run that may be killed or frozen."""
 
     role: str
@@ -78,7 +78,7 @@ class Victim:
 
 
 @dataclass
-class Storm:
+class FaultInjector:
     """Kills and freezes processes of one run, and records how long each role takes to recover.
 
     Args:
@@ -99,54 +99,54 @@ class Storm:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._frozen: list[tuple[float, psutil.Process]] = []
-        self._down: dict[str, tuple[float, int, Victim]] = {}
-        self._next_blow = time.monotonic() + self.interval_seconds
+        self._down: dict[str, tuple[float, int, Target]] = {}
+        self._next_fault = time.monotonic() + self.interval_seconds
 
-    def turn(self) -> None:
+    def step(self) -> None:
         """Kill or freeze a process if it is time, resume frozen ones whose time is over, and record recoveries."""
         now = time.monotonic()
-        if now >= self._next_blow:
-            self._next_blow = now + self._random.uniform(0.5, 1.5) * self.interval_seconds
+        if now >= self._next_fault:
+            self._next_fault = now + self._random.uniform(0.5, 1.5) * self.interval_seconds
             with suppress(psutil.NoSuchProcess):
-                self._strike(now)
+                self._inject(now)
         self._thaw(now)
-        self._look_who_is_back(now)
+        self._record_recoveries(now)
 
     def end(self) -> None:
         """Resume all frozen processes."""
         self._thaw(float("inf"))
 
     @property
-    def all_back(self) -> bool:
+    def all_recovered(self) -> bool:
         """Whether every killed process works again."""
         return not self._down
 
-    def watch(self) -> None:
+    def record_recoveries(self) -> None:
         """Record recoveries, without further kills."""
-        self._look_who_is_back(time.monotonic())
+        self._record_recoveries(time.monotonic())
 
-    def _strike(self, now: float) -> None:
-        victims = self._victims()
-        if not victims:
+    def _inject(self, now: float) -> None:
+        targets = self._targets()
+        if not targets:
             return
         # The role is chosen first. Otherwise many actors would leave the buffer hardly ever hit.
-        role = self._random.choice(sorted({victim.role for victim in victims}))
-        victim = self._random.choice([victim for victim in victims if victim.role == role])
-        target = victim.process
-        descendants = target.children(recursive=True)
+        role = self._random.choice(sorted({target.role for target in targets}))
+        target = self._random.choice([target for target in targets if target.role == role])
+        process = target.process
+        descendants = process.children(recursive=True)
         if descendants and self._random.random() < DESCENDANT_SHARE:
-            target = self._random.choice(descendants)
+            process = self._random.choice(descendants)
         if self._random.random() < 0.5:
             self.kills[role] += 1
-            size = victim.log_bytes
-            target.kill()
+            size = target.log_bytes
+            process.kill()
             # A killed child may be replaced while its parent lives on, so the log shows no recovery.
-            if target.pid == victim.process.pid:
-                self._down[victim.name] = (now, size, victim)
+            if process.pid == target.process.pid:
+                self._down[target.name] = (now, size, target)
         else:
             self.freezes[role] += 1
-            target.suspend()
-            self._frozen.append((now + self._random.uniform(*FREEZE_SECONDS), target))
+            process.suspend()
+            self._frozen.append((now + self._random.uniform(*FREEZE_SECONDS), process))
 
     def _thaw(self, now: float) -> None:
         for moment, process in [item for item in self._frozen if item[0] <= now]:
@@ -154,30 +154,30 @@ class Storm:
                 process.resume()
             self._frozen.remove((moment, process))
 
-    def _look_who_is_back(self, now: float) -> None:
-        for name, (since, size, victim) in list(self._down.items()):
-            if victim.log_bytes > size:
-                with victim.log.open("rb") as log:
+    def _record_recoveries(self, now: float) -> None:
+        for name, (since, size, target) in list(self._down.items()):
+            if target.log_bytes > size:
+                with target.log.open("rb") as log:
                     log.seek(size)
                     new = log.read().decode(errors="replace")
-                if BACK_AT_WORK[victim.role].search(new):
-                    self.recovery_seconds.setdefault(victim.role, []).append(now - since)
+                if RECOVERED[target.role].search(new):
+                    self.recovery_seconds.setdefault(target.role, []).append(now - since)
                     del self._down[name]
 
-    def _victims(self) -> list[Victim]:
+    def _targets(self) -> list[Target]:
         found = []
         for process in psutil.Process(self.launcher).children():
             with suppress(psutil.NoSuchProcess):
-                found += self._victim(process)
+                found += self._target_of(process)
         return found
 
-    def _victim(self, process: psutil.Process) -> list[Victim]:
+    def _target_of(self, process: psutil.Process) -> list[Target]:
         words = process.cmdline()
         role = next((ROLES[word] for flag, word in pairwise(words) if flag == "-m" and word in ROLES), "")
         if not role:
             return []
         name = words[words.index("--name") + 1] if "--name" in words else role
-        return [Victim(role, name, process, self.run_dir / "logs" / f"{name}.log")]
+        return [Target(role, name, process, self.run_dir / "logs" / f"{name}.log")]
 
 
 # --- the ledger and the learner's log --------------------------------------------------------------------------------
@@ -214,8 +214,8 @@ def account(run_dir: Path) -> dict[str, Any]:
         sql = "SELECT used_version, occurrence FROM uses JOIN occurrences USING (occurrence) WHERE state = 'done'"
         uses = set(db.execute(sql))
     trained = lineage((run_dir / "logs" / "learner.log").read_text(errors="replace"))
-    witnessed = [(number, occurrence) for number, groups in trained.items() for occurrence in groups]
-    times = Counter(occurrence for _, occurrence in witnessed)
+    logged = [(number, occurrence) for number, groups in trained.items() for occurrence in groups]
+    times = Counter(occurrence for _, occurrence in logged)
     allowed = Counter(occurrence for _, occurrence in uses)
     in_no_state = found["issued"] - sum(found["counts"].values()) - sum(found["dropped"].values())
     return {
@@ -223,7 +223,7 @@ def account(run_dir: Path) -> dict[str, Any]:
         "trained": len(allowed),
         "dropped": found["dropped"],
         "counters": found["counters"],
-        "lost": abs(in_no_state) + len(uses - set(witnessed)),
+        "lost": abs(in_no_state) + len(uses - set(logged)),
         "trained_twice": sum(max(0, number - max(1, allowed[occurrence])) for occurrence, number in times.items()),
         "invariant_holds": found["holds"],
         "problems": found["problems"],
@@ -266,7 +266,7 @@ def training_has_begun(run_dir: Path) -> bool:
 def disturbed(run_dir: Path, overrides: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """One run with kills and freezes; returns its figures."""
     process = launch(run_dir, overrides)
-    storm = Storm(process.pid, run_dir, options.seed, options.interval)
+    injector = FaultInjector(process.pid, run_dir, options.seed, options.interval)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -275,30 +275,30 @@ def disturbed(run_dir: Path, overrides: list[str], options: argparse.Namespace) 
                 time.sleep(0.5)
             begun = time.monotonic()
             while process.poll() is None and time.monotonic() - begun < options.minutes * 60:
-                storm.turn()
-                blows = f"{storm.kills.total()} kills, {storm.freezes.total()} freezes"
-                progress.update(task, description=blows, completed=time.monotonic() - begun)
+                injector.step()
+                faults = f"{injector.kills.total()} kills, {injector.freezes.total()} freezes"
+                progress.update(task, description=faults, completed=time.monotonic() - begun)
                 time.sleep(0.1)
             storm_seconds = time.monotonic() - begun
-            storm.end()
-            progress.update(task, description="the storm is over; the run may finish")
-            while process.poll() is None and not storm.all_back:
-                storm.watch()
+            injector.end()
+            progress.update(task, description="no more faults; waiting for the end of the run")
+            while process.poll() is None and not injector.all_recovered:
+                injector.record_recoveries()
                 time.sleep(0.1)
             wait_for(process, run_dir, options.finish_minutes * 60)
     finally:
-        storm.end()
+        injector.end()
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
     return {
         "storm_seconds": storm_seconds,
-        "kills": storm.kills.total(),
-        "kills_by_role": dict(storm.kills),
-        "freezes": storm.freezes.total(),
-        "freezes_by_role": dict(storm.freezes),
+        "kills": injector.kills.total(),
+        "kills_by_role": dict(injector.kills),
+        "freezes": injector.freezes.total(),
+        "freezes_by_role": dict(injector.freezes),
         "recovery_seconds": {
             role: {"median": statistics.median(values), "max": max(values), "times": len(values)}
-            for role, values in sorted(storm.recovery_seconds.items())
+            for role, values in sorted(injector.recovery_seconds.items())
         },
         **account(run_dir),
         **result(run_dir),
@@ -313,7 +313,7 @@ def result(run_dir: Path) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     table = Table(
-        title=f"{figures['storm_seconds']:.0f} s of storm: {figures['kills']} kills, {figures['freezes']} freezes"
+        title=f"{figures['storm_seconds']:.0f} s of faults: {figures['kills']} kills, {figures['freezes']} freezes"
     )
     table.add_column("")
     table.add_column("disturbed", justify="right")
@@ -326,7 +326,7 @@ def show(figures: dict[str, Any]) -> None:
     for name in ("pass_at_1_after", "wall_seconds"):
         table.add_row(name, f"{figures[name]:.3f}", f"{calm[name]:.3f}")
     for role, times in figures["recovery_seconds"].items():
-        table.add_row(f"{role} back at work", f"{times['median']:.1f} s, {times['max']:.1f} s at most", "")
+        table.add_row(f"{role} recovered after", f"{times['median']:.1f} s, {times['max']:.1f} s at most", "")
     Console().print(table)
 
 
@@ -338,7 +338,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--interval", type=float, default=6.0, help="mean seconds between two kills or freezes")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps per run")
     parser.add_argument("--actors", type=int, default=2, help="number of actor processes")
-    parser.add_argument("--finish-minutes", type=float, default=20.0, help="time limit once undisturbed")
+    parser.add_argument("--finish-minutes", type=float, default=20.0, help="minutes that an undisturbed run may take")
     parser.add_argument("--seed", type=int, default=0, help="seed that decides which processes are hit, and when")
     parser.add_argument("--keep", type=Path, help="folder for the run directories, which are kept there")
     options = parser.parse_args()

@@ -131,8 +131,8 @@ def measure(
 def parts_of(options: argparse.Namespace) -> Parts:
     """The items for every grader, by part. Without the data sets, own_solutions and rewritings are empty."""
     sets = own_solutions(options.data)
-    chance = random.Random(0)
-    own = [item for items in sets.values() for item in chance.sample(items, min(options.per_set, len(items)))]
+    rng = random.Random(0)
+    own = [item for items in sets.values() for item in rng.sample(items, min(options.per_set, len(items)))]
     rewritings = rewritten(distinct_golds(sets)[: options.golds], MOST_REWRITINGS)
     return {"own_solutions": own, "rewritings": rewritings, "cases": labelled_cases(options.cases)}
 

@@ -81,11 +81,11 @@ def rewritten(golds: Iterable[str], most: int) -> list[Item]:
     """Items for every gold: the gold itself, and at most `most` equal rewritings and `most` changed ones."""
     items = []
     for gold in golds:
-        chance = random.Random(zlib.crc32(gold.encode()))
+        rng = random.Random(zlib.crc32(gold.encode()))
         items.append(Item("itself", boxed(gold), (gold,), True))
         for rules, expected in ((REWRITINGS, True), (CHANGES, False)):
-            made = [(name, text) for name, rule in rules.items() if (text := rule(gold, chance)) and text != gold]
-            for name, text in chance.sample(made, min(most, len(made))):
+            made = [(name, text) for name, rule in rules.items() if (text := rule(gold, rng)) and text != gold]
+            for name, text in rng.sample(made, min(most, len(made))):
                 items.append(Item(name, boxed(text), (gold,), expected))
     return items
 

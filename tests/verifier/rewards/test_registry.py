@@ -1,4 +1,4 @@
-"""The registry and the scorer: how rewards add up, which configurations are refused, and rewards of one's own."""
+"""The registry and the scorer: the sum of rewards, rejected configurations, and rewards in a user's file."""
 
 import asyncio
 import json
