@@ -57,10 +57,12 @@ def same_calendar(prediction: str, gold: str) -> bool | None:
     (seconds, is_explicit), (gold_seconds, gold_is_explicit) = time, gold_time
     if seconds == gold_seconds:
         return True
+    if is_explicit and gold_is_explicit:
+        return False
     if is_explicit or gold_is_explicit:
-        half_is_open = not (is_explicit and gold_is_explicit)
-        unsaid = seconds if not is_explicit else gold_seconds
-        return half_is_open and 3600 <= unsaid < 13 * 3600 and (seconds - gold_seconds) % (12 * 3600) == 0
+        # One side says a.m. or p.m. The other may be on the 12-hour clock if it is between 1:00 and 12:59.
+        ambiguous = gold_seconds if is_explicit else seconds
+        return 3600 <= ambiguous < 13 * 3600 and (seconds - gold_seconds) % (12 * 3600) == 0
     # `2:15` and `4:30` differ as times but are equal as ratios, so a later layer decides.
     return None
 

@@ -78,25 +78,26 @@ def same_rounded(prediction: str, gold: str) -> bool | None:
     """Whether the prediction rounds to the gold; None where that does not decide, as for a gold without a precision."""
     if "." not in gold and "approx" not in gold and "about" not in gold and " to " not in gold:
         return None
-    rounded = _ROUNDED.fullmatch(gold)
-    said = _ROUNDED.fullmatch(prediction)
-    literal = _decimal(_unrounded(rounded[1] or rounded[2]) if rounded else gold)
-    answer = _unrounded(said[1] or said[2]) if said else prediction
+    gold_is_rounded = _ROUNDED.fullmatch(gold)
+    prediction_is_rounded = _ROUNDED.fullmatch(prediction)
+    literal = _decimal(_rounded_value(gold_is_rounded) if gold_is_rounded else gold)
+    answer = _rounded_value(prediction_is_rounded) if prediction_is_rounded else prediction
     if literal is None:
         return None
-    value, half_step, places, counting = literal
+    value, half_step, places, num_significant = literal
     other = _decimal(answer)
-    if other is not None and other[2] > places and (counting > 1 or rounded):
+    if other is not None and other[2] > places and (num_significant > 1 or gold_is_rounded):
         return _rounds_to(other[0], value, half_step) or None
-    if rounded and (exact_value := value_of(answer)) is not None:
+    if gold_is_rounded and (exact_value := value_of(answer)) is not None:
         return _rounds_to(exact_value, value, half_step)
-    if (said or rounded) and other is not None:
+    if (prediction_is_rounded or gold_is_rounded) and other is not None:
         return other[0] == value
     return None
 
 
-def _unrounded(text: str) -> str:
-    return text.strip().rstrip("(,{").strip()
+def _rounded_value(rounded: re.Match[str]) -> str:
+    """The number in a match of `_ROUNDED`: `3.14` for `3.14 (to 2 d.p.)`."""
+    return (rounded[1] or rounded[2]).strip().rstrip("(,{").strip()
 
 
 def _rounds_to(value: Any, rounded: Fraction, half_step: Fraction) -> bool:
@@ -122,8 +123,8 @@ def _decimal(text: str) -> tuple[Fraction, Fraction, int, int] | None:
     digits = match[2] + match[3]
     value = int(digits) * scale
     # A whole number, half or quarter is usually exact, not rounded.
-    counting = len(digits.lstrip("0")) if exponent or value.denominator > 4 else 0
-    return (-value if match[1] == "-" else value), scale / 2, len(match[3]) - exponent, counting
+    num_significant = len(digits.lstrip("0")) if exponent or value.denominator > 4 else 0
+    return (-value if match[1] == "-" else value), scale / 2, len(match[3]) - exponent, num_significant
 
 
 def _numeral(text: str) -> Numeral | None:

@@ -120,8 +120,8 @@ def _assigned(parts: list[str], signs: list[str], part: Part) -> tuple[str, str]
 
 def _same_inequality(parts: list[str], sign: str, gold_parts: list[str], gold_sign: str) -> bool:
     """Compares two inequalities up to a factor. A negative factor turns the sign: `2x + y < 4` is `-2x - y > -4`."""
-    strict = {"<": True, ">": True}
-    if strict.get(sign, False) != strict.get(gold_sign, False):
+    strict = ("<", ">")
+    if (sign in strict) != (gold_sign in strict):
         return False
     gold_sides = (gold_parts[0], gold_parts[1]) if sign == gold_sign else (gold_parts[1], gold_parts[0])
     return bool(same_equation((parts[0], parts[1]), gold_sides, ordered=True))

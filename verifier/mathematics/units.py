@@ -76,7 +76,7 @@ def same_quantity(first: tuple[str, Unit], second: tuple[str, Unit], same: Same)
     (value, unit), (other, other_unit) = first, second
     if unit == other_unit:
         return same(value, other)
-    if not _agree(unit, other_unit):
+    if not _are_compatible(unit, other_unit):
         return _same_angle(first, second, same)
     if unit.dimensions and unit.dimensions == other_unit.dimensions:
         return same(_scaled(value, unit.size), _scaled(other, other_unit.size))
@@ -218,7 +218,11 @@ def _compound(text: str) -> tuple[str, Unit] | None:
     return str(sum(value * unit.size for value, unit in parts) / smallest.size), smallest
 
 
-def _agree(first: Unit, second: Unit) -> bool:
+def _are_compatible(first: Unit, second: Unit) -> bool:
+    """Whether quantities with these units can be equal: 5 cm can equal 50 mm or 5, but not 5 kg.
+
+    False for degrees and radians, which `_same_angle` compares.
+    """
     if NO_UNIT in (first, second):
         return True
     if first.noun and second.noun:
