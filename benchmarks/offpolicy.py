@@ -1,12 +1,18 @@
-"""What does staleness cost, and which correction pays it back? The default task and model at every staleness.
+"""Measures what staleness costs, and how much of it each correction recovers, with the default task and model.
 
-    python benchmarks/offpolicy.py                      # the whole grid: hours on one core; goes on where it was ended
+    python benchmarks/offpolicy.py                      # the whole grid: hours on one core; resumes after a stop
     python benchmarks/offpolicy.py --staleness 0 8 --corrections none decoupled_tis --seeds 1
     python benchmarks/offpolicy.py --plot-only --plots docs/images
 
-Batch v is sampled by policy max(0, v - staleness), exactly: learner and actor work in turn in one process (see
-`parts/offpolicy/run.py`). `unbounded` samples every batch from policy 0. Each run is a line of `--json`, written as it
-ends; a run that is there already is not repeated. Exit status: 0, or 2 with one sentence when an argument is wrong.
+Measured, by staleness (in policy versions) and correction: the final pass@1, the updates until pass@1 reaches 0.8, the
+effective sample size (a share from 0 to 1), and the number of runs that collapsed. All corrections are compared on the
+same seeds, beside staleness 0.
+
+Staleness is exact: batch v is sampled by policy max(0, v - staleness), because learner and actor take turns in one
+process (`parts/offpolicy/run.py`). `unbounded` samples every batch from policy 0. Each run becomes a line of the file
+`--json` when it ends; a run that is in the file is not repeated.
+
+Exit status: 0; 2 with one sentence for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -31,22 +37,28 @@ QUICK = Scale(updates=4, groups=4, samples=4, evaluate_every=2, evaluation_promp
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("offpolicy.jsonl"), metavar="FILE", help="one line per run")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw offpolicy_*.svg there")
-    parser.add_argument("--plot-only", action="store_true", help="run nothing: tables and figures of what is in --json")
-    parser.add_argument("--quick", action="store_true", help="two short runs, in under two minutes")
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="ppo")
-    parser.add_argument("--staleness", nargs="+", metavar="S", help="versions, or unbounded; default: all of the study")
-    parser.add_argument("--corrections", nargs="+", choices=CORRECTIONS, help="default: all the algorithm allows")
-    parser.add_argument("--seeds", type=int, default=3, help="of every cell; the first seed of all cells comes first")
-    parser.add_argument("--updates", type=int, default=Scale.updates)
+    parser.add_argument(
+        "--json", type=Path, default=Path("offpolicy.jsonl"), metavar="FILE", help="file of results, one line per run"
+    )
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write offpolicy_*.svg into this folder")
+    parser.add_argument("--plot-only", action="store_true", help="start no run; show and draw the results in --json")
+    parser.add_argument("--quick", action="store_true", help="two short runs; takes less than two minutes")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="ppo", help="algorithm of all runs")
+    parser.add_argument(
+        "--staleness", nargs="+", metavar="S", help="policy versions, or unbounded; default: all values of the study"
+    )
+    parser.add_argument(
+        "--corrections", nargs="+", choices=CORRECTIONS, help="corrections to compare; default: all of the algorithm"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of every combination, with the seeds 0, 1, ...")
+    parser.add_argument("--updates", type=int, default=Scale.updates, help="optimizer steps per run")
     parser.add_argument("--rate", type=float, default=Scale.rate, help="factor on the default learning rates")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every run")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of every run")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, then show and draw. Returns the exit status."""
+    """Make the runs that are missing, then show and draw all results. Returns the exit status."""
     options = parse(arguments)
     console = wide_console()
     try:
@@ -75,10 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def wanted(options: argparse.Namespace) -> list[Cell]:
-    """The cells asked for.
+    """The cells of the grid that the arguments ask for.
 
     Raises:
-        ValueError: a staleness that is no number of versions.
+        ValueError: for a staleness that is not a number of versions.
     """
     if options.quick and options.staleness is None:
         return [Cell(options.algorithm, "none", staleness, 0) for staleness in (0, 2)]
@@ -98,7 +110,7 @@ def _staleness(text: str) -> int | None:
 
 
 def run(cells: Sequence[Cell], scale: Scale, path: Path, console: Console) -> None:
-    """Every cell, each a line in `path` as it ends."""
+    """Run every cell, and append its result to `path` when it ends."""
     if not cells:
         return
     from benchmarks.parts.offpolicy.run import Study
@@ -118,7 +130,7 @@ def run(cells: Sequence[Cell], scale: Scale, path: Path, console: Console) -> No
 
 
 if __name__ == "__main__":
-    # Workers of vLLM and of the verifier import this file again, and find the project by this path.
+    # Processes of vLLM and of the scoring pool import this file again and need the project's path.
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

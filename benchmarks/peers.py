@@ -1,12 +1,17 @@
-"""The same training through Slipstream and through TRL's GRPO trainer: rates, memory, and seconds to a pass@1.
+"""Compares the same training through Slipstream and through TRL's GRPO trainer.
 
-Same base model, problems in the same order, grader, batch, sampling, learning rates, optimizer and number of updates;
-whole systems from their command to their last checkpoint, one after the other, in turns. Rates are counted after the
-first updates; what comes before is start-up, told apart. All models are evaluated alike after all runs, so evaluation
-is in nobody's time, and writing checkpoints is in everybody's.
+Measured: samples/s, tokens/s generated and trained, seconds until the first update, seconds to a pass@1 of 0.8, and
+peak memory in MB. Both systems have the same base model, problems in the same order, grader, batch, sampling, learning
+rates, optimizer and number of updates. Whole systems are measured from their command to their last checkpoint, one at a
+time, alternating.
 
-TRL runs in a virtual environment that is made here and kept (`benchmarks/parts/peers/environment.py`).
-docs/performance.md says what was set where, and why.
+The first updates are start-up and not part of the rates. All checkpoints are evaluated in the same way after all runs,
+so the times include writing checkpoints but no evaluation.
+
+TRL runs in a virtual environment that this script creates and keeps (`benchmarks/parts/peers/environment.py`).
+docs/performance.md explains the settings of both systems.
+
+Exit status: 0; 1 when a way failed; 2 with one sentence for a mistake in the arguments.
 """
 
 from __future__ import annotations
@@ -46,20 +51,21 @@ PEERS = {
     "vllm-2": ("TRL, vLLM, two threads", "vllm", 2),
     "batching-2": ("TRL, continuous batching, two threads", "batching", 2),
 }
-"""By way: label, what samples, threads."""
+"""(label, how TRL samples, number of threads) by way."""
 ON_REQUEST = ("vllm-1", "batching-2")
-"""Only where --ways names them: slower than their other, and over eight seconds of processor time per update."""
+"""Measured only where --ways names them: they are slower than the others, with over eight processor seconds per
+update."""
 LABELS = {**{way: label for way, (label, _) in OURS.items()}, **{way: label for way, (label, _, _) in PEERS.items()}}
 EVALUATORS = 2
-"""Processes that evaluate at the same time, one thread each."""
+"""Processes that evaluate at the same time, with one thread each."""
 ROWS_PER_MICROBATCH = 32
-"""TRL's fastest of 8, 16, 32 and 128 here, with both models."""
+"""TRL's fastest microbatch of 8, 16, 32 and 128 sequences, with both models."""
 QUICK_UPDATES = 8
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all ways start from."""
+    """Base model, problems and plan that all ways start from."""
 
     model: Path
     problems: Path
@@ -67,7 +73,7 @@ class Inputs:
     plan: RunPlan
 
     def work(self, mode: str, num_threads: int, seed: int, scale: Scale, output: Path) -> Work:
-        """The run of a peer that equals ours."""
+        """The settings of a TRL run that does the same as ours."""
         top, learner = self.plan.sections, read_section(LearnerConfig, self.plan.sections["learner"], "learner")
         optimizer = learner.optimizer
         return Work(
@@ -92,7 +98,7 @@ class Inputs:
 
 
 def prepare(scale: Scale, folder: Path, console: Console) -> Inputs:
-    """The base model, from the cache where it is there, and the problems."""
+    """Prepare the base model, from the cache if it has one, and the files of problems."""
     plan = plan_run([*scale.overrides(), f"run_dir={folder / 'plan'}"])
     assert plan.embedded is not None
 
@@ -102,8 +108,8 @@ def prepare(scale: Scale, folder: Path, console: Console) -> Inputs:
 
     model = prepare_base_model(plan, plan.embedded, progress)
     task, needed = plan.task, scale.updates * scale.groups_per_batch
-    dealt = [task.train[index % len(task.train)] for index in range(needed)]
-    files = {"problems.jsonl": dealt, "held_out.jsonl": task.held_out}
+    train = [task.train[index % len(task.train)] for index in range(needed)]
+    files = {"problems.jsonl": train, "held_out.jsonl": task.held_out}
     for name, problems in files.items():
         rows = [{"prompt": task.prompt(problem), "gold": problem.gold} for problem in problems]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -113,7 +119,10 @@ def prepare(scale: Scale, folder: Path, console: Console) -> Inputs:
 def measure(
     ways: Sequence[str], runs: int, scale: Scale, cache: Path, folder: Path, console: Console
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """(runs by way, reasons of the ways that failed), all evaluated."""
+    """Runs every way `runs` times, alternating, and evaluates all checkpoints.
+
+    Returns (figures of the runs by way, reasons by way that failed).
+    """
     inputs = prepare(scale, folder, console)
     python = peer_python("trl", TRL, cache, console.print) if set(ways) - set(OURS) else Path(sys.executable)
     made: dict[str, list[Raw]] = {way: [] for way in ways}
@@ -131,7 +140,7 @@ def measure(
                 else:
                     _, mode, num_threads = PEERS[way]
                     raw = run_trl(inputs.work(mode, num_threads, seed, scale, place / "run"), python, place)
-            # One that cannot run here must not cost the others their figures.
+            # A way that fails must not cost the figures of the others.
             except ValueError as error:
                 skipped[way] = str(error)
                 console.print(f"  failed: {error}", style="red", markup=False, highlight=False)
@@ -148,7 +157,7 @@ def measure(
 
 
 def evaluate(inputs: Inputs, folders: Sequence[Path]) -> dict[Path, float]:
-    """pass@1 of the base model and of every folder."""
+    """Returns pass@1 of the base model and of every model folder."""
     shares = [[inputs.model, *folders[index::EVALUATORS]] for index in range(EVALUATORS)]
     fixed = [
         str(HERE / "parts" / "peers" / "evaluation.py"),
@@ -166,7 +175,7 @@ def evaluate(inputs: Inputs, folders: Sequence[Path]) -> dict[Path, float]:
 
 
 def _line(raw: Raw, base: Path, scores: dict[Path, float]) -> dict[str, Any]:
-    """Of the figures' file."""
+    """The figures of one run for the JSON file, with its pass@1 by version."""
     found = {name: value for name, value in asdict(raw).items() if name != "folders"}
     curve = [[0, scores[base]], *([version, scores[path]] for version, path in sorted(raw.folders.items()))]
     return found | {"pass_at_1": curve}
@@ -175,28 +184,37 @@ def _line(raw: Raw, base: Path, scores: dict[Path, float]) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--show", type=Path, help="run nothing: table and plot of the figures in this file")
-    parser.add_argument("--markdown", type=Path, help="write the table here, as docs/performance.md has it")
+    parser.add_argument("--show", type=Path, help="start no run; show and draw the figures in this file")
+    parser.add_argument("--markdown", type=Path, help="write the table here as Markdown, as docs/performance.md has it")
     parser.add_argument("--plots", type=Path, help="write peers.svg into this folder")
-    parser.add_argument("--quick", action="store_true", help=f"one run of {QUICK_UPDATES} updates of each: minutes")
-    parser.add_argument("--runs", type=int, default=3, help="of each way, in turns")
-    parser.add_argument("--updates", type=int, default=Scale.updates, help="optimizer steps of a run")
+    parser.add_argument("--quick", action="store_true", help=f"one run of {QUICK_UPDATES} updates per way; minutes")
+    parser.add_argument("--runs", type=int, default=3, help="number of runs of each way, alternating")
+    parser.add_argument("--updates", type=int, default=Scale.updates, help="optimizer steps per run")
     parser.add_argument(
-        "--groups", type=int, default=Scale.groups_per_batch, help="prompts of an update, 8 samples each"
+        "--groups", type=int, default=Scale.groups_per_batch, help="prompts per update, with 8 samples each"
     )
-    parser.add_argument("--model", choices=list(MODELS), default=Scale.model, help="0.8 or 0.15 million parameters")
+    parser.add_argument(
+        "--model",
+        choices=list(MODELS),
+        default=Scale.model,
+        help="base model: small has 0.8, tiny 0.15 million parameters",
+    )
     parser.add_argument(
         "--ways",
         nargs="+",
         default=[way for way in LABELS if way not in ON_REQUEST],
-        help=f"of {', '.join(LABELS)}; all but {', '.join(ON_REQUEST)} where none is named",
+        help=f"ways to measure, of {', '.join(LABELS)}; default: all but {', '.join(ON_REQUEST)}",
     )
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for the peers' environments")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for TRL's virtual environment")
     return parser.parse_args(arguments)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises ValueError with one sentence for what cannot be done."""
+    """Check the arguments.
+
+    Raises:
+        ValueError: with one sentence, for the first mistake.
+    """
     unknown = [way for way in options.ways if way not in LABELS]
     if unknown:
         raise ValueError(f"--ways {unknown[0]} is unknown; choose of {', '.join(LABELS)}")

@@ -1,10 +1,11 @@
-"""`python benchmarks/plot_run.py OUT.svg LABEL=RUN_DIR [LABEL=RUN_DIR ...]`: the figure of one or more runs.
+"""Draws one or more runs: `python benchmarks/plot_run.py OUT.svg LABEL=RUN_DIR [LABEL=RUN_DIR ...]`.
 
-Reads the TensorBoard event files that a run leaves in RUN_DIR/tensorboard and draws held-out pass@1, training reward,
-staleness and effective sample size against the policy version, one color per run. The format follows the suffix of OUT.
-`--json FILE` writes the plotted series, `{label: {tag: [[policy_version, value], ...]}}`. Nothing is run or changed.
+Reads the TensorBoard event files in RUN_DIR/tensorboard. Draws held-out pass@1, training reward, staleness (in policy
+versions) and effective sample size (a share from 0 to 1) against the policy version, with one color per run. The suffix
+of OUT decides the format. `--json FILE` also writes the series as `{label: {tag: [[policy_version, value], ...]}}`. No
+run is started or changed.
 
-Exit status: 0, or 2 with one sentence when an argument is wrong or a run has nothing to show.
+Exit status: 0; 2 with one sentence for a mistake in the arguments or a run without data.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import matplotlib.pyplot as plt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 Series = tuple[tuple[int, float], ...]
-"""(policy_version, value) pairs, versions rising, one value per version."""
+"""(policy_version, value) pairs with rising versions, one value per version."""
 
 FORMATS = (".svg", ".png", ".pdf")
 STYLE = {
@@ -38,9 +39,9 @@ STYLE = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
 }
-"""Of every figure of a run; with it the same runs give the same file."""
+"""matplotlib's settings for every figure. The fixed hash salt gives the same file for the same runs."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Told apart by color-blind readers too (Okabe and Ito)."""
+"""The palette of Okabe and Ito, which color-blind readers can tell apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,9 @@ class Panel:
     tag: str
     title: str
     label: str
-    """Of the y-axis, with the unit."""
+    """Label of the y-axis, with the unit."""
     top: float | None
-    """Upper end of a y-axis that starts at 0; None leaves both ends to the data."""
+    """Upper end of a y-axis that starts at 0; None: the data decide both ends."""
     marker: str = ""
 
 
@@ -66,20 +67,20 @@ PANELS = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is plotted of one run."""
+    """The series of one run."""
 
     label: str
     series: Mapping[str, Series]
-    """By tag; a tag the run never wrote is absent."""
+    """Series by TensorBoard tag; a tag that the run never wrote is absent."""
 
 
 def read_run(label: str, run_dir: Path) -> Run:
-    """The series of the panels, from all event files of a run together.
+    """Reads the series of the panels from all event files of a run.
 
-    Where a resumed run wrote a version again, the later value counts.
+    A resumed run may write a version again; then the later value counts.
 
     Raises:
-        ValueError: no such folder, no event files, or none of the panels' tags in them.
+        ValueError: when the folder or the event files are missing, or have none of the panels' tags.
     """
     directory = run_dir / "tensorboard"
     if not run_dir.is_dir():
@@ -102,7 +103,7 @@ def _series(events: Sequence[Any]) -> Series:
 
 
 def draw(runs: Sequence[Run], output: Path, title: str) -> None:
-    """Write the figure; the same runs give the same file."""
+    """Write the figure. The same runs give the same file."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
         for panel, axis in zip(PANELS, axes.flat, strict=True):
@@ -112,7 +113,7 @@ def draw(runs: Sequence[Run], output: Path, title: str) -> None:
         figure.suptitle(title)
         handles = [plt.Line2D([], [], color=color, label=run.label) for run, color in _colored(runs)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
-        # Without its date the file changes only when the runs do.
+        # Without a date the file changes only when the runs do.
         metadata = {"Date": None} if output.suffix == ".svg" else None
         figure.savefig(output, metadata=metadata, dpi=150, facecolor="white")
         plt.close(figure)
@@ -137,10 +138,10 @@ def _colored(runs: Sequence[Run]) -> list[tuple[Run, str]]:
 
 
 def parse_runs(arguments: Sequence[str]) -> list[tuple[str, Path]]:
-    """(label, run directory) of every LABEL=RUN_DIR.
+    """Splits every LABEL=RUN_DIR into (label, run directory).
 
     Raises:
-        ValueError: a part is missing, or a label comes twice.
+        ValueError: when a part is missing, or a label is given twice.
     """
     runs: list[tuple[str, Path]] = []
     for argument in arguments:
@@ -161,7 +162,7 @@ def _check_output(output: Path) -> None:
 
 
 def _write_json(runs: Sequence[Run], path: Path) -> None:
-    """JSON has no NaN: such a value becomes null."""
+    """Write the series as JSON. NaN and infinities become null, because JSON has none."""
     content = {
         run.label: {
             tag: [[version, value if math.isfinite(value) else None] for version, value in series]
@@ -175,11 +176,11 @@ def _write_json(runs: Sequence[Run], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what the command line asks for. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, metavar="OUT", help=f"the figure; one of {', '.join(FORMATS)}")
-    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_DIR", help="a name for the legend and a run's directory")
-    parser.add_argument("--title", default="Slipstream: runs by policy version", help="above the figure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plotted series there")
-    parser.add_argument("--quick", action="store_true", help="accepted by every benchmark; drawing is always quick")
+    parser.add_argument("output", type=Path, metavar="OUT", help=f"file of the figure; one of {', '.join(FORMATS)}")
+    parser.add_argument("runs", nargs="+", metavar="LABEL=RUN_DIR", help="a name for the legend, and a run's directory")
+    parser.add_argument("--title", default="Slipstream: runs by policy version", help="title of the figure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the series to this file")
+    parser.add_argument("--quick", action="store_true", help="no effect; every benchmark accepts it")
     options = parser.parse_args(arguments)
     try:
         _check_output(options.output)

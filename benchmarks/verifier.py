@@ -1,10 +1,16 @@
-"""How well and how fast graders of mathematical answers judge: ours, and those installable from PyPI.
+"""Measures accuracy and speed of graders of mathematical answers: ours beside those on PyPI.
 
-Three questions, the same items for every grader: does a gold agree with the answer in its own solution (the sets of
-`--data`); does it agree with generated rewritings of itself and not with changed ones; and does the grader agree with
-the labels of `tests/verifier/mathematics/cases.jsonl`. Beside these: answers per second of CPU time, latency, hangs,
-exceptions, payloads executed; for ours also what a verdict may not depend on, and the scoring pool with hangs.
-`--peers-python` names an interpreter with the peers:
+Every grader gets the same items, from three sources:
+
+- own solutions: every gold of the data sets in `--data` must equal the answer in its own solution;
+- rewritings: a gold must equal generated rewritings of itself, and differ from changed ones;
+- cases: the completions of `tests/verifier/mathematics/cases.jsonl`, which are labelled by hand.
+
+Measured for every grader: agreement with the labels (%), false positives and negatives, answers per second of processor
+time, latency (p50 and p99 in ms), and the numbers of hangs, exceptions and executed payloads. For ours also: whether
+the same verdicts come in other threads, processes and orders, and the seconds of the scoring pool with hangs.
+
+`--peers-python` names an interpreter with the other graders:
 
     pip install math-verify mathruler latex2sympy2_extended antlr4-python3-runtime==4.11.0 pylatexenc regex word2number
     pip install --no-deps evalscope==0.17.1 verl lm-eval
@@ -42,6 +48,7 @@ Parts = dict[str, list[Item]]
 
 
 def labelled_cases(path: Path) -> list[Item]:
+    """Reads the cases that are labelled by hand."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     golds = [row["gold"] if isinstance(row["gold"], list) else [row["gold"]] for row in rows]
     return [
@@ -51,7 +58,10 @@ def labelled_cases(path: Path) -> list[Item]:
 
 
 def judged(items: Sequence[Item], outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Agreement with the labels; no verdict counts as wrong. Shares are of the items labelled so."""
+    """Counts the agreement with the labels. An answer without a verdict counts as wrong.
+
+    `false_positive_share` is the share of the items labelled wrong, `false_negative_share` of those labelled correct.
+    """
     asked = [pair for pair in zip(items, outcomes, strict=True) if pair[1].problem != NOT_ASKED]
     right = [item for item, outcome in asked if item.expected]
     wrong = [item for item, outcome in asked if not item.expected]
@@ -68,6 +78,7 @@ def judged(items: Sequence[Item], outcomes: Sequence[Outcome]) -> dict[str, Any]
 
 
 def by_kind(items: Sequence[Item], outcomes: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
+    """The counts of `judged`, by kind of item."""
     places: dict[str, list[int]] = {}
     for at, item in enumerate(items):
         places.setdefault(item.kind, []).append(at)
@@ -75,14 +86,14 @@ def by_kind(items: Sequence[Item], outcomes: Sequence[Outcome]) -> dict[str, dic
 
 
 def rate(outcomes: Sequence[Outcome]) -> float:
-    """Answers per second of CPU time; a hang costs its deadline."""
+    """Answers per second of processor time; a hang counts with its deadline."""
     return len(outcomes) / max(sum(outcome.cpu_seconds for outcome in outcomes), 1e-9)
 
 
 def measure(
     name: str, python: str, parts: Parts, repeats: int, deadline_seconds: float, progress: Progress
 ) -> dict[str, Any]:
-    """One grader over all parts once, and over the first rewritings `repeats` times for its speed."""
+    """Measures one grader: on all parts once, and `repeats` times on the first rewritings for its speed."""
     items = [item for part in parts.values() for item in part]
     timed = (parts["rewritings"] or items)[:NUM_TIMED]
     task = progress.add_task(LABELS[name], total=len(items) + repeats * len(timed))
@@ -93,7 +104,7 @@ def measure(
         results[part] = judged(its_items, its_outcomes) | {"kinds": by_kind(its_items, its_outcomes)}
         at += len(its_items)
         if part == "cases":
-            # Some graders read nothing but boxes.
+            # Some graders only read boxes, so these cases are also counted alone.
             boxed = [pair for pair in zip(its_items, its_outcomes, strict=True) if "\\boxed" in pair[0].completion]
             results["boxed_cases"] = judged([item for item, _ in boxed], [outcome for _, outcome in boxed])
     rates = []
@@ -118,21 +129,24 @@ def measure(
 
 
 def parts_of(options: argparse.Namespace) -> Parts:
-    """The items that every grader is asked; each part may be empty where the data are not here."""
+    """The items for every grader, by part. Without the data sets, own_solutions and rewritings are empty."""
     sets = own_solutions(options.data)
-    chance = random.Random(0)
-    own = [item for items in sets.values() for item in chance.sample(items, min(options.per_set, len(items)))]
+    rng = random.Random(0)
+    own = [item for items in sets.values() for item in rng.sample(items, min(options.per_set, len(items)))]
     rewritings = rewritten(distinct_golds(sets)[: options.golds], MOST_REWRITINGS)
     return {"own_solutions": own, "rewritings": rewritings, "cases": labelled_cases(options.cases)}
 
 
 def everything(data: Path, deadline_seconds: float, progress: Progress) -> dict[str, Any]:
-    """Our grader over every row and every gold of the data."""
+    """Measures our grader on every row and every gold of the data sets."""
     sets = own_solutions(data)
     own, others = [item for items in sets.values() for item in items], rewritten(distinct_golds(sets), MOST_REWRITINGS)
     task = progress.add_task("Slipstream, all data", total=len(own) + len(others))
     asked = ask(
-        *("ours", sys.executable, own + others, deadline_seconds),
+        name="ours",
+        python=sys.executable,
+        items=own + others,
+        deadline_seconds=deadline_seconds,
         progress=lambda done: progress.update(task, completed=done),
     )
     progress.update(task, completed=len(own) + len(others))
@@ -143,6 +157,7 @@ def everything(data: Path, deadline_seconds: float, progress: Progress) -> dict[
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures all graders, and what only ours is measured on; returns the figures."""
     parts = parts_of(options)
     figures: dict[str, Any] = {
         "items": {part: len(items) for part, items in parts.items()},
@@ -179,23 +194,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a plot of the agreement by kind here (.png or .svg)")
-    parser.add_argument("--quick", action="store_true", help="few items of each, once: a minute")
+    parser.add_argument("--quick", action="store_true", help="few items, one repeat; about a minute")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets")
     parser.add_argument(
-        "--cases", type=Path, default=CASES, help="labelled cases, as tests/verifier/mathematics/cases.jsonl"
+        "--cases",
+        type=Path,
+        default=CASES,
+        help="labelled cases, in the form of tests/verifier/mathematics/cases.jsonl",
     )
-    parser.add_argument("--peers-python", default=sys.executable, help="a Python that has the other graders")
+    parser.add_argument("--peers-python", default=sys.executable, help="a Python with the other graders")
     parser.add_argument(
-        "--graders", nargs="*", choices=[*list(GRADERS)[1:]], help="only these beside ours; none: --graders"
+        "--graders",
+        nargs="*",
+        choices=[*list(GRADERS)[1:]],
+        help="graders to compare with ours; default: all; without a name: none",
     )
     parser.add_argument("--gmpy2", type=Path, help="a folder made by pip install --target FOLDER gmpy2")
-    parser.add_argument("--per-set", type=int, default=100, help="rows of each data set that every grader is asked")
-    parser.add_argument("--golds", type=int, default=300, help="golds whose rewritings every grader is asked")
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each speed")
-    parser.add_argument("--deadline-seconds", type=float, default=5.0, help="for one answer; past it, it is a hang")
-    parser.add_argument("--pool-answers", type=int, default=10_000, help="answers for the scoring pool")
-    parser.add_argument("--pool-deadline-seconds", type=float, default=0.5, help="the scoring pool's deadline")
-    parser.add_argument("--workers", type=int, default=num_usable_cores(), help="the scoring pool's processes")
+    parser.add_argument("--per-set", type=int, default=100, help="rows of each data set for every grader")
+    parser.add_argument("--golds", type=int, default=300, help="golds whose rewritings every grader gets")
+    parser.add_argument("--repeats", type=int, default=3, help="number of speed measurements of each grader")
+    parser.add_argument(
+        "--deadline-seconds", type=float, default=5.0, help="seconds for one answer, after which it counts as a hang"
+    )
+    parser.add_argument("--pool-answers", type=int, default=10_000, help="number of answers for the scoring pool")
+    parser.add_argument(
+        "--pool-deadline-seconds", type=float, default=0.5, help="deadline of the scoring pool, in seconds"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=num_usable_cores(), help="number of processes of the scoring pool"
+    )
     options = parser.parse_args()
     if options.quick:
         options.per_set, options.golds, options.repeats = 10, min(options.golds, 60), 1

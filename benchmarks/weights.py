@@ -1,9 +1,18 @@
-"""How long a version of the weights takes from the end of a training step to the last actor, and who waits how long.
+"""Measures the publication of weights: seconds from the end of a training step until the last actor has the version.
 
-A learner's process holds parameters in the shapes of Qwen2.5-0.5B (0.9 GiB in bfloat16) or 1.5B (2.9 GiB); one or
-four actors take every version. Ours over shared memory, over the network whole, and as differences (3 % of the numbers
-move by one unit between versions, as at a learning rate of 1e-6); beside it, in turns: safetensors on disk, a gloo
-broadcast, raw ZeroMQ, and a plain copy in memory. Everything on one machine: the network is its loopback.
+A learner's process holds parameters with the shapes of Qwen2.5-0.5B (0.9 GiB in bfloat16) or 1.5B (2.9 GiB). One or
+four actors receive every version. The columns of the table:
+
+- ready s, GB/s: time until the last actor has the whole version, and the throughput in that time.
+- stall s: time in which the learner waits.
+- pause s: time in which an actor reads the version once, as loading it into an engine does.
+- extra GiB: peak memory of all processes beyond the parameters.
+- link GB: bytes that all actors pulled over the network.
+
+Slipstream is measured over shared memory, over the network with whole versions, and over the network with deltas.
+Between versions 3 % of the numbers change by one unit, as at a learning rate of 1e-6. Compared with it: safetensors
+files on disk, a gloo broadcast, raw ZeroMQ, and a plain copy in memory. Everything runs on one machine; the network is
+its loopback device.
 """
 
 from __future__ import annotations
@@ -43,15 +52,15 @@ from launch.processes.guardian import Guardian
 PROCESSES = multiprocessing.get_context("spawn")
 MOVED_SHARE = 0.03
 WARM_UP = 3
-"""Versions until all memory that is reused has been written once."""
+"""First versions, which are not measured: after them all reused memory has been written once."""
 ARRIVAL_SECONDS = 600.0
 GIB = 1 << 30
 MOST_OF_MEMORY = 0.85
-"""Of what is free: others may want some meanwhile."""
+"""Share of the free memory that a measurement may use; other processes may need the rest."""
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Qwen2 with tied embeddings."""
+    """Shapes of the parameters of a Qwen2 with tied embeddings, by name."""
     sizes = MODELS[model]
     hidden, inner, narrow = sizes["hidden"], sizes["inner"], sizes["key_value"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (sizes["vocab"], hidden)}
@@ -68,7 +77,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
 
 
 def parameters(shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """Random numbers of a trained model's size; a stretch of them over and over, because making them takes time."""
+    """Random parameters of the magnitude of a trained model's. A block of random numbers is repeated, to save time."""
     stretch = (torch.randn(1 << 20) * 0.02).to(torch.bfloat16)
     made = {}
     for name, shape in shapes.items():
@@ -78,7 +87,7 @@ def parameters(shapes: dict[str, tuple[int, ...]]) -> Tensors:
 
 
 def step(tensors: Tensors, seed: int) -> None:
-    """What an optimizer step does to bfloat16 at a small learning rate: a few numbers move by one unit."""
+    """Change a few numbers by one unit, as an optimizer step with a small learning rate changes bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     stretch = (torch.rand(1 << 20, generator=generator) < MOVED_SHARE).to(torch.int16)
     for tensor in tensors.values():
@@ -90,7 +99,7 @@ def step(tensors: Tensors, seed: int) -> None:
 
 @contextmanager
 def actors(name: str, place: Place, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[list[Pipe], list[int]]]:
-    """Their pipes and process ids; they are up when this is entered."""
+    """Start the actors' processes and wait until they are ready; gives their pipes and process ids."""
     pipes, processes = [], []
     for number in range(place.num_actors):
         ours, theirs = PROCESSES.Pipe()
@@ -110,19 +119,22 @@ def actors(name: str, place: Place, shapes: dict[str, tuple[int, ...]]) -> Itera
 
 
 def hear(pipe: Pipe) -> Any:
-    """Waits for: an actor. Gives up after: `ARRIVAL_SECONDS`."""
+    """Returns the next message of an actor.
+
+    Waits for: the actor. Gives up after: `ARRIVAL_SECONDS`, with a TimeoutError.
+    """
     if not pipe.poll(ARRIVAL_SECONDS):
         raise TimeoutError(f"an actor said nothing for {ARRIVAL_SECONDS:.0f} s")
     return pipe.recv()
 
 
 def memory_of(processes: list[int]) -> int:
-    """Bytes that these processes have in memory, what they share counted once."""
+    """Bytes of memory of these processes; memory that they share counts once."""
     return sum(psutil.Process(pid).memory_full_info().pss for pid in processes)
 
 
 def measure(name: str, tensors: Tensors, num_actors: int, versions: int) -> list[dict[str, float]]:
-    """One row per version, after those that warm up."""
+    """Publishes `versions` versions in one way; returns one row of figures per version, after the warm-up."""
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     folder = Path(tempfile.mkdtemp(prefix="weights-", dir=os.environ["TMPDIR"]))
     memory = Path(tempfile.mkdtemp(prefix="weights-", dir=os.environ[MEMORY_VARIABLE]))
@@ -158,6 +170,7 @@ def measure(name: str, tensors: Tensors, num_actors: int, versions: int) -> list
 
 
 def free_port() -> int:
+    """A TCP port that is free at this moment."""
     import socket
 
     with socket.socket() as probe:
@@ -166,7 +179,7 @@ def free_port() -> int:
 
 
 def limits(tensors: Tensors, repeats: int) -> dict[str, list[float]]:
-    """Seconds of a copy into memory that is there already, and of the bare gather: a copy of every tensor."""
+    """Seconds of a copy into memory that is already allocated, and of a copy of every tensor into new memory."""
     target = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     found: dict[str, list[float]] = {"copy_seconds": [], "gather_seconds": []}
     for _ in range(repeats):
@@ -182,11 +195,11 @@ def limits(tensors: Tensors, repeats: int) -> dict[str, list[float]]:
 
 
 def room_for(name: str, num_bytes: int, num_actors: int) -> str:
-    """Why a measurement is left out; nothing when there is memory for it."""
-    # What the learner keeps beside its parameters, which are there already, and whole copies in the actors.
-    kept = 4 if name.startswith("Slipstream") else 0
-    needed = num_bytes * (kept + num_actors * WAYS[name].copies)
-    # Stores of measurements before, and what the C library keeps of what was freed.
+    """The reason why a measurement does not fit into memory; empty when it does."""
+    # Copies that the learner's store keeps, and whole copies in the actors; the parameters exist already.
+    store_copies = 4 if name.startswith("Slipstream") else 0
+    needed = num_bytes * (store_copies + num_actors * WAYS[name].copies)
+    # Free the stores of earlier measurements, and return freed memory from the C library to the system.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     available = available_memory_bytes()
@@ -196,7 +209,7 @@ def room_for(name: str, num_bytes: int, num_actors: int) -> str:
 
 
 def compare(models: list[str], actor_counts: list[int], versions: int) -> list[dict[str, Any]]:
-    """Every way for every model and number of actors."""
+    """Measures every way with every model and number of actors."""
     results = []
     for model in models:
         tensors = parameters(shapes_of(model))
@@ -293,16 +306,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="write a plot here (.png or .svg)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, one actor, one version: seconds")
-    parser.add_argument("--versions", type=int, default=5, help="measured versions of each way")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["0.5B", "1.5B"])
-    parser.add_argument("--actors", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one actor and one version; some seconds")
+    parser.add_argument("--versions", type=int, default=5, help="number of measured versions of each way")
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=["0.5B", "1.5B"], help="model sizes to measure"
+    )
+    parser.add_argument("--actors", type=int, nargs="+", default=[1, 4], help="numbers of actors to measure")
     options = parser.parse_args()
     if options.quick:
         options.models, options.actors, options.versions = ["tiny"], [1], 1
     torch.set_num_threads(1)
     console = wide_console()
-    # Gigabytes in shared memory must not outlive a benchmark that is killed.
+    # The guardian removes gigabytes of shared memory even when this process is killed.
     guardian = Guardian(0.0, Path(tempfile.gettempdir()) / "compiled")
     os.environ.update(guardian.environment)
     try:

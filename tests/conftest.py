@@ -1,6 +1,7 @@
-"""No deadline per example, since a busy machine is no failure; a folder with a name short enough for sockets; one rank.
+"""Fixtures of all tests: a folder for sockets, and a process group of one rank.
 
-DeepSpeed remembers its first process group, so there is one for all tests of a process.
+Hypothesis gets no deadline per example, because a slow machine is not a failure. DeepSpeed remembers its first process
+group, so all tests of a process share one.
 """
 
 import os
@@ -19,7 +20,7 @@ settings.load_profile("unhurried")
 
 @pytest.fixture
 def socket_folder() -> Iterator[Path]:
-    # Shorter than tmp_path: an ipc socket's path may have 107 characters.
+    # tmp_path is too long: the path of an ipc socket has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="sock-") as directory:
         yield Path(directory)
 
@@ -37,7 +38,7 @@ def _process_group() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_rank(_process_group: None) -> Iterator[None]:
-    """This process is rank 0 of 1. Its variables go when the module is done, so that no child process inherits them."""
+    """Makes this process rank 0 of 1. The variables are removed after the module, so that no child inherits them."""
     os.environ.update(zip(RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", "0"), strict=True))
     yield
     for name in RANK_VARIABLES:

@@ -1,4 +1,4 @@
-"""Parts of a container, as far as this machine lets a test make them: limits of a cgroup, and a small /dev/shm."""
+"""Runs test commands with two properties of a container, where the machine allows it: cgroup limits, small /dev/shm."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ENTER = 'for group in $GROUPS_TO_ENTER; do echo $$ > "$group/cgroup.procs" || ex
 
 @contextmanager
 def limited(cpu: float | None = None, memory_bytes: int | None = None) -> Iterator[list[str]]:
-    """What stands before a command so that it runs in a new cgroup. Skips the test where none can be made.
+    """Gives a prefix for a command that makes it run in a new cgroup. Skips the test when no cgroup can be made.
 
     Args:
-        cpu: cores' worth of time.
-        memory_bytes: of everything in the cgroup together.
+        cpu: limit of processor time, in cores; None: no limit.
+        memory_bytes: limit of the memory of all processes in the cgroup together; None: no limit.
     """
     name, period = f"slipstream-test-{os.getpid()}", 100_000
     wanted = {
@@ -33,7 +33,7 @@ def limited(cpu: float | None = None, memory_bytes: int | None = None) -> Iterat
         for controller, settings in wanted.items():
             if not settings:
                 continue
-            # Of v1 in a hierarchy of its own, of v2 in the only one.
+            # cgroup v1 has a folder per controller, v2 one folder for all.
             folder = (CGROUPS / controller if (CGROUPS / controller).is_dir() else CGROUPS) / name
             try:
                 folder.mkdir(exist_ok=True)
@@ -46,13 +46,13 @@ def limited(cpu: float | None = None, memory_bytes: int | None = None) -> Iterat
         yield ["env", entering, "sh", "-c", ENTER, "sh"]
     finally:
         for folder in folders:
-            # What a failed test has left running keeps its cgroup.
+            # A cgroup cannot be removed while a process of a failed test runs in it.
             with suppress(OSError):
                 folder.rmdir()
 
 
 def with_shared_memory(num_bytes: int) -> list[str]:
-    """What stands before a command so that its /dev/shm has this size, as in a container. Skips where it cannot."""
+    """Returns a prefix for a command that gives it a /dev/shm of this size. Skips the test when none can be mounted."""
     prefix = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o size={num_bytes} tmpfs /dev/shm && exec "$@"', "sh"]
     if shutil.which("unshare") is None:
         pytest.skip("no unshare here to give a process another /dev/shm")
@@ -63,5 +63,5 @@ def with_shared_memory(num_bytes: int) -> list[str]:
 
 
 def run(command: Sequence[str]) -> str:
-    """What the command prints; it must end well."""
+    """Runs a command that must succeed; returns its output."""
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout

@@ -1,8 +1,8 @@
-"""Do the tests notice when an equation is broken? `python -m tests.mutation learner/algorithms/losses.py ...`
+"""Mutation tests of the learner's equations: `python -m tests.mutation learner/algorithms/losses.py ...`
 
-Changes one thing at a time in a copy of the project (a sign, a comparison, a constant, a clip's bound, a mask, a stop
-of the gradient) and runs the tests of the learner's equations until one fails. Prints the mutants that none noticed.
-The working tree is only read. Not part of the test suite: it takes minutes.
+Each mutant is a copy of the project with one change: a sign, a comparison, a constant, the bound of a clip, a mask, or
+a `detach`. The tests of the learner's equations run on every mutant until one of them fails. A mutant without a failing
+test survives and is printed. The working tree is only read. This takes minutes, so it is not part of the test suite.
 """
 
 from __future__ import annotations
@@ -53,21 +53,24 @@ SWAPPED: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
 }
 RENAMED = {"minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min", "zeros_like": "ones_like"}
 DROPPED = {"detach", "clamp", "exp", "sqrt", "rsqrt", "square", "abs", "cumsum", "sum", "flatten"}
-"""Methods whose call is replaced by what they are called on."""
+"""Methods whose call is replaced by its object: `x.detach()` becomes `x`."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One changed file."""
+    """One change of one file."""
 
     path: str
+    """The file, relative to the root."""
     line: int
     change: str
+    """The code before and after, for the report."""
     source: str
+    """The whole changed file."""
 
 
 def mutants(path: str, source: str) -> Iterator[Mutant]:
-    """Every change of one node of `source`."""
+    """Yields a mutant for every alternative of every node of `source`."""
     tree = ast.parse(source)
     for number, node in enumerate(ast.walk(tree)):
         for index in range(len(alternatives(node))):
@@ -75,15 +78,15 @@ def mutants(path: str, source: str) -> Iterator[Mutant]:
             target = list(ast.walk(changed))[number]
             before = ast.unparse(target)
             replacement = alternatives(target)[index]
-            if id(target) in silent(changed):
+            if id(target) in not_mutated(changed):
                 continue
-            put(changed, target, replacement)
+            replace_node(changed, target, replacement)
             text = ast.unparse(ast.fix_missing_locations(changed))
             yield Mutant(path, target.lineno, f"{before}  ->  {ast.unparse(replacement)}", text)
 
 
-def silent(tree: ast.AST) -> set[int]:
-    """Nodes whose change no equation is: annotations, decorators, docstrings, and what an error message says."""
+def not_mutated(tree: ast.AST) -> set[int]:
+    """The ids of nodes that belong to no equation: annotations, decorators, raise statements and f-strings."""
     found: set[int] = set()
     for node in ast.walk(tree):
         parts: list[ast.AST | None] = []
@@ -99,12 +102,12 @@ def silent(tree: ast.AST) -> set[int]:
 
 
 def alternatives(node: ast.AST) -> list[ast.expr]:
-    """What may stand in place of `node`."""
+    """The replacements of `node`."""
     found: list[ast.expr] = []
     if isinstance(node, ast.BinOp):
         found = [with_field(node, "op", kind()) for kind in SWAPPED.get(type(node.op), ())]
         if isinstance(node.op, ast.Mult):
-            # A factor may be a mask.
+            # Each factor alone as well, because the other one may be a mask.
             found += [node.left, node.right]
     elif isinstance(node, ast.BoolOp):
         found = [with_field(node, "op", kind()) for kind in SWAPPED[type(node.op)]]
@@ -126,7 +129,7 @@ def alternatives(node: ast.AST) -> list[ast.expr]:
 
 
 def call_alternatives(node: ast.Call, function: ast.Attribute) -> list[ast.expr]:
-    """Of a call of a method or of a function of torch."""
+    """The replacements of a method call, or of a call such as `torch.where(...)`."""
     found: list[ast.expr] = []
     if function.attr == "where":
         found += [node.args[1], node.args[2]]
@@ -146,8 +149,8 @@ def with_field(node: ast.expr, name: str, value: object) -> ast.expr:
     return changed
 
 
-def put(tree: ast.AST, target: ast.AST, replacement: ast.expr) -> None:
-    """Replace `target` where it hangs in `tree`."""
+def replace_node(tree: ast.AST, target: ast.AST, replacement: ast.expr) -> None:
+    """Replace `target` in its parent, wherever that is in `tree`."""
     for parent in ast.walk(tree):
         for name, value in ast.iter_fields(parent):
             if value is target:
@@ -157,8 +160,8 @@ def put(tree: ast.AST, target: ast.AST, replacement: ast.expr) -> None:
 
 
 @cache
-def own_copy(parent: Path, pid: int) -> Path:
-    """This worker's copy of the project, in `parent`."""
+def project_copy(parent: Path, pid: int) -> Path:
+    """Copies the project to a folder in `parent`, once for the worker process `pid`; returns the folder."""
     folder = parent / str(pid)
     folder.mkdir()
     for name in COPIED:
@@ -170,8 +173,8 @@ def own_copy(parent: Path, pid: int) -> Path:
 
 
 def is_killed(parent: Path, mutant: Mutant) -> bool:
-    """Whether a test fails, or nothing ends, with `mutant` in place of a copy made in `parent`."""
-    folder = own_copy(parent, os.getpid())
+    """Whether a test fails, or the tests hang, with `mutant` written to this worker's copy of the project."""
+    folder = project_copy(parent, os.getpid())
     original = (ROOT / mutant.path).read_text()
     (folder / mutant.path).write_text(mutant.source)
     pid = os.fork()
@@ -188,7 +191,10 @@ def is_killed(parent: Path, mutant: Mutant) -> bool:
 
 
 def wait(pid: int) -> int:
-    """The exit status of a child, 1 when it has to be killed."""
+    """Returns the exit status of a child process; 1 when it had to be killed.
+
+    Waits for: the child. Gives up after: `LIMIT_SECONDS`.
+    """
     deadline = time.monotonic() + LIMIT_SECONDS
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -201,13 +207,18 @@ def wait(pid: int) -> int:
 
 
 def run_tests(folder: Path, first: str) -> int:
-    """The tests of the equations in `folder`, those of the module `first` before the others."""
+    """Runs the tests of the equations in `folder`; returns pytest's exit status.
+
+    Args:
+        folder: a copy of the project.
+        first: the module whose tests run first.
+    """
     import hypothesis
     import pytest
 
     class Quick:
         def pytest_collection(self) -> None:
-            # After conftest.py has chosen its own. A failure is enough; its smallest example is of no use here.
+            # This hook runs after conftest.py has loaded its profile. A failure is enough, so it is not shrunk.
             phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
             hypothesis.settings.register_profile(
                 "mutants", phases=phases, max_examples=40, deadline=None, database=None
@@ -222,18 +233,18 @@ def run_tests(folder: Path, first: str) -> int:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    there = [name for name in sorted(TESTS, key=lambda name: name != first) if test_file(folder, name).exists()]
+    files = [test_file(folder, name) for name in sorted(TESTS, key=lambda name: name != first)]
     options = ["-x", "-q", "-p", "no:cacheprovider", "-W", PRELOADED]
-    return int(pytest.main([*options, *(str(test_file(folder, name)) for name in there)], plugins=[Quick()]))
+    return int(pytest.main([*options, *(str(file) for file in files if file.exists())], plugins=[Quick()]))
 
 
 def test_file(folder: Path, name: str) -> Path:
-    """Where the tests of a module stand."""
+    """The file with the tests of a module."""
     return folder / "tests" / "learner" / "algorithms" / f"test_{name}.py"
 
 
 def preload() -> None:
-    """What every child would import anew; nothing of ours."""
+    """Import the libraries that every child process needs, but nothing of the project, which mutants change."""
     import hydra.utils  # noqa: F401
     import hypothesis.strategies  # noqa: F401
     import pytest  # noqa: F401
@@ -244,11 +255,11 @@ def preload() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the share of killed mutants and every survivor. Returns 0 when at least `--least` of them are killed."""
+    """Print every survivor and the share of killed mutants. Returns 0 when the share is at least `--least`."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__)
-    parser.add_argument("paths", nargs="+", help="files, relative to the root")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--least", type=float, default=0.95, help="share of mutants that must be killed")
+    parser.add_argument("paths", nargs="+", help="files to mutate, relative to the root")
+    parser.add_argument("--workers", type=int, default=1, help="number of mutants that are tested at the same time")
+    parser.add_argument("--least", type=float, default=0.95, help="smallest share of killed mutants for exit status 0")
     parser.add_argument("--lines", default="", help="FIRST-LAST: only mutants in these lines")
     options = parser.parse_args(arguments)
     preload()
@@ -257,12 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = [mutant for mutant in made if not first or int(first) <= mutant.line <= int(last)]
     unchanged = [Mutant(path, 0, "", (ROOT / path).read_text()) for path in options.paths]
     with tempfile.TemporaryDirectory(prefix="mutants-") as parent:
-        killed_there = partial(is_killed, Path(parent))
-        if any(map(killed_there, unchanged)):
-            parser.error("the tests fail without any change; mend them first")
+        is_mutant_killed = partial(is_killed, Path(parent))
+        if any(map(is_mutant_killed, unchanged)):
+            parser.error("the tests fail without any change; repair them first")
         killed = []
         with ProcessPoolExecutor(options.workers, mp_context=get_context("fork")) as pool:
-            for mutant, dead in zip(made, pool.map(killed_there, made), strict=True):
+            for mutant, dead in zip(made, pool.map(is_mutant_killed, made), strict=True):
                 killed.append(dead)
                 if not dead:
                     print(f"survived: {mutant.path}:{mutant.line}: {mutant.change}", flush=True)

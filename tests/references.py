@@ -1,7 +1,7 @@
-"""The papers' equations a second time: one token after another, in float64, with nothing shared with the learner.
+"""Reference implementations of the papers' equations: token by token, in float64, without code of the learner.
 
-A batch is a list of sequences, a sequence a list of 0-dimensional float64 tensors, so that autograd differentiates
-these loops and the gradients can be compared as well. Speed is no concern; reading against the paper is.
+A batch is a list of sequences, and a sequence a list of 0-dimensional float64 tensors. So autograd differentiates these
+loops, and tests compare gradients as well as values. The code is meant to be read beside the paper; it is slow.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ Mask = list[list[bool]]
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """Random sequences; ratios spread far enough that clips, caps and masks all bind somewhere."""
+    """Random sequences of different lengths. The ratios spread so far that clips, caps and masks all take effect."""
 
     lengths: tuple[int, ...]
     rows: dict[str, list[list[float]]]
+    """Values by name: one list per sequence, one number per token."""
     mask: Mask
+    """True for tokens that count."""
 
     @classmethod
     def random(cls, lengths: list[int], masked: float, seed: int) -> RaggedBatch:
-        """`masked` is the probability that a token is masked; the very first token never is."""
+        """Makes a random batch. `masked` is the probability that a token does not count; the very first always does."""
         rng = np.random.default_rng(seed)
 
         def noise(spread: float) -> list[np.ndarray]:
@@ -57,25 +59,25 @@ class RaggedBatch:
         return cls(tuple(lengths), {name: [x.tolist() for x in value] for name, value in arrays.items()}, mask)
 
     def scalars(self, name: str) -> Ragged:
-        """The rows as 0-dimensional tensors."""
+        """The rows of `name` as 0-dimensional float64 tensors."""
         return [[torch.tensor(x, dtype=torch.float64) for x in row] for row in self.rows[name]]
 
     def packed(self, name: str) -> Tensor:
-        """[N] float64."""
+        """[N] float64: the rows of `name`, one after another."""
         return torch.tensor([x for row in self.rows[name] for x in row], dtype=torch.float64)
 
     @property
     def packed_mask(self) -> Tensor:
-        """[N] bool."""
+        """[N] bool: the mask, one row after another."""
         return torch.tensor([m for row in self.mask for m in row])
 
     @property
     def sequence_index(self) -> Tensor:
-        """[N] int64."""
+        """[N] int64: the sequence of each token."""
         return torch.repeat_interleave(torch.tensor(self.lengths))
 
     def padded(self, name: str, fill: float = math.nan) -> Tensor:
-        """[B, T] float64 with `fill` behind every sequence."""
+        """[B, T] float64: the rows of `name`, padded with `fill` behind every sequence."""
         out = torch.full((len(self.lengths), max(self.lengths)), fill, dtype=torch.float64)
         for i, row in enumerate(self.rows[name]):
             out[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
@@ -83,32 +85,37 @@ class RaggedBatch:
 
     @property
     def padded_mask(self) -> Tensor:
-        """[B, T] bool."""
+        """[B, T] bool: the mask, padded with False."""
         out = torch.zeros((len(self.lengths), max(self.lengths)), dtype=torch.bool)
         for i, row in enumerate(self.mask):
             out[i, : len(row)] = torch.tensor(row)
         return out
 
     def select(self, name: str) -> list[float]:
-        """The unmasked values, flat."""
+        """The values of `name` at the tokens that count, in one list."""
         pairs = zip(self.rows[name], self.mask, strict=True)
         return [x for row, mask in pairs for x, m in zip(row, mask, strict=True) if m]
 
 
 def ragged_batches() -> st.SearchStrategy[RaggedBatch]:
-    """One to five sequences of one to nine tokens, from no token masked to most."""
+    """Batches of one to five sequences of one to nine tokens, of which none, some or most are masked."""
     lengths = st.lists(st.integers(1, 9), min_size=1, max_size=5)
     return st.builds(RaggedBatch.random, lengths, st.sampled_from([0.0, 0.3, 0.8]), st.integers(0, 2**32 - 1))
 
 
 def token_counts(mask: Mask) -> tuple[int, int]:
-    """(unmasked tokens, sequences with at least one)."""
+    """Returns (number of unmasked tokens, number of sequences with at least one)."""
     per_sequence = [sum(1 for m in row if m) for row in mask]
     return sum(per_sequence), sum(1 for count in per_sequence if count > 0)
 
 
 def aggregate(terms: Ragged, mask: Mask, aggregation: str, constant_length: int = 1) -> Tensor:
-    """Mean over tokens (DAPO, equation 8), over tokens and then sequences (GRPO, 3), or constant length (Dr. GRPO)."""
+    """Sums the unmasked terms with the weights of an aggregation.
+
+    token_mean: the mean over all tokens (DAPO, equation 8). sequence_mean: the mean over the tokens of each sequence,
+    then over sequences (GRPO, equation 3). Otherwise: the sum over tokens divided by a constant length, then the mean
+    over sequences (Dr. GRPO).
+    """
     num_tokens, num_sequences = token_counts(mask)
     total = torch.zeros((), dtype=torch.float64)
     for row, row_mask in zip(terms, mask, strict=True):
@@ -129,7 +136,7 @@ def decoupled_weight(proximal: float, behavior: float, cap: float) -> float:
 
 
 def clipped_weight(proximal: float, behavior: float, advantage: float, low: float, high: float, cap: float) -> float:
-    """w = min(pi_prox/mu, C), 0 where PPO's clipped objective against mu is flat."""
+    """w = min(pi_prox/mu, C); 0 where PPO's clipped objective with the ratio to mu has no gradient."""
     ratio = math.exp(proximal - behavior)
     flat = ratio < low if advantage < 0 else ratio > high
     return 0.0 if flat else min(ratio, cap)
@@ -142,7 +149,7 @@ def icepop_weight(proximal: float, behavior: float, low: float, high: float) -> 
 
 
 def sequence_ratio(numerators: list[float], denominators: list[float], mask: list[bool], kind: str) -> float:
-    """prod_t numerator_t/denominator_t over the unmasked tokens, or its root of as many (GSPO, equation 7)."""
+    """prod_t numerator_t/denominator_t over T unmasked tokens, or its T-th root if `geometric` (GSPO, equation 7)."""
     value, count = 1.0, 0
     for top, bottom, m in zip(numerators, denominators, mask, strict=True):
         if m:
@@ -151,7 +158,7 @@ def sequence_ratio(numerators: list[float], denominators: list[float], mask: lis
 
 
 def topr_weight(ratio: float, advantages: list[float], mask: list[bool]) -> float:
-    """1 for a completion that was good, [pi/mu] cut at 1 for a bad one (TOPR, its canonical taper [0, 1])."""
+    """1 for a completion with an advantage of 0 or more, otherwise min(pi/mu, 1) (TOPR, its canonical taper [0, 1])."""
     total = math.fsum(a for a, m in zip(advantages, mask, strict=True) if m)
     return 1.0 if total >= 0 else min(ratio, 1.0)
 
@@ -167,7 +174,7 @@ def vtrace_targets(
     rho_bar: float,
     c_bar: float,
 ) -> tuple[list[float], list[float]]:
-    """(v_s, r_s + gamma v_{s+1} - V_s), v_s the sum of IMPALA's equation 1 with c_i = lam min(c_bar, ratio)."""
+    """Returns (v_s, r_s + gamma v_{s+1} - V_s); v_s is the sum in IMPALA's equation 1, c_i = lam min(c_bar, ratio)."""
     steps = [t for t, m in enumerate(mask) if m]
     targets, advantages = [0.0] * len(mask), [0.0] * len(mask)
     for k, s in enumerate(steps):
@@ -211,7 +218,7 @@ def gspo_terms(
 def gspo_objective(
     logprobs: Ragged, denominators: Ragged, advantages: list[float], mask: Mask, clip_low: float, clip_high: float
 ) -> Tensor:
-    """-1/G sum_i min(s_i A_i, clip(s_i) A_i), differentiated through s_i (GSPO, equations 5 and 7)."""
+    """-1/G sum_i min(s_i A_i, clip(s_i) A_i); the gradient goes through s_i (GSPO, equations 5 and 7)."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for i, row in enumerate(logprobs):
         kept = [x - float(y) for x, y, m in zip(row, denominators[i], mask[i], strict=True) if m]
@@ -308,7 +315,7 @@ def kl_term(logprob: Tensor, ref_logprob: float, kind: str) -> Tensor:
 def gae_advantages(
     rewards: list[float], values: list[float], mask: list[bool], gamma: float, lam: float
 ) -> tuple[list[float], list[float]]:
-    """A_t = sum_l (gamma lam)^l delta_{t+l} over the scored tokens, as the sum itself (GAE, equation 16)."""
+    """A_t = sum_l (gamma lam)^l delta_{t+l} over the scored tokens (GAE, equation 16), without recursion."""
     steps = [t for t, m in enumerate(mask) if m]
     deltas = []
     for k, t in enumerate(steps):
@@ -336,7 +343,7 @@ def group_advantages(rewards: list[float], groups: list[int], normalize_std: boo
 
 
 def leave_one_out_advantages(rewards: list[float], groups: list[int]) -> list[float]:
-    """A_i = r_i - mean of the other rewards of its group (RLOO); 0 without others."""
+    """A_i = r_i - mean of the other rewards of its group (RLOO); 0 in a group of one."""
     advantages = []
     for i, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
         others = [r for j, r in enumerate(rewards) if groups[j] == group and j != i]
@@ -363,12 +370,12 @@ def deviation(values: list[float]) -> float:
 
 
 def effective_sample_size(weights: list[float]) -> float:
-    """(sum w)^2 / (N sum w^2): 1 when all weights are equal, 1/N when one holds everything (Kong 1992)."""
+    """(sum w)^2 / (N sum w^2) (Kong 1992): 1 when all weights are equal, 1/N when all but one are 0."""
     return math.fsum(weights) ** 2 / (len(weights) * math.fsum(w * w for w in weights))
 
 
 def gradient(loss: Callable[[Ragged], Tensor], inputs: list[list[float]]) -> tuple[float, list[float]]:
-    """(value, gradient for every token in order) of a loss written over scalars."""
+    """Returns (value, gradient of every token in order) of a loss that is written over scalars."""
     leaves = [[torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in row] for row in inputs]
     flat = [leaf for row in leaves for leaf in row]
     value = loss(leaves)

@@ -1,4 +1,4 @@
-"""The import rules of the packages, read from their syntax trees: what may import what, and what nobody may call."""
+"""The import rules of the packages and the calls that are forbidden everywhere, checked on the syntax trees."""
 
 import ast
 import re
@@ -69,20 +69,29 @@ ORDER = {
     "learner": ("algorithms", "monitoring", "checkpoints", "distributed", "models", "batches", "weights"),
     "launch": ("processes", "terminal", "config"),
 }
-"""The folders in each folder: none imports one that stands before it."""
+"""The subfolders of each folder, in order: none imports one before it."""
 MOST_FILES = 12
-"""In one folder, `__init__.py` aside."""
+"""Most files in one folder, without `__init__.py`."""
 MAY_HOLD_MORE = ("verifier/mathematics",)
 
 FORBIDDEN_CALLS = {
-    *("eval", "exec", "compile", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
-    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"),
+    "eval",
+    "exec",
+    "compile",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.unsafe_load",
+    "yaml.full_load",
 }
 FORBIDDEN_METHODS = {"recv_pyobj", "send_pyobj", "read_pickle", "to_pickle", "unsafe_load"}
-"""Of any object: they pickle, or run what they read."""
+"""Methods that are forbidden on any object: they pickle, or execute what they read."""
 REQUIRED_ARGUMENTS = {"torch.load": ("weights_only", True)}
 FORBIDDEN_ARGUMENTS = {"shell": True, "allow_pickle": True, "weights_only": False, "trust_remote_code": True}
-"""Of any call: each of them runs what it is given."""
+"""Arguments that are forbidden in any call: with them it executes its input."""
 
 
 def files(package: str) -> list[Path]:
@@ -90,7 +99,7 @@ def files(package: str) -> list[Path]:
 
 
 def imports(tree: ast.AST) -> list[tuple[str, int]]:
-    """The first name of every imported module, with its line; also inside functions."""
+    """Returns (top-level package, line) of every import, also inside functions."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -105,7 +114,7 @@ def imports(tree: ast.AST) -> list[tuple[str, int]]:
 
 
 def called(node: ast.Call) -> str:
-    """`f` for f(...), `a.f` for a.f(...), else nothing."""
+    """The name of a called function: `f` for f(...), `a.f` for a.f(...); empty for other calls."""
     function = node.func
     if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
         return f"{function.value.id}.{function.attr}"
@@ -113,7 +122,7 @@ def called(node: ast.Call) -> str:
 
 
 def complaints(name: str, source: str) -> list[str]:
-    """What the file `name`, relative to the root, breaks."""
+    """The rules that a file breaks; `name` is its path relative to the root."""
     package, tree, found = Path(name).parts[0], ast.parse(source), []
     for module, line in imports(tree):
         if module == "a relative import":
@@ -127,13 +136,13 @@ def complaints(name: str, source: str) -> list[str]:
 
 
 def unsafe(node: ast.Call) -> str:
-    """What is dangerous about a call; nothing when it is not."""
+    """Says what is dangerous about a call; empty when nothing is."""
     method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
     if called(node) in FORBIDDEN_CALLS or method in FORBIDDEN_METHODS:
         return f"calls {called(node) or method}"
     given = {keyword.arg: keyword.value for keyword in node.keywords}
     for argument, value in FORBIDDEN_ARGUMENTS.items():
-        # Whatever is not plainly the opposite might be this.
+        # Only a constant other than the forbidden one is safe; a variable may have the forbidden value.
         if argument in given and not (isinstance(given[argument], ast.Constant) and given[argument].value is not value):
             return f"passes {argument}={ast.unparse(given[argument])}"
     argument, value = REQUIRED_ARGUMENTS.get(called(node), ("", None))
@@ -150,7 +159,7 @@ def test_every_package_keeps_the_rules(package: str):
 
 
 def test_no_module_has_a_standard_librarys_name():
-    """Directly in a package: a script there has that folder first on `sys.path`, ahead of the standard library."""
+    """A module directly in a package would hide one of the standard library from a script in that folder."""
     modules = [path for package in PACKAGES for path in (ROOT / package).iterdir() if not path.name.startswith("_")]
     shadowing = [path for path in modules if path.stem in sys.stdlib_module_names]
     assert shadowing == []
@@ -158,7 +167,7 @@ def test_no_module_has_a_standard_librarys_name():
 
 
 def imported_modules(source: str) -> set[str]:
-    """Of ours, by full name; also inside functions."""
+    """The full names of the project's modules that a source imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -174,11 +183,11 @@ def is_module(name: str) -> bool:
 
 
 def upward(folder: str, name: str, source: str) -> list[str]:
-    """What the file `name`, below `folder`, imports from folders there that stand before its own."""
-    order, own = ORDER[folder], name.removeprefix(f"{folder}/").split("/")[0]
-    if own not in order:
+    """The imports of a file in `folder` from subfolders that stand before its own in ORDER."""
+    order, subfolder = ORDER[folder], name.removeprefix(f"{folder}/").split("/")[0]
+    if subfolder not in order:
         return []
-    above = {f"{folder}/{other}".replace("/", ".") for other in order[: order.index(own)]}
+    above = {f"{folder}/{other}".replace("/", ".") for other in order[: order.index(subfolder)]}
     return [module for module in imported_modules(source) if any(f"{module}.".startswith(f"{a}.") for a in above)]
 
 
@@ -265,7 +274,7 @@ def test_the_rules_allow_what_they_should(name: str, source: str):
 
 
 def contributing_table(head: str) -> dict[str, set[str]]:
-    """The table of CONTRIBUTING with this head: the names in backticks of a row's second cell, by its first."""
+    """Reads the table of CONTRIBUTING.md with this head: the names in a row's second cell, by its first cell."""
     lines = (ROOT / "CONTRIBUTING.md").read_text().splitlines()
     rows = takewhile(lambda line: line.startswith("|"), lines[lines.index(head) + 2 :])
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]

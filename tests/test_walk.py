@@ -1,6 +1,6 @@
-"""The page docs/walk.md against the code: every file, function, class and message it names is there.
+"""Checks docs/walk.md against the code: every file, function, class and message that the page names must exist.
 
-Read from syntax trees, so nothing of ours is imported.
+The code is read as syntax trees and not imported.
 """
 
 import ast
@@ -17,20 +17,20 @@ PLACE = re.compile(r"`([\w./-]+\.py)`\s`([A-Za-z_][\w.]*)`")
 """A file and a name in it: `FILE` `NAME`."""
 FILE = re.compile(r"`([\w./-]+\.py)`")
 OTHER_PATH = re.compile(r"`((?!RUN_DIR/)[\w./-]+(?:\.yaml|/))`")
-"""A file of settings or a folder, of the sources and not of a run."""
+"""A YAML file or a folder of the sources, but not of a run directory."""
 MESSAGE = re.compile(r"(?<!\.py`\s)`((?:[A-Z][a-z]+)+)`")
-"""A class by itself."""
+"""A class without a file before it."""
 
 
 @cache
 def body(file: str) -> tuple[ast.stmt, ...]:
-    """The statements of a file of ours; none when there is no such file."""
+    """The statements of a file; none when it does not exist."""
     path = ROOT / file
     return tuple(ast.parse(path.read_text(encoding="utf-8")).body) if path.is_file() else ()
 
 
 def names(statement: ast.stmt) -> list[str]:
-    """What a statement defines: a function, a class, a constant or a field."""
+    """The names that a statement defines: a function, a class, a constant or a field."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -38,7 +38,7 @@ def names(statement: ast.stmt) -> list[str]:
 
 
 def defines(file: str, dotted: str) -> bool:
-    """Whether `file` defines `dotted`, such as `Trainer._step`, itself: what a class inherits does not count."""
+    """Whether `file` itself defines `dotted`, such as `Trainer._step`; inherited names do not count."""
     scope = body(file)
     for part in dotted.split("."):
         found = [statement for statement in scope if part in names(statement)]
@@ -49,7 +49,7 @@ def defines(file: str, dotted: str) -> bool:
 
 
 def complaints(text: str) -> list[str]:
-    """What a page names that is not there, or names in another form."""
+    """The names of a page that do not exist in the code, or that are not in the page's form."""
     places = PLACE.findall(text)
     wrong = [f"`{file}`: no such file" for file in FILE.findall(text) if not (ROOT / file).is_file()]
     wrong += [f"`{file}` `{name}`: the file has no such name" for file, name in places if not defines(file, name)]
@@ -69,7 +69,7 @@ def test_the_page_names_enough() -> None:
 
 
 def test_hops_are_numbered_without_a_gap() -> None:
-    """Each walk is a section of its own, whose tables count on."""
+    """Each walk is one section, and the numbers go on through its tables."""
     walks = [s for s in re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.M) if s.startswith("One ")]
     assert len(walks) == 2
     for walk in walks:
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_found() -> None:
         "`learner/nowhere.py` `Trainer`: the file has no such name",
         "`learner/nowhere.py`: no such file",
     ]
-    # `PPO` inherits `loss` and `advantages` is no function of the module.
+    # `PPO` inherits `loss`, and `advantages` is not a function of the module.
     for name in ("PPO.loss", "advantages", "PPO.advantages.batch"):
         assert complaints(f"`learner/algorithms/ppo.py` `{name}`") == [
             f"`learner/algorithms/ppo.py` `{name}`: the file has no such name"

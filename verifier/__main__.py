@@ -1,7 +1,9 @@
-"""`python -m verifier check` grades a file of completions, prints tables, and lists what is disagreed about.
+"""`python -m verifier check` grades a file of completions, prints tables, and lists the disagreements.
 
-Exit status: 0 when nothing is disagreed about, 1 when something is, 2 with one sentence when the user can help,
-130 after Ctrl-C.
+A disagreement is a verdict that differs from the file's label, or from the verdict of the grader in `--against`.
+
+Exit status: 0 without disagreements, 1 with disagreements, 2 with one sentence for a mistake in the arguments or the
+file, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from verifier.base import Verdict
+from verifier.base import RewardSpec, Score, Verdict
 from verifier.check import Fields, Report, grade, read_rows, report, reward_spec, task_reward
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m verifier", description="Text in, score out.")
+    parser = argparse.ArgumentParser(prog="python -m verifier", description="Grade completions.")
     _add_check(parser.add_subparsers(dest="command", required=True))
     options = parser.parse_args(arguments)
     try:
@@ -38,24 +40,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    check = commands.add_parser("check", help="grade a file of completions, print tables and the disagreements")
+    check = commands.add_parser("check", help="grade a file of completions; print tables and the disagreements")
     graded_by = check.add_mutually_exclusive_group(required=True)
     graded_by.add_argument("--task", help="grade by the reward list of configs/task/TASK.yaml")
     graded_by.add_argument("--reward", help="grade by this grader: a name, FILE.py:NAME, or {name: ..., options: ...}")
     check.add_argument("--against", help="compare with this grader's verdicts instead of the file's labels")
-    check.add_argument("--data", required=True, type=Path, help="JSON lines with a completion and a gold each")
+    check.add_argument("--data", required=True, type=Path, help="file of JSON lines, each with a completion and a gold")
     defaults = Fields()
     for name, meaning in (
-        ("completion", f"field of the completion; default {defaults.completion}"),
-        ("gold", f"field of the gold, a text or a list of which one suffices; default {defaults.gold}"),
-        ("expected", "field of the label (true, false, 1, 0, a verdict); default: expected, label or correct"),
-        ("kind", f"field by which the table is split; default {defaults.kind}"),
+        ("completion", f"name of the field with the completion; default {defaults.completion}"),
+        ("gold", f"name of the field with the gold: a text, or a list of alternatives; default {defaults.gold}"),
+        (
+            "expected",
+            "name of the field with the label (true, false, 1, 0, a verdict); default: expected, label or correct",
+        ),
+        ("kind", f"name of the field by which the tables are split; default {defaults.kind}"),
     ):
         check.add_argument(f"--{name}-field", default=asdict(defaults)[name], help=meaning)
-    check.add_argument("--show", type=int, default=20, help="disagreements to print; --json holds all")
-    check.add_argument("--workers", type=int, default=1, help="scoring processes")
-    check.add_argument("--deadline-seconds", type=float, default=5.0, help="for one completion")
-    check.add_argument("--json", type=Path, help="write everything here")
+    check.add_argument("--show", type=int, default=20, help="most disagreements to print; --json holds all of them")
+    check.add_argument("--workers", type=int, default=1, help="number of scoring processes")
+    check.add_argument("--deadline-seconds", type=float, default=5.0, help="time limit for one completion, in seconds")
+    check.add_argument("--json", type=Path, help="write all counts and disagreements to this file")
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -71,22 +76,23 @@ def _check(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("grading", total=len(rows) * (1 + len(against)))
-        scores, *others = [
-            grade(
-                *(rows, each),
+
+        def graded_by(specs: list[RewardSpec]) -> list[Score]:
+            return grade(
+                rows,
+                specs,
                 num_workers=options.workers,
                 deadline_seconds=options.deadline_seconds,
                 progress=lambda done: progress.advance(task, done),
             )
-            for each in filter(None, (rewards, against))
-        ]
-    found = report(rows, rewards, scores, others[0] if others else None)
+
+        scores = graded_by(rewards)
+        others = graded_by(against) if against else None
+    found = report(rows, rewards, scores, others)
     if options.json:
         _write(options.json, {"data": str(options.data), "rewards": [asdict(spec) for spec in rewards]} | asdict(found))
-    graded_by = options.task or rewards[0].name
-    title = (
-        f"{options.data.name} by {graded_by}: {found.completions:,} completions in {time.perf_counter() - begin:.1f} s"
-    )
+    grader = options.task or rewards[0].name
+    title = f"{options.data.name} by {grader}: {found.completions:,} completions in {time.perf_counter() - begin:.1f} s"
     _show(found, title, "the other grader" if options.against else "the labels", options.show)
     return 1 if found.disagreements else 0
 
@@ -138,7 +144,7 @@ def _show_disagreements(found: Report, against: str, num_shown: int, console: Co
 
 
 def _printable(text: str) -> str:
-    """Without markup, and without characters by which a completion could steer the terminal."""
+    """`text` with rich's markup escaped and control characters as spaces: a completion cannot control the terminal."""
     return escape("".join(character if character.isprintable() else " " for character in text))
 
 

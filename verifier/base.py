@@ -1,7 +1,7 @@
-"""The verifier's vocabulary: what a reward sees, what it may answer, and how a configuration names it.
+"""The verifier's data types: the input of a reward, its result, and its entry in the configuration.
 
-Everything here is plain data that crosses to the scoring workers and back. A reward is a function of one `Completion`;
-exactly one reward of a task is its `Grader`, which also decides the verdict.
+`Completion`, `Score` and `RewardSpec` are plain data that crosses to the scoring processes and back. A reward is a
+function of one `Completion`. Exactly one reward of a task is a `Grader`, which also decides the verdict.
 """
 
 from __future__ import annotations
@@ -13,50 +13,55 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """How a completion was judged; `timeout`, `crash` and `error` are the scoring pool's, not the grader's."""
+    """The judgement of a completion.
+
+    The grader gives `correct`, `wrong` and `no_answer`, the scorer `truncated`, the scoring pool the other three.
+    """
 
     CORRECT = "correct"
     WRONG = "wrong"
     NO_ANSWER = "no_answer"
     TRUNCATED = "truncated"
-    """No answer, and the length limit ended the completion."""
+    """No answer in a completion that the length limit ended."""
     TIMEOUT = "timeout"
-    """Not scored within the deadline, or within its share of the processor."""
+    """Not scored within the deadline, or within the limit of processor time."""
     CRASH = "crash"
-    """The scoring process died or had no memory left."""
+    """The scoring process died or ran out of memory."""
     ERROR = "error"
-    """A reward raised, or answered what is no number."""
+    """A reward raised, or returned something that is not a finite number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a reward sees of one sampled completion."""
+    """One sampled completion, as rewards see it."""
 
     text: str
     """The completion without its prompt."""
     gold: str
-    """The reference answer; JSON where it is more than one text (countdown, knights_knaves, several golds)."""
+    """The reference answer; JSON where one text is not enough (countdown, knights_knaves, alternative golds)."""
     truncated: bool = False
-    """True when the length limit ended it."""
+    """Whether the length limit ended the completion."""
     num_tokens: int | None = None
-    """Sampled tokens, observations left out; None where only the text is known."""
+    """Number of sampled tokens without observations; None where only the text is known."""
     verdict: Verdict | None = None
-    """The grader's, for the rewards that are asked after it; None for the grader."""
+    """The grader's verdict, for the rewards that run after the grader; None while the grader runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The number that is trained on, its parts before weighting, and the verdict."""
+    """Reward and verdict of one completion."""
 
     reward: float
+    """The weighted sum over the task's rewards: the number that is trained on."""
     breakdown: dict[str, float]
+    """The value of each reward before weighting, by name."""
     verdict: Verdict
     skipped: bool = False
-    """True: could not be scored and must not be trained on; `reward` is then that of a wrong answer."""
+    """True: the completion could not be scored and must not be trained on. `reward` is then that of a wrong answer."""
 
 
 RewardFunction = Callable[[Completion], float | None]
-"""A reward of one completion; None leaves it out of the sum."""
+"""Maps one completion to its reward. None means that the reward abstains: the sum leaves it out."""
 
 
 def _nothing_to_prepare() -> None:
@@ -65,16 +70,17 @@ def _nothing_to_prepare() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Grader:
-    """The one reward of a task that decides the verdict: a judge, and what each of its verdicts is worth."""
+    """The one reward of a task that also decides the verdict: a judge, and a reward for each of its verdicts."""
 
     judge: Callable[[Completion], Verdict]
     """Returns correct, wrong or no_answer."""
     rewards: Mapping[Verdict, float]
-    """The reward of correct, wrong and no_answer; other verdicts borrow one of these."""
+    """The rewards of correct, wrong and no_answer. Every other verdict is paid like one of these three."""
     prepare: Callable[[], None] = _nothing_to_prepare
-    """Loads what judging needs; called once per worker, before any deadline runs."""
+    """Loads the libraries that `judge` needs. A scoring process calls it once, before any deadline runs."""
     explain: Callable[[Completion], str] | None = None
-    """Which rule decides a completion, for the tables of `python -m verifier check`; None where there are no rules."""
+    """Returns the name of the rule that decides a completion, for the tables of `python -m verifier check`; None for a
+    grader without named rules."""
 
 
 Reward = RewardFunction | Grader
@@ -82,10 +88,11 @@ Reward = RewardFunction | Grader
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One reward of a task as the configuration names it."""
+    """One entry of a task's reward list."""
 
     name: str
-    """A registered name, `FILE.py:NAME` for one of a file of one's own, or `MODULE:NAME` of an installed module."""
+    """A registered name, or `FILE.py:NAME` of a user's file, or `MODULE:NAME` of an installed module."""
     weight: float = 1.0
+    """Factor of the reward in the sum."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the reward's factory."""

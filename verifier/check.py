@@ -1,7 +1,7 @@
-"""Grades a file of completions and finds what is disagreed about: with labels, or between two graders.
+"""Grades a file of completions and finds the disagreements: with the labels, or with a second grader.
 
-For `python -m verifier check`. Scoring runs in the pool, so a completion that hangs or crashes its grader is one
-verdict among the others.
+`python -m verifier check` calls it. Scoring runs in the scoring pool, so a completion that hangs or crashes the grader
+gets a verdict of its own and the others are graded all the same.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Fields:
-    """The names of a line's fields."""
+    """Names of the fields in a line of the file."""
 
     completion: str = "completion"
     gold: str = "gold"
     expected: str = ""
-    """The label; empty: the first of EXPECTED_FIELDS that a line has, if any."""
+    """Field of the label; empty: the first of EXPECTED_FIELDS that a line has, if any."""
     kind: str = "kind"
 
 
@@ -45,15 +45,17 @@ class Row:
     """One line of the file."""
 
     line: int
+    """Its number, from 1."""
     completion: Completion
     expected: bool | None
-    """Whether it should be correct; None without a label."""
+    """The label: whether the completion is correct; None without a label."""
     kind: str
+    """Group of the tables; empty without one."""
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A completion whose verdict is not the label's or the other grader's."""
+    """A completion whose verdict differs from the label, or from the other grader's verdict."""
 
     line: int
     kind: str
@@ -63,25 +65,27 @@ class Disagreement:
     rule: str
     gold: str
     completion: str
-    """Its end."""
+    """Its last SHOWN_CHARACTERS characters."""
 
 
 @dataclass
 class Report:
-    """What grading a file came to."""
+    """The counts of a graded file."""
 
     completions: int = 0
     mean_reward: float = 0.0
     verdicts: dict[str, int] = field(default_factory=dict)
+    """Number of completions by verdict."""
     rules: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Verdicts by the rule that decided; empty for a grader that names none."""
+    """Number of completions by the rule that decided them, then by verdict; empty for a grader without named rules."""
     kinds: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Completions, `correct` and `disagreements` by kind; empty without kinds."""
+    """By kind: the numbers of `completions`, `correct` ones and `disagreements`; empty without kinds."""
     compared: int = 0
-    """Completions with a label, or all where another grader was asked."""
+    """Number of completions with a label, or of all completions when there is a second grader."""
     false_positives: int = 0
-    """Correct here, not so by the label or the other grader."""
+    """Disagreements in which this grader says correct."""
     false_negatives: int = 0
+    """Disagreements in which the label or the other grader says correct."""
     disagreements: list[Disagreement] = field(default_factory=list)
 
 
@@ -95,7 +99,7 @@ def task_reward(task: str) -> list[RewardSpec]:
     names = sorted(found.stem for found in TASKS.glob("*.yaml"))
     if task not in names:
         raise ValueError(f"unknown task {task!r}; choose one of {', '.join(names)}, or name a reward by --reward")
-    # Interpolations refer to the rest of a run's configuration, which is not here; a reward list has none.
+    # Not resolved: other keys of the file refer to the rest of a run's configuration. A reward list has no references.
     rewards = OmegaConf.to_container(OmegaConf.load(path), resolve=False).get("reward")  # type: ignore[union-attr]
     if not rewards:
         raise ValueError(f"the task {task} lists no reward in {path.name}; name one by --reward")
@@ -103,10 +107,10 @@ def task_reward(task: str) -> list[RewardSpec]:
 
 
 def reward_spec(reward: Any) -> RewardSpec:
-    """A reward from its name, or from a mapping with name, weight and options.
+    """Reads one reward: its name, a mapping with name, weight and options, or such a mapping as YAML text.
 
     Raises:
-        ValueError: when it is neither.
+        ValueError: when `reward` is none of these.
     """
     if isinstance(reward, str):
         try:
@@ -133,10 +137,10 @@ def reward_spec(reward: Any) -> RewardSpec:
 
 
 def read_rows(path: Path, fields: Fields) -> list[Row]:
-    """The completions of a file of JSON lines.
+    """Reads a file of JSON lines.
 
     Raises:
-        ValueError: in one sentence, for what is no such file or a line without the fields.
+        ValueError: with one sentence, when the file cannot be read or a line lacks a field.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -173,10 +177,10 @@ def _row(path: Path, number: int, line: str, fields: Fields) -> Row:
         raise ValueError(f"{path}, line {number} has no field {fields.expected!r}, named by --expected-field")
     label = fields.expected or next((name for name in EXPECTED_FIELDS if name in record), "")
     return Row(
-        number,
-        Completion(text, gold if isinstance(gold, str) else json.dumps(gold)),
-        _expected(record[label], f"{path}, line {number}: {label}") if label else None,
-        str(record.get(fields.kind, "")),
+        line=number,
+        completion=Completion(text, gold if isinstance(gold, str) else json.dumps(gold)),
+        expected=_expected(record[label], f"{path}, line {number}: {label}") if label else None,
+        kind=str(record.get(fields.kind, "")),
     )
 
 
@@ -196,10 +200,17 @@ def grade(
     deadline_seconds: float,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Score]:
-    """One score per row, in order; `progress` is called with the number of rows of every part that is done.
+    """Scores the rows in groups of GROUP_SIZE; returns one score per row, in order.
+
+    Args:
+        rows: what to grade.
+        rewards: the rewards, exactly one of them a grader.
+        num_workers: number of scoring processes.
+        deadline_seconds: time limit for one completion.
+        progress: called after every group with its number of rows.
 
     Raises:
-        ValueError: for rewards that make no scorer.
+        ValueError: when the rewards are not valid.
         RuntimeError: when no scoring process starts.
     """
 
@@ -221,9 +232,9 @@ def grade(
 def report(
     rows: Sequence[Row], rewards: Sequence[RewardSpec], scores: Sequence[Score], others: Sequence[Score] | None = None
 ) -> Report:
-    """Counts, and every disagreement with the other grader's scores, or with the labels where there are none."""
+    """Counts verdicts and collects the disagreements with `others`, a second grader's scores, or with the labels."""
     explain = build_scorer(rewards).grader.explain
-    found = Report(len(rows), sum(score.reward for score in scores) / len(rows))
+    found = Report(completions=len(rows), mean_reward=sum(score.reward for score in scores) / len(rows))
     found.verdicts = dict(Counter(score.verdict.value for score in scores).most_common())
     for index, (row, score) in enumerate(zip(rows, scores, strict=True)):
         is_graded = score.verdict not in (Verdict.TIMEOUT, Verdict.CRASH, Verdict.ERROR)
@@ -252,13 +263,18 @@ def _label(row: Row) -> str:
 
 
 def _differs(verdict: Verdict, other: str) -> bool:
-    """A label only says whether it is correct; of two graders every verdict counts."""
+    """Whether two verdicts differ. A label only says correct or not; two graders are compared verdict by verdict."""
     return verdict is Verdict.CORRECT if other == "not correct" else verdict.value != other
 
 
 def _disagreement(row: Row, verdict: Verdict, other: str, rule: str) -> Disagreement:
     completion = row.completion
     return Disagreement(
-        *(row.line, row.kind, verdict.value, other, rule),
-        *(completion.gold[:SHOWN_CHARACTERS], completion.text[-SHOWN_CHARACTERS:]),
+        line=row.line,
+        kind=row.kind,
+        verdict=verdict.value,
+        other=other,
+        rule=rule,
+        gold=completion.gold[:SHOWN_CHARACTERS],
+        completion=completion.text[-SHOWN_CHARACTERS:],
     )

@@ -1,6 +1,6 @@
-"""The verifier's configuration: the bounds of the scoring pool, and what becomes of what cannot be scored.
+"""The section `verifier` of a run: limits of the scoring pool, and how completions without a score are treated.
 
-The rewards stand in the run's top-level key `reward`; docs/rewards.md.
+The rewards are not here but in the top-level key `reward` (docs/rewards.md).
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ TREATMENTS = ("wrong", "no_answer", "skip", "retry")
 
 @dataclass(frozen=True)
 class VerifierConfig:
-    """The scoring pool.
+    """Settings of the scoring pool.
 
     Raises:
-        ValueError: for a bound outside its range.
+        ValueError: for a value outside its range.
     """
 
     num_workers: int = 1
-    """Scoring processes."""
+    """Number of scoring processes per actor."""
     deadline_seconds: float = 5.0
-    """Time for one completion, and, rounded up to a second, its time on the processor."""
+    """Wall-clock limit for one completion. Rounded up to a whole second it also limits the processor time."""
     memory_bytes: int = 2 << 30
-    """Address space of one scoring process."""
+    """Limit of the address space of one scoring process."""
     on_timeout: str = "wrong"
-    """What could not be scored in time counts as `wrong` or `no_answer`, is left out of its group (`skip`), or is
-    scored again, alone (`retry`), and then counts as wrong."""
+    """Treatment of a completion that was not scored in time. `wrong` and `no_answer`: it gets the reward of that
+    verdict. `skip`: it is left out of its group. `retry`: it is scored again in a new process, and counts as wrong when
+    that fails too."""
     on_error: str = "wrong"
-    """The same for one at which the scoring process crashed or a reward raised."""
+    """Treatment of a completion whose scoring process crashed or whose reward raised; the same values."""
     max_retries: int = 1
-    """How often `retry` tries again."""
+    """How often `retry` scores a completion again."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -52,10 +53,10 @@ class VerifierConfig:
 
 
 def check_treatment(setting: str, value: str) -> None:
-    """Refuse what is no way to deal with a completion that could not be scored.
+    """Check a value of `on_timeout` or `on_error`.
 
     Raises:
-        ValueError: with the ways there are.
+        ValueError: for an unknown value; the message lists the known ones.
     """
     if value not in TREATMENTS:
         raise ValueError(f"verifier.{setting} is {value!r}; choose one of {', '.join(TREATMENTS)}")

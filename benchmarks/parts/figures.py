@@ -1,4 +1,4 @@
-"""What every benchmark says of itself beside its figures, and the file that it writes."""
+"""Shared by all benchmarks: command line, machine and versions of a measurement, and the JSON file of its figures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 
 WIDTH = 190
-"""Columns of a table in a file or a pipe, where nothing says how many there are."""
+"""Characters per line when the output is a file or a pipe."""
 
 
 def wide_console() -> Console:
-    """Of the benchmark's tables: none of them is cut where it is kept."""
+    """The console for tables: as wide as the terminal, or WIDTH where there is none, so that no table is cut."""
     return Console(width=None if sys.stdout.isatty() else WIDTH)
 
 
@@ -29,22 +29,22 @@ def command() -> str:
 
 
 def machine() -> str:
-    """What this runs on."""
+    """Number of cores, architecture and Python version of this machine."""
     return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of installed distributions, by name."""
+    """Versions of installed packages, by name."""
     return {name: version(name) for name in packages}
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Median and range."""
+    """Median and range as text: `2.0 (1.5 to 2.5)`."""
     middle, low, high = (f"{value:,.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({low} to {high})"
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
-    """As indented JSON, where a path was given."""
+    """Write the figures as indented JSON; nothing without a path."""
     if path is not None:
         path.write_text(json.dumps(figures, indent=2) + "\n")

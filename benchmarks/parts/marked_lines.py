@@ -1,4 +1,7 @@
-"""How a process tells the benchmark that started it: marked lines of JSON, among whatever its libraries print."""
+"""Messages from a process to the benchmark that started it: marked lines of JSON in its standard output.
+
+The mark tells them from the output of libraries.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,16 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 MARK = "figures: "
-"""Begins the lines that are meant."""
+"""Prefix of a message's line."""
 
 
-def say(**what: Any) -> None:
-    """One marked line on standard output."""
-    print(MARK + json.dumps(what), flush=True)
+def say(**fields: Any) -> None:
+    """Print one message: a marked line with `fields` as a JSON object."""
+    print(MARK + json.dumps(fields), flush=True)
 
 
 def heard(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """What was said among other output."""
+    """Yields the messages in lines of output."""
     for line in lines:
         if line.startswith(MARK):
             yield json.loads(line.removeprefix(MARK))

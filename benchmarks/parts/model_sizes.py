@@ -1,4 +1,7 @@
-"""Sizes of Qwen2.5 models with tied embeddings, and of a small one, as the benchmarks need them."""
+"""Sizes of Qwen2.5 models with tied embeddings, and of a tiny one for quick tests.
+
+`key_value` is the width of the keys, and of the values: all their heads together.
+"""
 
 from __future__ import annotations
 

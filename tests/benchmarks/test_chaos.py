@@ -1,4 +1,4 @@
-"""The storm's bookkeeping: what two witnesses say, who is hit, and who is back at work."""
+"""The accounting of `benchmarks/chaos.py`: ledger against learner's log, processes that are hit, and recoveries."""
 
 import json
 import subprocess
@@ -26,57 +26,57 @@ time.sleep(600)
 
 @pytest.fixture
 def launcher():
-    """A process with children that look like a buffer, an actor and something else."""
+    """A process whose children have the command lines of a buffer, an actor and an unrelated program."""
     process = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.DEVNULL)
-    own = psutil.Process(process.pid)
+    launched = psutil.Process(process.pid)
     deadline = time.monotonic() + 30
-    while len(own.children()) < 3 and time.monotonic() < deadline:
+    while len(launched.children()) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    family = own.children(recursive=True)
+    descendants = launched.children(recursive=True)
     yield process
-    for member in family:
-        if member.is_running():
-            member.kill()
+    for descendant in descendants:
+        if descendant.is_running():
+            descendant.kill()
     process.kill()
     process.wait()
 
 
-def make_storm(launcher: "subprocess.Popen[bytes]", run_dir: Path, seed: int = 0) -> chaos.Storm:
+def make_injector(launcher: "subprocess.Popen[bytes]", run_dir: Path, seed: int = 0) -> chaos.FaultInjector:
     (run_dir / "logs").mkdir(parents=True)
-    return chaos.Storm(launcher.pid, run_dir, seed=seed, interval_seconds=0.01)
+    return chaos.FaultInjector(launcher.pid, run_dir, seed=seed, interval_seconds=0.01)
 
 
 def test_only_the_runs_own_processes_are_hit(launcher, tmp_path):
-    storm = make_storm(launcher, tmp_path)
+    injector = make_injector(launcher, tmp_path)
     children = {tuple(child.cmdline()[3:]): child for child in psutil.Process(launcher.pid).children()}
     deadline = time.monotonic() + 30
-    while not storm.kills and time.monotonic() < deadline:
-        storm.turn()
+    while not injector.kills and time.monotonic() < deadline:
+        injector.step()
         time.sleep(0.01)
-    storm.end()
-    assert set(storm.kills) | set(storm.freezes) <= {"buffer", "actor"}
-    assert storm.kills
+    injector.end()
+    assert set(injector.kills) | set(injector.freezes) <= {"buffer", "actor"}
+    assert injector.kills
     bystander = children["-m", "tensorboard.main"]
     assert bystander.status() != psutil.STATUS_STOPPED
     assert all(child.status() != psutil.STATUS_STOPPED for child in children.values() if child.is_running())
 
 
-def test_a_victim_is_back_when_its_log_says_so_after_the_blow(launcher, tmp_path):
-    storm = make_storm(launcher, tmp_path)
+def test_a_target_has_recovered_when_its_log_says_so_after_the_kill(launcher, tmp_path):
+    injector = make_injector(launcher, tmp_path)
     log = tmp_path / "logs" / "actor-7.log"
     log.write_text("policy 1 loaded\n")
     deadline = time.monotonic() + 30
-    while not storm.kills["actor"] and time.monotonic() < deadline:
-        storm.turn()
+    while not injector.kills["actor"] and time.monotonic() < deadline:
+        injector.step()
         time.sleep(0.01)
-    assert storm.kills["actor"]
-    storm.watch()
-    assert "actor" not in storm.recovery_seconds
+    assert injector.kills["actor"]
+    injector.record_recoveries()
+    assert "actor" not in injector.recovery_seconds
     with log.open("a") as appended:
         appended.write("starting\npolicy 2 loaded, generation paused\n")
-    storm.watch()
-    assert len(storm.recovery_seconds["actor"]) == 1
-    storm.end()
+    injector.record_recoveries()
+    assert len(injector.recovery_seconds["actor"]) == 1
+    injector.end()
 
 
 def test_the_last_lineage_is_what_was_written_last():
@@ -98,7 +98,10 @@ def test_ranges_are_read(text, numbers):
 
 
 def make_run(run_dir: Path, learner_log: str, uses: int = 1) -> dict:
-    """A ledger in which occurrences 0 and 1 were trained on from version 0 on and are done; what it and the log say."""
+    """Makes a ledger in which occurrences 0 and 1 were trained on in `uses` batches and are done.
+
+    Returns the account of it and of the learner's log.
+    """
     config = BufferConfig(
         run_dir=str(run_dir),
         address=f"ipc://{run_dir}/unused",
@@ -122,7 +125,7 @@ def make_run(run_dir: Path, learner_log: str, uses: int = 1) -> dict:
     return chaos.account(run_dir)
 
 
-def test_what_both_witnesses_agree_on_is_not_lost(tmp_path):
+def test_what_ledger_and_log_agree_on_is_not_lost(tmp_path):
     figures = make_run(tmp_path, "policy 0 trains on groups 0-1\n")
     assert (figures["issued"], figures["trained"]) == (2, 2)
     assert (figures["lost"], figures["trained_twice"]) == (0, 0)

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` on a CPU, where the same code measures a tiny model: what it finds, and what it cannot."""
+"""`benchmarks/gpu.py` on a CPU, where the same code measures a tiny model."""
 
 import json
 import sys

@@ -8,7 +8,20 @@ from benchmarks.parts.learner.work import GROUP_SIZE, Work, forward_flops, save_
 
 
 def work(folder: Path) -> Work:
-    return Work(str(folder), 40, 32, 48, 2, 2, 8, 40, 2 * GROUP_SIZE, 1, 64, GROUP_SIZE)
+    return Work(
+        folder=str(folder),
+        vocabulary=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=2,
+        shortest=8,
+        longest=40,
+        num_sequences=2 * GROUP_SIZE,
+        num_threads=1,
+        tokens_per_microbatch=64,
+        rows_per_microbatch=GROUP_SIZE,
+    )
 
 
 def test_the_learner_and_a_step_by_hand_make_the_same_gradient(tmp_path: Path):
@@ -40,5 +53,5 @@ def test_operations_are_counted_without_padding(tmp_path: Path):
     layers = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     scored = data.num_tokens - sum(data.prompt_lengths)
     assert linear == 2 * data.num_tokens * layers + 2 * scored * 32 * 40
-    # One product with every key and one with every value that a token sees, in both layers.
+    # In both layers every token has a product with each key and each value that it sees.
     assert attention == 2 * 4 * 32 * sum(t + 1 for ids in data.token_ids for t in range(len(ids)))

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Recorder:
-    """A sampler of one-token groups that say which version made them."""
+    """A sampler that returns groups of one token with the version that sampled them."""
 
     def __init__(self, *, ignores_loads: bool = False) -> None:
         self.version, self._ignores_loads = 0, ignores_loads

@@ -1,4 +1,4 @@
-"""What the comparison with other systems makes of its runs; none is started here."""
+"""The figures of the comparison with other systems; no system is started here."""
 
 import json
 import sys
@@ -123,7 +123,18 @@ def test_a_peer_gets_the_settings_of_our_run(tmp_path: Path, monkeypatch: pytest
 
 def work(folder: Path, updates: int) -> Work:
     return Work(
-        *("generate", "base", "problems.jsonl", str(folder / "output"), 1, 0, 2, 2, 64, 256, 1.0, 10),
+        mode="generate",
+        model="base",
+        problems="problems.jsonl",
+        output=str(folder / "output"),
+        num_threads=1,
+        seed=0,
+        groups_per_batch=2,
+        samples_per_group=2,
+        max_new_tokens=64,
+        max_tokens=256,
+        temperature=1.0,
+        checkpoint_every=10,
         learning_rates=[1e-4] * updates,
         betas=[0.9, 0.95],
         clip_norm=1.0,
@@ -133,7 +144,7 @@ def work(folder: Path, updates: int) -> Work:
 
 
 def script(folder: Path, *lines: str) -> Path:
-    """Stands in for a peer's Python."""
+    """A script in place of a peer's Python."""
     path = folder / "python"
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
@@ -171,7 +182,7 @@ def test_an_environment_is_made_once_and_a_failure_says_what_to_do(tmp_path: Pat
 
 
 def _install(*, fails: bool) -> Any:
-    """Stands in for venv and pip."""
+    """A function in place of the commands of venv and pip."""
 
     class Ended:
         returncode = int(fails)

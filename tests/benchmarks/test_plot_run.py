@@ -1,4 +1,4 @@
-"""The figure script on event files as the learner writes them."""
+"""`benchmarks/plot_run.py` on event files like those of the learner."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ PASS_AT_1, REWARD = "evaluation/pass_at_1", "reward/mean"
 
 
 def write(run_dir: Path, scalars: dict[str, dict[int, float]], purge_step: int | None = 0) -> None:
-    """Event files with one value per tag and version, and a tag no panel shows."""
+    """Write event files with one value per tag and version, and one tag that no panel shows."""
     with SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step) as writer:
         writer.add_scalar("learner/wait_seconds", 1.0, 0)
         for tag, values in scalars.items():
@@ -33,7 +33,7 @@ def whole_run(run_dir: Path, rise: float = 0.01) -> dict[str, dict[int, float]]:
 
 
 def texts(svg: Path) -> str:
-    """All text of a figure that was written with text as text."""
+    """All text of an SVG file whose text was not converted to paths."""
     return " ".join(" ".join(element.itertext()) for element in ElementTree.parse(svg).findall(".//{*}text"))
 
 

@@ -1,4 +1,4 @@
-"""The grader benchmark: labels of its rewritings, hangs and deaths counted, and a small run of the whole."""
+"""`benchmarks/verifier.py`: the labels of rewritings, the counts of hangs and deaths, and a small complete run."""
 
 import json
 import random
@@ -35,7 +35,7 @@ for line in open(sys.argv[2]).read().splitlines()[int(sys.argv[3]):]:
 
 
 def value(text: str) -> Fraction | None:
-    """A second, small reader of the numbers that the rules write."""
+    """Reads the numbers that the rules write, by code of its own; None for other texts."""
     text = (
         text.strip("$.").removeprefix("n = ").replace(",\\!", "").replace("{,}", "").replace(",", "").replace("−", "-")
     )

@@ -1,7 +1,7 @@
-"""A network cable between two network namespaces that can be slow, leaky or cut.
+"""A simulated network cable between two network namespaces that can delay frames, lose frames, or be cut.
 
-Each end is a TAP interface inside its namespace; a thread of this process carries the Ethernet frames across, late, or
-not at all. It does what the kernel's netem does, also on kernels that are built without it.
+Each end is a TAP interface inside its namespace. A thread of this process carries the Ethernet frames from one end to
+the other. This works like the kernel's netem, and also on kernels without netem.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _FRAME_BYTES = 65536
 
 @dataclass(frozen=True)
 class Quality:
-    """What happens to a frame on its way."""
+    """Delay and loss of frames."""
 
     delay_seconds: float = 0.0
     jitter_seconds: float = 0.0
-    """The delay varies by up to this, so frames overtake each other."""
+    """Largest deviation from the delay. Frames may overtake each other."""
     loss: float = 0.0
-    """Share of frames that never arrive; 1: the cable is cut."""
+    """Share of frames that are lost; 1: the cable is cut."""
 
 
 class Cable:
-    """Namespaces `home` and `far`, made here and removed by `close`, with one address each.
+    """Creates the network namespaces `home` and `far` with one address each; `close` removes them.
 
     Raises:
-        OSError: when the rights or the kernel's means are missing.
+        OSError: when this process lacks the rights, or the kernel the features.
     """
 
     home_address = "10.77.0.1"
@@ -61,7 +61,7 @@ class Cable:
         self._thread.start()
 
     def close(self) -> None:
-        """Remove everything; processes inside must have ended."""
+        """Remove the namespaces. The processes inside must have ended."""
         self._closing = True
         self._thread.join()
         self._remove()
@@ -74,10 +74,10 @@ class Cable:
 
     def _carry(self) -> None:
         other = dict(zip(self._ends, reversed(self._ends), strict=True))
-        under_way: list[tuple[float, int, int, bytes]] = []
+        in_flight: list[tuple[float, int, int, bytes]] = []
         number = 0
         while not self._closing:
-            wait = min(0.1, under_way[0][0] - time.monotonic()) if under_way else 0.1
+            wait = min(0.1, in_flight[0][0] - time.monotonic()) if in_flight else 0.1
             readable, _, _ = select.select(self._ends, [], [], max(0.0, wait))
             now, quality = time.monotonic(), self.quality
             for end in readable:
@@ -87,14 +87,14 @@ class Cable:
                     continue
                 delay = quality.delay_seconds + self._random.uniform(-1, 1) * quality.jitter_seconds
                 number += 1
-                heapq.heappush(under_way, (now + max(0.0, delay), number, other[end], frame))
-            while under_way and under_way[0][0] <= now:
-                _, _, end, frame = heapq.heappop(under_way)
+                heapq.heappush(in_flight, (now + max(0.0, delay), number, other[end], frame))
+            while in_flight and in_flight[0][0] <= now:
+                _, _, end, frame = heapq.heappop(in_flight)
                 os.write(end, frame)
 
 
 def _plug(namespace: str, address: str) -> int:
-    """One end: the file descriptor of a TAP interface that lies, up and with `address`, in a new namespace."""
+    """Creates a namespace with a TAP interface that has `address` and is up; returns its file descriptor."""
     shell(f"ip netns add {namespace}")
     end = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -113,7 +113,7 @@ def shell(command: str) -> None:
     """Run a command.
 
     Raises:
-        OSError: with what it said when it failed, or when there is no such command.
+        OSError: when the command does not exist, or fails; the text has its error output.
     """
     done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
     if done.returncode:

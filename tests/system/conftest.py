@@ -1,4 +1,4 @@
-"""Fixtures of the system tests: models that are pretrained for seconds, once per session."""
+"""Fixtures of the system tests. Base models are pretrained for some seconds, once per session."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.system.runs import ROOT, SMALL_RUN, Launch
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Base models are made once per session."""
+    """The cache of base models, shared by all tests of the session."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def launch(cache_dir: Path) -> Launch:
-    """Starts `launch/cluster.py` with small settings and more overrides."""
+    """Returns a function that starts `launch/cluster.py` with small settings and further overrides."""
 
     def start(run_dir: Path, *overrides: str, small: bool = True, inside: Sequence[str] = ()) -> subprocess.Popen[str]:
         command = [*inside, sys.executable, "launch/cluster.py", *(SMALL_RUN if small else ()), *overrides]

@@ -1,4 +1,4 @@
-"""A whole run under the limits of a container: less than two cores, and shared memory for one version only."""
+"""A whole run with the limits of a container: less than two cores, and too little shared memory for the weights."""
 
 import os
 import re
@@ -15,12 +15,12 @@ from tests.system.test_loop import assert_sound, wait_for_versions
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 
-def of(family: list[psutil.Process], what: Callable[[psutil.Process], object]) -> dict[str, object]:
-    """By role: the answer of the buffer, the learner and the actor."""
+def by_role(processes: list[psutil.Process], read: Callable[[psutil.Process], object]) -> dict[str, object]:
+    """Calls `read` for the buffer, the learner and the actor; returns the results by role."""
     roles = {"buffer": "buffer", "learner": "learner", "actors": "actor"}
-    words = {process: process.cmdline() for process in family}
+    words = {process: process.cmdline() for process in processes}
     return {
-        roles[line[2]]: what(process) for process, line in words.items() if line[1:2] == ["-m"] and line[2] in roles
+        roles[line[2]]: read(process) for process, line in words.items() if line[1:2] == ["-m"] and line[2] in roles
     }
 
 
@@ -28,14 +28,14 @@ def test_a_run_in_a_container_goes_to_its_end(launch: Launch, tmp_path: Path) ->
     run_dir, shared_memory = tmp_path / "contained", with_shared_memory(1 << 20)
     with limited(cpu=1.9) as group:
         process = launch(run_dir, "total_steps=4", inside=[*group, *shared_memory])
-        family = wait_for_versions(process, run_dir, at_least=1, within_seconds=480.0)
-        cores = of(family, lambda process: set(process.cpu_affinity()))
-        threads = of(family, lambda process: process.environ()["OMP_NUM_THREADS"])
+        processes = wait_for_versions(process, run_dir, at_least=1, within_seconds=480.0)
+        cores = by_role(processes, lambda process: set(process.cpu_affinity()))
+        threads = by_role(processes, lambda process: process.environ()["OMP_NUM_THREADS"])
         weights = run_dir / "weights"
         assert weights.is_dir() and not weights.is_symlink() and list(weights.glob("*.weights"))
         output = finish(process, run_dir)
     assert threads == {"buffer": "1", "learner": "1", "actor": "1"}
-    # Time is limited, not the choice of cores.
+    # The cgroup limits processor time, not the choice of cores.
     assert all(allowed == os.sched_getaffinity(0) for allowed in cores.values())
     [note] = [line for line in output.splitlines() if "/dev/shm" in line]
     [wanted] = re.findall(r"6 versions of ([\d.]+) MB", note)

@@ -1,4 +1,4 @@
-"""The real vLLM under new weights: they arrive whole, in mid-generation, and its log-probabilities are ours."""
+"""Weight updates of the real vLLM: complete, in the middle of generation, and with our model's log-probabilities."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = folder / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
     alphabet = "0123456789+=;\\boxed{}" + bandit.COMPLETION_ALPHABET
-    # Two heads, so that two workers can share them.
+    # Two heads, so that two tensor-parallel workers can have one each.
     shape = {"hidden_size": 64, "num_heads": 2}
     train(SftSettings(pairs=str(pairs), output=str(folder / "base"), alphabet=alphabet, steps=0, **shape))
     return folder / "base"
 
 
 def perturb(model: PreTrainedModel, seed: int) -> list[tuple[str, torch.Tensor]]:
-    """Draw every parameter anew and return copies, as the learner publishes them.
+    """Set every parameter to new random values; returns copies of the parameters as the learner publishes them.
 
-    Nothing adds up over versions: with larger weights, rounding errors would grow with the number of updates.
+    Noise is not added to the old values: with growing weights, rounding errors would grow with the number of updates.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def assert_agree(model: PreTrainedModel, completions: Sequence[SampledCompletion
         torch.testing.assert_close(torch.from_numpy(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
-# vLLM leaves its ZeroMQ context to the garbage collector.
+# vLLM does not close its ZeroMQ context.
 @pytest.mark.filterwarnings("ignore:Unclosed context:ResourceWarning")
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=BY_HAND)])
 def test_weights_arrive_whole_and_in_flight(base: Path, tmp_path: Path, num_workers: int) -> None:
@@ -115,7 +115,7 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
     mapping, pulling = (WeightClient(connection, host_id=host, **where) for host in (host_id(), "another host"))
 
     async def update(version: int, named: list[tuple[str, torch.Tensor]]) -> None:
-        """Versions are mapped and pulled in turns; their memory is reused at once."""
+        """Publish and load a version. Odd versions are pulled, even ones mapped; their memory is reused at once."""
         manifest = await asyncio.wrap_future(store.publish(version, named))
         local = await (pulling if version % 2 else mapping).fetch(manifest)
         await engine.load(local)
@@ -123,16 +123,16 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
 
     try:
         loaded_from_folder = await engine.start()
-        # The same weights through our transfer are the same weights, parameter by parameter.
+        # The transferred weights are those that vLLM loaded from the folder, parameter by parameter.
         await update(0, list(model.named_parameters()))
         assert await engine.checksums() == loaded_from_folder
-        # Every later version is what samples: also the output head, which is tied to the embedding.
+        # Every later version is used for sampling, also in the output head, which is tied to the embedding.
         for version in (1, 2):
             await update(version, perturb(model, seed=version))
             completions = await sample(engine, f"fresh-{version}", 4, 40)
             assert_agree(model, completions)
             assert {span.version for c in completions for span in c.versions} == {version}
-        # In the middle of generation nothing is aborted, and every token knows its version.
+        # An update in the middle of generation aborts nothing, and every token has the version that sampled it.
         running = asyncio.gather(*(sample(engine, f"long-{i}", 4, 200) for i in range(16)))
         newest = 2
         while not running.done():
@@ -162,7 +162,7 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
 
 
 async def _check_recomputed(engine: Engine, model: PreTrainedModel, update: Any, version: int) -> None:
-    """With a cache of its own the new version samples the rest as if it had read the beginning itself."""
+    """With `_recomputes` the new version samples the rest as if it had computed the cache of the beginning itself."""
     engine._recomputes = True
     running = asyncio.gather(*(sample(engine, f"recomputed-{i}", 4, 200) for i in range(16)))
     await asyncio.sleep(0.1)
@@ -174,12 +174,12 @@ async def _check_recomputed(engine: Engine, model: PreTrainedModel, update: Any,
         start = completion.versions[1].start
         found, expected = torch.from_numpy(completion.logprobs), logprobs_of(model, completion, 0.7)
         torch.testing.assert_close(found[start:], expected[start:], atol=3e-4, rtol=0)
-        # With the old cache kept they would differ by much more.
+        # Control: the tokens before the update come from other weights and differ by more.
         assert (found[:start] - expected[:start]).abs().max() > 1e-3
 
 
 async def _check_turns(engine: Engine, base: Path, model: PreTrainedModel) -> None:
-    """The turns of an episode, joined to one trajectory, are as probable as the model finds them in the whole of it."""
+    """The log-probabilities of an episode's turns equal those that the model gives to the whole trajectory."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -1,4 +1,4 @@
-"""Real processes of a real run are killed, frozen and abandoned; the ledger's file says what became of the prompts."""
+"""Failures of a real run: its processes are killed, frozen and abandoned, and the ledger accounts for all prompts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ SMALL_AND_QUICK = ("algorithm=grpo", "actor.evaluation_prompts=8", "learner.chec
 
 @dataclass
 class Run:
-    """A run under way."""
+    """A run in progress."""
 
     process: subprocess.Popen[str]
+    """Its launcher."""
     run_dir: Path
 
     def until(self, condition: Callable[[], object], seconds: float = 150.0) -> None:
+        """Waits for: `condition`. Gives up after: `seconds`, or when the run ends."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -44,25 +46,26 @@ class Run:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def until_trained(self, batches: int) -> None:
-        """So many batches more than now, over all lives of the learner."""
+        """Waits for: `batches` further batches, also of a restarted learner."""
         wanted = self.log("learner").count("trains on groups") + batches
         self.until(lambda: self.log("learner").count("trains on groups") >= wanted)
 
     def process_of(self, *words: str) -> psutil.Process:
-        """The launcher's child whose command line ends so."""
+        """The launcher's child whose command line ends with `words`."""
         children = psutil.Process(self.process.pid).children()
-        # One that was just killed has no command line until the launcher takes note of its end.
+        # A killed child has no command line until the launcher has waited for it.
         alive = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
         [found] = [child for child in alive if tuple(child.cmdline()[-len(words) :]) == words]
         return found
 
     @property
-    def family(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """All descendants of the launcher."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
 def assert_nothing_lost(run_dir: Path, steps: int) -> None:
-    """Every batch was full, trained once in the lineage that counts, and the prompts came in their order."""
+    """Asserts that every batch was full and is in the final weights exactly once, and that prompts came in order."""
     found = account(run_dir)
     assert (found["lost"], found["trained_twice"], found["dropped"]) == (0, 0, {})
     assert found["invariant_holds"], found["problems"]
@@ -80,7 +83,10 @@ def test_everybody_may_die_or_freeze_while_the_run_goes_on(launch: Launch, tmp_p
     run_dir = tmp_path / "run"
     overrides = (
         *SMALL_AND_QUICK,
-        *("total_steps=100000", "cluster.num_actors=2", "cluster.max_restarts=3", "buffer.lease_seconds=6"),
+        "total_steps=100000",
+        "cluster.num_actors=2",
+        "cluster.max_restarts=3",
+        "buffer.lease_seconds=6",
     )
     run = Run(launch(run_dir, *overrides), run_dir)
     run.until(lambda: all("loaded, generation paused" in run.log(f"actor-{number}") for number in (0, 1)))
@@ -99,7 +105,7 @@ def test_everybody_may_die_or_freeze_while_the_run_goes_on(launch: Launch, tmp_p
     run.process_of("serve", str(run_dir)).kill()
     run.until_trained(3)
 
-    traces = Traces.of(run.family)
+    traces = Traces.of(run.processes)
     run.process.terminate()
     [trained] = re.findall(r"stopped by SIGTERM; at checkpoint (\d+), continue with: ", finish(run.process, run_dir))
     assert_nothing_lost(run_dir, int(trained))
@@ -123,7 +129,7 @@ def test_a_killed_launcher_leaves_nothing_and_the_run_goes_on_at_once(launch: La
     by_hand.wait()
     assert not psutil.wait_procs(children, timeout=30)[1]
 
-    traces = Traces.of(run.family)
+    traces = Traces.of(run.processes)
     run.process_of("serve", str(run_dir)).suspend()
     run.process.kill()
     run.process.communicate()
@@ -132,7 +138,7 @@ def test_a_killed_launcher_leaves_nothing_and_the_run_goes_on_at_once(launch: La
         assert time.monotonic() < deadline, traces.left()
         time.sleep(0.1)
 
-    # The rest would take hours; shorten it as a user may, in the run's own configuration.
+    # The rest of the run would take hours. It is shortened in config.yaml, which a user may also do.
     last = max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()) + 3
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(config.replace("total_steps: 100000", f"total_steps: {last}"))
@@ -142,7 +148,7 @@ def test_a_killed_launcher_leaves_nothing_and_the_run_goes_on_at_once(launch: La
 
 
 def contributions(run_dir: Path, actor: str) -> int:
-    """Groups of an actor, whose name ends so, that were trained on."""
+    """Number of groups in batches that came from the actor whose id ends with `actor`."""
     with closing(sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True)) as db:
         trained = "SELECT count(*) FROM occurrences WHERE state IN ('used', 'done') AND actor_id LIKE ?"
         return int(db.execute(trained, (f"%{actor}",)).fetchone()[0])
@@ -165,7 +171,7 @@ def test_a_removed_run_directory_ends_everything_with_one_sentence(launch: Launc
     run_dir = tmp_path / "run"
     run = Run(launch(run_dir, *SMALL_AND_QUICK, "total_steps=100000"), run_dir)
     run.until_trained(2)
-    traces = Traces.of(run.family)
+    traces = Traces.of(run.processes)
     # Somebody may be writing a new file into a folder that is being removed.
     run_dir.rename(tmp_path / "removed")
     output, _ = run.process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""The loop as a user starts it, judged by what it leaves: ledger, checkpoints, event files, summary."""
+"""Whole runs as a user starts them, checked by their ledger, checkpoints, event files and summary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
 
 
 def used_rows(run_dir: Path) -> list[tuple[int, int]]:
-    """(used_version, oldest_version) of every group that was trained on."""
+    """Returns (used_version, oldest_version) of every group that was trained on."""
     with sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True) as db:
         rows = db.execute(
             "SELECT used_version, oldest_version FROM uses JOIN occurrences USING (occurrence)"
@@ -31,7 +31,7 @@ def used_rows(run_dir: Path) -> list[tuple[int, int]]:
 
 
 def assert_sound(run_dir: Path, *, steps: int, groups_per_batch: int, max_staleness: int) -> None:
-    """Every batch was full, nobody was too old, the invariant holds and everything trained on is committed."""
+    """Asserts that every batch was full, no group too stale, the invariant holds, and all used groups are committed."""
     ledger = audit(run_dir)
     assert ledger.holds, ledger.problems
     rows = used_rows(run_dir)
@@ -56,7 +56,7 @@ def assert_checkpoint_loads(run_dir: Path, version: int) -> None:
 
 
 def assert_keys_stay_in_their_folder(run_dir: Path) -> None:
-    """No log, configuration, ledger or event file has a secret key in it."""
+    """Asserts that no log, configuration, ledger or event file contains a secret key."""
     keys = [json.loads(path.read_text()) for path in (run_dir / "keys").iterdir()]
     secrets = [value.encode() for content in keys for name, value in content.items() if name.endswith("_secret")]
     assert [len(secret) for secret in secrets] == [40, 40]
@@ -97,8 +97,12 @@ def test_ppo_trains_with_stale_data_and_reports(launch: Launch, tmp_path: Path) 
 def test_grpo_with_two_learner_ranks_under_zero_3(launch: Launch, tmp_path: Path) -> None:
     run_dir = tmp_path / "grpo"
     overrides = (
-        *("algorithm=grpo", "total_steps=4", "max_staleness=1"),
-        *("learner.num_ranks=2", "learner.zero_stage=3", "cluster.pin_cores=false"),
+        "algorithm=grpo",
+        "total_steps=4",
+        "max_staleness=1",
+        "learner.num_ranks=2",
+        "learner.zero_stage=3",
+        "cluster.pin_cores=false",
     )
     finish(launch(run_dir, *overrides), run_dir)
     assert_sound(run_dir, steps=4, groups_per_batch=8, max_staleness=1)
@@ -118,13 +122,13 @@ def test_runs_in_turn_repeat_themselves(launch: Launch, tmp_path: Path) -> None:
 def test_ctrl_c_ends_everything_with_a_checkpoint(launch: Launch, tmp_path: Path) -> None:
     run_dir = tmp_path / "interrupted"
     process = launch(run_dir, "total_steps=400", "learner.checkpoint_every=1000")
-    family = wait_for_versions(process, run_dir, at_least=3)
-    traces = Traces.of(family)
+    processes = wait_for_versions(process, run_dir, at_least=3)
+    traces = Traces.of(processes)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
     assert f"resume={run_dir}" in output
-    _, alive = psutil.wait_procs(family, timeout=2)
+    _, alive = psutil.wait_procs(processes, timeout=2)
     assert not alive
     assert not traces.left()
     assert "Exception ignored" not in (run_dir / "logs" / "actor-0.log").read_text()
@@ -137,7 +141,7 @@ def test_ctrl_c_ends_everything_with_a_checkpoint(launch: Launch, tmp_path: Path
 def wait_for_versions(
     process: subprocess.Popen[str], run_dir: Path, at_least: int, within_seconds: float = 240.0
 ) -> list[psutil.Process]:
-    """Until that many batches were trained on. Returns the launcher's descendants."""
+    """Waits for: version `at_least`. Returns the launcher's descendants."""
     deadline = time.monotonic() + within_seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]

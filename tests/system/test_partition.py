@@ -1,7 +1,7 @@
-"""Hosts that lose each other: network namespaces joined by a cable that is slow, leaky, cut and mended.
+"""A network partition between two hosts: network namespaces joined by a cable that is slow, lossy, cut and repaired.
 
-The run's own host (buffer, learner and one actor, started by the launcher) has one address, an actor started by hand
-has another. Nothing but the cable joins them: the sockets are encrypted TCP, the weights come in chunks.
+The launcher's host has the buffer, the learner and one actor. An actor that is started by hand has an address of its
+own. Only the cable connects the two hosts: the sockets are encrypted TCP, and the weights come in chunks.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
 
 @pytest.fixture
 def cable() -> Iterator[Cable]:
-    """Needs the rights of an administrator; skips where they are missing."""
+    """The cable; skips the test without the rights of an administrator."""
     try:
         made = Cable(f"ss{os.getpid() % 100000}")
     except OSError as error:
@@ -91,12 +91,12 @@ def wait_until(
 
 @dataclass(frozen=True)
 class Run:
-    """What the ledger file and the logs of a run in progress say."""
+    """The ledger file and the logs of a run in progress."""
 
     run_dir: Path
 
     def number(self, sql: str) -> int:
-        """The one number that a query of the ledger gives; 0 before the buffer has listened, and so made its ledger."""
+        """The number that a query of the ledger returns; 0 before the buffer listens, when there may be no ledger."""
         log = self.run_dir / "logs" / "buffer.log"
         if not log.exists() or "buffer listens" not in log.read_text():
             return 0
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def version(self) -> int:
-        """The learner's."""
+        """The learner's policy version."""
         return self.number("SELECT value FROM meta WHERE key = 'policy_version'")
 
     @property
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def expired(self) -> int:
-        """Leases that ended by silence."""
+        """Number of expired leases."""
         return self.number("SELECT value FROM counters WHERE name = 'expired'")
 
 
@@ -131,10 +131,16 @@ def test_a_run_outlives_a_slow_a_leaky_and_a_cut_cable(cable: Cable, cache_dir: 
     run, environment = Run(tmp_path / "run"), os.environ | {"SLIPSTREAM_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
     overrides = [
         *SMALL_RUN,
-        *(f"run_dir={run.run_dir}", f"cluster.host={cable.home_address}", "total_steps=100000"),
-        *(f"buffer.lease_seconds={LEASE_SECONDS}", "actor.share_files=false", "algorithm=grpo"),
-        *("learner.checkpoint_every=20", "learner.evaluate_every=0", "actor.max_groups_in_flight=8"),
-        # Weights that come through the slow cable must still be new enough to sample with.
+        f"run_dir={run.run_dir}",
+        f"cluster.host={cable.home_address}",
+        "total_steps=100000",
+        f"buffer.lease_seconds={LEASE_SECONDS}",
+        "actor.share_files=false",
+        "algorithm=grpo",
+        "learner.checkpoint_every=20",
+        "learner.evaluate_every=0",
+        "actor.max_groups_in_flight=8",
+        # Weights that arrive late through the slow cable must still be fresh enough to sample with.
         "max_staleness=32",
     ]
 
@@ -156,7 +162,7 @@ def test_a_run_outlives_a_slow_a_leaky_and_a_cut_cable(cable: Cable, cache_dir: 
         lost, groups = cable.num_lost, run.far_groups
 
         def came_through() -> bool:
-            # Few, large frames: many groups can come before the cable has lost one.
+            # Frames are few and large, so many groups may arrive before the cable loses a frame.
             return run.far_groups >= groups + 4 and cable.num_lost > lost
 
         wait_until(came_through, "groups through a slow cable that has lost something", processes, 180)
@@ -171,7 +177,7 @@ def test_a_run_outlives_a_slow_a_leaky_and_a_cut_cable(cable: Cable, cache_dir: 
 
         cable.quality = Quality()
         groups = run.far_groups
-        wait_until(lambda: run.far_groups >= groups + 4, "groups after the cable was mended", processes, 180)
+        wait_until(lambda: run.far_groups >= groups + 4, "groups after the cable was repaired", processes, 180)
         home.send_signal(signal.SIGTERM)
         assert home.wait(timeout=60) == 0
     finally:

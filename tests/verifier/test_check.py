@@ -1,4 +1,4 @@
-"""`python -m verifier check`: verdicts, rules, kinds, disagreements with labels and between graders, and mistakes."""
+"""`python -m verifier check`: verdicts, rules, kinds, disagreements with labels and between graders, user mistakes."""
 
 import json
 from pathlib import Path

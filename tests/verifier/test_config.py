@@ -1,4 +1,4 @@
-"""The verifier's configuration: its rules, and that OmegaConf can carry it."""
+"""The verifier's configuration: its checks, and that OmegaConf accepts it."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""Whether two mathematical answers are equal, and where a completion's answer stands."""
+"""Finds the final answer in a completion, and decides whether two mathematical answers are equal."""

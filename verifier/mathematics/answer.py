@@ -1,9 +1,12 @@
-r"""Judges a mathematical answer against the gold: a row of layers, the cheapest first, each decisive or silent.
+r"""Judges a mathematical answer against the gold.
 
-A layer takes the two answers and returns True, False or None ("not my kind of answer"). Structure is taken apart first
-(units, relations, sets, matrices, lists), so that the expression layers only see single expressions: exact rational
-arithmetic, exponents of primes, then values at seeded random points, sympy last. Every layer is bounded; nothing of the
-text is ever evaluated by Python, and no call raises.
+The comparison is a list of layers, cheapest first. A layer takes the two answers and returns True (equal), False
+(different) or None (undecided: the next layer decides). The first layers handle structure: units, sets, relations,
+matrices, lists. They pass the parts on, so the last layers only see single expressions. Those are compared by exact
+rational arithmetic, then by the exponents of their primes, then by their values at seeded random points, and by sympy
+last.
+
+The work of every layer is bounded. Python never evaluates any part of the text, and no function here raises.
 """
 
 from __future__ import annotations
@@ -40,31 +43,32 @@ Part = Callable[[str, str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What `judge` found."""
+    """The result of `judge`."""
 
     verdict: Verdict
     """correct, wrong or no_answer."""
     answer: str | None
-    """The extracted answer; None without one."""
+    """The extracted answer; None when the completion has none."""
     gold: str
-    """The gold that the answer equals, or else the first."""
+    """The gold that the answer equals, or else the first gold."""
     normalized_answer: str | None
+    """`answer` after `normalize`, as it is compared."""
     normalized_gold: str
-    """Both in the one spelling in which they are compared."""
+    """`gold` after `normalize`, as it is compared."""
     rule: str
-    """The layer that decided; `extraction` without an answer."""
+    """Name of the layer that decided; `extraction` when the completion has no answer."""
 
 
 def judge(
     completion: str, gold: str | Sequence[str], *, golds: Sequence[str] = (), format: AnswerFormat = "any"
 ) -> Judgement:
-    r"""The verdict on the final answer of `completion` in the asked format; callable from any thread or process.
+    r"""Extracts the final answer of a completion and compares it with the gold. Safe in any thread or process.
 
     Args:
         completion: the text without its prompt.
-        gold: the reference answer, plain or as `$...$`, `\boxed{...}` or `... #### 42`; several (also as a JSON list
-            of strings): the answer need only equal one.
-        golds: further golds.
+        gold: the reference answer, plain or as `$...$`, `\boxed{...}` or `... #### 42`. A sequence, or a JSON list of
+            strings, holds alternatives: the answer needs to equal only one of them.
+        golds: further alternatives.
         format: where the answer must stand, see `extract_answer`.
     """
     every = [clean_gold(each) for each in (*_listed(gold), *golds)] or [""]
@@ -82,32 +86,32 @@ def judge(
 def is_correct(
     completion: str, gold: str | Sequence[str], *, golds: Sequence[str] = (), format: AnswerFormat = "any"
 ) -> bool:
-    """Whether the final answer of `completion` in the asked format is the gold, or one of several."""
+    """Whether the final answer of `completion` equals the gold, or one of several; arguments as in `judge`."""
     return judge(completion, gold, golds=golds, format=format).verdict is Verdict.CORRECT
 
 
 def equivalent(prediction: str, gold: str) -> bool:
-    """Whether two extracted answers mean the same."""
+    """Whether two extracted answers are equal."""
     if prediction.strip() == gold.strip():
         return bool(gold.strip())
     return _judge_answer(prediction, clean_gold(gold)).verdict is Verdict.CORRECT
 
 
 def clean_gold(gold: str) -> str:
-    r"""A gold without what marks it: the last box, what follows `####`, or itself."""
+    r"""The answer in a gold: the text after the last `####`, and in it the content of the last box, if there is one."""
     if "####" in gold:
         gold = gold.rpartition("####")[2]
     return last_boxed(gold) or gold.strip()
 
 
 def _listed(gold: str | Sequence[str]) -> Sequence[str]:
-    """Several golds from a sequence or a JSON list of strings; a list of numbers is one gold."""
+    """The alternatives of a gold: `["1", "2"]` are two, because the items are strings; `[1, 2]` is one gold, a list."""
     if not isinstance(gold, str):
         return gold
     if gold.startswith('["') and gold.endswith('"]'):
         try:
             listed = json.loads(gold)
-        # Nested too deep for the parser is no list of strings either.
+        # RecursionError: text nested so deep is not a list of strings.
         except (ValueError, RecursionError):
             return [gold]
         if all(isinstance(each, str) for each in listed):
@@ -125,14 +129,20 @@ def _judge_answer(answer: str, gold: str) -> Judgement:
 
 
 class _Comparison:
-    """One run of the layers; counts its work, so that long lists of hard items end soon too."""
+    """One run of the layers. It bounds the number of comparisons, so that long lists of hard items end soon too."""
 
     def __init__(self) -> None:
         self.comparisons_left = MAX_COMPARISONS
         self.symbolic_left = MAX_SYMBOLIC
 
     def compare(self, prediction: str, gold: str, depth: int) -> tuple[bool, str]:
-        """Whether two normalized answers, or parts at `depth` levels of structure, agree, and by which layer."""
+        """Returns (whether two normalized answers are equal, the layer that decided).
+
+        Args:
+            prediction: the answer, or a part of it.
+            gold: the gold, or a part of it.
+            depth: levels of structure that the two are parts of; 0 for whole answers.
+        """
         self.comparisons_left -= 1
         if _compact(prediction) == _compact(gold):
             return bool(_compact(gold)), "same_text"
@@ -194,5 +204,5 @@ class _Comparison:
 
 
 def _compact(text: str) -> str:
-    """Without spaces, except between two digits."""
+    """`text` without white space, except between two digits: `1 2` is not `12`."""
     return _REMOVABLE_SPACE.sub("", text)

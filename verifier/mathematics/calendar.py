@@ -1,4 +1,9 @@
-r"""Times of day and dates: `3:30 p.m.` is `15:30`, `March 5th, 2024` is `2024-03-05`. Durations are quantities."""
+r"""Compares times of day and dates.
+
+`3:30 p.m.` equals `15:30`, and `March 5th, 2024` equals `2024-03-05`. A part that one side leaves out counts as equal:
+`3:30` equals `3:30 p.m.`, and `March 5` equals `March 5, 2024`. Durations such as `2 h 30 min` are handled by
+`units.py`.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +29,22 @@ _AMERICAN = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
 
 
 class Date(NamedTuple):
-    """Day and year are 0, the weekday is empty, where they are not said."""
+    """A date, possibly incomplete."""
 
     month: int
     day: int
+    """0 without a day."""
     year: int
+    """0 without a year."""
     weekday: str
+    """Empty without a weekday."""
 
 
 def same_calendar(prediction: str, gold: str) -> bool | None:
-    """Compares two times of day or two dates, missing half of the day, weekday or year agreeing; None for others."""
+    """Compares two times of day or two dates; None when the answers are neither.
+
+    A weekday, a year, or a.m. and p.m. that one side leaves out counts as equal.
+    """
     if not (gold[:1].isalnum() or gold[:1] == "\\"):
         return None
     prediction, gold = (" ".join(_WRAPPING.sub(r"\1", text).split()).strip(" .") for text in (prediction, gold))
@@ -46,16 +57,18 @@ def same_calendar(prediction: str, gold: str) -> bool | None:
     (seconds, is_explicit), (gold_seconds, gold_is_explicit) = time, gold_time
     if seconds == gold_seconds:
         return True
+    if is_explicit and gold_is_explicit:
+        return False
     if is_explicit or gold_is_explicit:
-        half_is_open = not (is_explicit and gold_is_explicit)
-        unsaid = seconds if not is_explicit else gold_seconds
-        return half_is_open and 3600 <= unsaid < 13 * 3600 and (seconds - gold_seconds) % (12 * 3600) == 0
-    # Two ratios may be equal where two times are not.
+        # One side says a.m. or p.m. The other may be on the 12-hour clock if it is between 1:00 and 12:59.
+        ambiguous = gold_seconds if is_explicit else seconds
+        return 3600 <= ambiguous < 13 * 3600 and (seconds - gold_seconds) % (12 * 3600) == 0
+    # `2:15` and `4:30` differ as times but are equal as ratios, so a later layer decides.
     return None
 
 
 def _time(text: str) -> tuple[int, bool] | None:
-    """(seconds since midnight, whether the half of the day is said)."""
+    """Returns (seconds since midnight, whether the text says a.m. or p.m.); None when it is not a time of day."""
     if text.lower() in _NAMED_TIMES:
         return _NAMED_TIMES[text.lower()], True
     match = _TIME.fullmatch(text)

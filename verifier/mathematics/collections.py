@@ -1,6 +1,7 @@
-"""Lists, tuples, sets, intervals and unions, compared part by part.
+r"""Compares lists, tuples, sets, intervals and unions part by part.
 
-Tuples and intervals by brackets and order; sets, bare lists and unions in any order. `part` compares two parts.
+Brackets and order count for tuples and intervals: `(1,2)` differs from `(2,1)`. Order does not count for sets, lists
+without brackets, and unions: `1, 2` equals `2, 1`. The argument `part` of each function compares two parts.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from verifier.mathematics.structure import COMMAS, UNIONS, Collection, as_collec
 MAX_ITEMS = 64
 
 _NAMED_VALUE = re.compile(r"([a-zA-Z])\s*=\s*([^=<>]+)")
+"""`x = 1`"""
 _NAMED_POINT = re.compile(r"[A-Z]\s*(?=\()")
+"""`P` in front of `(1,2)`."""
 
 Part = Callable[[str, str], bool]
 
 
 def same_collection(prediction: str, gold: str, part: Part) -> bool | None:
-    """Item by item; None when neither has more than one item."""
+    """Compares two collections item by item; None when neither answer is a collection."""
     if as_collection(prediction) or as_collection(gold):
         prediction, gold = _unnamed_point(prediction), _unnamed_point(gold)
     items, gold_items = _items(prediction), _items(gold)
@@ -33,7 +36,7 @@ def same_collection(prediction: str, gold: str, part: Part) -> bool | None:
 
 
 def same_unordered(items: Sequence[str], gold_items: Sequence[str], part: Part) -> bool:
-    """Whether every item has its own partner."""
+    """Whether the items can be paired one to one with equal gold items."""
     if len(items) != len(gold_items) or len(items) > MAX_ITEMS:
         return False
     rest, gold_rest = list(items), []
@@ -59,7 +62,7 @@ def _distinct(items: list[str], part: Part) -> list[str]:
 
 
 def _union_parts(text: str) -> list[str]:
-    """The parts of a union, one level of grouping parentheses taken off."""
+    r"""The parts of a union; `(A \cup B) \cup C` has three, because parentheses around a union only group."""
     parts = []
     for part in split(text, UNIONS)[0]:
         collection = as_collection(part)
@@ -69,7 +72,11 @@ def _union_parts(text: str) -> list[str]:
 
 
 def _same_lists(items: list[str], gold_items: list[str], part: Part) -> bool:
-    """Bare lists: against each other, and against a bracketed collection in order (a set: in any order)."""
+    """Compares lists of which at least one has no brackets and several items.
+
+    A bare list equals a tuple with the same items in order, a set with the same items in any order, and a single value
+    when all its items equal that value.
+    """
     if (solution := _same_solution(items, gold_items, part)) is not None:
         return solution
     union, gold_union = _as_union(items), _as_union(gold_items)
@@ -90,7 +97,7 @@ def _same_lists(items: list[str], gold_items: list[str], part: Part) -> bool:
 
 
 def _same_solution(items: list[str], gold_items: list[str], part: Part) -> bool | None:
-    """`x = 1, y = 2` against `(x, y) = (1, 2)` or `(1, 2)`; None for anything else."""
+    """Compares `x = 1, y = 2` with `(x, y) = (1, 2)`, or with `(1, 2)` in alphabetical order; None for other lists."""
     named, other = (items, gold_items) if len(items) > 1 else (gold_items, items)
     values = {match[1]: match[2] for item in named if (match := _NAMED_VALUE.fullmatch(item))}
     if len(values) < len(named) or len(named) < 2 or len(other) != 1:
@@ -104,7 +111,7 @@ def _same_solution(items: list[str], gold_items: list[str], part: Part) -> bool 
 
 
 def _unnamed_point(text: str) -> str:
-    """`P(1,2)` without its name."""
+    """`P(1,2)` as `(1,2)`; other text unchanged."""
     if not _NAMED_POINT.match(text):
         return text
     collection = as_collection(text[1:])
@@ -116,7 +123,7 @@ def _same_in_order(items: Sequence[str], others: Sequence[str], part: Part) -> b
 
 
 def _as_union(items: Sequence[str]) -> str:
-    """Inequalities in one variable (`x < -1 or x > 1`) as a union of intervals; empty when they are something else."""
+    """Several inequalities in one variable, such as `x < -1, x > 1`, as a union of intervals; empty for other items."""
     intervals = [interval for item in items if (interval := as_interval(item)) is not None]
     if len(items) < 2 or len(intervals) < len(items) or len({variable for variable, _ in intervals}) > 1:
         return ""
@@ -150,7 +157,7 @@ def _same_brackets(prediction: str, gold: str, part: Part) -> bool | None:
 
 
 def _single(collection: Collection | None) -> str | None:
-    """The only item of plain brackets, which then only group; None for anything else."""
+    """The only item of a collection, whose brackets then only group: `7` for `(7)`; None for other collections."""
     if collection is None or len(collection.items) != 1 or set_condition(collection) is not None:
         return None
     return collection.items[0]
@@ -163,7 +170,7 @@ def _kind(collection: Collection) -> tuple[str, str]:
 
 
 def _items(text: str) -> list[str]:
-    r"""The items of a bare list; `a \pm b` is two of them."""
+    r"""The items of a bare list. `a \pm b` counts as the two items `a + b` and `a - b`."""
     items = []
     for item in filter(None, split(text, COMMAS)[0]):
         collection = as_collection(item)

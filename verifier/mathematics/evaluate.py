@@ -1,7 +1,8 @@
-"""Values of an expression's tree: exact rationals, and high-precision complex numbers at given points.
+"""Evaluates an expression's tree: exactly as a rational number, or as a high-precision complex number at a given point.
 
-Both walks are bounded: integers never exceed `MAX_BITS`, arguments of functions never exceed `MAX_ARGUMENT`, so
-10^{10^{10}} costs nothing. What would exceed a bound or has no value (a division by zero, an infinity) is `Undefined`.
+Both evaluations are bounded. Integers have at most `MAX_BITS` bits and arguments of functions are at most
+`MAX_ARGUMENT`, so 10^{10^{10}} costs nothing. A value beyond a bound, a division by zero and an infinity raise
+`Undefined`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _FUNCTIONS: dict[str, str] = {
 
 
 class Undefined(ArithmeticError):
-    """No value here: outside a domain, or beyond a bound."""
+    """The expression has no value: it is outside a function's domain, or beyond a bound."""
 
 
 def exact(node: Node) -> Fraction | None:
-    """The value as a rational number, or None when it is irrational, unknown, undefined or beyond the bounds."""
+    """The value as a rational number; None when it is irrational, unknown, undefined or beyond the bounds."""
     try:
         return _exact(node)
     except (Undefined, ZeroDivisionError):
@@ -108,7 +109,7 @@ _contexts = threading.local()
 
 
 def _context(digits: int) -> Any:
-    """This thread's mpmath context of that precision; making one costs more than most comparisons."""
+    """This thread's mpmath context with that precision, cached because creating one costs more than a comparison."""
     made: dict[Any, Any] = _contexts.__dict__
     if digits not in made:
         made[digits] = mpmath.MPContext()
@@ -119,9 +120,13 @@ def _context(digits: int) -> Any:
 class Numeric:
     """Evaluates trees with `digits` decimal digits.
 
-    `scale` keeps the largest term ever added, to recognise a zero; `absorbed` tells that some term was so much smaller
-    than another that agreement to half the digits does not see it. With `real` the logarithm and the even root of a
-    negative number are undefined.
+    `scale` is the absolute value of the largest term added so far; `agree` recognizes a zero by it. `absorbed` becomes
+    True when a sum has a term so small beside another that agreement to half the digits would not notice it.
+
+    Args:
+        digits: decimal digits of every value.
+        natural_log: whether a logarithm without a base has base e; otherwise 10.
+        real: whether the logarithm and the even root of a negative number are undefined; otherwise they are complex.
     """
 
     def __init__(self, digits: int, *, natural_log: bool = False, real: bool = False) -> None:
@@ -133,20 +138,24 @@ class Numeric:
         self.terms_left = MAX_TERMS
 
     def value(self, node: Node, point: Mapping[str, Any]) -> Any:
-        """A real or complex mpmath number.
+        """Returns the value at `point` (values of the variables by name) as a real or complex mpmath number.
 
         Raises:
             Undefined: outside a domain or beyond a bound.
         """
         try:
             result = self._value(node, point)
-        # mpmath answers a pole or a value beyond its range with one of these.
+        # mpmath raises one of these at a pole, or for a value beyond its range.
         except (ValueError, ZeroDivisionError, OverflowError, TypeError, ArithmeticError) as error:
             raise Undefined(str(error)) from error
         return self._finite(result)
 
     def agree(self, first: Any, second: Any) -> bool:
-        """Equal to half the digits, relative to the values, or to the terms that cancelled if both are nearly zero."""
+        """Whether two values agree to half the digits.
+
+        The difference is relative to the larger value. Two values that are nearly zero beside `scale` agree as well:
+        they are what rounding leaves of terms that cancel.
+        """
         context = self.context
         tolerance = context.mpf(10) ** (-context.dps // 2)
         size = max(abs(first), abs(second))
@@ -165,7 +174,7 @@ class Numeric:
             constants = {"\\pi": context.pi, "e": context.e, "i": context.j}
             if node.name not in constants and node.name not in point:
                 raise Undefined(node.name)
-            # The index of a sum may be called i.
+            # A variable comes before a constant: the index of a sum may be called i.
             return context.convert(point.get(node.name, constants.get(node.name)))
         if node.name in ("sum", "prod"):
             return self._series(node, point)
@@ -214,7 +223,7 @@ class Numeric:
         raise Undefined(name)
 
     def _series(self, node: Operation, point: Mapping[str, Any]) -> Any:
-        """A sum or product over whole numbers, term by term."""
+        """Evaluates a sum or product over whole numbers, term by term."""
         index, *limits, body = node.arguments
         lower, upper = (self._value(limit, point) for limit in limits)
         limits_are_whole = all(abs(limit) < MAX_LIMIT and limit == int(limit.real) for limit in (lower, upper))
@@ -241,7 +250,7 @@ class Numeric:
         return self.context.power(base, exponent)
 
     def _power_or_root(self, base: Any, exponent: Node, value: Any) -> Any:
-        """A negative number's power with an odd root in it is real, as `_root` has it: (-8)^{2/3} = 4."""
+        """Raises `base` to the power `value` of the tree `exponent`; odd roots are real, as in (-8)^{2/3} = 4."""
         fraction = exact(exponent)
         if fraction is None or fraction.denominator == 1:
             return self._pow(base, value)
@@ -255,7 +264,7 @@ class Numeric:
         return self._pow(base, exponent)
 
     def _root(self, radicand: Any, degree: Any) -> Any:
-        """The real root of a negative number for odd degrees, the principal root otherwise."""
+        """The root of a number: real for an odd degree of a negative number (cbrt(-8) = -2), otherwise principal."""
         if degree == 0:
             raise Undefined("the root of degree zero")
         is_odd = (

@@ -1,10 +1,17 @@
-r"""Single expressions: exact where both are rational or products of powers, else by value at seeded random points.
+r"""Compares two single expressions.
 
-Two analytic expressions that agree to dozens of digits at several random points are equal for every purpose of
-grading; two that differ anywhere are not. Where a term is too small beside another for the digits at hand, more digits
-are used, and then the terms are compared one by one, so that 10^{10^{10}}+1 never passes for 10^{10^{10}}. With
-variables, points where a logarithm or an even root is not real are passed over. Where `\log` has no base both readings
-(10 and e) are tried. None means that no value could be found.
+Rational numbers and products of powers are compared exactly, everything else by value at seeded random points. Two
+expressions that agree to dozens of digits at several random points count as equal. Expressions that differ at any point
+are different.
+
+Special cases:
+
+- A term may be too small beside another to show in the digits. Then more digits are used, and at last the terms are
+  compared one by one. So 10^{10^{10}}+1 never equals 10^{10^{10}}.
+- With variables, points where a logarithm or an even root is not real are skipped.
+- For a `\log` without a base, both 10 and e are tried.
+
+None means undecided: no value could be computed.
 """
 
 from __future__ import annotations
@@ -27,12 +34,13 @@ MAX_DIGITS = 1000
 VARIABLE_DIGITS = 50
 MAX_SYMBOLS = 12
 FAR = 20, 30
-"""Beyond the kinks that answers have, as |x - 5| has one at 5."""
+"""Range of the far sample points. It lies beyond the kinks that occur in answers: |x - 5| has its kink at 5."""
 _KINKED = frozenset(("abs", "max", "min", "lfloor", "lceil", "mod", "root"))
+"""Operations that can give an expression kinks or jumps."""
 
 
 def same_expression(prediction: str, gold: str) -> bool | None:
-    """Whether two expressions have the same value wherever both have one; None when that cannot be seen."""
+    """Whether two expressions have the same value wherever both are defined; None when undecided."""
     if prediction.count(":") > 1 or gold.count(":") > 1:
         return _same_proportion(prediction.split(":"), gold.split(":"))
     try:
@@ -56,12 +64,12 @@ def same_expression(prediction: str, gold: str) -> bool | None:
 
 
 def same_equation(prediction: tuple[str, str], gold: tuple[str, str], *, ordered: bool = False) -> bool | None:
-    """Whether two equations (left, right) in at least one variable differ by a constant factor only.
+    """Whether two equations with the same variables differ by a constant factor only: `x + y = 1`, `2x + 2y = 2`.
 
     Args:
         prediction: left and right side.
         gold: left and right side.
-        ordered: for inequalities, whose factor must be positive.
+        ordered: True for inequalities: the factor must be positive.
     """
     try:
         first, second = (
@@ -85,7 +93,7 @@ def same_equation(prediction: tuple[str, str], gold: tuple[str, str], *, ordered
 
 
 def value_of(text: str) -> Any:
-    """A constant expression as a Fraction, or else as a real number of `CONSTANT_DIGITS` digits; None for others."""
+    """The value of a constant: a Fraction, or a real number with `CONSTANT_DIGITS` digits; None for other texts."""
     try:
         node = parse(text)
     except ParseError:
@@ -102,7 +110,7 @@ def value_of(text: str) -> Any:
 
 
 def linear_root(left: str, right: str) -> tuple[str, Any, Any] | None:
-    """(variable, root, slope) of left - right, if that is linear in its only variable; else None."""
+    """Returns (variable, root, slope) of left - right where it is linear in its only variable; None elsewhere."""
     try:
         node = Operation("add", (parse(left), Operation("neg", (parse(right),))))
     except ParseError:
@@ -128,7 +136,7 @@ def linear_root(left: str, right: str) -> tuple[str, Any, Any] | None:
 
 
 def _same_proportion(prediction: list[str], gold: list[str]) -> bool | None:
-    """`2 : 4 : 6` against `1 : 2 : 3`, for rational terms."""
+    """Compares proportions of three or more rational terms: `2 : 4 : 6` equals `1 : 2 : 3`."""
     values, gold_values = [value_of(term) for term in prediction], [value_of(term) for term in gold]
     if len(values) != len(gold_values) or not all(isinstance(value, Fraction) for value in (*values, *gold_values)):
         return None
@@ -136,7 +144,7 @@ def _same_proportion(prediction: list[str], gold: list[str]) -> bool | None:
 
 
 def _parse_ratio(text: str) -> Node:
-    """An expression, or the ratio `a : b` as a quotient."""
+    """Parses an expression; the ratio `a : b` is a quotient."""
     left, colon, right = text.partition(":")
     return Operation("div", (parse(left), parse(right))) if colon else parse(text)
 
@@ -166,14 +174,14 @@ def _agree_at_points(first: Node, second: Node, symbols: frozenset[str], numeric
 
 
 def _values(first: Node, second: Node, symbols: frozenset[str], numeric: Numeric) -> Iterator[tuple[Any, Any]]:
-    """Both values at up to `NUM_POINTS` random points where both are defined, with kinks at three times as many."""
+    """Yields both values at random points where both are defined: `NUM_POINTS`, or three times as many with kinks."""
     names = sorted(symbols)
     has_kinks = _has_kinks(first) or _has_kinks(second)
     whole = whole_symbols(first) | whole_symbols(second)
     generator = random.Random(" ".join(names))
     found = 0
     for attempt in range(NUM_ATTEMPTS if names else 1):
-        # With kinks every second point is far out, on each side of 0 in turn.
+        # With kinks every second point is far from 0, so that the expressions are compared on both sides of a kink.
         far = attempt // 2 if has_kinks and attempt % 2 else None
         point = {name: _coordinate(generator, numeric, name in whole, far, i) for i, name in enumerate(names)}
         try:
@@ -187,7 +195,7 @@ def _values(first: Node, second: Node, symbols: frozenset[str], numeric: Numeric
 
 
 def _coordinate(generator: random.Random, numeric: Numeric, is_whole: bool, far: int | None, index: int) -> Any:
-    """The value of the variable with that index, of the `far`-th far point or of one near 0."""
+    """A random value for the variable with that index: of the far point number `far`, or near 0 where `far` is None."""
     low, high = FAR if far is not None else (1, 9) if is_whole else (-3, 3)
     if is_whole:
         return numeric.context.mpf(generator.randint(low, high))
@@ -196,7 +204,7 @@ def _coordinate(generator: random.Random, numeric: Numeric, is_whole: bool, far:
 
 
 def _has_kinks(node: Node) -> bool:
-    """Whether two expressions may agree on a whole range and differ outside it, as |x - 5| and 5 - x do."""
+    """Whether a tree can agree with another one on a whole range and differ outside it, as |x - 5| and 5 - x do."""
     return isinstance(node, Operation) and (node.name in _KINKED or any(map(_has_kinks, node.arguments)))
 
 
@@ -207,7 +215,7 @@ def _has_bare_log(node: Node) -> bool:
 
 
 def _is_infinite(node: Node) -> bool:
-    r"""Whether a tree is `\infty` with any sign."""
+    r"""Whether a tree is `\infty` or `-\infty`."""
     while isinstance(node, Operation) and node.name == "neg":
         node = node.arguments[0]
     return not isinstance(node, Operation) and getattr(node, "name", "") == "\\infty"

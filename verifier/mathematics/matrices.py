@@ -1,6 +1,8 @@
-r"""Matrices and vectors in every notation: LaTeX environments, `[[1,2],[3,4]]`, a factor in front, `^T`, determinants.
+r"""Compares matrices, vectors and determinants.
 
-A row and a column differ; a vector may be written as a tuple, `\langle 1,2 \rangle` or `i + 2j`.
+A matrix may be a LaTeX environment or `[[1,2],[3,4]]`, with a factor in front or `^T` behind. A row vector differs from
+a column vector. A vector may also be written as a tuple, as `\langle 1,2 \rangle` or as `i + 2j`. A determinant, with
+bars as brackets, has a value.
 """
 
 from __future__ import annotations
@@ -18,21 +20,26 @@ _ENVIRONMENT = re.compile(
     r"(?P<rows>.*)\\end\s*\{(?P=kind)\}(?(open)\s*[)\]])",
     re.DOTALL,
 )
+r"""`2 \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}`, also in brackets."""
 _TRANSPOSED = re.compile(r"\s*\^\s*\{?\s*(?:T|\\top|\\text\{T\}|')\s*\}?$")
+"""`^T` at the end."""
 _ROW_END = re.compile(r"\\\\(?:\s*\[[^\]]*\])?|\\cr\b")
+r"""`\\`, `\\[2pt]` or `\cr`"""
 _UNIT_VECTOR = re.compile(r"\\(?:hat|vec|bar|tilde)\s*\{?\s*\\?([ijk])(?:math)?\s*\}?|\\([ij])math")
+r"""`\hat{i}`, `\vec{j}`, `\imath`"""
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """Rows of entries; `is_determinant` between bars."""
+    """A matrix of normalized texts."""
 
     rows: tuple[tuple[str, ...], ...]
     is_determinant: bool = False
+    """True for a matrix between bars."""
 
 
 def same_matrix(prediction: str, gold: str, part: Part) -> bool | None:
-    """Entry by entry, whatever the brackets; None when neither is a matrix."""
+    """Compares two matrices entry by entry, with any brackets; None when neither answer is a matrix."""
     if not any(mark in text for text in (prediction, gold) for mark in ("\\begin", "[", "j", "k", "T")):
         return None
     first, second = as_matrix(prediction), as_matrix(gold)
@@ -54,7 +61,7 @@ def same_matrix(prediction: str, gold: str, part: Part) -> bool | None:
 
 
 def as_matrix(text: str) -> Matrix | None:
-    """`text` as one matrix or array, also between plain brackets, transposed, or with a factor in front."""
+    """Reads `text` as one matrix, also inside plain brackets, transposed or with a factor in front; None otherwise."""
     if transposed := _TRANSPOSED.search(text):
         inner = as_matrix(text[: transposed.start()].strip())
         if inner is None and (vector := as_collection(text[: transposed.start()].strip())) and vector.opener == "(":
@@ -84,7 +91,7 @@ def as_matrix(text: str) -> Matrix | None:
 
 
 def _factor(text: str) -> str | None:
-    """What multiplies every entry; None for anything that is not one factor."""
+    """The text in front of a matrix as a factor of every entry; empty without one, None when it is not one factor."""
     if text in ("", "(", "["):
         return "" if not text else None
     if text in ("-", "+"):
@@ -94,7 +101,9 @@ def _factor(text: str) -> str | None:
 
 
 def _same_as_other(matrix: Matrix, other: str, part: Part) -> bool:
-    """A matrix against what is none: a determinant's value, a vector as a tuple or list, a single entry."""
+    """Compares a matrix with an answer that is not one: a determinant with its value, a vector with a tuple or list, a
+    matrix of one entry with that entry.
+    """
     if matrix.is_determinant:
         value = _determinant(matrix)
         return value is not None and part(value, other)
@@ -113,7 +122,7 @@ def _same_as_other(matrix: Matrix, other: str, part: Part) -> bool:
 
 
 def _same_unit_vectors(prediction: str, gold: str, part: Part) -> bool | None:
-    r"""`3i + 4j` against `\langle 3, 4 \rangle`; None for anything else."""
+    r"""Compares `3i + 4j` with `\langle 3, 4 \rangle`; None for other answers."""
     first, second = as_collection(prediction), as_collection(gold)
     vector, other = (first, gold) if first is not None else (second, prediction)
     if vector is None or (first and second) or len(vector.items) not in (2, 3) or not re.search(r"[jk]", other):
@@ -132,7 +141,7 @@ def _plain_unit_vectors(text: str) -> str:
 
 
 def _determinant(matrix: Matrix) -> str | None:
-    """The determinant of two or three rows, written out."""
+    """The determinant as an expression, for two or three rows: `(a)(d)-(b)(c)`; None for other sizes."""
     rows = matrix.rows
     if len(rows) not in (2, 3) or any(len(row) != len(rows) for row in rows):
         return None

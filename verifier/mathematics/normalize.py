@@ -1,8 +1,9 @@
-r"""Spelling: rewrites an answer's many LaTeX and Unicode spellings into one, without changing its mathematics.
+r"""Rewrites the LaTeX and Unicode spellings of an answer into one spelling, without changing its mathematical meaning.
 
-`normalize` works token by token (a command, an escaped character, a character), so `\\[2pt]` is never mistaken for
-`\[`. What remains afterwards: `\frac`, `\sqrt`, `\text{...}` for every kind of upright text, `\degree`, `\le`, `\ge`,
-`\ne`, plain brackets without `\left`, and single spaces. `split_unit` then takes the unit off a value.
+`normalize` works token by token: a token is a command, an escaped character or a character. So it never mistakes
+`\\[2pt]`, a line end of a matrix, for `\[`. In the result there are only `\frac`, `\sqrt`, `\text{...}` for every kind
+of upright text, `\degree`, `\le`, `\ge`, `\ne`, brackets without `\left`, and single spaces. `units.split_unit` later
+separates a value from its unit.
 """
 
 from __future__ import annotations
@@ -14,29 +15,47 @@ from verifier.mathematics.numerals import spell_numbers
 from verifier.mathematics.spelling import FUNCTIONS, REWRITES
 
 _TOKEN = re.compile(r"\*\*|\\(?:left|right)\s*\.|\\(?:left|right)\s*\\?\||\\\\|\\[a-zA-Z]+|\\.|.", re.DOTALL)
+r"""A command, an escaped character, a single character, or one of `**`, `\left.` and `\left|`."""
 _THIN_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")
+"""`1 234 567`"""
 _COMMA_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+"""`1,234,567`: groups of three digits only, so not `1,23`."""
 _BRACED_COMMA = re.compile(r"(\d)(?: ?\{ ?, ?\}|,\\!\s*)(?=\d{3})")
+r"""`1{,}234` and `1,\!234`"""
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
+r"""`0.1\overline{6}`"""
 _MARKED_REPETITION = re.compile(r"(\d*)\.(\d*)\((\d+)\)|(\d*)\.(\d{3,40})(?:\s*\\(?:dots|ldots|cdots)|\.\.\.|…)")
+r"""`0.1(6)` and `0.1666\ldots`"""
 _BARRED = re.compile("((?:\\d[\u0304\u0305])+)")
+"""Digits with a combining macron or overline each, as in `0.6̅`."""
 _DOTTED = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
+r"""`0.\dot{1}4\dot{2}`: dots over the first and the last digit of the period."""
 _TO_RATIO = re.compile(r"(?<![\w.])(\d+) to (\d+)$")
+"""`3 to 4`, which is the ratio `3:4`."""
 _RAISED = re.compile("[²³¹⁰ⁱ⁴-ⁿ]+|[₀-₎]+")
+"""Unicode superscripts and subscripts, as in `x²` and `x₁`."""
 _TIMES_X = re.compile(r"(?<=\d) ?[xX] ?10 ?\^")
+"""`3 x 10^5`: the letter x as a multiplication sign."""
 _COMBINATIONS = re.compile(
     r"(?<![\w)}])(?:\{ ?\})?[_^] ?\{?(\w+)\}? ?([CP]) ?_ ?\{?(\w+)\}?|(?<![\w\\])C_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?"
 )
+"""`_5C_2`, `{}^5P_2`, `C_5^2`: combinations and permutations."""
 _ANNOUNCED = re.compile(
     r"^\s*(?:(?:\\text(?:bf|rm)?\s*\{\s*)?(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final |correct )?"
     r"(?:answer|value|result|solution)s?(?: is|s are|:)\s*:?\s*(?:\}\s*:?)?|(?:so|thus|hence|therefore),? (?=\d))(?=.)",
     re.IGNORECASE,
 )
+"""Introductions such as `The final answer is:` and `So, `."""
 _LONE_DOLLAR = re.compile(r"^([-+]?)\$(?=\d[^$]*$)")
+"""`$5`: one dollar sign in front of a number is a currency, not the start of mathematics."""
 _MODULE = re.compile(r"\b(?:np|numpy|math)\.(?=[a-z])")
+"""`np.sqrt(2)`"""
 _BOLD_LETTER = re.compile(r"\\(?:mathbf|boldsymbol|bm)\s*\{\s*([a-zA-Z])\s*\}")
+r"""`\mathbf{x}`"""
 _DOLLARS = re.compile(r"\\text\s*\{\s*\$([^${}]*(?:\{[^${}]*\}[^${}]*)*)\$\s*\}")
+r"""`\text{$x$}`"""
 _COLOR = re.compile(r"\\(?:text)?color\s*\{\w*\}")
+r"""`\color{red}`"""
 _ONLY_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _ALIASES = {"infinity": "\\infty", "Infinity": "\\infty", "inf": "\\infty", "asin": "\\arcsin", "acos": "\\arccos"}
 _ALIASES |= {
@@ -57,12 +76,18 @@ _ALIASES |= {
 _ALIAS = re.compile(
     r"(?<![a-zA-Z])(?:" + "|".join(map(re.escape, sorted(_ALIASES, key=len, reverse=True))) + r")(?![a-zA-Z])"
 )
+"""A phrase of `_ALIASES` as a whole word."""
 _MIXED = re.compile(r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?!\d)")
+"""`2 1/3`: a mixed number."""
 _DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\{\s*\\degree\s*\}|\\degree)\s*")
+r"""`^\circ`, `^{\circ}` and `^\degree`"""
 _PRIME = re.compile(r"\^\s*(?:\{\s*('+)\s*\}|('))")
+"""`f^{'}`"""
 _NUMBER_TEXT = re.compile(r"\\text\s*\{\s*\(?([-\d.,/ ]+)\)?\s*\}")
+r"""`\text{(12)}`"""
 _CONJUNCTION = re.compile(r"\\text\s*\{([^{}]*)\}| ?(?<![\\a-zA-Z]),? ?\b(?:and|or)\b(?![a-zA-Z]) ?")
-# \text{min} and \text{sec} are units unless they have arguments.
+r"""`\text{ and }`, `and`, `or` between two items."""
+# \text{min} and \text{sec} are units, minutes and seconds, unless an argument follows: `\text{min}(3, 5)`.
 _FUNCTION_TEXT = re.compile(
     r"\\text\s*\{\s*(" + "|".join(sorted(FUNCTIONS - {"min", "sec"})) + r"|min(?=\s*\}\s*[({])"
     r"|sec(?=\s*\}\s*(?:\^\s*(?:\{-?\d\}|\d)\s*)?[({\\a-zA-Z]))\s*\}"
@@ -71,7 +96,7 @@ _RELATIONS = {"<=": "\\le ", ">=": "\\ge ", "!=": "\\ne "}
 
 
 def normalize(text: str) -> str:
-    """One spelling for `text`; equal answers may still differ, unequal answers stay unequal."""
+    """Rewrites `text` into one spelling. Equal answers may still be spelled differently; different ones always are."""
     text = _unwrap(text)
     if text.isascii() and text.isdecimal():
         return text
@@ -106,7 +131,9 @@ def normalize(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    r"""Without Markdown's signs, words that announce the answer, colours, bold letters, `\text{$ $}` and `np.`."""
+    r"""Removes markup without meaning: Markdown's signs, introductions such as "The answer is:", colors, bold letters,
+    `\text{$ $}`, and the module in `np.sqrt(2)`.
+    """
     text = _ANNOUNCED.sub("", _COLOR.sub("", text)).strip()
     text = _MODULE.sub("", _DOLLARS.sub(r"\1", _BOLD_LETTER.sub(r" \1 ", text)))
     text = _LONE_DOLLAR.sub(r"\1\$", text)
@@ -121,7 +148,7 @@ def _raise_or_lower(match: re.Match[str]) -> str:
 
 
 def _bare_set(text: str) -> str:
-    """Braces around a whole list or condition are a set's, around anything else TeX's."""
+    r"""Makes braces around a whole list or condition a set, as in `{1, 2}`; drops them around other text, `{5}`."""
     if text[:1] != "{" or text[-1:] != "}":
         return text
     inside = text[1:-1]
@@ -133,7 +160,10 @@ def _bare_set(text: str) -> str:
 
 
 def _mark_repeated(match: re.Match[str]) -> str:
-    r"""`0.1(6)` and `0.1666\ldots` with an overline."""
+    r"""`0.1(6)` and `0.1666\ldots` as `0.1\overline{6}` and `0.1666\overline{6}`.
+
+    Before dots, one digit must stand three times to count as the period, and a longer period twice.
+    """
     if match[3]:
         return f"{match[1]}.{match[2]}\\overline{{{match[3]}}}"
     digits = match[5]
@@ -154,7 +184,11 @@ def _combination(match: re.Match[str]) -> str:
 
 
 def join_thousands(text: str) -> str:
-    """`1,234,567` as one number, outside brackets only: inside them a comma separates."""
+    """Removes thousands separators: `1,234,567` becomes `1234567`.
+
+    A comma is a thousands separator only between groups of three digits, and only in a text without brackets. In
+    `(1,234)` it separates two coordinates.
+    """
     if re.search(r"[(\[]|\\\{|\\langle", text):
         return text
     return _COMMA_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
@@ -169,7 +203,7 @@ def _rewrite(token: str) -> str:
 
 
 def _plain_character(character: str) -> str:
-    """ASCII for vulgar fractions and full-width forms; others stay."""
+    r"""Vulgar fractions as `\frac` and full-width forms as ASCII; other characters unchanged."""
     decomposition = unicodedata.decomposition(character)
     if not decomposition.startswith("<"):
         return character
@@ -184,7 +218,7 @@ def _plain_character(character: str) -> str:
 
 
 def _join(match: re.Match[str]) -> str:
-    """A comma for "and", a semicolon for "or"."""
+    """Replaces the word "and" by a comma, "or" by a semicolon; other upright text stays."""
     word = match[0] if match[1] is None else match[1]
     if match[1] is not None and word.strip(" ,") not in ("and", "or"):
         return match[0]

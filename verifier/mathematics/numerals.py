@@ -1,6 +1,7 @@
-r"""Numbers in words as digits: `twenty-one`, `three quarters`, `1.2 million`; ordinals too: `third`, `3^{\text{rd}}`.
+r"""Rewrites numbers in words as digits: `twenty-one`, `three quarters`, `1.2 million`.
 
-Only an answer that begins with such words, or that is nothing but an ordinal, is rewritten; the rest keeps its words.
+Ordinals become numbers too: `third`, `3^{\text{rd}}`. Only a number at the beginning of an answer is rewritten, and
+only an ordinal that is the whole answer: `seven apples` becomes `7 apples`, but `the third angle` stays as it is.
 """
 
 from __future__ import annotations
@@ -22,22 +23,26 @@ _PARTS |= {f"{word}{plural}": number for word, number in _ORDINALS.items() if nu
 _WORD = re.compile(r"(?:[\s,-]*)\b([a-zA-Z]+)\b")
 _BEGINS = re.compile(r"(?:(minus|negative)\s+)?([a-zA-Z]+)", re.IGNORECASE)
 _SUFFIX = re.compile(r"(?:the\s+)?(\d+)\s*(?:\^\s*)?(?:\{\s*)?(?:\\text\s*\{\s*)?(?:st|nd|rd|th)[\s}]*", re.IGNORECASE)
+r"""`3rd`, `3^{\text{rd}}`"""
 _ZEROS = {word: len(str(scale)) - 1 for word, scale in _SCALES.items()} | {"hundred": 2}
 _SCALED = re.compile(r"(\\?\$?[\d.,]*\d)\s*(?:\\text\s*\{\s*)?(" + "|".join(_ZEROS) + r")s?\b\s*\}?", re.IGNORECASE)
+"""`1.2 million`"""
 _COUNTED_PARTS = re.compile(r"(-?\d+)[\s-]+(?:\\text\s*\{\s*)?(" + "|".join(_PARTS) + r")\s*\}?", re.IGNORECASE)
+"""`3 eighths`"""
 NUMBER_WORDS = frozenset((*_SMALL, *_TENS, *_SCALES, *_PARTS, "hundred")) - {"quarter", "quarters"}
-"""Words that make another number of the one before them, so that they are no unit."""
+"""Words that change the value of the number before them, as in `3 thousand`. So they are not units; a quarter may be a
+coin."""
 
 
 def spell_numbers(text: str) -> str:
-    """`text` with the number it begins with, or the ordinal that it is, in digits."""
+    """Rewrites the number at the beginning of `text`, or the ordinal that `text` is, in digits."""
     if not any(character.isalpha() for character in text):
         return text
     if ordinal := _SUFFIX.fullmatch(text):
         return ordinal[1]
     if (scaled := _SCALED.match(text)) is not None:
         return f"{scaled[1]} \\cdot 10^{{{_ZEROS[scaled[2].lower()]}}} {text[scaled.end() :]}".strip()
-    # `3 quarters` may be three coins.
+    # Not `3 quarters`, which may be three coins.
     if (parts := _COUNTED_PARTS.fullmatch(text)) is not None and parts[2].lower() in NUMBER_WORDS:
         return f"\\frac{{{parts[1]}}}{{{_PARTS[parts[2].lower()]}}}"
     begins = _BEGINS.match(text)
@@ -56,7 +61,7 @@ def spell_numbers(text: str) -> str:
 
 
 def _read_cardinal(text: str, start: int) -> tuple[int | None, int]:
-    """(number, end) of the number words at `start`; (None, start) where there are none."""
+    """Returns (number, end) of the number words at `start`; (None, start) when there are none."""
     total, group, end, last = 0, None, start, ""
     while match := _WORD.match(text, end):
         word = match[1].lower()
@@ -87,7 +92,7 @@ def _read_cardinal(text: str, start: int) -> tuple[int | None, int]:
 
 
 def _read_ordinal(text: str) -> int | None:
-    """The number of a text that is one ordinal: `third`, `the twenty-first`."""
+    """The value of a text that is one ordinal, such as `third` or `the twenty-first`; None for other texts."""
     words = re.split(r"[\s-]+", text.strip().lower().removeprefix("the ").strip())
     if not words or words[-1] not in _ORDINALS or len(words) > 2:
         return None

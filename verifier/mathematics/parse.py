@@ -1,9 +1,15 @@
-r"""Parses one normalized LaTeX expression into a small tree; the whitelist grammar everything symbolic passes first.
+r"""Parses one normalized LaTeX expression into a small tree.
 
-Only the commands named here are understood, a name is one letter (with an optional subscript), and length and nesting
-are bounded, so parsing ends at once and nothing of the text is ever evaluated by Python. `1/2x` reads left to right, a
-whole number before a fraction of whole numbers is a mixed number, `\frac12` takes single digits as LaTeX does, and a
-function without parentheses takes the factors up to the next sign, operator or function.
+The grammar is a whitelist: it has only the commands named here, and a name is one letter with an optional subscript.
+Length and nesting are bounded, so parsing ends at once. Python never evaluates any part of the text.
+
+The readings of ambiguous text:
+
+- `1/2x` is read from left to right, as `(1/2)x`.
+- A whole number before a fraction of whole numbers is a mixed number: `3\frac{1}{2}` is 3.5.
+- `\frac12` takes single digits, as LaTeX does.
+- A function without parentheses takes the factors up to the next sign, operator or function: `\sin 2x + 1` is
+  `\sin(2x) + 1`.
 """
 
 from __future__ import annotations
@@ -58,10 +64,10 @@ _ENDS = frozenset(
 
 
 def parse(text: str) -> Node:
-    """The tree of a normalized expression.
+    """Returns the tree of a normalized expression.
 
     Raises:
-        ParseError: when it is not one.
+        ParseError: when the text is not an expression of the grammar.
     """
     parser = _Parser(tokenize(text))
     node = parser.sum(0)
@@ -71,7 +77,7 @@ def parse(text: str) -> Node:
 
 
 class _Parser(Cursor):
-    """Recursive descent over tokens; every method takes the nesting depth and leaves the position after its part."""
+    """Recursive descent over tokens. Every method takes the nesting depth and moves the position past what it reads."""
 
     def sum(self, depth: int) -> Node:
         if depth > MAX_NESTING:
@@ -104,7 +110,7 @@ class _Parser(Cursor):
         return Operation("neg", (node,)) if negative else node
 
     def starts_factor(self) -> bool:
-        """Whether an implicit factor follows; a number after a number never does."""
+        """Whether a factor follows without a sign, as the `x` in `2x`. A number after a number is not a factor."""
         token = self.peek()
         if not token or token in _ENDS or token in _CLOSING.values() or token in ("\\rvert", "\\rangle"):
             return False
@@ -188,7 +194,7 @@ class _Parser(Cursor):
         raise ParseError(f"unknown command {token!r}")
 
     def mixed(self, whole: Number, depth: int) -> Node:
-        r"""`3\frac{1}{2}` is a sum where numerator and denominator are whole numbers; other adjacency multiplies."""
+        r"""Reads the fraction behind a whole number: `3\frac{1}{2}` is a sum, but `3\frac{x}{2}` is a product."""
         if self.peek() != "\\frac" or whole.value.denominator != 1:
             return whole
         start = self.position
@@ -200,7 +206,7 @@ class _Parser(Cursor):
         return whole
 
     def combinations(self) -> Node | None:
-        """The rest of `C(5,2)`, if that is what stands here."""
+        """Reads the rest of `C(5,2)`; None when something else follows the C."""
         rest = self.tokens[self.position : self.position + 5]
         if len(rest) < 5 or (rest[0], rest[2], rest[4]) != ("(", ",", ")") or not (rest[1] + rest[3]).isdecimal():
             return None
@@ -208,7 +214,7 @@ class _Parser(Cursor):
         return Operation("binom", (read_number(rest[1]), read_number(rest[3])))
 
     def series(self, name: str, depth: int) -> Node:
-        r"""The rest of `\sum_{k=1}^{n} k^2`; the term ends before the next sign."""
+        r"""Reads the rest of `\sum_{k=1}^{n} k^2`. The term ends before the next plus or minus sign."""
         self.expect("_")
         self.expect("{")
         index = self.atom(depth + 1)
@@ -222,7 +228,7 @@ class _Parser(Cursor):
         return Operation(name, (index, lower, upper, self.product(depth + 1)))
 
     def several(self, name: str, depth: int) -> Node:
-        r"""The rest of `\max(3, 5)`."""
+        r"""Reads the arguments of a function with several, such as `(3, 5)` in `\max(3, 5)`."""
         opening = self.next()
         if opening not in ("(", "{", "\\{"):
             raise ParseError(f"{name} wants parentheses")
@@ -255,7 +261,7 @@ class _Parser(Cursor):
         return node if exponent is None else Operation("pow", (node, exponent))
 
     def factors(self, depth: int) -> Node:
-        r"""The argument of a function without parentheses: `2 \pi x` in `\sin 2 \pi x`, also `x/2`."""
+        r"""Reads the argument of a function without parentheses: `2 \pi x` in `\sin 2 \pi x`, `x/2` in `\sin x/2`."""
         if depth > MAX_NESTING:
             raise ParseError(f"nested deeper than {MAX_NESTING}")
         node = self.signed(depth)
@@ -267,7 +273,10 @@ class _Parser(Cursor):
         return node
 
     def argument(self, depth: int, *, whole_number: bool = False) -> Node:
-        """A braced group, or one token; a number gives up only its first digit unless `whole_number`."""
+        r"""Reads the argument of a command: a group in braces, or one token.
+
+        Of a number only the first digit is read, as in `\frac12`, unless `whole_number` is set, as for `\sqrt12`.
+        """
         token = self.peek()
         if token == "{":
             return self.group(depth + 1)

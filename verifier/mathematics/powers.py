@@ -1,7 +1,8 @@
-r"""Products of powers, compared exactly by the exponents of their primes: `2^{10^{10}} = 4^{5 \cdot 10^9}`.
+r"""Compares products of powers exactly, by the exponents of their primes: `2^{10^{10}} = 4^{5 \cdot 10^9}`.
 
-A constant made of whole numbers by products, quotients, rational powers and roots is a sign and one rational exponent
-per prime, which no two different values share. Everything else has no form, and the question stays open.
+A constant made of rational numbers by products, quotients, rational powers and roots has a form: its sign and one
+rational exponent per prime. Two such constants are equal exactly when their forms are. Other expressions have no form,
+and this module decides nothing about them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ MAX_BASE = 10**8
 MAX_TERMS = 20
 
 Form = tuple[int, frozenset[tuple[int, Fraction]]]
-"""Sign, and (prime, exponent) for every prime with an exponent other than 0."""
+"""(sign, {(prime, exponent) for every prime with an exponent other than 0})"""
 
 
 def power_form(node: Node) -> Form | None:
-    """The form of a nonzero constant, or None when it has none or its bases are beyond `MAX_BASE`."""
+    """The form of a nonzero constant; None when it has no form, or a number in it is beyond `MAX_BASE`."""
     if isinstance(node, Number):
         return _of_rational(node.value)
     if not isinstance(node, Operation):
@@ -42,7 +43,7 @@ def power_form(node: Node) -> Form | None:
 
 
 def same_terms(first: Node, second: Node) -> bool | None:
-    """True when both are sums of the same forms in any order; None when that does not show."""
+    """True when both trees are sums of terms with the same forms, in any order; None when undecided."""
     terms, other_terms = _terms(first), _terms(second)
     if max(len(terms), len(other_terms)) > MAX_TERMS:
         return None

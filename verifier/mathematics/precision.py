@@ -1,10 +1,14 @@
-r"""Literal numbers: numerals with a base, and decimals to the precision that the gold states.
+r"""Compares literal numbers: numerals with a base, and decimals to the precision that the gold states.
 
-A numeral `1011_2` is its value; the base may be left out on one side. A decimal gold with at least two digits that
-count states a precision: a decimal with more places passes when it rounds to the gold. A whole number, a half and a
-quarter (27.0, 2.5, 0.75) state none. Any number passes that rounds to a gold which calls itself rounded
-(`\approx 3.14`, `3.14 (to 2 d.p.)`). Nothing else is ever rounded to a whole number, and an answer with fewer places
-never passes.
+Numerals: `1011_2` equals `11`, and the base may be left out on one side: it equals `1011` too.
+
+Decimals:
+
+- A decimal gold with at least two significant digits states a precision. An answer with more decimal places is right
+  when it rounds to the gold: `2.0833` for the gold `2.08`.
+- A gold that is a whole number, a half or a quarter (27.0, 2.5, 0.75) states no precision: `2.46` is wrong for `2.5`.
+- A gold that says it is rounded (`\approx 3.14`, `3.14 (to 2 d.p.)`) accepts every number that rounds to it: `\pi`.
+- An answer with fewer places than the gold is wrong: `2.1` for the gold `2.08`.
 """
 
 from __future__ import annotations
@@ -25,26 +29,31 @@ _NUMERAL = re.compile(
     r"(-?)\s*\(?\s*(?:\\text\s*\{\s*)?([0-9a-fA-F]+(?:\.[0-9a-fA-F]+)?)[})\s]*"
     r"(?:_\s*(?:\{\s*(?:\\text\s*\{)?\s*\(?\s*(\w+)[\s})]*\}|(\d+))|\(?\s*(?:\\text\s*\{\s*)?\(?base[\s-]*(\w+)[\s)}]*)"
 )
+r"""`1011_2`, `\text{FF}_{16}`, `12 (base 5)`"""
 _PROGRAMMING = re.compile(r"(-?)0([xXbB])([0-9a-fA-F]+)")
+"""`0xFF`, `0b1011`"""
 _DECIMAL = re.compile(
     r"([-+]?)\s*(\d*)\.(\d+)(?:\s*(?:\\cdot\s*10\s*\^\s*(?:\{\s*([-+]?\d{1,4})\s*\}|(\d))|[eE]([-+]?\d{1,4})))?"
 )
+r"""`-3.14`, `6.02 \cdot 10^{23}`, `6.02e23`"""
 _ROUNDED = re.compile(
     r"(?:\\approx|\\text\s*\{\s*(?:about|approximately|approx\.?)\s*\}|\b(?:about|approximately|approx\.?))\s*(.+)"
     r"|(.+?)\s*\(?\s*(?:\\text\s*\{)?\s*\(?(?:(?:correct|rounded)\s+)?to\s+(?:the\s+nearest\s+\w+|\w+\s+(?:d\.?p\.?|decimal|s\.?f\.?|significant)).*"
 )
+r"""`\approx 3.14`, `about 3.14`, `3.14 (to 2 d.p.)`, `3.1 to the nearest tenth`"""
 
 
 class Numeral(NamedTuple):
-    """The value, the digits with their sign in capitals without leading zeros, and the base."""
+    """A number that names its base."""
 
     value: Fraction
     digits: str
+    """The digits with their sign, in capitals, without leading zeros."""
     base: int
 
 
 def same_numeral(prediction: str, gold: str) -> bool | None:
-    """Compares numerals of which at least one names its base; None for others."""
+    """Compares two numerals of which at least one names its base; None for other answers."""
     if not (
         "_" in prediction + gold
         or "base" in prediction + gold
@@ -56,7 +65,7 @@ def same_numeral(prediction: str, gold: str) -> bool | None:
     if first is None and second is None:
         return None
     if first is not None and second is not None:
-        # 1_3 and 1_7 are the same number in different bases; what was asked for is one of them.
+        # `1_3` differs from `1_7`, although both are 1: the question asked for one of the bases.
         return first.value == second.value and (first.base == second.base or first.digits != second.digits)
     numeral, other = (first, gold) if first is not None else (second, prediction)
     if numeral is None:
@@ -66,28 +75,29 @@ def same_numeral(prediction: str, gold: str) -> bool | None:
 
 
 def same_rounded(prediction: str, gold: str) -> bool | None:
-    """True when the prediction rounds to what the gold states; None where the gold states no precision."""
+    """Whether the prediction rounds to the gold; None where that does not decide, as for a gold without a precision."""
     if "." not in gold and "approx" not in gold and "about" not in gold and " to " not in gold:
         return None
-    rounded = _ROUNDED.fullmatch(gold)
-    said = _ROUNDED.fullmatch(prediction)
-    literal = _decimal(_unrounded(rounded[1] or rounded[2]) if rounded else gold)
-    answer = _unrounded(said[1] or said[2]) if said else prediction
+    gold_is_rounded = _ROUNDED.fullmatch(gold)
+    prediction_is_rounded = _ROUNDED.fullmatch(prediction)
+    literal = _decimal(_rounded_value(gold_is_rounded) if gold_is_rounded else gold)
+    answer = _rounded_value(prediction_is_rounded) if prediction_is_rounded else prediction
     if literal is None:
         return None
-    value, half_step, places, counting = literal
+    value, half_step, places, num_significant = literal
     other = _decimal(answer)
-    if other is not None and other[2] > places and (counting > 1 or rounded):
+    if other is not None and other[2] > places and (num_significant > 1 or gold_is_rounded):
         return _rounds_to(other[0], value, half_step) or None
-    if rounded and (exact_value := value_of(answer)) is not None:
+    if gold_is_rounded and (exact_value := value_of(answer)) is not None:
         return _rounds_to(exact_value, value, half_step)
-    if (said or rounded) and other is not None:
+    if (prediction_is_rounded or gold_is_rounded) and other is not None:
         return other[0] == value
     return None
 
 
-def _unrounded(text: str) -> str:
-    return text.strip().rstrip("(,{").strip()
+def _rounded_value(rounded: re.Match[str]) -> str:
+    """The number in a match of `_ROUNDED`: `3.14` for `3.14 (to 2 d.p.)`."""
+    return (rounded[1] or rounded[2]).strip().rstrip("(,{").strip()
 
 
 def _rounds_to(value: Any, rounded: Fraction, half_step: Fraction) -> bool:
@@ -99,7 +109,12 @@ def _rounds_to(value: Any, rounded: Fraction, half_step: Fraction) -> bool:
 
 
 def _decimal(text: str) -> tuple[Fraction, Fraction, int, int] | None:
-    """(value, half a step of its last place, places relative to its exponent, digits that count) of a literal."""
+    r"""Reads a decimal literal, possibly with an exponent: `3.14`, `6.02 \cdot 10^{23}`; None for other texts.
+
+    Returns:
+        (value, half a unit of its last place, number of decimal places less the exponent, number of significant digits
+        or 0 when it states no precision).
+    """
     match = _DECIMAL.fullmatch(text.strip())
     if match is None or len(text) > MAX_DIGITS:
         return None
@@ -107,13 +122,13 @@ def _decimal(text: str) -> tuple[Fraction, Fraction, int, int] | None:
     scale = Fraction(10) ** (exponent - len(match[3]))
     digits = match[2] + match[3]
     value = int(digits) * scale
-    # Halves and quarters are rarely rounded ones.
-    counting = len(digits.lstrip("0")) if exponent or value.denominator > 4 else 0
-    return (-value if match[1] == "-" else value), scale / 2, len(match[3]) - exponent, counting
+    # A whole number, half or quarter is usually exact, not rounded.
+    num_significant = len(digits.lstrip("0")) if exponent or value.denominator > 4 else 0
+    return (-value if match[1] == "-" else value), scale / 2, len(match[3]) - exponent, num_significant
 
 
 def _numeral(text: str) -> Numeral | None:
-    """A numeral that names its base, or None."""
+    """Reads a numeral that names its base, such as `1011_2`, `0xFF` or `12 (base 5)`; None for other texts."""
     if match := _PROGRAMMING.fullmatch(text):
         sign, digits, base = match[1], match[3], 16 if match[2] in "xX" else 2
     elif match := _NUMERAL.fullmatch(text):
@@ -123,7 +138,7 @@ def _numeral(text: str) -> Numeral | None:
     else:
         return None
     whole, _, fraction = digits.upper().partition(".")
-    # a_{16} is a term of a sequence.
+    # One lower-case letter, as in `a_{16}`, is a term of a sequence.
     is_symbol = len(digits) == 1 and digits.islower()
     if not 2 <= base <= 36 or is_symbol or len(digits) > MAX_DIGITS:
         return None

@@ -1,6 +1,7 @@
-r"""Equations, inequalities and memberships: `x = 5` may stand for `5`, `x > 3` for `(3, \infty)`, `3 = 7` for nothing.
+r"""Compares equations, inequalities, memberships and residues.
 
-`part` compares two parts.
+`x = 5` equals `5`, and `x > 3` equals `(3, \infty)`. A chain of values must be true: `x = 2 + 3 = 5` is 5, but `3 = 7`
+equals no value. The argument `part` of each function compares two parts.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ _NAME += r"|\\frac\s*\{\s*d\s*\w\s*\}\s*\{\s*d\s*\w\s*\}"
 _NAME += rf"|\\(?!pi|infty)[a-zA-Z]+|(?![ei]\b)[a-zA-Z])'*(?:_\s*(?:\{{[^{{}}]*\}}|\w))?'*(?:{_ARGUMENTS})?"
 _NAME += rf"|[A-Z]\s*\^\s*\{{\s*-1\s*\}}|[a-z]\s*\^\s*\{{\s*-1\s*\}}{_ARGUMENTS}"
 _LABEL = re.compile(rf"{_NAME}|\|\s*(?:[A-Z]{{2}}|\\vec\s*\{{?\w+\}}?)\s*\||\(\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])+\s*\)")
+r"""The name of a value: `x`, `f(x)`, `\angle ABC`, `\text{Area}`, `dy/dx`, `|AB|`, `(x, y)`."""
 _RESIDUE = re.compile(
     r"(?:([a-zA-Z])\s*(\\equiv|=)\s*)?(-?\d{1,300})\s*(\\pmod|\(\s*(?:\\mod|mod)|\\mod|mod)\s*\{?\s*(\d{1,300})\s*\}?\s*\)?"
 )
+r"""`x \equiv 3 \pmod 7`, `3 \pmod 7`, `3 (mod 7)`"""
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 _EQUALS = frozenset(("=",))
 
 
 def same_relation(prediction: str, gold: str, part: Part) -> bool | None:
-    """Compares what two relations say; None when neither is one."""
+    """Compares two relations, or a relation with a value; None when neither answer is a relation."""
     if ("mod" in prediction or "mod" in gold) and (same := _same_residues(prediction, gold, part)) is not None:
         return same
     (parts, signs), (gold_parts, gold_signs) = _split(prediction), _split(gold)
@@ -58,7 +61,7 @@ def same_relation(prediction: str, gold: str, part: Part) -> bool | None:
 
 
 def as_interval(text: str) -> tuple[str, str] | None:
-    """(variable, interval) of an inequality in one variable, or None."""
+    r"""Returns (variable, interval) of an inequality in one variable: `x \ge 3` is ("x", "[3,\infty)"); or None."""
     parts, signs = _split(text)
     if not signs or not set(signs) <= _FLIPPED.keys():
         return None
@@ -77,7 +80,7 @@ def as_interval(text: str) -> tuple[str, str] | None:
         strict_lower, strict_upper = signs[0] == "<", signs[1] == "<"
     else:
         return None
-    # `\ge 5` leaves the variable out.
+    # The variable may be missing, as in `\ge 5`.
     if not (_LABEL.fullmatch(variable) or (len(signs) == 1 and not variable)) or not lower or not upper:
         return None
     strict_lower, strict_upper = strict_lower or lower == "-\\infty", strict_upper or upper == "\\infty"
@@ -102,7 +105,7 @@ def _same_intervals(
 
 
 def _assigned(parts: list[str], signs: list[str], part: Part) -> tuple[str, str] | None:
-    r"""(label, value) of `x = 5`, `x \in S` or a chain of equal values, `x = 2 + 3 = 5`; or None."""
+    r"""Returns (label, value) of `x = 5`, of `x \in S`, or of a chain of equal values `x = 2 + 3 = 5`; or None."""
     if signs == ["\\in"] and _LABEL.fullmatch(parts[0]):
         return parts[0], parts[1]
     if not signs or set(signs) != _EQUALS:
@@ -116,16 +119,19 @@ def _assigned(parts: list[str], signs: list[str], part: Part) -> tuple[str, str]
 
 
 def _same_inequality(parts: list[str], sign: str, gold_parts: list[str], gold_sign: str) -> bool:
-    """Up to a positive factor, and a negative one with the sign turned."""
-    strict = {"<": True, ">": True}
-    if strict.get(sign, False) != strict.get(gold_sign, False):
+    """Compares two inequalities up to a factor. A negative factor turns the sign: `2x + y < 4` is `-2x - y > -4`."""
+    strict = ("<", ">")
+    if (sign in strict) != (gold_sign in strict):
         return False
     gold_sides = (gold_parts[0], gold_parts[1]) if sign == gold_sign else (gold_parts[1], gold_parts[0])
     return bool(same_equation((parts[0], parts[1]), gold_sides, ordered=True))
 
 
 def _readings(parts: list[str], signs: list[str]) -> list[str]:
-    r"""The value before and after the last `\approx`, if the one rounds to the other; the text itself without one."""
+    r"""The values that a text with `\approx` states: `x = \pi \approx 3.14` states `\pi` and `3.14`.
+
+    None of them when the first does not round to the second. A text without `\approx` states itself.
+    """
     if "\\approx" not in signs:
         return ["".join(f"{part} {sign} " for part, sign in zip(parts, [*signs, ""], strict=True)).strip()]
     index = len(signs) - 1 - signs[::-1].index("\\approx")
@@ -136,7 +142,7 @@ def _readings(parts: list[str], signs: list[str]) -> list[str]:
 
 
 def _residue(text: str) -> tuple[str, int, int] | None:
-    r"""(variable, residue, modulus) of `x \equiv 3 \pmod 7`, or None; `17 \bmod 5` is an expression."""
+    r"""Returns (variable, residue, modulus) of `x \equiv 3 \pmod 7`; or None. `17 \bmod 5` is not a residue but 2."""
     match = _RESIDUE.fullmatch(text)
     if match is None or int(match[5]) == 0 or (match[4] in ("\\mod", "mod") and match[2] != "\\equiv"):
         return None
@@ -144,7 +150,11 @@ def _residue(text: str) -> tuple[str, int, int] | None:
 
 
 def _same_residues(prediction: str, gold: str, part: Part) -> bool | None:
-    """Residues modulo the same number; a residue against its plain value; None when neither is one."""
+    r"""Compares two residues, or a residue with a plain number; None when neither answer is a residue.
+
+    Two residues are equal when they have the same modulus and differ by a multiple of it: `3 \pmod 7` equals
+    `10 \pmod 7`.
+    """
     first, second = _residue(prediction), _residue(gold)
     if first and second:
         same_name = first[0] == second[0] or not (first[0] and second[0])
@@ -155,7 +165,7 @@ def _same_residues(prediction: str, gold: str, part: Part) -> bool | None:
 
 
 def _split(text: str) -> tuple[list[str], list[str]]:
-    """Parts and signs of one relation; a list of relations is not one."""
+    """Splits one relation into (parts, signs); a list of relations stays one part."""
     if len(split(text, COMMAS)[0]) > 1:
         return [text], []
     return split(text, RELATIONS)

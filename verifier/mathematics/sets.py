@@ -1,8 +1,10 @@
-r"""Sets of real numbers by what they contain: intervals, unions, differences, inequalities, `x \ne 2`, finite sets.
+r"""Compares sets of real numbers by the numbers they contain.
 
-`(-2,0) \cup [0,3]` is `-2 < x \le 3`, `|x| < 3` is `(-3,3)`, `\mathbb{R} \setminus \{2\}` is `x \ne 2`. A bound is a
-constant, exact where it is rational, else compared to `BITS` bits. Everything else (symbolic bounds, tuples, other
-dimensions) is not a set here.
+A set may be an interval, a union, an intersection, a difference, an inequality, `x \ne 2` or a finite set. For example
+`(-2,0) \cup [0,3]` equals `-2 < x \le 3`, `|x| < 3` equals `(-3,3)`, and `\mathbb{R} \setminus \{2\}` equals `x \ne 2`.
+
+A bound is a constant: exact where it is rational, otherwise compared to `BITS` bits. Texts with symbolic bounds, tuples
+and sets of other dimensions are not sets of this module.
 """
 
 from __future__ import annotations
@@ -24,29 +26,36 @@ MAX_PARTS = 32
 _REALS = re.compile(
     r"\\mathbb\s*\{?\s*R\s*\}?|(?:\\text\s*\{)?\s*(?:all\s+)?real(?:s|\s+numbers?)(?:\s+[a-z])?\s*\}?", re.IGNORECASE
 )
+r"""`\mathbb{R}`, `all real numbers`"""
 _EXCEPT = re.compile(
     r"(?:\\text\s*\{)?\s*all\s+real\s+numbers\s+(?:[a-z]\s+)?(?:except|other\s+than)\s*\}?\s*(.+)", re.IGNORECASE
 )
+"""`all real numbers except 2`"""
 _EMPTY = re.compile(r"\\emptyset|(?:the\s+)?empty\s+set|\\\{\s*\\\}", re.IGNORECASE)
+r"""`\emptyset`, `empty set`, `\{ \}`"""
 _ABSOLUTE = re.compile(r"(?:\||\\lvert)([^|]+)(?:\||\\rvert)")
+"""`|x - 1|`"""
 _REVERSED = re.compile(r"([\[\]])([^\[\](){};,]+)[,;]([^\[\](){};,]+)([\[\]])")
+"""`]0, 1[`: the French spelling of an open interval."""
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 Bound = tuple[Any, int]
-"""A value and -1, 0 or 1: just below it, at it, just above it."""
+"""(value, side): side -1 is just below the value, 0 at the value, 1 just above it."""
 Interval = tuple[Bound, Bound]
 _ALL: list[Interval] = [((-math.inf, 1), (math.inf, -1))]
 
 
 class RealSet(NamedTuple):
-    """Disjoint intervals in order, and the variable that the text names, or nothing."""
+    """A set of real numbers."""
 
     intervals: list[Interval]
+    """Disjoint and in rising order."""
     variable: str = ""
+    """The variable in the text, as `x` of `x > 3`; empty without one."""
 
 
 def same_real_set(prediction: str, gold: str) -> bool | None:
-    """Whether two sets contain the same numbers; None when one is not a set, or neither is more than a list."""
+    """Whether two sets contain the same numbers; None when one answer is not a set, or neither is written as one."""
     if not (_looks_like_a_set(prediction) or _looks_like_a_set(gold)):
         return None
     first = as_real_set(prediction)
@@ -59,7 +68,7 @@ def same_real_set(prediction: str, gold: str) -> bool | None:
 
 
 def as_real_set(text: str) -> RealSet | None:
-    """The set that a normalized text describes, or None."""
+    """The set that a normalized text describes; None when it describes none."""
     for separators, combine in ((frozenset((";", "\\cup")), _union), (frozenset((",", "\\cap")), _intersection)):
         parts, found = split(text, separators)
         if len(parts) > MAX_PARTS:
@@ -80,7 +89,10 @@ def as_real_set(text: str) -> RealSet | None:
 
 
 def _combined(sets: list[RealSet], combine: Any, *, is_list: bool) -> RealSet | None:
-    """`x < -1, x > 1` is a union, because nothing is both; `x > 2, x < 5` is both."""
+    """Combines the sets of a list or an operator by `combine`.
+
+    Two inequalities in a list are an intersection, `x > 2, x < 5`, unless that is empty: `x < -1, x > 1` is a union.
+    """
     if len({each.variable for each in sets} - {""}) > 1:
         return None
     intervals = sets[0].intervals
@@ -115,7 +127,8 @@ def _simple_set(text: str) -> RealSet | None:
             return None
         return RealSet(_union([], [((value, 0), (value, 0)) for value in values]))
     if len(collection.items) == 2 and collection.opener in "([" and collection.closer in ")]":
-        return _interval(collection.opener, *collection.items, collection.closer)
+        low, high = collection.items
+        return _interval(collection.opener, low, high, collection.closer)
     return as_real_set(collection.items[0]) if len(collection.items) == 1 and collection.opener == "(" else None
 
 
@@ -156,7 +169,7 @@ def _relation(text: str) -> RealSet | None:
 
 def _interval(opener: str, low: str, high: str, closer: str) -> RealSet | None:
     first, second = _bound(low), _bound(high)
-    # Without a number in it, it is a point that is meant: (0,0).
+    # An empty interval is a point instead: `(0,0)`.
     is_closed = opener == "[" and closer == "]"
     if first is None or second is None or first > second or (first == second and not is_closed):
         return None
@@ -166,7 +179,7 @@ def _interval(opener: str, low: str, high: str, closer: str) -> RealSet | None:
 
 
 def _bound(text: str) -> Any:
-    """A constant as a fraction, or an infinity; None for anything else."""
+    """The value of a bound: a fraction or an infinity; None when it is not constant."""
     text = text.replace(" ", "")
     if text in ("\\infty", "+\\infty", "-\\infty"):
         return -math.inf if text[0] == "-" else math.inf
@@ -175,7 +188,11 @@ def _bound(text: str) -> Any:
 
 
 def _exactly(value: Any) -> Fraction | None:
-    """A Fraction as it is; a real number as the simple fraction it is, or to `BITS` bits; None beyond the bounds."""
+    """A value as a Fraction, so that bounds can be compared exactly; None beyond `MAX_BITS`.
+
+    A real number becomes the fraction with a denominator of at most `MAX_SIMPLE` that it agrees with, or otherwise is
+    rounded to `BITS` bits.
+    """
     if isinstance(value, Fraction) or not value:
         return Fraction(value) if isinstance(value, Fraction) else Fraction(0)
     context, size = value.context, value.context.mag(value)

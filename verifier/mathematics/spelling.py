@@ -1,4 +1,4 @@
-"""The table of spellings: what a LaTeX command or Unicode sign is rewritten to, and the functions that are known."""
+"""The table of spellings: the replacement of every LaTeX command and Unicode sign, and the names of known functions."""
 
 from __future__ import annotations
 

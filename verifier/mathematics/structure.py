@@ -1,7 +1,7 @@
-r"""Structure: cuts a normalized answer at its outermost level, without looking into its expressions.
+r"""Splits a normalized answer at its outermost level, without parsing its expressions.
 
-Lists, tuples, sets, intervals, unions and relations are cut here; brackets are counted, not matched by kind,
-so that `[0,1)` is one item. All functions are linear in the length of the text and never raise.
+It splits lists, tuples, sets, intervals, unions and relations. Brackets are counted and not matched by kind, so that
+`[0,1)` is one item. All functions are linear in the length of the text and never raise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ _CLOSERS = frozenset((")", "]", "}", "\\}", "\\rangle", "\\rfloor", "\\rceil", "
 _COLLECTION_OPENERS = frozenset(("(", "[", "\\{", "\\langle"))
 _COLLECTION_CLOSERS = frozenset((")", "]", "\\}", "\\rangle"))
 _SET_BUILDER = re.compile(r"\s*\\?[a-zA-Z]+\s*(?:\\in\s*\\mathbb\{R\}\s*)?(?:\||\\mid(?![a-zA-Z])|:)(.+)$", re.DOTALL)
+r"""`x \in \mathbb{R} \mid x > 0`, `x : x > 0`"""
 
 COMMAS = frozenset((",", ";"))
 UNIONS = frozenset(("\\cup",))
@@ -24,7 +25,7 @@ RELATIONS = frozenset(("=", "<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\approx"
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """Items between one pair of outermost brackets."""
+    """The items between one pair of outermost brackets."""
 
     opener: str
     closer: str
@@ -32,7 +33,7 @@ class Collection:
 
 
 def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
-    """The stripped parts of `text` between outermost separators, and the separators in order."""
+    """Splits `text` at separators outside all brackets; returns (the stripped parts, the separators), both in order."""
     parts, found, start = [], [], 0
     for token, position, depth in _tokens_with_depth(text):
         if depth == 0 and token in separators:
@@ -43,7 +44,7 @@ def split(text: str, separators: frozenset[str]) -> tuple[list[str], list[str]]:
 
 
 def as_collection(text: str) -> Collection | None:
-    """`text` as one bracketed collection, or None when its first bracket does not close at its end."""
+    """`text` as one collection in brackets; None unless its first bracket closes at its end."""
     tokens = list(_tokens_with_depth(text))
     if len(tokens) < 2 or tokens[0][0] not in _COLLECTION_OPENERS or tokens[-1][0] not in _COLLECTION_CLOSERS:
         return None
@@ -56,7 +57,7 @@ def as_collection(text: str) -> Collection | None:
 
 
 def set_condition(collection: Collection) -> str | None:
-    r"""The condition of a set-builder `\{x | condition\}`, or None."""
+    r"""The condition of a set in the form `\{x | condition\}`; None for other collections."""
     if collection.opener != "\\{" or len(collection.items) != 1:
         return None
     match = _SET_BUILDER.match(collection.items[0])
@@ -64,7 +65,7 @@ def set_condition(collection: Collection) -> str | None:
 
 
 def _tokens_with_depth(text: str) -> Iterator[tuple[str, int, int]]:
-    """(token, position, depth) where brackets themselves have the depth outside them."""
+    """Yields (token, position, nesting depth); a bracket has the depth outside it."""
     depth = 0
     for match in _TOKEN.finditer(text):
         token = match[0]

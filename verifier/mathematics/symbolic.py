@@ -1,8 +1,9 @@
-r"""The last layer: sums, products, limits and integrals, through latex2sympy2_extended and sympy.
+r"""The last layer: compares sums, products, limits and integrals with latex2sympy2_extended and sympy.
 
-Text reaches the LaTeX parser only if every token is on the whitelist below and every bound holds: length, nesting,
-small integers, no power inside an exponent, factorials of short arguments only. Nothing is evaluated that those bounds
-do not keep small, and unevaluated sums and integrals stay unevaluated. The scoring pool's deadline stands behind it.
+Text reaches sympy's LaTeX parser only when every token is on the whitelist below and the text keeps every bound: its
+length and nesting, the size of integers, no power inside an exponent, factorials only of short arguments. The bounds
+keep everything that sympy evaluates small; sums and integrals stay unevaluated. The deadline of the scoring pool limits
+whatever takes long all the same.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ MAX_INTEGER_DIGITS = 3
 _NAMES = "frac sqrt sum prod int lim to infty pi cdot binom alpha beta gamma theta lambda mu sigma omega phi psi"
 _COMMANDS = FUNCTIONS | frozenset(_NAMES.split())
 _ALLOWED = re.compile(r"\\([a-zA-Z]+)|([a-zA-Z](?![a-zA-Z]{3}))|(\d+)|[-+/^_!(){}=., |]")
+"""One allowed token: a command, a run of at most three letters, an integer, or a sign."""
 _FACTORIAL = re.compile(r"(?:\d{1,2}|[a-zA-Z]|\((?:\d{0,2}[a-zA-Z])?(?:[-+]\d{1,2})?\))\s*!(?!\s*!)")
+"""`12!`, `n!`, `(2n+1)!`; not `n!!`."""
 _NEEDED = re.compile(r"\\(?:sum|prod|int|lim)(?![a-zA-Z])")
+"""The commands that need sympy."""
 _EXPONENT = re.compile(r"\^\s*(?:\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|.)")
+"""An exponent in braces, or one character."""
 
 
 def is_admitted(text: str) -> bool:
-    """Whether a normalized text needs the LaTeX parser, and may be given to it."""
+    """Whether a normalized text has a sum, product, integral or limit, and passes the whitelist and the bounds."""
     if not _NEEDED.search(text):
         return False
     if len(text) > MAX_CHARACTERS or not _nesting_is_bounded(text):
@@ -46,11 +51,11 @@ def is_admitted(text: str) -> bool:
 
 
 def same_symbolic(prediction: str, gold: str) -> bool | None:
-    """Whether sympy proves two admitted texts equal; None when one is not admitted or is not an expression."""
+    """Whether sympy proves two texts equal; None when one of them is not admitted or is not an expression."""
     if not (is_admitted(prediction) and is_admitted(gold)):
         return None
     sympy, latex2sympy = _load()
-    # The parser and sympy raise whatever they like on text they do not understand; not understood is not equal.
+    # The parser and sympy may raise any exception on text they do not understand. Such answers stay undecided.
     try:
         first, second = latex2sympy(prediction), latex2sympy(gold)
         if not (isinstance(first, sympy.Expr) and isinstance(second, sympy.Expr)):
@@ -65,7 +70,7 @@ def same_symbolic(prediction: str, gold: str) -> bool | None:
 
 
 def prepare() -> None:
-    """Loads sympy and the LaTeX parser (half a second), so that no deadline has to pay for it."""
+    """Imports sympy and the LaTeX parser (half a second), so that this time counts against no deadline."""
     _load()
 
 

@@ -1,6 +1,7 @@
-r"""The tree of an expression, and the tokens it is read from: the whitelist everything symbolic passes first.
+r"""The tree of an expression, and the tokenizer of the parser.
 
-Only the commands, signs and single letters named here are tokens; anything else is a `ParseError`.
+The tokenizer is a whitelist: only commands, the signs named here, numbers and single letters are tokens. Any other
+character raises `ParseError`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _TOKEN = re.compile(
 
 
 class ParseError(ValueError):
-    """Not an expression of the grammar, or too long or too deep."""
+    """The text is not an expression of the grammar, or is too long or nested too deep."""
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A literal, exact."""
+    """A literal number, exactly."""
 
     value: Fraction
 
@@ -43,11 +44,11 @@ class Symbol:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """`add`, `mul`, `div`, `neg`, `pow`, `root` (radicand, degree), `log` (argument, base), `sum` and `prod` (index,
-    lower, upper, term), or a function's name.
-    """
+    """An operation or function and its arguments."""
 
     name: str
+    """`add`, `mul`, `div`, `neg`, `pow`, `root` (radicand, degree), `log` (argument, base), `sum` and `prod` (index,
+    lower, upper, term), or the name of a function."""
     arguments: tuple[Node, ...]
 
 
@@ -55,10 +56,10 @@ Node = Number | Symbol | Operation
 
 
 def check_depth(root: Node) -> Node:
-    """`root`, if later walks over it stay within Python's recursion limit.
+    """Returns `root` unchanged, so that recursive functions on it stay within Python's recursion limit.
 
     Raises:
-        ParseError: when a branch is longer than `MAX_DEPTH`.
+        ParseError: when the tree is deeper than `MAX_DEPTH`.
     """
     level, depth = [root], 0
     while level:
@@ -70,7 +71,7 @@ def check_depth(root: Node) -> Node:
 
 
 def free_symbols(node: Node) -> frozenset[str]:
-    """The names of the variables in a tree, constants left out."""
+    r"""The names of the variables in a tree, without constants such as `\pi` and without the index of a sum."""
     if isinstance(node, Symbol):
         return frozenset() if node.name in CONSTANTS else frozenset((node.name,))
     if isinstance(node, Operation):
@@ -80,7 +81,9 @@ def free_symbols(node: Node) -> frozenset[str]:
 
 
 def whole_symbols(node: Node) -> frozenset[str]:
-    """The variables that stand for whole numbers: in factorials, binomials, limits of sums, or over a negative base."""
+    """The variables that must be whole numbers: in factorials, binomials, limits of sums, and exponents of negative
+    numbers, as in (-1)^n.
+    """
     if not isinstance(node, Operation):
         return frozenset()
     names = frozenset[str]().union(*(whole_symbols(argument) for argument in node.arguments))
@@ -98,7 +101,7 @@ CONSTANTS = frozenset(("\\pi", "e", "i", "\\infty"))
 
 
 def tokenize(text: str) -> list[str]:
-    """The tokens of a normalized expression; bare words such as `sqrt` become commands.
+    r"""Returns the tokens of a normalized expression. Bare words such as `sqrt` become commands, `\sqrt`.
 
     Raises:
         ParseError: for a character outside the grammar, or a text that is too long.
@@ -117,7 +120,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def read_number(token: str) -> Number:
-    """A number token, exactly; `1.5e-3` too."""
+    """The exact value of a number token such as `12`, `0.5` or `1.5e-3`."""
     mantissa, _, exponent = token.replace("E", "e").partition("e")
     if not mantissa.strip("."):
         raise ParseError("a point without digits")
@@ -127,7 +130,7 @@ def read_number(token: str) -> Number:
 
 
 class Cursor:
-    """A position in a list of tokens."""
+    """A position in a list of tokens, with the methods that a parser reads by."""
 
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
@@ -135,26 +138,26 @@ class Cursor:
         self.open_bars = 0
 
     def peek(self) -> str:
-        """The next token, or nothing at the end."""
+        """The next token; empty at the end."""
         return self.tokens[self.position] if self.position < len(self.tokens) else ""
 
     def next(self) -> str:
-        """The next token, passed."""
+        """Moves past the next token and returns it."""
         token = self.peek()
         self.position += 1
         return token
 
     def take(self, *wanted: str) -> str:
-        """The next token, passed, if it is one of these; or nothing."""
+        """Moves past the next token and returns it if it is one of these; empty otherwise."""
         return self.next() if self.peek() in wanted and self.peek() else ""
 
     def expect(self, wanted: str) -> None:
-        """Passes this token; a `ParseError` for any other."""
+        """Moves past this token; raises `ParseError` for any other."""
         if self.next() != wanted:
             raise ParseError(f"{wanted!r} is missing")
 
     def raw_group(self) -> str:
-        """The tokens of a braced group (or one token) as text, for names."""
+        """Moves past a group in braces, or one token, and returns its text, as needed for names."""
         if not self.take("{"):
             return self.next()
         parts, level = [], 1

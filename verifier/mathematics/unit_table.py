@@ -1,4 +1,4 @@
-"""The table of units: every spelling with its dimension and its size in the dimension's own unit."""
+"""The table of units: the dimension of every spelling, and its size in the base unit of that dimension."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _OTHERS = {
 
 @cache
 def unit_sizes() -> dict[str, tuple[str, Fraction]]:
-    """(dimension, size) of every spelling."""
+    """Returns (dimension, size) by spelling: `km` is ("length", 1000)."""
     units: dict[str, tuple[str, Fraction]] = {}
     for symbol, line in _METRIC.items():
         dimension, *aliases = line.split()

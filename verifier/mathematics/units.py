@@ -1,9 +1,13 @@
-r"""Units: takes the unit off a value, so that `80\text{ cents}` and `80` agree while `5 cm` and `5 m` do not.
+r"""Separates values from their units, and compares quantities.
 
-A unit that one side lacks may be present on the other; where both name one, `5 m` is `500 cm`, and units of different
-dimension, or different counted things (`apples`, `oranges`), differ. A percent is its number with the sign left out,
-or its value: `50\%` is 50 and 0.5, but 50 is never 0.5. Degrees without their sign are degrees, or radians where the
-other side has a \pi.
+The rules:
+
+- A unit may be missing on one side: `80\text{ cents}` equals `80`.
+- Units of one dimension are converted: `5 m` equals `500 cm` and differs from `5 cm`.
+- Units of different dimensions differ, and so do different counted things: `6 apples` and `6 oranges`.
+- A percentage equals its number and its value: `50\%` equals 50 and 0.5. But 50 never equals 0.5.
+- An angle without a unit is in degrees, or in radians where either side has a `\pi`: `180^\circ` equals `180` and
+  `\pi`.
 """
 
 from __future__ import annotations
@@ -19,37 +23,47 @@ from verifier.mathematics.unit_table import unit_sizes
 
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _NO_UNIT = frozenset(("unit", "units", "total", "in total", "exactly", "approx", "approximately", "only", "ways"))
-# What these end is another number, what these are part of says another thing, and `xyz` are variables.
+# Words behind a value that are not a counted thing:
+# they change the value, as `5 squared` does,
 _OTHER_NUMBER = NUMBER_WORDS | FUNCTIONS | _POWERS.keys() | {"factorial"}
+# or they deny it, as `5 incorrect` does,
 _DENIALS = frozenset(("plus", "minus", "not", "or", "but", "wrong", "incorrect"))
+# or they are variables: a word that is a stretch of the alphabet, as `xyz`.
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 _CURRENCY = re.compile(
     r"^([-+]?)\s*(?:\\?\$|(?:\\text\s*\{\s*)?\\(euro|pounds|yen|rupees)\s*\}?"
     r"|(US\\?\$|USD|EUR|Rs\.?(?![a-z])|\\text\s*\{\s*Rs\.?\s*\}))\s*([-+]?)"
 )
+r"""A currency in front of a number: `\$5`, `\euro 5`, `USD 5`."""
 _UPRIGHT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _WORD = r"(?:(?:\\mu\s*)?[a-zA-ZμΩ¢]+|\\Omega)\.?(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 _FACTOR = rf"(?:(?:\\mu\s*)?\\text\s*\{{[^{{}}]*\}}(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|-?\d))?|{_WORD})"
 _TRAILING = re.compile(
     rf"(?<=[\d)}}\]!'a-z])(?P<gap>\s+|(?<![a-zA-Z])|(?=\\))(?P<unit>{_FACTOR}(?:\s*(?:/|\\cdot|\s)\s*{_FACTOR})*|\\%|\\degree(?:\s*{_FACTOR})?)$"
 )
+r"""A unit at the end of a value: `5 cm`, `3\text{ m/s}`, `50\%`, `30\degree C`."""
 _UNIT_TOKEN = re.compile(r"([a-zA-ZμΩ¢]+\.?|\\Omega)(?:\s*\^\s*\{?\s*(-?\d)\s*\}?)?|/")
 _ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|cis)")
 _RADIANS = re.compile(r"\\pi|\\arc|\\(?:sin|cos|tan|cot|sec|csc)\s*\^\s*\{?\s*-")
+r"""Signs that an angle is in radians: `\pi`, `\arctan`, `\sin^{-1}`."""
 _COMPOUND = re.compile(r"(?:,\s*)?([\d./]+)\s*(\\text\s*\{[^{}]*\}|[a-zA-Z]+)")
+"""One part of `2 h 30 min`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A product of dimensions with exponents, and its size; or the words of a counted thing."""
+    """A unit of measurement, or a counted thing."""
 
     dimensions: tuple[tuple[str, int], ...] = ()
+    """(dimension, exponent) pairs, sorted: (("length", 1), ("time", -1)) for m/s."""
     size: Fraction = Fraction(1)
+    """Factor to the base units of the dimensions."""
     noun: frozenset[str] = frozenset()
+    """The words of a counted thing, in lower case and singular; empty for a unit of measurement."""
 
     def is_only(self, dimension: str) -> bool:
-        """Whether this is a unit of that one dimension."""
+        """Whether this is a unit of that dimension alone, with exponent 1."""
         return self.dimensions == ((dimension, 1),)
 
 
@@ -58,11 +72,11 @@ Same = Callable[[str, str], bool]
 
 
 def same_quantity(first: tuple[str, Unit], second: tuple[str, Unit], same: Same) -> bool:
-    """Whether two values with their units are the same; `same` compares two bare values."""
+    """Whether two (value, unit) pairs are equal; `same` compares two values without units."""
     (value, unit), (other, other_unit) = first, second
     if unit == other_unit:
         return same(value, other)
-    if not _agree(unit, other_unit):
+    if not _are_compatible(unit, other_unit):
         return _same_angle(first, second, same)
     if unit.dimensions and unit.dimensions == other_unit.dimensions:
         return same(_scaled(value, unit.size), _scaled(other, other_unit.size))
@@ -76,7 +90,7 @@ def same_quantity(first: tuple[str, Unit], second: tuple[str, Unit], same: Same)
 
 
 def split_unit(text: str) -> tuple[str, Unit]:
-    """(value, unit) of a normalized answer; `NO_UNIT` where there is none."""
+    """Splits a normalized answer into (value, unit); the unit is `NO_UNIT` when there is none."""
     if compound := _compound(text):
         return compound
     if text.endswith("\\$"):
@@ -91,7 +105,7 @@ def split_unit(text: str) -> tuple[str, Unit]:
 
 
 def is_bare(text: str, unit: Unit) -> bool:
-    """Whether the unit may be variables instead: letters that nothing sets upright."""
+    r"""Whether the unit may be variables instead: `5 cm` may be 5 times c times m, `5\text{ cm}` is a length."""
     return unit != NO_UNIT and "\\text" not in text and "\\degree" not in text and "\\%" not in text
 
 
@@ -115,7 +129,7 @@ def _split_trailing(text: str) -> tuple[str, Unit]:
 
 
 def _first_trailing(text: str) -> re.Match[str] | None:
-    """The longest end of `text` that reads as a unit behind a value."""
+    """The longest ending of `text` that can be a unit, with a value in front of it."""
     if not re.search(r"[a-zA-Z%}¢]\s*\.?$|degree\s*$|\^\s*\{?-?\d\}?$|\\Omega", text):
         return None
     for match in _TRAILING.finditer(text):
@@ -163,14 +177,15 @@ def _parse_unit(words: str) -> Unit | None:
         last, sign, power = (known[0], known[1], exponent), 1, 0
     if text[position:].strip(" .") or not dimensions:
         return None
-    if litres := dimensions.pop("volume", 0):
-        dimensions["length"] = dimensions.get("length", 0) + 3 * litres
-        size /= 1000**litres
+    # A liter is a cubic decimeter, so volumes in liters and in cubic lengths can be compared.
+    if liters := dimensions.pop("volume", 0):
+        dimensions["length"] = dimensions.get("length", 0) + 3 * liters
+        size /= 1000**liters
     return Unit(tuple(sorted((name, exponent) for name, exponent in dimensions.items() if exponent)), size)
 
 
 def _noun(words: str, gap: str) -> Unit | None:
-    r"""A counted thing, `\text{apples}` or ` apples`; None for what may be variables."""
+    r"""The counted thing in words such as `\text{apples}` or ` apples`; None when the words may be variables."""
     plain = _UPRIGHT.sub(r" \1 ", words)
     names = re.findall(r"[a-zA-Z]+", plain)
     if "\\text" not in words and (not gap or any(len(name) < 3 for name in names) or re.search(r"[\^/]|\\cdot", words)):
@@ -185,7 +200,7 @@ def _noun(words: str, gap: str) -> Unit | None:
 
 
 def _compound(text: str) -> tuple[str, Unit] | None:
-    """`2 hours 30 minutes` as one quantity of the smallest unit named, or None."""
+    """`2 hours 30 minutes` as one quantity in the smallest unit: ("150", minutes); None for other texts."""
     if not text[:1].isdigit():
         return None
     parts, position = [], 0
@@ -203,7 +218,11 @@ def _compound(text: str) -> tuple[str, Unit] | None:
     return str(sum(value * unit.size for value, unit in parts) / smallest.size), smallest
 
 
-def _agree(first: Unit, second: Unit) -> bool:
+def _are_compatible(first: Unit, second: Unit) -> bool:
+    """Whether quantities with these units can be equal: 5 cm can equal 50 mm or 5, but not 5 kg.
+
+    False for degrees and radians, which `_same_angle` compares.
+    """
     if NO_UNIT in (first, second):
         return True
     if first.noun and second.noun:
@@ -215,7 +234,7 @@ def _agree(first: Unit, second: Unit) -> bool:
 
 
 def _same_angle(first: tuple[str, Unit], second: tuple[str, Unit], same: Same) -> bool:
-    """Degrees against radians."""
+    """Whether an angle in degrees equals one in radians."""
     (value, unit), (other, other_unit) = first, second
     if unit.is_only("angle") and (other_unit == NO_UNIT or other_unit.is_only("radian")):
         return same(f"({value})\\cdot \\pi /180", other)

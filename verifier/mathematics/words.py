@@ -1,4 +1,8 @@
-r"""Answers that are words or a letter of a multiple choice: `\text{Evelyn}`, `yes`, `(C)`, `C. 5`, `A, C and D`."""
+r"""Compares answers that are words, or letters of a multiple choice.
+
+Examples: `\text{Evelyn}`, `yes`, `(C)`, `C. 5`, `A, C and D`. Words are compared without case, punctuation, articles
+and plural endings. A choice with a value equals its letter, and equals its value: `(C) 5` equals `C` and `5`.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +15,31 @@ Part = Callable[[str, str], bool]
 
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-Ja-j])\s*\)|([A-J]))[.:]?", re.IGNORECASE)
+"""`(C)`, `C.`, `option C`"""
 _CHOICE_WITH_VALUE = re.compile(r"(?:\(\s*([A-J])\s*\)|([A-J])\s*[).:])\s*(?!\w*\()(\S.*)", re.DOTALL)
+"""`(C) 5`, `C. 5`; not a function value such as `(A) f(x)`."""
 _FURTHER_CHOICE = re.compile(r"(?:^|[\s,;])(?:\(\s*[A-J]\s*\)|[A-J][).:])")
+"""A second choice in the text: `(A) 3 (B) 4`."""
 _LETTERS = re.compile(r"[A-H]{2,8}")
+"""`ACD`"""
 _LETTER_LIST = re.compile(r"\(?[A-H]\)?(?:\s*(?:,|;|and|\s)\s*\(?[A-H]\)?)+")
+"""`A, C and D`"""
 _WORD = re.compile(r"[a-zA-Z]{3}")
 _MATHEMATICAL = re.compile(
     r"[\\^_=<>+/|{}\[\]]|\d\s*[-*]|\w\(|\b(?:" + "|".join(FUNCTIONS | {"sqrt", "cbrt", "pi"}) + r")\b"
 )
 _ROMAN = re.compile(r"[IVX]{2,}")
+"""Roman numerals are compared as letters: `II` differs from `III`."""
 _ARTICLES = frozenset(("the", "a", "an"))
 _YES, _NO = frozenset(("yes", "true")), frozenset(("no", "false"))
 _DOUBT = re.compile(r"\b(?:no|not|or|but|yes|true|false|maybe|however|could)\b|n't")
+"""Words that take back a `yes` or `no` before them: `yes, but only if ...`."""
 _SAME = {"dne": "does not exist", "limit does not exist": "does not exist", "none of these": "none of the above"}
+"""Phrases with the same meaning."""
 
 
 def same_words(prediction: str, gold: str, part: Part) -> bool | None:
-    """Compares choices by letter or value, yes and no, and words without case and punctuation; None for others."""
+    """Compares two choices, two truth values or two texts of words; None for other answers."""
     prediction, gold = _unwrap(prediction), _unwrap(gold)
     if not (gold[:1].isalpha() or gold[:1] == "(" or prediction[:1].isalpha() or prediction[:1] == "("):
         return None
@@ -41,7 +53,7 @@ def same_words(prediction: str, gold: str, part: Part) -> bool | None:
     words = _is_words(gold), _is_words(prediction)
     if "," in prediction or "," in gold or not any(words):
         return None
-    # `-abc` has the letters of `abc`, but may be its negative.
+    # Where only one side is words, the same letters decide nothing: `-abc` may be the negative of `abc`.
     return False if _canonical(prediction) != _canonical(gold) else all(words) or None
 
 
@@ -60,19 +72,19 @@ def _same_choice(prediction: str, gold: str, part: Part) -> bool | None:
 
 
 def _choice(text: str) -> tuple[str, str] | None:
-    """(letter, value or nothing) of a choice."""
+    """Returns (letter, value) of one choice; the value is empty for `(C)`. None for other texts."""
     if match := _CHOICE.fullmatch(text):
-        # A lower-case letter alone is a variable.
+        # A lower-case letter without parentheses is a variable.
         return ((match[1] or match[2]).upper(), "") if match[1] or match[2].isupper() else None
     match = _CHOICE_WITH_VALUE.fullmatch(text)
-    # `(A) 3 (B) 4` chooses nothing.
+    # `(A) 3 (B) 4` lists the choices and chooses none.
     if match and not _FURTHER_CHOICE.search(match[3]):
         return match[1] or match[2], match[3]
     return None
 
 
 def _letters(text: str) -> frozenset[str]:
-    """The letters of several choices, `ACD` or `A, C and D`; empty for anything else."""
+    """The letters of several choices such as `ACD` or `A, C and D`; empty for other texts."""
     is_joined = _LETTERS.fullmatch(text) and list(text) == sorted(set(text))
     if is_joined or _LETTER_LIST.fullmatch(text):
         return frozenset(re.findall(r"[A-H]", text))
@@ -94,7 +106,10 @@ def _unwrap(text: str) -> str:
 
 
 def _is_words(text: str) -> bool:
-    """Words only: a run of three letters, nothing mathematical, no leading digit (that is a value with a unit)."""
+    """Whether the text is words: it has three letters in a row, nothing mathematical, and no digit in front.
+
+    A digit in front makes it a value with a unit, as in `5 apples`.
+    """
     is_framed = not text or text[0] in "-.(0123456789" or text[-1] in "!'"
     return bool(_WORD.search(text)) and not _MATHEMATICAL.search(text) and not is_framed
 
@@ -103,5 +118,5 @@ def _canonical(text: str) -> str:
     words = re.sub(r"[^\w ]", " ", text.lower()).split()
     words = [word for word in words if word not in _ARTICLES] or words
     text = _SAME.get(" ".join(words), " ".join(words))
-    # A plural says nothing else.
+    # The plural counts as the singular: `apples` equals `apple`.
     return re.sub(r"\b(\w{3,}[^s\W])s\b", r"\1", text)

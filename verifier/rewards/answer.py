@@ -1,6 +1,6 @@
-r"""The graders: rewards that judge the answer and decide the verdict. docs/rewards.md has their table.
+r"""The graders: rewards that judge the answer and decide the verdict. docs/rewards.md has a table of them.
 
-`correct`, `wrong` and `no_answer` are options of every grader: what each verdict is worth before weighting.
+Every grader takes the options `correct`, `wrong` and `no_answer`: the reward of each verdict before weighting.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ def accuracy(
     after_thinking: bool = False,
     allow_truncated: bool = True,
 ) -> Grader:
-    """The final answer means the same as the gold, mathematically.
+    """Correct when the final answer is mathematically equal to the gold.
 
     Args:
-        correct, wrong, no_answer: values.
-        format: where the answer stands: `boxed`, `tags` or `any`.
-        after_thinking: an answer counts only behind a closed </think>.
-        allow_truncated: False: what the length limit ended has no answer.
+        correct: reward of a correct answer.
+        wrong: reward of a wrong answer.
+        no_answer: reward without an answer.
+        format: where the answer must stand: `boxed`, `tags` or `any`.
+        after_thinking: an answer counts only in a completion with a closing </think>.
+        allow_truncated: False: a completion that the length limit ended has no answer.
     """
     if format not in ANSWER_FORMATS:
         raise ValueError(f"format is {format!r}; choose one of {', '.join(ANSWER_FORMATS)}")
@@ -52,13 +54,13 @@ def accuracy(
 
 @register("boxed_format")
 def boxed_format(correct: float = 1.0, wrong: float = -0.5, no_answer: float = -1.0) -> Grader:
-    """The seed recipe's: right in the last box, wrong in it, or nothing boxed."""
+    """`accuracy` with the answer in the last box, and a penalty for a wrong or a missing box."""
     return accuracy(correct, wrong, no_answer, format="boxed")
 
 
 @register("boxed_exact")
 def boxed_exact(correct: float = 1.0, wrong: float = -0.5, no_answer: float = -1.0) -> Grader:
-    """The last box as the same whole number, or else the same text without spaces; cheap."""
+    """Compares the last box with the gold as whole numbers, or else as texts without white space. It is fast."""
 
     def grade(completion: Completion) -> Verdict:
         return _verdict(last_boxed(completion.text), lambda answer: _same_exactly(answer, completion.gold))
@@ -68,7 +70,7 @@ def boxed_exact(correct: float = 1.0, wrong: float = -0.5, no_answer: float = -1
 
 @register("countdown")
 def countdown_expression(correct: float = 1.0, wrong: float = 0.1, no_answer: float = 0.0) -> Grader:
-    """TinyZero's: an expression in <answer> with each number once, equal to the target."""
+    """TinyZero: the expression in <answer> uses each given number exactly once and equals the target."""
 
     def grade(completion: Completion) -> Verdict:
         answer = last_tagged(completion.text)
@@ -82,13 +84,13 @@ def countdown_expression(correct: float = 1.0, wrong: float = 0.1, no_answer: fl
 
 @register("countdown_equation")
 def countdown_equation(correct: float = 1.0, wrong: float = 0.0, no_answer: float = 0.0) -> Grader:
-    """mini-deepseek-r1's: `countdown` without the reward for an answer that is wrong."""
+    """mini-deepseek-r1: `countdown` with a reward of 0 for a wrong answer."""
     return countdown_expression(correct, wrong, no_answer)
 
 
 @register("multiply")
 def multiply(correct: float = 1.0, wrong: float = 0.1, no_answer: float = 0.0) -> Grader:
-    """TinyZero's: the gold's whole number in <answer>."""
+    """TinyZero: <answer> holds the gold, compared as in `boxed_exact`."""
 
     def grade(completion: Completion) -> Verdict:
         answer = extract_answer(completion.text, format="tags")
@@ -104,11 +106,13 @@ def knights_knaves_roles(
     no_answer: float = -2.0,
     strict_tags: bool = True,
 ) -> Grader:
-    """Logic-RL's: what everyone is, said in <answer> of everyone once and of nobody else.
+    """Logic-RL: <answer> says of every person exactly once whether they are a knight or a knave.
 
     Args:
-        correct, wrong, no_answer: values.
-        strict_tags: an answer counts only where `tag_format` is met too.
+        correct: reward when every person is named as in the gold.
+        wrong: reward when at least one person is not.
+        no_answer: reward when <answer> is missing, or cannot be read as one plain statement per person.
+        strict_tags: an answer counts only in a completion that also passes `tag_format`.
     """
 
     def grade(completion: Completion) -> Verdict:
@@ -142,7 +146,7 @@ def _same_exactly(answer: str, gold: str) -> bool:
 
 
 def as_integer(text: str) -> int | None:
-    """The whole number that `text` writes in ASCII digits, thousands commas and a sign allowed, or None."""
+    """`text` as a whole number, such as `-1,234`; None unless it is ASCII digits with at most a sign and commas."""
     digits = text.strip().replace(",", "").removeprefix("+")
     is_short = digits.removeprefix("-").isdecimal() and digits.isascii() and len(digits) < 1000
     return int(digits) if is_short else None

@@ -1,7 +1,7 @@
 """Countdown: an arithmetic expression that uses every given number exactly once and equals the target.
 
-A recursive-descent parser of its own over + - * / and parentheses, exact in `fractions.Fraction`; nothing is evaluated
-by Python. Expressions are bounded in length and nesting, so every call ends at once.
+A recursive-descent parser reads + - * / and parentheses and computes with `fractions.Fraction`, so results are exact
+and Python never evaluates the text. Length and nesting are bounded, so every call ends at once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _COMMANDS = {"\\times": "*", "\\cdot": "*", "\\div": "/", "\\left": "", "\\right
 
 
 class ExpressionError(ValueError):
-    """Not an expression of whole numbers, + - * / and parentheses, too long, or a division by zero."""
+    """The text is not an expression of whole numbers, + - * / and parentheses, or is too long, or divides by zero."""
 
 
 def evaluate(expression: str) -> tuple[Fraction, list[int]]:
-    """The value of an expression, and the numbers it uses in order.
+    """Returns the value of an expression, and the numbers in it in order.
 
     Raises:
-        ExpressionError: whatever is wrong with it.
+        ExpressionError: when the expression is not valid.
     """
     parser = _Parser(_tokenize(expression))
     value = parser.sum(0)
@@ -66,6 +66,8 @@ def _tokenize(expression: str) -> list[str]:
 
 
 class _Parser:
+    """Computes the value while it reads; `numbers` collects the numbers in order."""
+
     def __init__(self, tokens: list[str]) -> None:
         self.tokens = tokens
         self.position = 0

@@ -1,7 +1,7 @@
-"""Rewards of the form of a completion, whatever its answer. docs/rewards.md has their table.
+"""Rewards for the form of a completion, independent of its answer. docs/rewards.md has a table of them.
 
-Every check is a search for fixed text, linear in the length of the completion. What the template began the completion
-with, as "<think>", is part of its text.
+Every check searches for fixed text, in time linear in the length of the completion. Text that the template puts at the
+beginning of the completion, such as "<think>", belongs to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DEMO_TAGS = ("reasoning", "answer")
 
 
 def has_tags_in_order(text: str, tags: Sequence[str]) -> bool:
-    """Whether the opening and the closing tag of each of `tags` stand in `text` exactly once, all in order."""
+    """Whether `text` has the opening and the closing tag of every element exactly once, and all of them in order."""
     marks = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
     places = [text.find(mark) for mark in marks]
     return min(places) >= 0 and places == sorted(places) and all(text.count(mark) == 1 for mark in marks)
@@ -26,14 +26,14 @@ def has_tags_in_order(text: str, tags: Sequence[str]) -> bool:
 
 @register("tag_format")
 def tag_format(met: float = 1.0, missed: float = -1.0, tags: Sequence[str] = LOGIC_TAGS) -> RewardFunction:
-    """Logic-RL's: each of <think> </think> <answer> </answer> exactly once, in order."""
+    """Logic-RL: <think>, </think>, <answer> and </answer> stand exactly once each, in this order."""
     _check_tags(tags)
     return lambda completion: met if has_tags_in_order(completion.text, tags) else missed
 
 
 @register("xml_format_strict")
 def xml_format_strict(met: float = 0.5, missed: float = 0.0, tags: Sequence[str] = DEMO_TAGS) -> RewardFunction:
-    """The demo's strict one: the elements and nothing else, every tag on a line of its own; a last line end is free."""
+    """grpo_demo, strict: only the elements, each tag on its own line. Line ends after the last tag are allowed."""
     _check_tags(tags)
 
     def reward(completion: Completion) -> float:
@@ -48,7 +48,7 @@ def xml_format_strict(met: float = 0.5, missed: float = 0.0, tags: Sequence[str]
 
 @register("xml_format_soft")
 def xml_format_soft(met: float = 0.5, missed: float = 0.0, tags: Sequence[str] = DEMO_TAGS) -> RewardFunction:
-    """The demo's soft one: begins with the elements, with white space at most between them; what follows is free."""
+    """grpo_demo, soft: the text begins with the elements, separated by white space only. Any text may follow."""
     _check_tags(tags)
 
     def reward(completion: Completion) -> float:
@@ -66,7 +66,7 @@ def xml_format_soft(met: float = 0.5, missed: float = 0.0, tags: Sequence[str] =
 
 @register("countdown_format")
 def countdown_format(met: float = 1.0, missed: float = 0.0) -> RewardFunction:
-    r"""mini-deepseek-r1's: <think>...</think>\n<answer>...</answer> and nothing else."""
+    r"""mini-deepseek-r1: the completion is <think>...</think>\n<answer>...</answer> and nothing else."""
 
     def reward(completion: Completion) -> float:
         text = completion.text
@@ -78,9 +78,9 @@ def countdown_format(met: float = 1.0, missed: float = 0.0) -> RewardFunction:
 
 @register("tag_count")
 def tag_count(value: float = 0.125, tags: Sequence[str] = DEMO_TAGS, penalty: float = 0.001) -> RewardFunction:
-    """The demo's: `value` for every tag that stands once, on a line of its own, less `penalty` per character after all.
+    """grpo_demo: `value` per tag that stands exactly once, on its own line, minus `penalty` per character after them.
 
-    The variant of open-r1: {value: 0.25, tags: [think, answer], penalty: 0.0}.
+    open-r1 uses {value: 0.25, tags: [think, answer], penalty: 0.0}.
     """
     _check_tags(tags)
 
@@ -96,7 +96,7 @@ def tag_count(value: float = 0.125, tags: Sequence[str] = DEMO_TAGS, penalty: fl
 
 @register("integer")
 def integer(met: float = 0.5, missed: float = 0.0) -> RewardFunction:
-    """The demo's: the text in <answer> is a whole number, with a sign or without."""
+    """grpo_demo: the text in <answer> is a whole number, with or without a minus sign."""
 
     def reward(completion: Completion) -> float:
         digits = (last_tagged(completion.text) or "").removeprefix("-")

@@ -1,7 +1,7 @@
-"""Knights and knaves: reads who is said to be what.
+"""Reads an answer to a knights-and-knaves puzzle: which person is said to be a knight, and which a knave.
 
-Only plain statements count, `Zoey is a knight`, numbered or not, one after another: a sentence that says more ("not",
-"or", "if") is not read, and then nothing is. Linear in the length of the text.
+An answer is a list of plain statements such as `Zoey is a knight`, numbered or not. When one sentence says anything
+else ("not", "or", "if"), the whole answer is unreadable. Time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _STATEMENT = re.compile(r"(\S+(?: \S+){0,3}) is an? (knight|knave)", re.IGNORECA
 
 
 def read_gold(gold: str) -> dict[str, bool]:
-    """Who is a knight, by name.
+    """Returns whether each person is a knight, by name.
 
     Raises:
-        ValueError: when `gold` is not a JSON object {"names": [...], "is_knight": [...]} of equally many of both.
+        ValueError: when `gold` is not a JSON object {"names": [...], "is_knight": [...]} with lists of equal length.
     """
     try:
         problem = json.loads(gold)
@@ -39,7 +39,10 @@ def read_gold(gold: str) -> dict[str, bool]:
 
 
 def parse_answer(answer: str, names: Sequence[str]) -> dict[str, bool] | None:
-    """Who is said to be a knight, by name; None unless it is said of each of `names` once, and nothing else is."""
+    """Returns whether each person is said to be a knight, by name.
+
+    None unless the answer has exactly one statement about each person in `names`, and nothing else.
+    """
     if len(answer) > MAX_CHARACTERS:
         return None
     known, said = {name.lower(): name for name in names}, dict[str, bool]()

@@ -1,7 +1,6 @@
-"""Rewards of how long a completion is and how it reasons. docs/rewards.md has their table.
+"""Rewards for the length of a completion and for signs of reasoning in it. docs/rewards.md has a table of them.
 
-Lengths in tokens are those that were sampled; where only the text is known (`num_tokens` is None) a reward of tokens
-abstains.
+A length in tokens is `Completion.num_tokens`. Where only the text is known (None), a reward that needs it abstains.
 """
 
 from __future__ import annotations
@@ -13,9 +12,22 @@ from verifier.base import Completion, RewardFunction, Verdict
 from verifier.rewards.registry import register
 
 REFLECTION = (
-    *("recheck", "rethink", "reassess", "reevaluate", "re-evaluate", "re-examine", "reexamine", "reconsider"),
-    *("reanalyze", "double-check", "check again", "think again", "verify again", "go over the steps"),
+    "recheck",
+    "rethink",
+    "reassess",
+    "reevaluate",
+    "re-evaluate",
+    "re-examine",
+    "reexamine",
+    "reconsider",
+    "reanalyze",
+    "double-check",
+    "check again",
+    "think again",
+    "verify again",
+    "go over the steps",
 )
+"""Words and phrases that the reward `reflection` counts."""
 
 _STEP = re.compile(r"Step \d+:|^\d+\.|^[-*]|First,|Second,|Next,|Finally,", re.MULTILINE)
 _REFLECTION = re.compile("|".join(REFLECTION), re.IGNORECASE)
@@ -29,9 +41,10 @@ def cosine(
     wrong_short: float = -1.0,
     wrong_long: float = -0.5,
 ) -> RewardFunction:
-    """open-r1's: from the short to the long value along half a cosine of the length; short is best where right.
+    """open-r1: the reward follows half a cosine from the `_short` value at length 0 to the `_long` value.
 
-    The length counts up to `max_characters`; past it the cosine would rise again.
+    It reaches the `_long` value at `max_characters` and stays there; the full cosine would turn back. By default a
+    short completion is best when correct, and worst when wrong.
     """
     _check_positive("max_characters", max_characters)
 
@@ -46,12 +59,12 @@ def cosine(
 
 @register("repetition")
 def repetition(ngram_size: int = 3, max_penalty: float = -1.0, unit: str = "words") -> RewardFunction:
-    """open-r1's: `max_penalty` times the share of n-grams that occurred before; 0 for a text without any.
+    """open-r1: `max_penalty` times the share of n-grams that repeat an earlier one; 0 for a text without n-grams.
 
     Args:
         ngram_size: n.
-        max_penalty: 0 or below.
-        unit: `words`, or `characters` for text without spaces.
+        max_penalty: reward of a text in which every n-gram repeats; 0 or below.
+        unit: what n-grams are made of: `words`, or `characters` for languages without spaces between words.
     """
     _check_positive("ngram_size", ngram_size)
     if max_penalty > 0:
@@ -73,7 +86,7 @@ def repetition(ngram_size: int = 3, max_penalty: float = -1.0, unit: str = "word
 
 @register("soft_overlong")
 def soft_overlong(max_tokens: int, cache_tokens: int) -> RewardFunction:
-    """DAPO's: 0 up to max_tokens - cache_tokens, then down in a line to -1 at `max_tokens`, and -1 past it."""
+    """DAPO: 0 up to max_tokens - cache_tokens, then linearly down to -1 at max_tokens, and -1 beyond."""
     _check_positive("cache_tokens", cache_tokens)
     if cache_tokens > max_tokens:
         raise ValueError(f"cache_tokens is {cache_tokens}, more than max_tokens {max_tokens}; lower it")
@@ -89,14 +102,17 @@ def soft_overlong(max_tokens: int, cache_tokens: int) -> RewardFunction:
 
 @register("reasoning_steps")
 def reasoning_steps(num_steps: int = 3) -> RewardFunction:
-    """open-r1's: marks of steps (Step 1:, 1. or - at a line's start, First, Next, ...) over `num_steps`, at most 1."""
+    """open-r1: number of step marks over `num_steps`, at most 1.
+
+    A step mark is "Step 1:", "First,", "Second,", "Next,", "Finally,", or a number or bullet at the start of a line.
+    """
     _check_positive("num_steps", num_steps)
     return lambda completion: min(1.0, len(_STEP.findall(completion.text)) / num_steps)
 
 
 @register("reflection")
 def reflection() -> RewardFunction:
-    """How many words of self-reflection there are (recheck, rethink, ...); meant as a curve, with weight: 0.0."""
+    """Number of words of self-reflection (recheck, rethink, ...). Use weight: 0.0 to plot it without training on it."""
     return lambda completion: float(len(_REFLECTION.findall(completion.text)))
 
 

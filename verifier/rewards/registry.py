@@ -1,8 +1,11 @@
-"""The registry of rewards: a name, and the factory that makes the reward from its options.
+"""The registry of rewards: maps a name to the factory that makes the reward.
 
-A factory takes the options of its `RewardSpec` and returns a `Grader` or a plain reward function. The project's own
-stand in `answer.py`, `format.py` and `length.py`. A reward of one's own lies in any Python file, registered there or
-not, and is named by path; the file is loaded once in every process that scores.
+A factory takes the options of its `RewardSpec` and returns a `Grader` or a plain reward function. A factory enters the
+registry by a call of `register` and in no other way; importing this module registers nothing. `answer.py`, `format.py`
+and `length.py` register the built-in rewards; `verifier.scoring.scorer` imports them.
+
+A user's reward stands in any Python file and is named `FILE.py:NAME`, registered or not. Every process that scores
+loads the file once.
 """
 
 from __future__ import annotations
@@ -23,14 +26,14 @@ RewardFactory = Callable[..., Reward]
 F = TypeVar("F", bound=RewardFactory)
 
 _REGISTRY: dict[str, RewardFactory] = {}
-"""By name; those of a user's file by `FILE.py:NAME`."""
+"""Factories by name; a factory that a user's file registers has the key `FILE.py:NAME`."""
 _FILE_SUFFIX = ".py"
 _loading: list[str] = []
-"""The file that is being loaded, whose registrations are its own."""
+"""Paths of the user's files being loaded, innermost last. `register` puts the innermost before the name."""
 
 
 def register(name: str) -> Callable[[F], F]:
-    """Registers a factory of a reward under `name`; in a file of one's own, under that file's `FILE.py:name`.
+    """Returns a decorator that registers a reward's factory under `name`; in a user's file under `FILE.py:name`.
 
     Raises:
         ValueError: when the name is taken or contains a colon.
@@ -47,15 +50,15 @@ def register(name: str) -> Callable[[F], F]:
 
 
 def registered_names() -> list[str]:
-    """The names a configuration may use without a path, sorted."""
+    """The names that need no path in a configuration, sorted."""
     return sorted(name for name in _REGISTRY if ":" not in name)
 
 
 def find_factory(name: str) -> RewardFactory:
-    """The factory that a configuration means by `name`.
+    """Returns the factory for a name of the configuration; loads its file or module if it is not registered yet.
 
     Raises:
-        ValueError: in one sentence, when there is none, or its file cannot be loaded.
+        ValueError: with one sentence, when there is no such factory or its file cannot be loaded.
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
@@ -76,7 +79,7 @@ def find_factory(name: str) -> RewardFactory:
 
 
 def absolute_name(name: str) -> str:
-    """`name` with the path of its file, if it has one, counted from the root: good in every working directory."""
+    """`name` with an absolute path where it names a file, so that it is valid in every working directory."""
     place, _, attribute = name.rpartition(":")
     return f"{Path(place).expanduser().absolute()}:{attribute}" if place.endswith(_FILE_SUFFIX) else name
 
@@ -84,7 +87,7 @@ def absolute_name(name: str) -> str:
 def _import(place: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(place)
-    # A user's module may raise whatever it likes.
+    # A user's module may raise any exception.
     except Exception as error:
         raise ValueError(
             f"reward: cannot import {place!r} for the reward {name!r} ({type(error).__name__}: {error}); give a file"
@@ -94,10 +97,10 @@ def _import(place: str, name: str) -> ModuleType:
 
 @cache
 def _load_file(path: str) -> ModuleType:
-    """A user's file as a module of its own; what it registers is filed under its path.
+    """Imports a user's file as a module. Its calls of `register` enter the registry under its path.
 
     Raises:
-        ValueError: when it does not exist or raises while it is loaded, a syntax error included.
+        ValueError: when the file does not exist, has a syntax error, or raises while it is imported.
     """
     if not Path(path).is_file():
         raise ValueError(
@@ -108,7 +111,7 @@ def _load_file(path: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    # What an earlier attempt left behind that failed half-way.
+    # An earlier load may have failed after it registered some names.
     for key in [key for key in _REGISTRY if key.startswith(f"{path}:")]:
         del _REGISTRY[key]
     _loading.append(path)
@@ -116,7 +119,7 @@ def _load_file(path: str) -> ModuleType:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise ValueError(f"reward: {error.filename} line {error.lineno} is not valid Python: {error.msg}") from error
-    # It may raise whatever it likes, and may even ask to exit.
+    # A user's file may raise any exception, and may call sys.exit.
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"reward: {path} cannot be loaded ({type(error).__name__}: {error}); it must import without an error"

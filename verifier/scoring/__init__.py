@@ -1,1 +1,1 @@
-"""Scoring in processes of their own, with deadlines and bounded memory."""
+"""Runs rewards in separate processes with deadlines and memory limits."""

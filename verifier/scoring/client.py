@@ -1,8 +1,8 @@
-"""What runs inside one scoring process: limits first, then one completion after another.
+"""The code inside one scoring process: sets limits, then scores one completion after another. `worker.py` starts it.
 
-Memory and processor time are limited: a completion may use the processor for its deadline, rounded up to a second of
-the process, so that a process whose pool is gone or halted ends too. What a reward prints goes nowhere: what it has to
-say it raises. `worker.py` is the other half.
+Memory is limited. Processor time is limited too: a completion may use as much as its deadline, rounded up to a whole
+second. So a process that hangs in a reward ends even when its pool is gone or stopped. Output that a reward prints is
+discarded; a reward reports a problem by raising.
 """
 
 from __future__ import annotations
@@ -24,23 +24,32 @@ from verifier.scoring.messages import Failure, pack_result, unpack_completion
 from verifier.scoring.scorer import Scorer, build_scorer
 
 READY = b"ready"
-"""What a process says when it can score; anything else is the reason why it can't."""
+"""First message of a process that can score. Any other first message is the reason why it cannot."""
 
 
 def serve(connection: Connection, spec: Sequence[RewardSpec], memory_bytes: int, cpu_seconds: float) -> None:
-    """What the process does: limits, the scorer, then a score or a Failure per completion until the pipe closes."""
+    """Main function of the process: answers every completion with a Score or a Failure until the pipe closes.
+
+    Args:
+        connection: this process's end of the pipe to the pool.
+        spec: the task's rewards.
+        memory_bytes: limit of this process's address space.
+        cpu_seconds: processor time per completion.
+
+    Waits for: the next completion. Unblocked by: the pool, or the end of the pool's process.
+    """
     os.setpgid(0, 0)
     own_pid = os.getpid()
     threading.Thread(target=_die_with_parent, name="watch-parent", daemon=True).start()
     _silence()
-    # A pool has as many processes as it may have threads; a reward that imports NumPy must not start one per core.
+    # `num_workers` bounds the cores that scoring uses; NumPy in a reward must not start one thread per core.
     os.environ["OMP_NUM_THREADS"] = "1"
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         scorer = build_scorer(spec)
         scorer.grader.prepare()
-    # Said through the pipe, since a reward of the user's may raise anything.
+    # A user's reward may raise any exception; the pool gets it as a message.
     except Exception as error:
         connection.send_bytes(_sentence(error).encode(errors="replace"))
         return
@@ -51,7 +60,7 @@ def serve(connection: Connection, spec: Sequence[RewardSpec], memory_bytes: int,
             _allow_processor(cpu_seconds)
             result = _score(scorer, completion)
             if os.getpid() != own_pid:
-                # A reward that forked and came back twice: only one of the two may answer.
+                # A reward forked and both processes returned; only the original one may answer.
                 os._exit(1)
             connection.send_bytes(pack_result(result))
 
@@ -61,7 +70,7 @@ def _score(scorer: Scorer, completion: Completion) -> Score | Failure:
         score = scorer(completion)
     except MemoryError:
         return Failure(Verdict.CRASH, "it needs more memory than verifier.memory_bytes")
-    # Whatever a reward raises, even a wish to exit, is this completion's failure and no other's.
+    # An exception, or a call of sys.exit, fails only this completion.
     except (Exception, SystemExit) as error:
         return Failure(Verdict.ERROR, _sentence(error))
     if _left_a_process():
@@ -70,7 +79,7 @@ def _score(scorer: Scorer, completion: Completion) -> Score | Failure:
 
 
 def _left_a_process() -> bool:
-    """Whether a child of this process, running or ended, was not waited for."""
+    """Whether this process has a child, running or ended, that no reward waited for."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
         return True
@@ -78,14 +87,14 @@ def _left_a_process() -> bool:
 
 
 def _allow_processor(seconds: float) -> None:
-    """Let this process use the processor for so long from now on, rounded up; then SIGXCPU ends it, in C code too."""
+    """Allow `seconds` more of processor time, rounded up; then SIGXCPU ends this process, even inside C code."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     soft = math.ceil(time.process_time() + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def _silence() -> None:
-    """Standard output and error lead nowhere."""
+    """Redirect standard output and error to /dev/null."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -95,7 +104,10 @@ def _silence() -> None:
 
 
 def _die_with_parent() -> None:
-    """Ends this process when the actor was killed; one that lets no thread run ends at its limit of processor time."""
+    """Kill this process and its children when the actor's process ends.
+
+    A reward that never lets this thread run is ended by the limit of processor time instead.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

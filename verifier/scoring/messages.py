@@ -1,6 +1,6 @@
-"""What crosses the pipe to a scoring process and back, as msgpack: a completion, and its score or why it has none.
+"""The messages between the pool and a scoring process, as msgpack: a completion, and its score or failure.
 
-The process runs rewards on text that a model wrote; nothing it answers is unpickled.
+A scoring process runs rewards on text that a model wrote. So the pool never unpickles its answers.
 """
 
 from __future__ import annotations
@@ -11,34 +11,36 @@ import msgpack
 
 from verifier.base import Completion, Score, Verdict
 
-# A tokenizer may decode to half of a surrogate pair.
+# Decoded tokens may contain one half of a surrogate pair.
 _PACKED = {"unicode_errors": "surrogatepass"}
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A completion that could not be scored: timeout, crash or error, and why."""
+    """The result for a completion that could not be scored."""
 
     verdict: Verdict
+    """timeout, crash or error."""
     reason: str
     from_outside: bool = False
-    """The process was killed, and not by its limits: the completion is not to blame."""
+    """True: something other than the limits killed the process, so the completion is not the cause."""
 
 
 def pack_completion(completion: Completion) -> bytes:
-    """For the scoring process; a verdict is only made there."""
+    """Encodes a completion for the scoring process, without `verdict`, which is decided there."""
     fields = (completion.text, completion.gold, completion.truncated, completion.num_tokens)
     packed: bytes = msgpack.packb(fields, **_PACKED)
     return packed
 
 
 def unpack_completion(packed: bytes) -> Completion:
-    """Of `pack_completion`."""
-    return Completion(*msgpack.unpackb(packed, **_PACKED))
+    """Decodes the bytes of `pack_completion`."""
+    text, gold, truncated, num_tokens = msgpack.unpackb(packed, **_PACKED)
+    return Completion(text=text, gold=gold, truncated=truncated, num_tokens=num_tokens)
 
 
 def pack_result(result: Score | Failure) -> bytes:
-    """For the pool."""
+    """Encodes a result for the pool."""
     if isinstance(result, Failure):
         fields: tuple[object, ...] = (result.verdict, result.reason, result.from_outside)
     else:
@@ -48,10 +50,10 @@ def pack_result(result: Score | Failure) -> bytes:
 
 
 def unpack_result(packed: bytes) -> Score | Failure:
-    """Of `pack_result`.
+    """Decodes the bytes of `pack_result`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: when the bytes are not a result.
     """
     fields = msgpack.unpackb(packed, **_PACKED)
     match fields:

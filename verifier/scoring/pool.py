@@ -1,11 +1,13 @@
-"""Scores completions in worker processes, each under a deadline and limited in memory and processor time.
+"""Scores completions in worker processes, under a deadline and with limits of memory and processor time.
 
-The actor calls `await pool.score_group(completions)`; results come in order. Every worker takes one completion after
-another from one queue, so a completion that hangs holds up its worker for one deadline and nobody else. What cannot be
-scored gets a verdict of its own (`timeout`, `crash` or `error`), is counted and logged, and is dealt with as
-configured: never silently a zero. Workers come from a fork server and import neither torch nor vllm. Python imports a
-plain script again in every worker, so a script that starts a pool guards its heavy imports; `python -m PACKAGE` needs
-no guard.
+The actor calls `await pool.score_group(completions)` and gets the scores in order. All workers take completions from
+one queue, so a completion that hangs blocks one worker for one deadline and delays no other completion by more.
+
+A completion that cannot be scored gets the verdict `timeout`, `crash` or `error`, is counted and logged, and is treated
+as configured. It never silently becomes a zero.
+
+Workers come from a fork server and import neither torch nor vllm. Python imports the main script again in every worker,
+so a script that starts a pool must guard its heavy imports; `python -m PACKAGE` needs no guard.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """One call's completions, and its scores as they come in."""
+    """The completions of one call of `score_group`, and their scores so far."""
 
     completions: list[Completion]
     scores: list[Score | None]
     num_missing: int
+    """Number of completions without a score."""
     future: Future[list[Score]] = field(default_factory=Future)
+    """Gets all scores once none is missing."""
 
 
 class ScoringPool:
@@ -44,13 +48,14 @@ class ScoringPool:
 
     Args:
         spec: the task's rewards, exactly one of them a grader.
-        num_workers: scoring processes.
-        deadline_seconds: for one completion.
-        memory_bytes: address space of one worker.
-        on_timeout: what becomes of a completion that exceeded its deadline: it counts as `wrong` or `no_answer`, it is
-            left out (`skip`), or it is scored again (`retry`), alone in a fresh process, and then counts as wrong.
-        on_error: the same for one at which a worker crashed or a reward raised.
-        max_retries: how often `retry` tries again.
+        num_workers: number of scoring processes.
+        deadline_seconds: time limit for one completion.
+        memory_bytes: limit of the address space of one worker.
+        on_timeout: treatment of a completion that was not scored in time. `wrong` and `no_answer`: it gets the reward
+            of that verdict. `skip`: its score is marked as skipped. `retry`: it is scored again in a new process, and
+            counts as wrong when that fails too.
+        on_error: treatment of a completion whose worker crashed or whose reward raised; the same values.
+        max_retries: how often `retry` scores a completion again.
 
     Waits for: the first worker to be ready; gives up after 60 seconds.
 
@@ -97,12 +102,13 @@ class ScoringPool:
             thread.start()
 
     async def score_group(self, completions: Sequence[Completion]) -> list[Score]:
-        """One score per completion, in order.
+        """Returns one score per completion, in order.
 
-        Waits for: the workers. Unblocked by: scores, deaths of workers, and deadlines, one per completion and retry.
+        Waits for: the workers. Unblocked by: a score, the death of a worker, or the deadline of every completion and
+        retry.
 
         Raises:
-            RuntimeError: when the pool is closed, or workers start no more.
+            RuntimeError: when the pool is closed, or workers cannot be started any more.
         """
         group = _Group(list(completions), [None] * len(completions), len(completions))
         with self._lock:
@@ -117,13 +123,13 @@ class ScoringPool:
         return await asyncio.wrap_future(group.future)
 
     def counts(self) -> dict[str, float]:
-        """Completions so far by what went wrong with them, tries again, and those left out."""
+        """Numbers of timeouts, crashes, errors, retries and skipped completions since the pool started."""
         names = ("timeouts", "crashes", "errors", "retries", "skipped")
         with self._lock:
             return {name: float(self._counts[name]) for name in names}
 
     def close(self) -> None:
-        """Ends the workers; scores still awaited are cancelled. May be called twice."""
+        """End the workers and cancel the calls of `score_group` that still wait. May be called twice."""
         with self._lock:
             self._closed = True
             groups = list(self._groups)
@@ -137,14 +143,14 @@ class ScoringPool:
             thread.join()
 
     def _serve(self, worker: Worker) -> None:
-        """One worker's thread: completion after completion, until the pool is closed."""
+        """Thread of one worker: scores one completion after another until the pool is closed."""
         try:
             while (job := self._jobs.get()) is not None:
                 group, index = job
-                # Nobody waits any more.
+                # A cancelled group needs no scores.
                 if not group.future.done():
                     self._deliver(group, index, self._score(worker, group.completions[index]))
-        # A thread that ended without a word would leave everyone waiting; so they are told, and the actor ends.
+        # If this thread ended silently, score_group would wait forever. The error fails its calls and ends the actor.
         except Exception as error:
             self._fail(RuntimeError(f"the scoring pool broke: {error}"))
         finally:
@@ -179,7 +185,7 @@ class ScoringPool:
             group.num_missing -= 1
             if group.num_missing:
                 return
-        # Cancelled in this very moment: nobody waits.
+        # The group may have been cancelled a moment ago.
         with contextlib.suppress(InvalidStateError):
             group.future.set_result([score for score in group.scores if score is not None])
 

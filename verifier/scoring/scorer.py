@@ -1,7 +1,7 @@
-"""The scorer of a task: weighs its rewards, adds them up, and keeps every part.
+"""The scorer of a task: computes the weighted sum of its rewards, and keeps the value of each.
 
-The score is the weighted sum over the rewards that did not abstain; the breakdown keeps every part unweighted. Exactly
-one reward is the grader and decides the verdict; a weight of 0 leaves it out of the sum and keeps its verdict.
+The reward of a completion is the weighted sum over the rewards that did not abstain. The breakdown holds their values
+before weighting. Exactly one reward is the grader and decides the verdict, also with a weight of 0.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from verifier.rewards import format as format_rewards
 from verifier.rewards.registry import RewardFactory, find_factory
 
 BUILT_IN = (answer, format_rewards, length)
-"""The modules that fill the registry when they are imported."""
+"""The modules of the built-in rewards. Their import registers them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores completions by one task's rewards: `scorer(completion)`."""
+    """Scores completions with the rewards of one task: `scorer(completion)`."""
 
     grader_name: str
     grader_weight: float
@@ -32,10 +32,10 @@ class Scorer:
     """(name, weight, function) of every reward but the grader."""
 
     def __call__(self, completion: Completion) -> Score:
-        """The score; whatever a reward raises passes through.
+        """Returns the score of a completion. Exceptions of the rewards pass through.
 
         Raises:
-            ValueError: when a reward answers what is no finite number.
+            ValueError: when a reward returns something that is not a finite number.
         """
         verdict = Verdict(self.grader.judge(completion))
         breakdown = {self.grader_name: _number(self.grader_name, self.grader.rewards[verdict])}
@@ -50,17 +50,23 @@ class Scorer:
         return Score(_number("their sum", reward), breakdown, Verdict.TRUNCATED if truncated else verdict)
 
     def unscored(self, verdict: Verdict, treated_as: Verdict, *, skipped: bool = False) -> Score:
-        """The score of a completion that could not be scored: the grader's reward for `treated_as`, under `verdict`."""
+        """Returns the score of a completion that could not be scored.
+
+        Args:
+            verdict: timeout, crash or error.
+            treated_as: the verdict whose reward the grader pays.
+            skipped: whether the completion must not be trained on.
+        """
         part = float(self.grader.rewards[treated_as])
         return Score(self.grader_weight * part, {self.grader_name: part}, verdict, skipped)
 
 
 def build_scorer(specs: Sequence[RewardSpec]) -> Scorer:
-    """The scorer of a task.
+    """Builds the scorer of a task from its reward list.
 
     Raises:
-        ValueError: in one sentence, for an unknown name, options its factory does not take, a weight that is not
-            finite, or not exactly one grader.
+        ValueError: with one sentence, for an unknown name, options that the factory does not take, a weight that is not
+            finite, or a number of graders other than one.
     """
     rewards = [(name, spec.weight, _build(spec)) for name, spec in zip(_part_names(specs), specs, strict=True)]
     graders = [(name, weight, reward) for name, weight, reward in rewards if isinstance(reward, Grader)]
@@ -74,12 +80,13 @@ def build_scorer(specs: Sequence[RewardSpec]) -> Scorer:
             f"reward names {len(graders)} graders, {' and '.join(name for name, _, _ in graders)}, but exactly one"
             " decides the verdict; leave the others out"
         )
+    [(grader_name, grader_weight, grader)] = graders
     functions = tuple((name, weight, reward) for name, weight, reward in rewards if not isinstance(reward, Grader))
-    return Scorer(*graders[0], functions)
+    return Scorer(grader_name=grader_name, grader_weight=grader_weight, grader=grader, functions=functions)
 
 
 def _part_names(specs: Sequence[RewardSpec]) -> list[str]:
-    """What each part is called in breakdowns and curves: of a path the name after it; repeats are numbered."""
+    """Names of the rewards in breakdowns and curves: without the path, and with a number after a repeated name."""
     short = [spec.name.rpartition(":")[2] for spec in specs]
     repeats = [short[: index + 1].count(name) for index, name in enumerate(short)]
     return [f"{name}_{number}" if number > 1 else name for name, number in zip(short, repeats, strict=True)]
@@ -99,7 +106,7 @@ def _build(spec: RewardSpec) -> Reward:
         ) from error
     except ValueError as error:
         raise ValueError(f"reward: {spec.name}: {error}") from error
-    # A factory of one's own may raise whatever it likes.
+    # A user's factory may raise any exception.
     except Exception as error:
         raise ValueError(
             f"reward: {spec.name} raised {type(error).__name__}: {error} for the options {spec.options}; correct it"
@@ -114,7 +121,7 @@ def _build(spec: RewardSpec) -> Reward:
 
 
 def _check_options(spec: RewardSpec, factory: RewardFactory) -> None:
-    """Refuses what is no number, or not true or false, where the factory's parameter is annotated so."""
+    """Checks options against the factory's annotations: int and float need a number, bool needs true or false."""
     parameters = inspect.signature(factory).parameters
     for name, value in spec.options.items():
         annotation = parameters[name].annotation if name in parameters else ""

@@ -1,8 +1,8 @@
-"""One scoring process as the pool holds it; `client.py` is what runs inside.
+"""The pool's handle of one scoring process; `client.py` runs inside the process.
 
-A worker scores one completion at a time under a deadline. Past the deadline it is killed with everything it started,
-and a new process takes its place before the next completion. From the first time on the next one is kept ready, so that
-a hang costs its deadline and no start.
+A worker scores one completion at a time under a deadline. Past the deadline it kills the process with everything that
+the process started, and replaces it before the next completion. After the first replacement a standby process is always
+ready, so that a hang costs its deadline but no start of a process.
 """
 
 from __future__ import annotations
@@ -29,62 +29,64 @@ START_SECONDS = 60.0
 NUM_START_TRIES = 3
 START_PAUSE_SECONDS = 0.2
 NUM_OUTSIDE_KILLS = 3
-"""How often a completion is scored whose process is killed by somebody else."""
+"""Most attempts at a completion whose process is killed from outside, for example by the out-of-memory killer."""
 _OUTSIDE = (-signal.SIGKILL, 255)
-"""Exit statuses that no limit leaves behind; multiprocessing says 255 where its fork server was killed."""
+"""Exit statuses of a kill from outside: no limit causes them. multiprocessing reports 255 when its fork server died."""
 
 _PRELOADED = ["verifier.scoring.client", "sympy", "latex2sympy2_extended"]
 _processes = threading.Lock()
-"""Held while a process is started or reaped: multiprocessing looks after all of them in whatever thread calls it."""
+"""Held while a process is started or reaped: each such call of multiprocessing touches all processes of the pool."""
 
 
 class WorkerStartError(RuntimeError):
     """A scoring process cannot be started; the text says why."""
 
 
-class _Held:
-    """A scoring process and our end of its pipe."""
+class _Process:
+    """A scoring process and the pool's end of its pipe."""
 
     def __init__(self, process: BaseProcess, connection: Connection) -> None:
         self.process, self.connection = process, connection
-        # Asked twice per completion, so it is made once.
+        # Used twice per completion, so created once.
         self._poll = select.poll()
         self._poll.register(connection, select.POLLIN)
         self._poll.register(process.sentinel, select.POLLIN)
 
     def wait(self, seconds: float) -> tuple[bool, bool]:
-        """Whether there is something to read, or the other end is gone; and whether the process has died."""
+        """Wait up to `seconds`; returns (whether the pipe can be read or is closed, whether the process has died)."""
         ready = {number for number, _ in self._poll.poll(math.ceil(seconds * 1000))}
         return self.connection.fileno() in ready, self.process.sentinel in ready
 
-    def forget(self) -> None:
-        """Reap it, once it was killed or has died."""
+    def reap(self) -> None:
+        """Wait for the end of a process that was killed or has died, and free what belongs to it."""
         self.process.join()
         self.process.close()
         self.connection.close()
 
 
 class Worker:
-    """The pool's half. Used by one thread, but for `end`, which any may call; `close` follows it.
+    """A scoring process that is replaced when it hangs or dies.
+
+    One thread uses a worker. Only `end` may be called from any thread; the worker's thread then calls `close`.
 
     Args:
         spec: the task's rewards.
-        deadline_seconds: for each completion.
-        memory_bytes: address space of the process.
+        deadline_seconds: time limit for one completion.
+        memory_bytes: limit of the address space of the process.
     """
 
     def __init__(self, spec: Sequence[RewardSpec], *, deadline_seconds: float, memory_bytes: int) -> None:
         self._deadline_seconds = deadline_seconds
-        self._arguments = (list(spec), memory_bytes, deadline_seconds)
-        self._held: _Held | None = None
-        self._standby: _Held | None = None
+        self._serve_arguments = {"spec": list(spec), "memory_bytes": memory_bytes, "cpu_seconds": deadline_seconds}
+        self._current: _Process | None = None
+        self._standby: _Process | None = None
         self._was_replaced = False
         self._ended = False
 
     def score(self, completion: Completion, *, fresh: bool = False) -> Score | Failure:
-        """Score one completion, in a new process where `fresh`, or where there is none.
+        """Score one completion; with `fresh` in a new process.
 
-        Waits for: the process's answer. Unblocked by: it, its death, or the deadline.
+        Waits for: the answer. Unblocked by: the answer, the death of the process, or the deadline.
 
         Raises:
             WorkerStartError: when a new process is needed and does not start, or after `end`.
@@ -98,65 +100,65 @@ class Worker:
     def start(self) -> None:
         """Replace the process.
 
-        Waits for: the new one to be ready. Gives up after 60 seconds.
+        Waits for: the new process to be ready. Gives up after: 60 seconds.
 
         Raises:
-            WorkerStartError: with the reason.
+            WorkerStartError: when the process does not start; the text says why.
         """
         self._kill_process()
         with _processes:
             if self._standby is not None and self._standby.wait(0)[1]:
-                self._standby.forget()
+                self._standby.reap()
                 self._standby = None
-            held = self._held = self._standby or self._launch()
+            current = self._current = self._standby or self._launch()
             self._standby = None
         try:
-            if not any(held.wait(START_SECONDS)):
+            if not any(current.wait(START_SECONDS)):
                 reason = f"it was not ready within {START_SECONDS:.0f} s"
             else:
-                greeting = held.connection.recv_bytes()
+                greeting = current.connection.recv_bytes()
                 reason = "" if greeting == READY else greeting.decode(errors="replace")
         except (EOFError, OSError):
             reason = self._how_it_died().reason
         if reason:
             self.close()
             raise WorkerStartError(reason)
-        # Where one completion hung, others may. What keeps a process from starting is said when it is needed.
+        # Where one completion hung, others may hang too. An error at this start is reported when the process is needed.
         with _processes, contextlib.suppress(WorkerStartError):
             self._standby = self._launch() if self._was_replaced else None
         self._was_replaced = True
 
     def end(self) -> None:
-        """Kill the process for good; whoever waits for it hears of its death."""
+        """Kill the process for good. A `score` that waits for it returns a Failure."""
         with _processes:
             self._ended = True
-            for held in (self._held, self._standby):
-                _kill_group(held)
+            for process in (self._current, self._standby):
+                _kill_group(process)
 
     def close(self) -> None:
-        """Kill the process with all it started, and the one that is ready; `start` and `score` make another."""
+        """Kill the process with everything it started, and the standby. `start` and `score` launch a new one."""
         self._kill_process()
         with _processes:
             if self._standby is not None:
                 _kill_group(self._standby)
-                self._standby.forget()
+                self._standby.reap()
             self._standby = None
 
     def _score_once(self, completion: Completion, fresh: bool) -> Score | Failure:
-        if self._held is not None and self._held.wait(0)[1]:
+        if self._current is not None and self._current.wait(0)[1]:
             with _processes:
-                # It died between two completions, some time ago: its number may be another process's by now.
-                self._forget()
-        if fresh or self._held is None:
+                # Dead since the last completion. Not killed again: its process id may belong to another process.
+                self._reap_current()
+        if fresh or self._current is None:
             self.start()
-        assert self._held is not None
+        assert self._current is not None
         result: Score | Failure | None = None
-        # A dead process breaks the pipe; how it died is asked below.
+        # A dead process breaks the pipe; `_how_it_died` below says why.
         with contextlib.suppress(OSError, EOFError):
-            self._held.connection.send_bytes(pack_completion(completion))
-            answered, died = self._held.wait(self._deadline_seconds)
+            self._current.connection.send_bytes(pack_completion(completion))
+            answered, died = self._current.wait(self._deadline_seconds)
             if answered:
-                result = _read(self._held.connection)
+                result = _read(self._current.connection)
             elif not died:
                 result = Failure(Verdict.TIMEOUT, f"no score within {self._deadline_seconds:g} s")
         if result is None:
@@ -165,19 +167,20 @@ class Worker:
             self._kill_process()
         return result
 
-    def _launch(self) -> _Held:
-        """A new process, not yet ready, and our end of its pipe; call with the lock held."""
+    def _launch(self) -> _Process:
+        """Start a new process without waiting until it is ready; call with `_processes` held."""
         if self._ended:
             raise WorkerStartError("the scoring pool is closed")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         for tries_left in reversed(range(NUM_START_TRIES)):
             ours, theirs = multiprocessing.Pipe()
-            process = context.Process(target=serve, args=(theirs, *self._arguments), name="scoring", daemon=True)
+            arguments = {"connection": theirs, **self._serve_arguments}
+            process = context.Process(target=serve, kwargs=arguments, name="scoring", daemon=True)
             with theirs:
                 try:
                     process.start()
-                # A fork server that is dying at this moment refuses; the next try starts another one.
+                # A fork server that is just dying refuses; the next try starts a new fork server.
                 except (OSError, EOFError) as error:
                     ours.close()
                     if not tries_left:
@@ -186,13 +189,13 @@ class Worker:
                     continue
             break
         _bound_sending(ours, self._deadline_seconds)
-        return _Held(process, ours)
+        return _Process(process, ours)
 
     def _how_it_died(self) -> Failure:
         with _processes:
-            assert self._held is not None
-            self._held.process.join(1.0)
-            status = self._held.process.exitcode
+            assert self._current is not None
+            self._current.process.join(1.0)
+            status = self._current.process.exitcode
         if status == -signal.SIGXCPU:
             return Failure(Verdict.TIMEOUT, "it used more of the processor than the deadline allows")
         if status is None:
@@ -203,15 +206,15 @@ class Worker:
         return Failure(Verdict.CRASH, f"the scoring process was ended by a signal: {name}", status in _OUTSIDE)
 
     def _kill_process(self) -> None:
-        """Kill the process with all it started, and forget it."""
+        """Kill the process with everything it started, and reap it."""
         with _processes:
-            _kill_group(self._held)
-            self._forget()
+            _kill_group(self._current)
+            self._reap_current()
 
-    def _forget(self) -> None:
-        if self._held is not None:
-            self._held.forget()
-        self._held = None
+    def _reap_current(self) -> None:
+        if self._current is not None:
+            self._current.reap()
+        self._current = None
 
 
 def _read(connection: Connection) -> Score | Failure:
@@ -221,17 +224,17 @@ def _read(connection: Connection) -> Score | Failure:
         return Failure(Verdict.CRASH, f"the scoring process answered nonsense: {error}")
 
 
-def _kill_group(held: _Held | None) -> None:
-    """SIGKILL to a process and to all it started; call with the lock held."""
-    if held is None or held.process.pid is None:
+def _kill_group(process: _Process | None) -> None:
+    """Send SIGKILL to a process and to everything it started; call with `_processes` held."""
+    if process is None or process.process.pid is None:
         return
-    # Its group exists from its first statement on, and outlives it where it left a process behind.
+    # The process group exists once `serve` has begun. It outlives the process while one of its children runs.
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(held.process.pid, signal.SIGKILL)
-    held.process.kill()
+        os.killpg(process.process.pid, signal.SIGKILL)
+    process.process.kill()
 
 
 def _bound_sending(connection: Connection, seconds: float) -> None:
-    """Sending to a process that is halted in the middle of reading ends with an OSError instead of never."""
+    """Set a send timeout: sending to a process that stopped in the middle of a read then raises OSError."""
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", math.ceil(seconds) + 1, 0))

@@ -1,9 +1,12 @@
-"""What a second actor adds where generation is the bottleneck; the second part of `benchmarks/async_vs_sync.py`.
+"""The gain of a second actor where generation is the bottleneck: `benchmarks/async_vs_sync.py --actors`.
 
-Two cores, few completions in flight, so that generating a batch takes several times as long as training on it. With
-one actor, core 0 generates and core 1 has everything else, which leaves it mostly idle. The second actor gets core 1
-beside that. Where the first keeps a of a core busy and the rest u, two cores hold no more than 2 / (a + u) times that
-work, and two actors do no more than twice that of one: the limit of the gain is min(2, 2 / (a + u)).
+Two cores are used. Few completions are in flight, so that generating a batch takes several times as long as training on
+it. With one actor, core 0 generates and core 1 has all other processes, which leave it mostly idle. The second actor
+runs on core 1 too.
+
+The gain, in groups trained per second, has a limit. With one actor, let the actor use a cores and all other processes u
+cores. Two cores can do at most 2 / (a + u) times that work, and two actors at most twice the work of one. So the limit
+is min(2, 2 / (a + u)).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +35,7 @@ GROUPS_PER_BATCH = 16
 GENERATION_BOUND = (
     f"groups_per_batch={GROUPS_PER_BATCH}",
     "samples_per_group=4",
-    # Eight completions at a time: an engine step costs nearly as much as with a hundred.
+    # Eight completions in flight: an engine step takes nearly as long as with a hundred.
     "actor.max_groups_in_flight=2",
     "cluster.pin_cores=false",
     "total_steps=100000",
@@ -41,22 +45,23 @@ START_SECONDS, WARM_UP_SECONDS, STOP_SECONDS = 400.0, 5.0, 60.0
 
 @dataclass(frozen=True)
 class Rate:
-    """One run."""
+    """Figures of one run."""
 
     groups_per_second: float
-    """Trained on."""
+    """Groups trained on per second."""
     actor_cores: float
-    """Processor time per second of all actors, with their engines and verifiers."""
+    """Processor seconds per second of all actors, with their engines and scoring processes."""
     rest_cores: float
-    """Of everything else."""
+    """Processor seconds per second of all other processes."""
     actors_wanted: float
-    """a (1 - i_a) / (1 - i_l), as docs/performance.md chooses the number of actors."""
+    """n (1 - i_a) / (1 - i_l) for n actors with idle share i_a and a learner with idle share i_l: the number of actors
+    that docs/performance.md recommends."""
 
 
 def measure(num_actors: int, work: Sequence[str], seconds: float, run_dir: Path) -> Rate:
-    """A run with actor i on core i and the rest on core 1, watched for `seconds` from when all actors generate.
+    """Start a run with actor i on core i and all other processes on core 1, and measure it for `seconds`.
 
-    Waits for: the actors' start. Gives up after: `START_SECONDS`, with a TimeoutError.
+    Waits for: all actors to generate. Gives up after: `START_SECONDS`, with a TimeoutError.
     """
     settings = [*work, *GENERATION_BOUND, f"cluster.num_actors={num_actors}", f"run_dir={run_dir}"]
     launcher = subprocess.Popen(
@@ -64,12 +69,14 @@ def measure(num_actors: int, work: Sequence[str], seconds: float, run_dir: Path)
     )
     try:
         _wait_for_actors(launcher, [run_dir / "logs" / f"actor-{index}.log" for index in range(num_actors)])
-        families = _pin(psutil.Process(launcher.pid))
+        actors, others = _pin(psutil.Process(launcher.pid))
         time.sleep(WARM_UP_SECONDS)
-        used, began, clock = [_processor_seconds(f) for f in families], time.monotonic(), time.time()
+        actor_before, rest_before = _processor_seconds(actors), _processor_seconds(others)
+        began, clock = time.monotonic(), time.time()
         time.sleep(seconds)
         elapsed = time.monotonic() - began
-        cores = [(_processor_seconds(f) - before) / elapsed for f, before in zip(families, used, strict=True)]
+        actor_cores = (_processor_seconds(actors) - actor_before) / elapsed
+        rest_cores = (_processor_seconds(others) - rest_before) / elapsed
         window = clock, time.time()
     finally:
         launcher.send_signal(signal.SIGTERM)
@@ -77,7 +84,12 @@ def measure(num_actors: int, work: Sequence[str], seconds: float, run_dir: Path)
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     stamps = [e.wall_time for e in events.Scalars("learner/train_seconds") if window[0] <= e.wall_time <= window[1]]
-    return Rate(GROUPS_PER_BATCH * (len(stamps) - 1) / (stamps[-1] - stamps[0]), *cores, _wanted(events, num_actors))
+    return Rate(
+        groups_per_second=GROUPS_PER_BATCH * (len(stamps) - 1) / (stamps[-1] - stamps[0]),
+        actor_cores=actor_cores,
+        rest_cores=rest_cores,
+        actors_wanted=_wanted(events, num_actors),
+    )
 
 
 def _wanted(events: EventAccumulator, num_actors: int) -> float:
@@ -94,25 +106,27 @@ def _wait_for_actors(launcher: subprocess.Popen[bytes], logs: Sequence[Path]) ->
 
 
 def _pin(launcher: psutil.Process) -> tuple[list[psutil.Process], list[psutil.Process]]:
-    """Each actor with its engine and verifier to its core, all others to the second one. Returns (actors, others)."""
+    """Pin actor-0 with its child processes to the first core and all other processes to the second.
+
+    Returns (processes of the actors, all other processes).
+    """
     cores = sorted(os.sched_getaffinity(0))
     first, second = cores[0], cores[min(1, len(cores) - 1)]
     actors: list[psutil.Process] = []
     others = [launcher]
     for child in launcher.children():
-        family, command = [child, *child.children(recursive=True)], child.cmdline()
-        (actors if "actors" in command else others).extend(family)
-        for process in family:
-            _keep_on(process, first if command[-1] == "actor-0" else second)
+        tree, command = [child, *child.children(recursive=True)], child.cmdline()
+        (actors if "actors" in command else others).extend(tree)
+        for process in tree:
+            _pin_threads(process, first if command[-1] == "actor-0" else second)
     return actors, others
 
 
-def _keep_on(process: psutil.Process, core: int) -> None:
+def _pin_threads(process: psutil.Process, core: int) -> None:
     for thread in process.threads():
-        try:
+        # The thread may have ended.
+        with suppress(ProcessLookupError):
             os.sched_setaffinity(thread.id, [core])
-        except ProcessLookupError:
-            continue  # A thread that has ended needs no core.
 
 
 def _processor_seconds(processes: Sequence[psutil.Process]) -> float:
@@ -120,7 +134,7 @@ def _processor_seconds(processes: Sequence[psutil.Process]) -> float:
 
 
 def report(one: Sequence[Rate], two: Sequence[Rate]) -> dict[str, Any]:
-    """The figures of the table, from runs that alternated."""
+    """Computes the figures of the table; run i of `one` was followed by run i of `two`."""
     gains = [b.groups_per_second / a.groups_per_second for a, b in zip(one, two, strict=True)]
     limit = min(2.0, 2 / statistics.median(rate.actor_cores + rate.rest_cores for rate in one))
     return {
@@ -137,7 +151,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     table = Table(title="a second actor where generation is the bottleneck, two cores")
     for column in ("", "one actor", "two actors"):
         table.add_column(column)
-    fields = {"groups/s": "groups_per_second", "cores: actors": "actor_cores", "cores: the rest": "rest_cores"}
+    fields = {"groups/s": "groups_per_second", "cores: actors": "actor_cores", "cores: others": "rest_cores"}
     fields |= {"actors wanted": "actors_wanted"}
     for label, field in fields.items():
         both = [[rate[field] for rate in figures[name]] for name in ("one", "two")]

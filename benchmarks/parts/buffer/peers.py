@@ -1,10 +1,11 @@
-"""The work of `benchmarks/buffer.py` by others: Redis with its append-only file, and a Ray queue.
+"""The same work as in `benchmarks/buffer.py` with other systems: Redis with its append-only file, and a Ray queue.
 
-`python benchmarks/parts/buffer/peers.py redis-always|redis-everysec|ray NUM_GROUPS`, with a group's two frames on
-standard input, prints groups per second as JSON, or ends with one sentence when the peer is not installed. Redis does
-the buffer's work in its own scripts: leases within a bound, each group stored once, batches, contents kept until they
-are committed. It cannot look into the groups, so the consumer checks and decodes them, as the buffer and the learner
-do. A Ray queue does none of that and keeps nothing.
+`python benchmarks/parts/buffer/peers.py redis-always|redis-everysec|ray NUM_GROUPS` reads the two frames of a group
+from standard input and prints groups per second as JSON. It ends with one sentence when the system is not installed.
+
+Redis does the buffer's work in Lua scripts: leases up to a bound, every group stored once, batches, contents kept until
+they are committed. Redis cannot decode groups, so the consumer checks and decodes them, as the buffer and the learner
+do. The Ray queue does none of this and stores nothing on disk.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def measure_redis(fsync: str, num_groups: int, group: list[bytes]) -> float:
 
 
 def patient(redis: Any) -> Any:
-    """Retries until the server has started."""
+    """A retry policy that waits until the server has started."""
     return redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 100)
 
 

@@ -1,4 +1,4 @@
-"""The learner's step and its head on a device: the parts `learner` and `head` of `benchmarks/gpu.py`."""
+"""The parts `learner` and `head` of `benchmarks/gpu.py`: an optimizer step, and the language-model head alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAIN = "plain torch AdamW, parameters without master weights: DeepSpeed is not 
 
 
 def learner(meter: Meter, shape: Shape, quick: bool) -> dict[str, Any]:
-    """Tokens per second of a whole step, from received groups to metrics."""
+    """Measures a whole optimizer step, from received groups to metrics: tokens/s, TFLOP/s and peak memory."""
     work = shape.work(quick)
     data = sequences(work)
     policy = PolicyModel(random_model(shape, meter.device), temperature=1.0)
@@ -34,7 +34,7 @@ def learner(meter: Meter, shape: Shape, quick: bool) -> dict[str, Any]:
     with_deepspeed = find_spec("deepspeed") is not None
     make = deepspeed_step if with_deepspeed else plain_step
     step = make(policy, data, work.tokens_per_microbatch, meter.device)
-    meter.forget()
+    meter.reset_peak()
     taken = meter.seconds(step, 2 if quick else 5, warm_up=1 if quick else 2)
     rates = [data.num_tokens / seconds for seconds in taken]
     return {
@@ -55,7 +55,7 @@ def learner(meter: Meter, shape: Shape, quick: bool) -> dict[str, Any]:
 
 
 def deepspeed_step(policy: PolicyModel, data: Sequences, budget: int, device: torch.device) -> Callable[[], None]:
-    """The learner's own functions."""
+    """A step by the learner's own functions, with DeepSpeed."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     from benchmarks.parts.learner.step import OurStep
 
@@ -69,7 +69,7 @@ def deepspeed_step(policy: PolicyModel, data: Sequences, budget: int, device: to
 
 
 def plain_step(policy: PolicyModel, data: Sequences, budget: int, device: torch.device) -> Callable[[], None]:
-    """The same batch, microbatches and loss, with torch's optimizer."""
+    """A step with the same batch, microbatches and loss, with torch's AdamW instead of DeepSpeed."""
     from learner.algorithms.base import AdvantageInputs, LossInputs
     from learner.algorithms.grpo import GRPO
     from learner.batches.batch import TrainingBatch
@@ -80,8 +80,13 @@ def plain_step(policy: PolicyModel, data: Sequences, budget: int, device: torch.
 
     def work() -> None:
         batch = TrainingBatch.from_groups(groups, [0] * len(groups), 0, device)
-        inputs = (batch.rewards, batch.group_index, batch.sequence_index, batch.behavior_logprobs)
-        advantages = algorithm.advantages(AdvantageInputs(*inputs)).advantages
+        inputs = AdvantageInputs(
+            rewards=batch.rewards,
+            group_index=batch.group_index,
+            sequence_index=batch.sequence_index,
+            behavior_logprobs=batch.behavior_logprobs,
+        )
+        advantages = algorithm.advantages(inputs).advantages
         everything, mask = range(len(batch.trajectories)), torch.ones_like(batch.sequence_index, dtype=torch.bool)
         counts = {"num_tokens": batch.num_scored_tokens, "num_sequences": len(batch.trajectories)}
         weights = algorithm.token_weights(mask, batch.sequence_index, **counts).float()
@@ -108,7 +113,7 @@ def plain_step(policy: PolicyModel, data: Sequences, budget: int, device: torch.
 
 
 def head(meter: Meter, shape: Shape, quick: bool) -> dict[str, Any]:
-    """Memory, time and error of the head: the whole matrix, in chunks, and fused where a kernel for it can run."""
+    """Measures memory, time and error of the head: the whole logit matrix, chunks of it, and the fused kernel."""
     torch.manual_seed(0)
     num_tokens = shape.longest if quick else 16384
     options = {"device": meter.device, "dtype": dtype_on(meter.device)}
@@ -135,7 +140,7 @@ def head(meter: Meter, shape: Shape, quick: bool) -> dict[str, Any]:
 
 
 def _exact(layer: nn.Linear, hidden: Tensor, tokens: Tensor) -> list[Tensor]:
-    """Log-probabilities and the gradients of hidden states and weight, all in float32."""
+    """Returns log-probabilities, the gradient of the hidden states and that of the weight, computed in float32."""
     wide = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     wide.weight = nn.Parameter(layer.weight.detach().float())
     states = hidden.detach().float().requires_grad_()
@@ -152,11 +157,11 @@ def _measure_head(
     repeats: int,
 ) -> dict[str, float]:
     layer.weight.grad, hidden.grad = torch.zeros_like(layer.weight), torch.zeros_like(hidden)
-    meter.forget()
-    held = meter.held_mb()
+    meter.reset_peak()
+    before = meter.current_mb()
     logprobs, _ = way()
     logprobs.sum().backward()
-    peak = meter.peak_mb() - held
+    peak = meter.peak_mb() - before
     found = [logprobs.detach(), hidden.grad, layer.weight.grad]
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
     taken = meter.seconds(lambda: way()[0].sum().backward(), repeats, warm_up=0 if repeats == 1 else 1)

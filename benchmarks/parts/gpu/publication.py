@@ -1,8 +1,10 @@
-"""From a step's parameters to where an actor can take them: the part `publication` of `benchmarks/gpu.py`.
+"""The part `publication` of `benchmarks/gpu.py`: from a learner's parameters to memory that an actor can read.
 
-Over shared memory: how long the learner is held for the copy, and until the version is checked and announced; beside
-it the bare copy to pinned memory, the most that the link gives. Over CUDA's IPC: the copy on the device, and a second
-process that maps the learner's buffer, copies every tensor out and compares it.
+Over shared memory: the seconds in which the learner waits for the copy, and the seconds until the version has its
+checksums and is announced. A plain copy to pinned memory shows the limit of the link.
+
+Over CUDA's IPC: the seconds of the copy on the device, and those of a second process that maps the learner's buffer,
+copies every tensor out of it and compares the contents.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ Tensors = list[tuple[str, Tensor]]
 
 
 def publication(meter: Meter, shape: Shape, quick: bool) -> dict[str, Any]:
-    """Seconds and GB/s of each way."""
+    """Measures the size in GB, and the seconds of a plain copy and of each transport."""
     tensors = [(name, p.detach()) for name, p in random_model(shape, meter.device).named_parameters()]
     num_bytes = sum(tensor.nbytes for _, tensor in tensors)
     repeats = 2 if quick else 4
@@ -82,7 +84,13 @@ def _over(transport: str, meter: Meter, tensors: Tensors, repeats: int) -> dict[
 
 
 def _read_elsewhere(manifest: Any, tensors: Tensors) -> float:
-    """Seconds in which another process maps the version and copies it, which must be what the learner has."""
+    """Returns the seconds in which another process maps and copies the version.
+
+    Waits for: that process. Gives up after: `READER_SECONDS`.
+
+    Raises:
+        RuntimeError: when the process reads other weights than the learner published, or gives no answer.
+    """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_reader, args=(manifest, theirs), daemon=True)
@@ -101,13 +109,13 @@ def _read_elsewhere(manifest: Any, tensors: Tensors) -> float:
 
 
 def _sum(tensor: Tensor) -> tuple[int, int]:
-    """Of all bytes and of every third: other bytes, or the same elsewhere, give others."""
+    """A checksum of a tensor: the sums of all bytes and of every third byte, which also changes with their order."""
     data = tensor.reshape(-1).view(torch.uint8)
     return int(data.sum(dtype=torch.int64)), int(data[::3].sum(dtype=torch.int64))
 
 
 def _reader(manifest: Any, pipe: Pipe) -> None:
-    """In a process of its own, as an actor's worker is."""
+    """Maps and copies the version in a process of its own, as a vLLM worker does."""
     from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
     from actors.weights.device_tensors import rebuild_arguments

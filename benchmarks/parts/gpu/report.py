@@ -1,4 +1,4 @@
-"""The figures of `benchmarks/gpu.py` as tables: in Markdown, which a terminal shows too, and in docs/gpu.md."""
+"""The figures of `benchmarks/gpu.py` as Markdown tables, for the terminal and for docs/gpu.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BEGIN, END = "<!-- benchmarks/gpu.py writes below -->", "<!-- benchmarks/gpu.py 
 
 
 def tables(figures: dict[str, Any]) -> str:
-    """Markdown: where it was measured, then a table per part."""
+    """Returns Markdown: command, machine and versions, then one table per part."""
     parts = [_where(figures)]
     measured = figures["shapes"]
     limit = figures["matmul"]
@@ -85,7 +85,7 @@ def _publication(name: str, found: dict[str, Any]) -> list[Sequence[str]]:
         if "skipped" in measured:
             rows.append((name, way.replace("_", " "), _skipped(measured)))
             continue
-        # Over IPC an actor's reading is the copy.
+        # Over IPC the copy is the one that the reading process makes.
         copy = measured["read_seconds"] if way == "ipc" else found["copy_seconds"]
         held, ready = (measured[f"{kind}_seconds"] for kind in ("stall", "ready"))
         speeds = f"{found['gb'] / held:,.1f}", f"{found['gb'] / copy:,.1f}"
@@ -116,10 +116,10 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_docs(page: Path, text: str) -> None:
-    """Replace what stands between the page's marks.
+    """Replace the text between the marks BEGIN and END of a page.
 
     Raises:
-        ValueError: it has none.
+        ValueError: when the page lacks a mark.
     """
     before, mark, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)

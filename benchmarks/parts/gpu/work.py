@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` measures with: shapes of models, random networks, what a device can do, time and memory."""
+"""Tools of `benchmarks/gpu.py`: shapes of models, random networks, the limit of matrix products, time and memory."""
 
 from __future__ import annotations
 
@@ -19,37 +19,47 @@ SHEET_TFLOPS = {
     **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250},
     **{"A100": 312, "A10G": 70, "L40S": 362, "L4": 121, "RTX 4090": 165},
 }
-"""Dense bfloat16 products by the makers' data sheets, by part of the device's name; the first that fits counts."""
+"""Dense bfloat16 TFLOP/s of the data sheet, by a part of the device's name; the first part that matches counts."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2 of random weights, and the batch that its step is measured on."""
+    """The sizes of a Qwen2 with random weights, and of the batch on which its step is measured."""
 
     vocab: int
     hidden: int
     inner: int
     layers: int
     key_value: int
-    """Width of keys and values, all their heads together."""
+    """Width of the keys, and of the values: all their heads together."""
     head_dim: int
     tied: bool = True
     checkpointing: bool = False
     longest: int = 2048
-    """Tokens of a sequence; the shortest has a sixteenth of them."""
+    """Tokens of the longest sequence; the shortest has a sixteenth of them."""
     tokens_per_microbatch: int = 16384
 
     def work(self, quick: bool) -> Work:
-        """The batch's description; lengths are uniform between the shortest and the longest."""
-        heads = self.hidden // self.head_dim
-        sizes = (self.vocab, self.hidden, self.inner, self.layers, heads)
-        num_sequences = GROUP_SIZE * (2 if quick else 8)
-        return Work("", *sizes, self.longest // 16, self.longest, num_sequences, 1, self.tokens_per_microbatch, 1)
+        """The model and batch in the form of `benchmarks/learner.py`, without a model folder."""
+        return Work(
+            folder="",
+            vocabulary=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_layers=self.layers,
+            num_heads=self.hidden // self.head_dim,
+            shortest=self.longest // 16,
+            longest=self.longest,
+            num_sequences=GROUP_SIZE * (2 if quick else 8),
+            num_threads=1,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            rows_per_microbatch=1,
+        )
 
     def step_flops(self, work: Work, data: Sequences) -> float:
-        """Of forward and backward pass, what is computed again for checkpointing left out."""
+        """Operations of the forward and the backward pass, without the recomputation of gradient checkpointing."""
         linear, attention = forward_flops(work, data)
-        # Keys and values are narrower than that counts.
+        # `forward_flops` counts keys and values as wide as the hidden states; here they are narrower.
         narrower = 2 * data.num_tokens * self.layers * 2 * self.hidden * (self.hidden - self.key_value)
         return 3 * (linear - narrower + attention)
 
@@ -63,12 +73,12 @@ SHAPES = {
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
-    """Bfloat16, but not on a CPU, which is slow at it."""
+    """Bfloat16, or float32 on a CPU, where bfloat16 is slow."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def random_model(shape: Shape, device: torch.device) -> Any:
-    """A causal language model as the learner loads one, without a folder."""
+    """A causal language model with random weights, configured as the learner configures the models that it loads."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from learner.models.attention import register_packed_attention
@@ -95,18 +105,18 @@ def random_model(shape: Shape, device: torch.device) -> Any:
 
 
 class Meter:
-    """Time and peak memory of what runs on a device."""
+    """Measures time and peak memory of work on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def wait(self) -> None:
-        """Until everything that was launched is done."""
+        """Waits for: all kernels that were launched on the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], repeats: int, warm_up: int = 1) -> list[float]:
-        """Of `work`, each time alone."""
+        """Seconds of each of `repeats` calls of `work`, after `warm_up` calls that are not measured."""
         found = []
         for number in range(warm_up + repeats):
             self.wait()
@@ -117,25 +127,25 @@ class Meter:
                 found.append(time.perf_counter() - began)
         return found
 
-    def forget(self) -> None:
-        """From here on the peak is measured anew."""
+    def reset_peak(self) -> None:
+        """Begin a new measurement of the peak memory."""
         self.wait()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             Path("/proc/self/clear_refs").write_text("5")
 
-    def held_mb(self) -> float:
-        """What is taken now: of the device, or by this process."""
+    def current_mb(self) -> float:
+        """Memory in use now: allocated on the CUDA device, or resident in this process."""
         return torch.cuda.memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else memory("VmRSS")
 
     def peak_mb(self) -> float:
-        """The most that was taken since `forget`."""
+        """Peak of the memory in use since `reset_peak`."""
         return torch.cuda.max_memory_allocated(self.device) / 1e6 if self.device.type == "cuda" else memory("VmHWM")
 
 
 def matmul(meter: Meter, size: int, repeats: int) -> dict[str, Any]:
-    """Large products in the type that models are in here: the most that this device gives, measured now."""
+    """Measures TFLOP/s of large matrix products in the models' dtype: the limit of this device."""
     left, right = (torch.randn(size, size, device=meter.device, dtype=dtype_on(meter.device)) for _ in range(2))
     out = torch.empty_like(left)
     taken = meter.seconds(lambda: torch.mm(left, right, out=out), repeats, warm_up=3)
@@ -152,5 +162,5 @@ def matmul(meter: Meter, size: int, repeats: int) -> dict[str, Any]:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Tied ones counted once."""
+    """Number of parameters; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

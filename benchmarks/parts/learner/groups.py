@@ -1,4 +1,4 @@
-"""The benchmarks' batch as the groups of trajectories that a learner receives."""
+"""Converts the batch of the benchmarks to the trajectory groups that a learner receives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def trajectory_groups(data: Sequences, behavior: list[NDArray[np.float32]]) -> l
 
     Args:
         data: the batch.
-        behavior: log mu of each completion's tokens.
+        behavior: the behavior log-probabilities of each completion's tokens.
     """
     made = []
     for index in range(len(data.token_ids) // GROUP_SIZE):
@@ -44,10 +44,10 @@ def trajectory_groups(data: Sequences, behavior: list[NDArray[np.float32]]) -> l
 
 
 def completion_lengths(data: Sequences) -> list[int]:
-    """Tokens of each completion."""
+    """Number of tokens of each completion."""
     return [len(ids) - prompt for ids, prompt in zip(data.token_ids, data.prompt_lengths, strict=True)]
 
 
 def split_by_completion(data: Sequences, logprobs: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-    """What stands for all scored tokens in a row, by completion."""
+    """Splits the log-probabilities of all scored tokens into one array per completion."""
     return np.split(logprobs, np.cumsum(completion_lengths(data))[:-1])

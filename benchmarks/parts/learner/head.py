@@ -1,7 +1,7 @@
-"""What the language-model head takes: `head.py ours|naive NUM_TOKENS VOCABULARY HIDDEN_SIZE`.
+"""Measures the language-model head: `head.py ours|naive NUM_TOKENS VOCABULARY HIDDEN_SIZE`.
 
-Prints {"peak_mb", "cpu_seconds"} of one forward and backward pass beyond the head's inputs, its weights and their
-gradients, which every way has.
+Prints {"peak_mb", "cpu_seconds"} of one forward and backward pass as JSON. The peak leaves out the head's inputs, its
+weights and their gradients, which every way needs.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from learner.models.head import ScoringHead
 
 
 def naive(layer: nn.Linear, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole matrix in float32, as the definitions read."""
+    """Log-probabilities and entropies by their definitions, from the whole logit matrix in float32."""
     logs = layer(hidden).float().log_softmax(-1)
     return logs.gather(-1, tokens[:, None]).squeeze(-1), -(logs.exp() * logs).sum(-1)
 
 
 def main() -> None:
-    way, num_tokens, vocabulary, hidden_size = sys.argv[1], *map(int, sys.argv[2:])
+    way, (num_tokens, vocabulary, hidden_size) = sys.argv[1], map(int, sys.argv[2:])
     torch.set_num_threads(1)
     layer = nn.Linear(hidden_size, vocabulary, bias=False)
     layer.weight.grad = torch.zeros_like(layer.weight)
     hidden, tokens = torch.randn(num_tokens, hidden_size, requires_grad=True), torch.arange(num_tokens) % vocabulary
     Path("/proc/self/clear_refs").write_text("5")
-    held, began = memory("VmRSS"), time.process_time()
+    before, began = memory("VmRSS"), time.process_time()
     logprobs, _ = ScoringHead.of(layer)(hidden, tokens, 1.0) if way == "ours" else naive(layer, hidden, tokens)
     logprobs.sum().backward()
-    worked = time.process_time() - began
-    own = sum(4 * tensor.numel() for tensor in (layer.weight, hidden)) / 1e6
-    print(json.dumps({"peak_mb": memory("VmHWM") - held - own, "cpu_seconds": worked}))
+    cpu_seconds = time.process_time() - began
+    gradients_mb = sum(4 * tensor.numel() for tensor in (layer.weight, hidden)) / 1e6
+    print(json.dumps({"peak_mb": memory("VmHWM") - before - gradients_mb, "cpu_seconds": cpu_seconds}))
 
 
 if __name__ == "__main__":

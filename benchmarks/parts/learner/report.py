@@ -1,4 +1,4 @@
-"""Tables and plot of `benchmarks/learner.py`."""
+"""The tables and the plot of `benchmarks/learner.py`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def show(figures: dict[str, Any], console: Console) -> None:
         for label, found in case["rates"].items():
             low, high = found["spread"]
             middle = found["tokens_per_second"]
-            # The products of the linear layers leave attention out, so their share would be too high.
+            # No share for the products of the linear layers: they leave attention out, so it would be too high.
             share = "" if label == PRODUCTS else f"{100 * found['share_of_matmul']:.0f} %"
             cells = (f"{middle:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{ours / middle:.2f} x", share)
             table.add_row(label, *cells, f"{found['peak_mb']:,.0f}")
         for label, reason in case["skipped"].items():
             table.add_row(label, f"skipped: {reason}")
         console.print(table)
-    table = Table(title="our step as the batch and as the length grow, one thread")
+    table = Table(title="our step by number and length of sequences, one thread")
     for column in ("sequences", "tokens each", "tokens/s", "peak MB"):
         table.add_column(column, justify="right")
     for row in figures["growth"]:
@@ -44,7 +44,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     for way, sizes in head["measured"].items():
         for tokens, found in sizes.items():
             table.add_row(way, f"{int(tokens):,}", f"{found['peak_mb']:,.0f}", f"{found['cpu_seconds']:.2f}")
-    table.add_row("naive, on its line", f"{head['num_tokens']:,}", f"{head['naive_mb_extrapolated']:,.0f}")
+    table.add_row("naive, extrapolated", f"{head['num_tokens']:,}", f"{head['naive_mb_extrapolated']:,.0f}")
     console.print(table, f"{head['times_less']:.0f} times less memory at {head['num_tokens']:,} tokens")
 
 

@@ -1,6 +1,6 @@
-"""Our learner's step as benchmarks measure it: from received groups to metrics, by the learner's own functions.
+"""Our learner's optimizer step for the benchmarks: from received groups to metrics, by the learner's own functions.
 
-Imports DeepSpeed, so `DS_ACCELERATOR` must be set before.
+This module imports DeepSpeed, so `DS_ACCELERATOR` must be set before it is imported.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from learner.passes import Annotations, policy_step, score_batch
 
 
 class OurStep:
-    """One optimizer step over `data`, again and again.
+    """Repeats one optimizer step over the same batch.
 
     Args:
-        policy: the network, of which `data` is a sample: nothing is corrected, the distance only looked at.
+        policy: the network. The behavior log-probabilities of the batch are its own, so no importance correction acts.
         data: the batch.
-        tokens_per_microbatch: packed tokens of one pass.
-        device: where the network is to live.
-        bfloat16: whether it is in that type, with float32 master weights.
+        tokens_per_microbatch: largest number of packed tokens in one pass.
+        device: device of the network.
+        bfloat16: whether the network is in bfloat16, with float32 master weights.
     """
 
     def __init__(
@@ -55,11 +55,16 @@ class OurStep:
         self._received = [pack_group(group) for group in sampled]
 
     def accumulate(self) -> None:
-        """Up to the gradient."""
+        """Unpack the groups, compute the advantages and accumulate the gradient."""
         groups = [unpack_group(group) for group in self._received]
         self._batch = TrainingBatch.from_groups(groups, [0] * len(groups), 0, self._device)
-        inputs = (self._batch.rewards, self._batch.group_index, self._batch.sequence_index)
-        outputs = self._algorithm.advantages(AdvantageInputs(*inputs, self._batch.behavior_logprobs))
+        inputs = AdvantageInputs(
+            rewards=self._batch.rewards,
+            group_index=self._batch.group_index,
+            sequence_index=self._batch.sequence_index,
+            behavior_logprobs=self._batch.behavior_logprobs,
+        )
+        outputs = self._algorithm.advantages(inputs)
         annotations = Annotations(outputs.advantages, None, None, None, None)
         everything = range(len(self._batch.trajectories))
         self._sums = policy_step(
@@ -67,7 +72,7 @@ class OurStep:
         )
 
     def finish(self) -> None:
-        """From the gradient to the metrics."""
+        """Apply the gradient and compute the metrics."""
         self.engine.step(LEARNING_RATE)
         totals = self._sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max)
         metrics = batch_metrics(self._batch) | summarize(totals)

@@ -1,7 +1,8 @@
-"""The ways of `benchmarks/learner.py` that need no more than this project: `ways.py NAME WORK.json`.
+"""The ways of `benchmarks/learner.py` that need only this project's packages: `ways.py NAME WORK.json`.
 
-ours: the learner's own functions, from received groups to metrics. packed and padded: what one would write by hand with
-PyTorch and transformers, the loss and nothing beside it. limit: the matrix products of the linear layers alone.
+- ours: the learner's own functions, from received groups to metrics.
+- packed, padded: steps written by hand with PyTorch and transformers, with the loss and no metrics.
+- limit: the matrix products of the linear layers alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def ours(work: Work, data: Sequences) -> None:
 
 
 def packed(work: Work, data: Sequences) -> None:
-    """Sequences laid end to end up to a budget of tokens, attention inside each."""
+    """Sequences packed end to end up to a budget of tokens; attention stays inside each sequence."""
     from transformers import AttentionInterface
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **named: Any) -> tuple[Any, None]:
@@ -71,7 +72,7 @@ def packed(work: Work, data: Sequences) -> None:
 
 
 def padded(work: Work, data: Sequences) -> None:
-    """Rows of the longest sequence of their microbatch."""
+    """Sequences padded to the longest one of their microbatch."""
     model = _model(work, "sdpa")
     advantages, scored = torch.from_numpy(data.advantages).float(), _scored(data)
 
@@ -93,7 +94,7 @@ def padded(work: Work, data: Sequences) -> None:
 
 
 def limit(work: Work, data: Sequences) -> None:
-    """Forward and backward matrix products of every linear layer at the packed shapes, no attention."""
+    """The matrix products of every linear layer, forward and backward, at the packed shapes, without attention."""
     hidden, wide = work.hidden_size, work.intermediate_size
     shapes = [(hidden, hidden)] * 4 + [(hidden, wide)] * 2 + [(wide, hidden)]
     weights = [torch.randn(shape) for shape in shapes]
@@ -148,7 +149,7 @@ def _scored(data: Sequences) -> int:
 
 
 def _cuts(data: Sequences, budget: int) -> list[int]:
-    """Bounds of the runs of whole sequences that fit `budget` tokens."""
+    """Boundaries of the packed microbatches: each holds whole sequences of at most `budget` tokens."""
     cuts, used = [0], 0
     for index, tokens in enumerate(data.token_ids):
         if used and used + len(tokens) > budget:
@@ -162,7 +163,7 @@ def main() -> None:
     name, work = sys.argv[1], Work.read(Path(sys.argv[2]))
     torch.set_num_threads(work.num_threads)
     {"ours": ours, "packed": packed, "padded": padded, "limit": limit}[name](work, sequences(work))
-    # Threads of gloo may abort a teardown.
+    # Exit without cleanup: gloo's threads may abort it.
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
-"""TRL's way of `benchmarks/learner.py`: `with_trl.py trl WORK.json`, with a Python that has TRL.
+"""TRL's way of `benchmarks/learner.py`: `with_trl.py trl WORK.json`, run by a Python with TRL.
 
-Its own GRPO trainer trains, from its data loader to its optimizer's step; only generation is replaced by the batch of
-the benchmark, which the trainer pads and splits as it does its own.
+TRL's GRPO trainer does the whole step, from its data loader to its optimizer. Only generation is replaced: it returns
+the batch of the benchmark, which the trainer splits like one of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.parts.learner.work import GROUP_SIZE, LEARNING_RATE, Sequences, 
 
 
 def batch_of(data: Sequences) -> dict[str, Any]:
-    """The arrays as the trainer's own generation leaves them: prompts padded on the left, completions on the right."""
+    """The batch in the form of the trainer's own generation: prompts padded on the left, completions on the right."""
     prompts = [ids[:n] for ids, n in zip(data.token_ids, data.prompt_lengths, strict=True)]
     completions = [ids[n:] for ids, n in zip(data.token_ids, data.prompt_lengths, strict=True)]
     prompt_ids, prompt_mask = _pad(prompts, left=True)
@@ -48,7 +48,7 @@ def _pad(rows: list[np.ndarray], *, left: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 class Marks(TrainerCallback):
-    """Ends a turn with every optimizer step, and the training when there are no more turns."""
+    """Reports every optimizer step, and ends the training when the benchmark asks for no further step."""
 
     def __init__(self, work: Work, turns: Turns) -> None:
         self.work, self.turns, self.over = work, turns, False
@@ -68,7 +68,7 @@ class Marks(TrainerCallback):
 
 
 class Prepared(GRPOTrainer):
-    """The trainer with its completions given."""
+    """The trainer with `prepared` in place of its generation."""
 
     prepared: dict[str, Any]
     marks: Marks

@@ -1,8 +1,9 @@
-"""The work of `benchmarks/learner.py`: one model and one batch, the same for every way, and how a way takes its turns.
+"""The work of `benchmarks/learner.py`: the model and batch that all ways share, and the protocol of a way's process.
 
-A way is a process of its own. It prints a marked line of JSON when ready, then makes one optimizer step for every line
-on its standard input and prints {"seconds", "cpu_seconds", "peak_mb"} for it; `peak_mb` is what its steps so far took
-beyond what the process held before the first. The first gradient goes to a file: all ways must compute the same.
+A way is a process of its own. It prints a marked line of JSON when it is ready. Then it makes one optimizer step for
+every line on its standard input and prints {"seconds", "cpu_seconds", "peak_mb"} after it. `peak_mb` is the peak memory
+of its steps so far, less the memory before the first step. The first step saves its gradient to a file, so that the
+benchmark can check that all ways compute the same one.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ GROUP_SIZE = 8
 
 @dataclass(frozen=True)
 class Work:
-    """One batch and one model."""
+    """One model and one batch."""
 
     folder: str
-    """Of the Hugging Face model; gradients go there too."""
+    """Folder of the Hugging Face model; gradients are saved there too."""
     vocabulary: int
     hidden_size: int
     intermediate_size: int
@@ -40,23 +41,24 @@ class Work:
     num_sequences: int
     num_threads: int
     tokens_per_microbatch: int
-    """Of the ways that pack; the others take as many sequences as `rows_per_microbatch` says."""
+    """Largest number of tokens in a microbatch, for the ways that pack."""
     rows_per_microbatch: int
+    """Sequences in a microbatch, for the ways that pad."""
 
     @property
     def num_groups(self) -> int:
-        """Prompts."""
+        """Number of groups, which is that of prompts."""
         return self.num_sequences // GROUP_SIZE
 
     @classmethod
     def read(cls, path: Path) -> Work:
-        """What the benchmark wrote."""
+        """Reads the JSON file that the benchmark wrote."""
         return cls(**json.loads(path.read_text()))
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """The batch as arrays; the sequences 8 i to 8 i + 7 share a prompt."""
+    """The batch as arrays; the sequences 8 i to 8 i + 7 are a group and share a prompt."""
 
     token_ids: list[np.ndarray]
     prompt_lengths: list[int]
@@ -64,18 +66,19 @@ class Sequences:
 
     @property
     def num_tokens(self) -> int:
-        """Prompts included."""
+        """Number of tokens, prompts included."""
         return sum(map(len, self.token_ids))
 
     @property
     def advantages(self) -> np.ndarray:
-        """[num_sequences]: reward less the group's mean, over its standard deviation."""
+        """[num_sequences] reward minus the mean of its group, divided by the group's standard deviation."""
         groups = self.rewards.reshape(-1, GROUP_SIZE)
         centered = groups - groups.mean(1, keepdims=True)
         return (centered / (groups.std(1, ddof=1, keepdims=True) + 1e-6)).reshape(-1)
 
 
 def sequences(work: Work) -> Sequences:
+    """The batch: random tokens and rewards, the same in every process."""
     rng = np.random.default_rng(0)
     tokens, prompts = [], []
     for _ in range(work.num_groups):
@@ -89,7 +92,7 @@ def sequences(work: Work) -> Sequences:
 
 
 def save_model(work: Work) -> None:
-    """Random weights in `work.folder`."""
+    """Save a model with random weights in `work.folder`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -111,51 +114,51 @@ def save_model(work: Work) -> None:
 
 
 def forward_flops(work: Work, data: Sequences) -> tuple[float, float]:
-    """Operations of one forward pass over the batch without padding: (of the linear layers, of attention)."""
+    """Floating-point operations of a forward pass over the batch without padding: (linear layers, attention)."""
     layer = 4 * work.hidden_size**2 + 3 * work.hidden_size * work.intermediate_size
     scored = sum(len(ids) - prompt for ids, prompt in zip(data.token_ids, data.prompt_lengths, strict=True))
     linear = 2 * data.num_tokens * work.num_layers * layer + 2 * scored * work.hidden_size * work.vocabulary
-    # Scores and their product with the values, the causal half of both.
+    # Products of queries with keys, and of weights with values; with the causal mask half of each.
     pairs = sum(len(ids) * (len(ids) + 1) / 2 for ids in data.token_ids)
     return linear, 4 * work.num_layers * work.hidden_size * pairs
 
 
 def save_gradient(work: Work, name: str, gradients: list[tuple[str, Any]]) -> None:
-    """The gradient of the first step: {name: tensor}."""
+    """Save the gradient of the first step as {parameter name: tensor}."""
     import torch
 
     torch.save({key: value.detach().clone() for key, value in gradients}, Path(work.folder, f"gradient-{name}.pt"))
 
 
 class Turns:
-    """The way's side of the protocol."""
+    """The way's side of the protocol. Keyword arguments go into the line that says it is ready."""
 
     def __init__(self, **about: Any) -> None:
-        self._held = 0.0
-        self._began = self._worked = 0.0
+        self._memory_before = 0.0
+        self._began = self._cpu_began = 0.0
         self.number = 0
         say(**about)
 
     def wait(self) -> bool:
-        """Until it is this way's turn; False when there is none any more."""
+        """Waits for: the benchmark to ask for a step. Returns False when there are no more steps."""
         if not sys.stdin.readline():
             return False
         if not self.number:
-            # The peak so far is forgotten: loading a model may have taken more than a step.
+            # Reset the peak, because loading the model may have taken more memory than a step does.
             Path("/proc/self/clear_refs").write_text("5")
-            self._held = memory("VmRSS")
+            self._memory_before = memory("VmRSS")
         self.number += 1
-        self._began, self._worked = time.perf_counter(), time.process_time()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
         return True
 
     def done(self) -> None:
-        """The step of this turn is made."""
-        seconds, worked = time.perf_counter() - self._began, time.process_time() - self._worked
-        say(seconds=seconds, cpu_seconds=worked, peak_mb=memory("VmHWM") - self._held)
+        """Report the step that was asked for last."""
+        seconds, cpu_seconds = time.perf_counter() - self._began, time.process_time() - self._cpu_began
+        say(seconds=seconds, cpu_seconds=cpu_seconds, peak_mb=memory("VmHWM") - self._memory_before)
 
 
 def memory(field: str) -> float:
-    """Megabytes of this process, by Linux's name of them."""
+    """A memory figure of this process from /proc/self/status, such as VmRSS or VmHWM, in megabytes."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024 / 1e6

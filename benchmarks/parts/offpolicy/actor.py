@@ -1,4 +1,4 @@
-"""The actor's side of `offpolicy.py`: engine, prompts, verifier and trajectories of the system, loaded once for all."""
+"""The actor's side of `benchmarks/offpolicy.py`: the system's engine, prompts, verifier and trajectories."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Result = TypeVar("Result")
 
 
 class Generator:
-    """The actor's engine, prompts and verifier, loaded once for all runs of the study. A `Sampler`.
+    """Samples and scores batches of any version. Engine and verifier are loaded once for all runs. A `Sampler`.
 
     Args:
-        plan: any run of the study; model, task and sampling are the same in all of them.
+        plan: the plan of any run of the study; model, task and sampling are the same in all of them.
     """
 
     def __init__(self, plan: RunPlan) -> None:
@@ -50,7 +50,7 @@ class Generator:
         self._runner = asyncio.Runner()
         self._engine = self._wait_for(self._start())
         self._base: dict[tuple[int, int], tuple[PackedGroup, ...]] = {}
-        """Batches of version 0, which is the same in every run, by (seed, first occurrence)."""
+        """Cached batches of version 0, which is the same in every run, by (seed, first occurrence)."""
         self._base_pass_at_1: float | None = None
         self.begin(0)
 
@@ -60,18 +60,18 @@ class Generator:
         return engine
 
     def begin(self, seed: int) -> None:
-        """A run with this seed, which chooses the prompts' order and the sampling."""
+        """Begin a run. The seed decides the order of the prompts and the sampling."""
         prompts = np.arange(len(self._task.train))
         self._order = epoch_order(prompts, shuffle=True, seed=seed, stage=1, epoch=0).tolist()
         self._seed, self._loaded = seed, ""
         self._manifest: Manifest | None = None
 
     def load(self, manifest: Manifest) -> None:
-        """Sample from this version from now on; loaded once it is needed."""
+        """Sample from this version from here on. Its weights are loaded when they are first needed."""
         self._manifest = manifest
 
     def groups(self, first_occurrence: int) -> tuple[PackedGroup, ...]:
-        """One batch: the prompts from `first_occurrence` on, sampled and scored."""
+        """Sample and score one batch: the prompts from `first_occurrence` on."""
         key = (self._seed, first_occurrence)
         if self._is_base and key in self._base:
             return self._base[key]
@@ -82,7 +82,7 @@ class Generator:
         return groups
 
     def evaluate(self) -> float:
-        """pass@1 on held-out prompts; the same noise at every version and in every run."""
+        """Measure pass@1 on held-out prompts, with the same sampling seeds at every version and in every run."""
         if self._is_base and self._base_pass_at_1 is not None:
             return self._base_pass_at_1
         problems = self._task.held_out[: self._config.evaluation_prompts]
@@ -103,7 +103,7 @@ class Generator:
         self._runner.close()
 
     async def _on_loaded(self, work: Sequence[Awaitable[Result]]) -> list[Result]:
-        """All of `work`, with the weights it is to be done with."""
+        """Load the current version if needed, then run all of `work` at the same time."""
         assert self._manifest is not None
         if self._loaded != self._manifest.publication:
             await self._engine.load(LocalWeights(self._manifest, Path(self._manifest.path)))

@@ -1,4 +1,4 @@
-"""The grid of `offpolicy.py`: which runs there are, in which order, and the lines they leave. Imports nothing heavy."""
+"""The grid of `benchmarks/offpolicy.py`: its runs, their order, and the file of results. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 STALENESS: tuple[int | None, ...] = (0, 1, 2, 4, 8, 16, 32, None)
-"""None: every batch is sampled by version 0, however old that gets."""
+"""In policy versions; None (unbounded): version 0 samples every batch."""
 CORRECTIONS = ("clipped_tis", "decoupled_tis", "ppo_behavior", "token_mask", "vtrace", "none")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run."""
+    """One run of the grid."""
 
     algorithm: str
     correction: str
@@ -23,31 +23,31 @@ class Cell:
     seed: int
 
     def overrides(self) -> list[str]:
-        """On the launcher's command line."""
+        """Overrides for the launcher's command line."""
         return [f"algorithm={self.algorithm}", f"correction={self.correction}", f"seed={self.seed}"]
 
     def line(self) -> dict[str, Any]:
-        """What names it in the results."""
+        """Fields that identify the cell in a line of the results."""
         names = ("algorithm", "correction", "staleness", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large every run is."""
+    """The size of every run."""
 
     updates: int = 64
     groups: int = 16
     samples: int = 4
     rate: float = 2.0
-    """Factor on the default learning rates of policy and critic: twice the distance per version."""
+    """Factor on the default learning rates of policy and critic. At 2 a version is about twice as far from the last."""
     evaluate_every: int = 8
     evaluation_prompts: int = 200
     settings: tuple[str, ...] = ()
-    """Further overrides, the same in every run."""
+    """Further overrides of every run."""
 
     def overrides(self) -> list[str]:
-        """On the launcher's command line, all but `rate`."""
+        """Overrides for the launcher's command line, without `rate`."""
         return [
             f"total_steps={self.updates}",
             f"groups_per_batch={self.groups}",
@@ -59,19 +59,19 @@ class Scale:
         ]
 
     def line(self) -> dict[str, Any]:
-        """What names it in the results."""
+        """Fields that identify the size in a line of the results."""
         names = ("updates", "groups", "samples", "rate")
         return {name: getattr(self, name) for name in names} | {"settings": list(self.settings)}
 
     def made(self, line: dict[str, Any]) -> bool:
-        """Whether a line of the results is of a run of this size."""
+        """Whether a line of the results comes from a run of this size."""
         return self.line().items() <= line.items()
 
 
 def grid(algorithm: str, stale: Sequence[int | None], corrections: Sequence[str], seeds: int) -> Iterator[Cell]:
-    """Seed by seed, so that a study that is ended early is balanced.
+    """Yields all cells of the first seed, then of the second and so on, so that a study that is stopped is balanced.
 
-    At staleness 0 every weight is 1 and every correction the same loss: one correction stands for all.
+    At staleness 0 every importance weight is 1, so every correction has the same loss, and one of them is run for all.
     """
     for seed in range(seeds):
         for staleness in stale:
@@ -80,17 +80,17 @@ def grid(algorithm: str, stale: Sequence[int | None], corrections: Sequence[str]
 
 
 def missing(cells: Sequence[Cell], scale: Scale, lines: Sequence[dict[str, Any]]) -> list[Cell]:
-    """The cells that no line is of."""
+    """The cells without a result."""
     return [
         cell for cell in cells if not any(scale.made(line) and cell.line().items() <= line.items() for line in lines)
     ]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results so far; none where there is no file.
+    """Reads the results so far; none when the file does not exist.
 
     Raises:
-        ValueError: a line that is no result.
+        ValueError: when a line is not JSON.
     """
     if not path.exists():
         return []
@@ -104,7 +104,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def add_line(path: Path, line: dict[str, Any]) -> None:
-    """One result more."""
-    # Unbuffered, in one piece: a study that is killed leaves no half line.
+    """Append one result."""
+    # One unbuffered write, so that a killed study leaves no incomplete line.
     with path.open("ab", buffering=0) as file:
         file.write(f"{json.dumps(line)}\n".encode())

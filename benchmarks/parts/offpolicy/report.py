@@ -1,4 +1,4 @@
-"""What the lines of `offpolicy.py` say: a summary per cell, the table, and one figure per question."""
+"""Reports the results of `benchmarks/offpolicy.py`: the measures of every run, tables, and figures."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from benchmarks.parts.offpolicy.cells import CORRECTIONS, STALENESS
 from benchmarks.plot_run import COLORS, STYLE
 
 LAST = 3
-"""Evaluations whose mean is the final pass@1."""
+"""Number of last evaluations whose mean is the final pass@1."""
 GOAL = 0.8
+"""The pass@1 whose time is measured."""
 COLLAPSE = 0.5
-"""A run that ends below this share of its best evaluation has collapsed; so has one that ends below its start."""
+"""A run has collapsed when it ends below this share of its best evaluation, or below its first evaluation."""
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measures:
-    """One run."""
+    """The measures of one run."""
 
     final: float
-    """pass@1: mean of the last evaluations."""
+    """Final pass@1: the mean of the last evaluations."""
     to_goal: float | None
-    """Updates until pass@1 first reaches the goal, interpolated between evaluations; None: it never does."""
+    """Updates until pass@1 first reaches GOAL, interpolated between evaluations; None when it never does."""
     collapsed: bool
     ess: float
-    """Effective sample size, mean of the run."""
+    """Effective sample size as a share of the tokens, mean of the run."""
     lowest_ess: float
     kl: float
-    """KL(mu, pi) in nats per token (k3), mean of the run."""
+    """KL(mu, pi) in nats per token (estimator k3), mean of the run."""
 
 
 def measure(line: Line) -> Measures:
+    """Computes the measures from a line of the results."""
     values = [value for _, value in line["pass_at_1"]]
     final = statistics.fmean(values[-LAST:])
     ess, kl = line["curves"]["ess"], line["curves"]["kl_k3"]
@@ -59,7 +61,7 @@ def measure(line: Line) -> Measures:
 
 
 def updates_to(goal: float, evaluations: Sequence[Sequence[float]]) -> float | None:
-    """Where the line through (version, pass@1) first reaches `goal`; None: nowhere."""
+    """The version at which the line through (version, pass@1) first reaches `goal`; None when it never does."""
     before: Sequence[float] | None = None
     for version, value in evaluations:
         if value >= goal:
@@ -71,11 +73,11 @@ def updates_to(goal: float, evaluations: Sequence[Sequence[float]]) -> float | N
 
 
 Runs = dict[tuple[str, int | None], list[Line]]
-"""By (correction, staleness), one line per seed."""
+"""Lines by (correction, staleness), one per seed."""
 
 
 def by_cell(lines: Sequence[Line], algorithm: str) -> Runs:
-    """The runs of an algorithm. At staleness 0 every correction is the same loss, so its runs count for all."""
+    """The runs of an algorithm. Those at staleness 0 count for every correction, because the loss is the same."""
     runs: Runs = defaultdict(list)
     for line in lines:
         if line["algorithm"] == algorithm:
@@ -85,7 +87,7 @@ def by_cell(lines: Sequence[Line], algorithm: str) -> Runs:
 
 
 def present(runs: Runs) -> tuple[list[str], list[int | None]]:
-    """The corrections and the stalenesses that there are runs of."""
+    """The corrections and the values of staleness that have runs."""
     stale = {correction for correction, staleness in runs if staleness != 0}
     names = [name for name in CORRECTIONS if name in stale] or list(CORRECTIONS)
     return names, [staleness for staleness in STALENESS if any(s == staleness for _, s in runs)]
@@ -96,7 +98,7 @@ def label(staleness: int | None) -> str:
 
 
 def show(lines: Sequence[Line], algorithm: str, console: Console) -> None:
-    """One row per staleness, one column per correction: mean and range of the seeds, how many never reach the goal."""
+    """Print a table per measure, with a row per staleness and a column per correction: mean and range of the seeds."""
     runs = by_cell(lines, algorithm)
     names, stale = present(runs)
     questions: list[tuple[str, Callable[[list[Measures]], str]]] = [
@@ -127,7 +129,7 @@ def _updates(found: Sequence[Measures]) -> str:
 
 
 def draw(lines: Sequence[Line], algorithm: str, folder: Path, suffix: str = ".svg") -> list[Path]:
-    """One figure per question; the same lines give the same files. Returns them."""
+    """Draw the figures; the same lines give the same files. Returns their paths."""
     runs = by_cell(lines, algorithm)
     drawn = []
     with plt.rc_context(STYLE):
@@ -139,16 +141,16 @@ def draw(lines: Sequence[Line], algorithm: str, folder: Path, suffix: str = ".sv
             ("curves", _curves(runs)),
         ):
             drawn.append(folder / f"offpolicy_{name}{suffix}")
-            # Without its date the file changes only when the runs do.
+            # Without a date the file changes only when the results do.
             figure.savefig(drawn[-1], metadata={"Date": None} if suffix == ".svg" else None, dpi=150, facecolor="white")
             plt.close(figure)
     return drawn
 
 
 def _against(runs: Runs, ylabel: str, of: Callable[[Measures], float | None], *, runs_end: bool = False) -> Any:
-    """A measure against staleness: one line of means per correction, bars from the lowest to the highest seed.
+    """A measure against staleness: the mean over seeds as one line per correction, with bars for their range.
 
-    With `runs_end`, a run without the measure counts as its last update, a lower bound, and its point is hollow.
+    With `runs_end` a run without the measure counts with its last update, which is a lower bound; its point is hollow.
     """
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     names, stale = present(runs)
@@ -177,7 +179,7 @@ def _against(runs: Runs, ylabel: str, of: Callable[[Measures], float | None], *,
 
 
 def _distance(runs: Runs) -> Any:
-    """Final pass@1 against the distance that was trained on: one point per run that was stale at all."""
+    """Final pass@1 against the mean KL divergence of a run's data, with a point for every run above staleness 0."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for index, name in enumerate(present(runs)[0]):
         lines = [line for (of, staleness), found in runs.items() if of == name and staleness != 0 for line in found]
@@ -192,7 +194,7 @@ def _distance(runs: Runs) -> Any:
 
 
 def _curves(runs: Runs) -> Any:
-    """pass@1 against the policy version at four stalenesses: mean and range of the seeds."""
+    """pass@1 against the policy version at up to four values of staleness: mean and range of the seeds."""
     names, stale = present(runs)
     shown = [staleness for staleness in (0, 8, 32, None) if staleness in stale] or stale
     figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown) + 0.6, 3.0), sharey=True, layout="constrained")

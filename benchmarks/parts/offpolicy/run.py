@@ -1,9 +1,9 @@
-"""One run of `offpolicy.py`: the real learner and the real actor's parts in one process, strictly in turn.
+"""One run of `benchmarks/offpolicy.py`: the real learner and the real parts of an actor take turns in one process.
 
-The trainer asks its buffer for the batch of version v; the stand-in for the buffer answers by loading version
-max(0, v - staleness) into vLLM and sampling the batch there and then. So staleness is exact and a run repeats itself.
-Everything else is the system's own: configuration, prompts and their order, engine, loading of weights, verifier,
-trajectories, trainer, DeepSpeed, weight store.
+The trainer asks for the batch of version v. A stand-in for the buffer answers: it loads version max(0, v - staleness)
+into vLLM and samples the batch at once. So staleness is exact and runs are reproducible. Everything else belongs to the
+system: configuration, prompts and their order, engine, loading of weights, verifier, trajectories, trainer, DeepSpeed,
+weight store.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ CURVES = {
     "entropy": "policy/entropy",
     "correct": "reward/fraction_correct",
 }
-"""What is kept of a run's event files, one value per version."""
+"""The metrics that are kept from a run's event files, by the short name in the results; one value per version."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What all runs share: the engine and the scale."""
+    """The engine and the size that all runs share."""
 
     generator: Generator
     scale: Scale
 
     @classmethod
     def start(cls, scale: Scale) -> Study:
-        """Load the engine; the base model is made where it is not in the cache."""
+        """Load the engine. The base model is trained first if it is not in the cache."""
         _be_quiet()
         torch.set_num_threads(1)
-        # The engine first: the learner's process group leaves variables that vLLM would take for its own.
+        # The engine comes first: the learner's process group sets environment variables that vLLM would use.
         study = cls(Generator(_plan(Cell("ppo", "none", 0, 0), scale)), scale)
         init_distributed(torch.device("cpu"))
         return study
@@ -75,7 +75,7 @@ class Study:
         shut_down_distributed()
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """One run from the base model to its last version. Returns its line of the results."""
+        """Train from the base model to the last version. Returns the line of the results."""
         started = time.monotonic()
         plan = _plan(cell, self.scale)
         with tempfile.TemporaryDirectory(prefix="offpolicy-") as name:
@@ -99,7 +99,7 @@ class Study:
         }
 
     def _train(self, plan: RunPlan, directory: Path, buffer: InTurn, store: History) -> str:
-        """To the last version. Returns why the learner would not go on; nothing where it did."""
+        """Train to the last version. Returns the reason if a stop condition ended the run, or else an empty text."""
         config = read_section(LearnerConfig, plan.sections["learner"], "learner")
         torch.manual_seed(config.seed)
         trainer = Trainer(
@@ -131,7 +131,7 @@ def _plan(cell: Cell, scale: Scale) -> RunPlan:
 
 
 def _evaluations(reports: Sequence[EvaluationReport], scale: Scale) -> list[tuple[int, float]]:
-    """(version, pass@1); a run that stopped stays where it was."""
+    """Returns (version, pass@1) pairs; a run that stopped early keeps its last value for the versions it lacks."""
     found = {report.policy_version: report.pass_at_1 for report in reports}
     for version in range(0, scale.updates + 1, scale.evaluate_every):
         found.setdefault(version, list(found.values())[-1])
@@ -139,7 +139,7 @@ def _evaluations(reports: Sequence[EvaluationReport], scale: Scale) -> list[tupl
 
 
 def _curves(directory: Path) -> dict[str, list[float]]:
-    """By short name, one value per version from 1 on; a policy that was not stepped has fewer."""
+    """Reads CURVES from the event files: by short name one value per version from 1 on, or fewer in a stopped run."""
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
     written = set(events.Tags()["scalars"])

@@ -1,4 +1,4 @@
-"""The stand-in for the buffer in `offpolicy.py`: trainer and actor in turn, at a staleness that is exact."""
+"""The stand-in for the buffer in `benchmarks/offpolicy.py`: trainer and actor take turns at an exact staleness."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from learner.weights.store import NamedTensors, WeightStore
 
 
 class Sampler(Protocol):
-    """What the stand-in for the buffer needs of the actor's side."""
+    """The actor's side, as the stand-in for the buffer uses it."""
 
     def load(self, manifest: Manifest) -> None:
-        """Sample from this version from now on."""
+        """Sample from this version from here on."""
 
     def groups(self, first_occurrence: int) -> tuple[PackedGroup, ...]:
-        """One batch: the prompts from `first_occurrence` on, sampled and scored."""
+        """Sample and score one batch: the prompts from `first_occurrence` on."""
 
     def evaluate(self) -> float:
-        """pass@1 on held-out prompts."""
+        """Measure pass@1 on held-out prompts."""
 
 
 class History:
-    """A weight store that keeps every version and knows where each is."""
+    """A weight store that keeps every version and its manifest."""
 
     def __init__(self, directory: Path, address: str, num_versions: int) -> None:
         config = WeightsConfig(address, keep_versions=num_versions + 1)
@@ -56,13 +56,16 @@ class History:
         self.on_publication: Callable[[], None] = lambda: None
 
     def publish(self, policy_version: int, tensors: NamedTensors, dtype: torch.dtype | None = None) -> Future[Manifest]:
-        """As in the weight store."""
+        """Publishes a version as the weight store does, and then calls `on_publication`."""
         self._published[policy_version] = self._store.publish(policy_version, tensors, dtype)
         self.on_publication()
         return self._published[policy_version]
 
     def manifest(self, policy_version: int) -> Manifest | None:
-        """Of a version that was published; None of another one. Waits for: its file."""
+        """The manifest of a version; None when it is not published.
+
+        Waits for: the file of the version. Gives up after: 60 seconds.
+        """
         published = self._published.get(policy_version)
         return published and published.result(60.0)
 
@@ -72,13 +75,13 @@ class History:
 
 
 class InTurn:
-    """Answers the trainer as the buffer does, and lets the actor's side work only while the trainer waits.
+    """Answers the trainer as the buffer does. The actor's side works only while the trainer waits for an answer.
 
     Args:
         sampler: the actor's side.
-        manifest: where a version is; None when it is not published yet.
+        manifest: returns the manifest of a version, or None when it is not published.
         staleness: batch v is sampled by version max(0, v - staleness); None: always by version 0.
-        groups_per_batch: prompts of one batch.
+        groups_per_batch: number of groups in a batch.
     """
 
     def __init__(
@@ -94,7 +97,10 @@ class InTurn:
         return 0 if self._staleness is None else max(0, version - self._staleness)
 
     def request(self, message: Message, timeout_seconds: float | None = None) -> Future[Message]:
-        """The answer, which is there already unless it is a batch from a version that is not published yet."""
+        """Answer a message at once, unless it asks for a batch from a version that is not published yet.
+
+        Waits for: nothing; the future of such a batch is set by `go_on`.
+        """
         answer: Future[Message] = Future()
         if isinstance(message, BatchRequest) and self._manifest(self.sampled_by(message.policy_version)) is None:
             self._parked = message, answer
@@ -103,13 +109,16 @@ class InTurn:
         return answer
 
     def go_on(self) -> None:
-        """A version was published: the trainer asks for a batch before, and at staleness 0 that version samples it."""
+        """Answer the parked batch request after a publication.
+
+        The trainer asks for a batch before it publishes. At staleness 0 the version to publish samples that batch.
+        """
         if self._parked is not None:
             (message, answer), self._parked = self._parked, None
             answer.set_result(self._answer(message))
 
     def call(self, message: Message, timeout_seconds: float | None = None) -> Message:
-        """The answer."""
+        """Answer a message at once."""
         return self._answer(message)
 
     def _answer(self, message: Message) -> Message:

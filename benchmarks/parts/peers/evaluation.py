@@ -1,8 +1,8 @@
-"""pass@1 of every model folder named, one JSON line each: `evaluation.py HELD_OUT.jsonl MAX_NEW_TOKENS FOLDER...`.
+"""Evaluates model folders: `evaluation.py HELD_OUT.jsonl MAX_NEW_TOKENS FOLDER...` prints pass@1 of each as JSON.
 
-The same for all ways of `benchmarks/peers.py`, after their runs: transformers samples one completion per held-out
-problem at temperature 1, from the same seed for every model, and our grader judges it. The tokenizer is the one of the
-first folder.
+`benchmarks/peers.py` evaluates the checkpoints of all ways like this after the runs. transformers samples one
+completion per held-out problem at temperature 1, with the same seed for every model, and our grader judges it. All
+models use the tokenizer of the first folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEED = 20
 def pass_at_1(
     folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, str]], max_new_tokens: int
 ) -> float:
-    """Share of the problems whose one sampled completion is right."""
+    """Share of the problems whose sampled completion is correct."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompts = tokenizer(
         [row["prompt"] for row in rows],

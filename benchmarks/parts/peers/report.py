@@ -1,4 +1,4 @@
-"""Figures, table and plot of `benchmarks/peers.py`, from the runs that it wrote down."""
+"""The figures, the table and the plot of `benchmarks/peers.py`, from the recorded runs."""
 
 from __future__ import annotations
 
@@ -18,31 +18,35 @@ from benchmarks.parts.peers.work import OURS
 from benchmarks.plot_run import COLORS, STYLE
 
 WARM_UP_UPDATES = 3
-"""Not in the rates: the first ones compile, fill pipelines and wait for whoever starts last."""
+"""Number of first updates that the rates leave out: there, code is compiled and processes are still starting."""
 GOAL = 0.8
 Figures = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run."""
+    """The figures of one run."""
 
     samples_per_second: float
+    """Completions trained on per second."""
     generated_per_second: float
-    """Completion tokens sampled."""
+    """Completion tokens sampled per second."""
     trained_per_second: float
-    """Completion tokens trained on."""
+    """Completion tokens trained on per second."""
     startup_seconds: float
-    """Until the end of the first update."""
+    """From the start of the command to the end of the first update."""
     goal_seconds: float | None
-    """From the start of the command until pass@1 is `GOAL`, between two checkpoints by the line through them."""
+    """From the start of the command until pass@1 reaches `GOAL`, interpolated between checkpoints; None: never."""
     resident_mb: float
+    """Peak memory; pages that processes share count in each of them."""
     shared_once_mb: float
+    """Peak memory; shared pages count once."""
     final: float
+    """pass@1 of the last checkpoint."""
 
 
 def measured(run: Mapping[str, Any], batch: int) -> Measured:
-    """The figures of a run; `batch` is the completions of an update."""
+    """Computes the figures of a run; `batch` is the number of completions per update."""
     stamps, warm = run["stamps"], WARM_UP_UPDATES
     seconds = stamps[-1] - stamps[warm - 1]
     return Measured(
@@ -61,25 +65,25 @@ def _seconds_to(goal: float, run: Mapping[str, Any]) -> float | None:
     version = updates_to(goal, run["pass_at_1"])
     if version is None:
         return None
-    # Version 0 is there when the command starts.
+    # Version 0 exists when the command starts.
     stamps = [0.0, *run["stamps"]]
     whole = min(int(version), len(stamps) - 2)
     return float(stamps[whole] + (version - whole) * (stamps[whole + 1] - stamps[whole]))
 
 
 def measures(figures: Figures) -> dict[str, list[Measured]]:
-    """By way."""
+    """The figures of all runs, by way."""
     batch = figures["scale"]["groups_per_batch"] * figures["scale"]["samples_per_group"]
     return {way: [measured(run, batch) for run in runs] for way, runs in figures["ways"].items()}
 
 
 def ratio(ours: Sequence[Measured], theirs: Sequence[Measured], field: str) -> list[float]:
-    """Ours over theirs, run by run in the order in which they took turns."""
+    """Our figure divided by theirs, for every pair of runs that followed each other."""
     return [vars(a)[field] / vars(b)[field] for a, b in zip(ours, theirs, strict=False)]
 
 
 def rows(figures: Figures) -> list[list[str]]:
-    """The table's cells, its head first."""
+    """The cells of the table, beginning with its head."""
     found = measures(figures)
     lines = [["", *(figures["labels"][way] for way in found)]]
     for label, field, digits in (
@@ -102,7 +106,7 @@ def rows(figures: Figures) -> list[list[str]]:
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
-    """Median and, of several, their range; None is a run that never got there."""
+    """Median and range as text; None stands for a run that never reached the goal."""
     numbers = [value for value in values if value is not None]
     never = f"{len(values) - len(numbers)} of {len(values)} never" if len(numbers) < len(values) else ""
     if not numbers:
@@ -131,14 +135,14 @@ def show(figures: Figures, console: Console) -> None:
 
 
 def markdown(figures: Figures) -> str:
-    """The table."""
+    """The table in Markdown."""
     head, *lines = rows(figures)
     ruled = [head, ["---"] * len(head), *lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in ruled)
 
 
 def plot(figures: Figures, path: Path) -> None:
-    """Samples per second by way, and pass@1 against wall-clock time; the same figures give the same file."""
+    """Draw samples per second by way, and pass@1 against wall-clock time. The same figures give the same file."""
     found = measures(figures)
     colors = dict(zip(found, COLORS, strict=False))
     with plt.rc_context(STYLE):
@@ -149,7 +153,7 @@ def plot(figures: Figures, path: Path) -> None:
             errors = [[middle - min(rates)], [max(rates) - middle]]
             left.barh(-place, middle, xerr=errors, color=colors[way], capsize=2)
             for index, run in enumerate(figures["ways"][way]):
-                # The base model's share holds until updates begin.
+                # Until the first update pass@1 is that of the base model.
                 seconds = [0.0, *(run["stamps"][max(version - 1, 0)] for version, _ in run["pass_at_1"])]
                 shares = [run["pass_at_1"][0][1], *(share for _, share in run["pass_at_1"])]
                 label = figures["labels"][way] if index == 0 else None
@@ -161,6 +165,6 @@ def plot(figures: Figures, path: Path) -> None:
         right.set_ylabel("pass@1, held out")
         right.set_ylim(0.0, 1.02)
         right.legend(frameon=False, fontsize=8)
-        # Without its date the file changes only when the runs do.
+        # Without a date the file changes only when the runs do.
         figure.savefig(path, metadata={"Date": None}, facecolor="white")
         plt.close(figure)

@@ -1,7 +1,7 @@
-"""One run of `benchmarks/peers.py`: starts it, watches its memory, and brings home when every update was made.
+"""One run of `benchmarks/peers.py`: starts it, watches its memory, and collects the time of every update.
 
-Both sides are whole systems started by a command: ours by `launch/cluster.py`, a peer by its script in its own virtual
-environment. Seconds are counted from the start of that command.
+Both are whole systems that a command starts: ours with `launch/cluster.py`, TRL with a script in its own virtual
+environment. All times are in seconds from the start of that command.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ LAST_LINES = 3
 
 @dataclass(frozen=True)
 class Raw:
-    """A run as it went."""
+    """The record of one run."""
 
     stamps: Sequence[float]
     """[updates] seconds from the start of the command to the end of update 1, 2, ..."""
     tokens: Sequence[int]
-    """[updates] completion tokens that each update was trained on."""
+    """[updates] completion tokens that each update trained on."""
     generated: Sequence[float]
-    """[updates] completion tokens sampled so far at the end of each update, as far as the learner knew."""
+    """[updates] completion tokens sampled until the end of each update, as reported to the learner."""
     wall_seconds: float
+    """From the start of the command to its end."""
     resident_mb: float
-    """Largest sum of the processes' resident sizes; what they share counts once for each."""
+    """Peak of the summed resident set sizes of all processes; a shared page counts in each of them."""
     shared_once_mb: float
-    """Largest sum of their proportional sizes: what they share is counted once."""
+    """Peak of the summed proportional set sizes of all processes; a shared page counts once."""
     folders: Mapping[int, Path]
     """Model folders by policy version."""
     logprob_difference: float | None = None
-    """Largest between a peer's sampler and its trainer in any log-probability it reported; None: it reported none."""
+    """Largest difference between a log-probability of the peer's sampler and its trainer; None when not reported."""
 
 
 def run_ours(num_actors: int, scale: Scale, seed: int, run_dir: Path) -> Raw:
-    """A run of the whole system."""
-    own = (f"cluster.num_actors={num_actors}", f"seed={seed}", f"run_dir={run_dir}")
-    command = [sys.executable, "launch/cluster.py", *scale.overrides(), *own]
+    """Run Slipstream."""
+    settings = (f"cluster.num_actors={num_actors}", f"seed={seed}", f"run_dir={run_dir}")
+    command = [sys.executable, "launch/cluster.py", *scale.overrides(), *settings]
     started, wall_seconds, _, memory = _watched("slipstream", command, {}, range(0))
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
@@ -76,13 +77,13 @@ def run_ours(num_actors: int, scale: Scale, seed: int, run_dir: Path) -> Raw:
 
 
 def run_trl(work: Work, python: Path, folder: Path) -> Raw:
-    """A run of TRL's trainer with as many threads, and cores, as `work` says."""
+    """Run TRL's trainer on `work.num_threads` cores, with as many threads."""
     request = folder / "work.json"
     work.write(request)
     cores = sorted(os.sched_getaffinity(0))[-work.num_threads :]
     environment = {
         "OMP_NUM_THREADS": str(work.num_threads),
-        # vLLM's own binding would leave the cores that were chosen.
+        # Otherwise vLLM would bind its threads to other cores than the chosen ones.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -102,7 +103,7 @@ def run_trl(work: Work, python: Path, folder: Path) -> Raw:
     return Raw(
         stamps=[line["time"] - started for line in updates],
         tokens=tokens,
-        # Every batch is sampled for one update.
+        # TRL samples every batch for exactly one update.
         generated=[float(sum(tokens[: index + 1])) for index in range(len(tokens))],
         wall_seconds=wall_seconds,
         resident_mb=memory.resident_mb,
@@ -113,7 +114,7 @@ def run_trl(work: Work, python: Path, folder: Path) -> Raw:
 
 
 class Memory:
-    """Watches a process and all that it starts, from a thread of its own, until `close`."""
+    """Measures the memory of a process and all its children, from a thread of its own, until `close`."""
 
     def __init__(self, pid: int) -> None:
         self.resident_mb = self.shared_once_mb = 0.0
@@ -126,7 +127,7 @@ class Memory:
             resident = shared_once = 0
             with contextlib.suppress(psutil.Error):
                 for process in (self._root, *self._root.children(recursive=True)):
-                    # Any may end meanwhile.
+                    # A process may end meanwhile.
                     with contextlib.suppress(psutil.Error):
                         found = process.memory_full_info()
                         resident, shared_once = resident + found.rss, shared_once + found.pss
@@ -134,7 +135,7 @@ class Memory:
             self.shared_once_mb = max(self.shared_once_mb, shared_once / 1e6)
 
     def close(self) -> None:
-        """Stop watching. Waits for: the thread, at most a look at all processes."""
+        """Stop measuring. Waits for: the thread, which ends after its current measurement."""
         self._over.set()
         self._thread.join()
 
@@ -142,10 +143,10 @@ class Memory:
 def _watched(
     name: str, command: Sequence[str], environment: Mapping[str, str], cores: Sequence[int]
 ) -> tuple[float, float, list[str], Memory]:
-    """(time of the start, seconds it took, what it printed, its memory) of a command that ended well.
+    """Runs a command on the given cores; returns (time of the start, seconds, lines of output, memory).
 
     Raises:
-        ValueError: it ended badly; one sentence with its last words.
+        ValueError: with one sentence that has the last lines of output, when the command fails.
     """
     started = time.time()
     with subprocess.Popen(

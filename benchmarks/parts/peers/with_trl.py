@@ -1,7 +1,7 @@
-"""TRL's way of `benchmarks/peers.py`: `with_trl.py WORK.json`, with a Python that has TRL.
+"""TRL's way of `benchmarks/peers.py`: `with_trl.py WORK.json`, run by a Python with TRL.
 
-Its own GRPO trainer does everything: prompts, sampling, advantages, loss, checkpoints. Given to it are the model, the
-problems in their order, our grader, AdamW with our settings, and the learning rate of every update.
+TRL's GRPO trainer does the prompts, sampling, advantages, loss and checkpoints. This script gives it the model, the
+problems in order, our grader, AdamW with our settings, and the learning rate of every update.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 
 
 def keep_weights() -> None:
-    """Let vLLM's layers on a CPU keep their weights, which TRL writes to after every update.
+    """Make vLLM's layers on a CPU keep their weights, so that TRL can update them.
 
-    They pack them for oneDNN and then drop them, and TRL's first update ends with 'Parameter' object has no attribute
-    'weight_loader'. Without oneDNN they take vLLM's other path, torch's own linear layer on the weights themselves.
+    With oneDNN a layer packs its weights and drops the originals. TRL's first update then fails with "'Parameter'
+    object has no attribute 'weight_loader'". Without oneDNN the layers use torch's linear layer on their own weights.
     """
     from vllm import _custom_ops
 
@@ -42,7 +42,7 @@ def keep_weights() -> None:
 
 
 class Rewards:
-    """TRL's reward function; counts the tokens of the batch."""
+    """TRL's reward function. It also records the number of tokens and the share of correct completions of the batch."""
 
     __name__ = "boxed_exact"
 
@@ -64,7 +64,7 @@ class Rewards:
 
 
 class Marks(TrainerCallback):
-    """Says when every update was made."""
+    """Reports the end of every update."""
 
     def __init__(self, rewards: Rewards) -> None:
         self._rewards = rewards
@@ -91,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(work.num_threads)
     if work.mode == "vllm":
         keep_weights()
-    # After that: it imports vLLM.
+    # Imported after `keep_weights`, because it imports vLLM.
     from trl import GRPOConfig, GRPOTrainer
 
     batch = work.groups_per_batch * work.samples_per_group

@@ -1,7 +1,7 @@
-"""What every way of `benchmarks/peers.py` is given. Imports nothing heavy.
+"""The settings of every way of `benchmarks/peers.py`. Imports nothing heavy.
 
-The folder and files are made once by the launcher: a base model, and the task's training problems in the order in which
-all ways take them. Learning rates come as a list, one per update, so that no two schedules can differ.
+`benchmarks/peers.py` makes the base model and the file of training problems once; all ways take the problems in the
+order of the file. Learning rates are a list with one value per update, so that the schedules cannot differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SETTINGS = (
     "learner.keep_checkpoints=1000",
     "actor.evaluation_prompts=1",
 )
-"""Of our run. Prompts come in the order of the file; the models are evaluated afterwards, those of all ways alike."""
+"""Settings of our run: prompts in the order of the file, no evaluation during the run, all checkpoints kept."""
 MODELS = {
     "small": (
         "embedded.hidden_size=128",
@@ -34,15 +34,15 @@ MODELS = {
     ),
     "tiny": (),
 }
-"""0.8 and 0.15 million parameters; the first takes some minutes of pretraining, once."""
+"""Settings by model: small has 0.8 and tiny 0.15 million parameters. Small is pretrained once, for some minutes."""
 
 OURS = {"slipstream": ("Slipstream", 1), "slipstream-2": ("Slipstream, two actors", 2)}
-"""By way: label, actors."""
+"""(label, number of actors) by way."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much every run does."""
+    """The size of every run."""
 
     model: str = "small"
     """One of `MODELS`."""
@@ -53,11 +53,11 @@ class Scale:
 
     @property
     def batch(self) -> int:
-        """Completions of one update."""
+        """Completions per update."""
         return self.groups_per_batch * self.samples_per_group
 
     def overrides(self) -> list[str]:
-        """On our launcher's command line."""
+        """Overrides for our launcher's command line."""
         return [
             *MODELS[self.model],
             *SETTINGS,
@@ -70,16 +70,16 @@ class Scale:
 
 @dataclass(frozen=True)
 class Work:
-    """One run of a peer."""
+    """The settings of one run of TRL."""
 
     mode: str
-    """generate | batching | vllm: what samples."""
+    """How TRL samples: generate (transformers), batching (transformers' continuous batching) or vllm."""
     model: str
-    """Hugging Face folder to start from."""
+    """Folder of the Hugging Face base model."""
     problems: str
-    """JSON lines with `prompt` and `gold`, in the order to train on."""
+    """File of JSON lines with `prompt` and `gold`, in the order of training."""
     output: str
-    """Folder for checkpoints: checkpoint-V/ holds version V."""
+    """Folder for checkpoints; checkpoint-V/ holds version V."""
     num_threads: int
     seed: int
     groups_per_batch: int
@@ -93,16 +93,16 @@ class Work:
     betas: Sequence[float]
     clip_norm: float
     clip: float
-    """Of the ratio, on both sides."""
+    """Bound of the ratio on both sides: 1 - clip to 1 + clip."""
     rows_per_microbatch: int
 
     @classmethod
     def read(cls, path: Path) -> Work:
-        """From the file that `write` made."""
+        """Reads the file that `write` made."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Writes the settings as JSON."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def rows(self) -> list[dict[str, str]]:

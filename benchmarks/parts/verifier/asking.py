@@ -1,4 +1,7 @@
-"""Asks one grader in a process of its own, with a deadline per answer; one that hangs or dies is replaced, counted."""
+"""Runs one grader in a process of its own, with a deadline per answer.
+
+A process that hangs or dies is replaced, and the item counts as a hang or a death.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ HANG, DIED, NOT_ASKED = "hang", "died", "not asked"
 
 
 class Item(NamedTuple):
-    """One completion to grade; correct when it agrees with one of the golds."""
+    """One completion to grade. It is correct when it equals one of the golds."""
 
     kind: str
     completion: str
@@ -32,26 +35,27 @@ class Item(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a grader answered."""
+    """The result of a grader for one item."""
 
     correct: bool | None
-    """None where it gave no verdict: `problem` says why."""
+    """The verdict; None without one, for the reason in `problem`."""
     seconds: float
     cpu_seconds: float
     problem: str = ""
-    """Empty, the exception, or HANG, DIED, NOT_ASKED (it had been restarted too often)."""
+    """Empty, the text of an exception, HANG, DIED, or NOT_ASKED after too many restarts of the grader."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One grader's run over a list of items."""
+    """The results of one grader for a list of items."""
 
     release: str
+    """Version of the grader's package; for ours the arithmetic backend of mpmath."""
     outcomes: list[Outcome]
 
 
 class Unavailable(Exception):
-    """The grader does not start under that Python; says why."""
+    """The grader does not start with that Python; the text says why."""
 
 
 def ask(
@@ -63,21 +67,21 @@ def ask(
     folder: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Asked:
-    """The grader's outcome for every item, in order.
+    """Grades every item; returns the outcomes in order.
 
     Args:
         name: the grader's name in `graders.py`.
-        python: the interpreter that has it.
+        python: an interpreter with the grader's package.
         items: what to grade.
-        deadline_seconds: for one answer; past it the process is killed and replaced.
-        environment: added to this process's variables.
-        folder: where the grader runs; anywhere by default.
-        progress: called now and then with the number of items done.
+        deadline_seconds: time limit for one answer; past it the process is killed and replaced.
+        environment: variables that are added to those of this process.
+        folder: working directory of the grader; a temporary one by default.
+        progress: called now and then with the number of items that are graded.
 
-    Waits for: each answer, at most `deadline_seconds`; the start, at most two minutes.
+    Waits for: the start of the grader, at most `START_SECONDS`, and each answer, at most `deadline_seconds`.
 
     Raises:
-        Unavailable: when it cannot be started.
+        Unavailable: when the grader does not start.
     """
     outcomes: list[Outcome] = []
     release, num_restarts = "", 0
@@ -105,7 +109,7 @@ def _read(
     deadline_seconds: float,
     progress: Callable[[int], None],
 ) -> str:
-    """Appends answers until the last (returns "") or until none comes (returns HANG or DIED)."""
+    """Appends answers to `outcomes`. Returns "" after the last one, or HANG or DIED when no further answer comes."""
     while len(outcomes) < num_items:
         try:
             line = lines.get(timeout=deadline_seconds)
@@ -113,7 +117,8 @@ def _read(
             return HANG
         if line is None:
             return DIED
-        outcomes.append(Outcome(*json.loads(line)))
+        correct, seconds, cpu_seconds, problem = json.loads(line)
+        outcomes.append(Outcome(correct, seconds, cpu_seconds, problem))
         if len(outcomes) % 100 == 0:
             progress(len(outcomes))
     return ""
@@ -142,7 +147,7 @@ def _started(name: str, python: str, items: Path, start: int, environment: dict[
         try:
             yield lines
         finally:
-            # With the helpers that some graders start.
+            # The group includes the child processes that some graders start.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, 9)
             process.wait()

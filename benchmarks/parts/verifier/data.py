@@ -1,7 +1,7 @@
-r"""The data sets of `--data` as items: every gold against the answer in its own solution, and against rewritings.
+r"""Turns the data sets of `--data` into items: every gold with the answer in its own solution, and with rewritings.
 
-Only sets whose golds are mathematical answers. A set without solutions gets the gold in a box, as a model would write
-it.
+Only data sets with mathematical golds are used. Where a data set has no solutions, the completion is the gold in a box,
+as a model would write it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def boxed(answer: object) -> str:
 
 
 def _last_box(text: str) -> str:
-    """A plain second writing of "the content of the last box"."""
+    """The content of the last box, by code that shares nothing with the verifier."""
     at = [match.end() for match in _BOX.finditer(text)][-1] + 1
     end, depth = at, 1
     while depth:
@@ -60,13 +60,13 @@ SETS: dict[str, Callable[[Row], tuple[str, str]]] = {
     "train/math_lvl3to5_8k": _solved,
     "train/gsm8k": lambda row: (row["answer"], row["answer"].rpartition("#### ")[2]),
 }
-"""(completion, gold) of one row of each set."""
+"""By data set: the function that takes (completion, gold) from a row."""
 NO_GOLD = ("", "None")
-"""Rows whose answer is missing in the set itself."""
+"""Golds of rows without an answer; these rows are left out."""
 
 
 def own_solutions(data: Path) -> dict[str, list[Item]]:
-    """Every row of every set that is there: its solution against its gold; kind is the set's name."""
+    """The items of every data set in the folder `data`: each solution with its gold. The kind is the set's name."""
     found = {}
     for name, read in SETS.items():
         path = data / f"{name}.jsonl"
@@ -78,20 +78,20 @@ def own_solutions(data: Path) -> dict[str, list[Item]]:
 
 
 def rewritten(golds: Iterable[str], most: int) -> list[Item]:
-    """Every gold against itself, against at most `most` ways to write the same and as many ways to write another."""
+    """Items for every gold: the gold itself, and at most `most` equal rewritings and `most` changed ones."""
     items = []
     for gold in golds:
-        chance = random.Random(zlib.crc32(gold.encode()))
+        rng = random.Random(zlib.crc32(gold.encode()))
         items.append(Item("itself", boxed(gold), (gold,), True))
         for rules, expected in ((REWRITINGS, True), (CHANGES, False)):
-            made = [(name, text) for name, rule in rules.items() if (text := rule(gold, chance)) and text != gold]
-            for name, text in chance.sample(made, min(most, len(made))):
+            made = [(name, text) for name, rule in rules.items() if (text := rule(gold, rng)) and text != gold]
+            for name, text in rng.sample(made, min(most, len(made))):
                 items.append(Item(name, boxed(text), (gold,), expected))
     return items
 
 
 def distinct_golds(sets: dict[str, list[Item]]) -> list[str]:
-    """The golds of all sets, each once, shuffled alike in every run."""
+    """The golds of all data sets without duplicates, in a random order that is the same in every run."""
     golds = sorted({gold for items in sets.values() for item in items for gold in item.golds})
     random.Random(0).shuffle(golds)
     return golds

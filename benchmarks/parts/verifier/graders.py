@@ -1,9 +1,9 @@
-r"""Graders of mathematical answers, each with its own extraction, asked in a process of their own.
+r"""The graders of `benchmarks/verifier.py`, each with its own extraction of the answer, in a process of their own.
 
-Run by `benchmarks/parts/verifier/asking.py` with the Python that has the grader: `graders.py NAME ITEMS START`.
-ITEMS is a file of JSON lines [completion, golds, format]; an answer that agrees with one of the golds is correct.
-Written to standard output: `ready VERSION`, then for every item from START on one line of JSON, [correct or not or
-null, seconds, CPU seconds, exception or ""]. Whatever a grader prints itself is thrown away.
+`benchmarks/parts/verifier/asking.py` runs `graders.py NAME ITEMS START` with a Python that has the grader. ITEMS is a
+file of JSON lines [completion, golds, format]; an answer that equals one of the golds is correct. The process prints
+`ready VERSION`, and then a JSON line for every item from number START on: [true, false or null, seconds, processor
+seconds, exception or ""]. The grader's own output is discarded.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 Grader = Callable[[str, str, str], bool]
-"""(completion, gold, format) to correct or not."""
+"""Takes (completion, gold, format) and returns whether the completion is correct."""
 
 
 def ours() -> tuple[str, Grader]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-    # The modules of this file's folder are none of the libraries'.
+    # Without this file's folder, whose modules could hide those of libraries.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     judge = importlib.import_module("verifier.mathematics.answer").judge
-    # mpmath and sympy take gmpy2 where they find it; the release says which arithmetic this run had.
+    # mpmath and sympy use gmpy2 when it is installed; the release says which arithmetic this run had.
     backend = str(importlib.import_module("mpmath.libmp").BACKEND)
     return backend, lambda completion, gold, form: judge(completion, gold, format=form).verdict == "correct"
 
@@ -39,7 +39,7 @@ def math_verify() -> tuple[str, Grader]:
     library = importlib.import_module("math_verify")
 
     def grade(completion: str, gold: str, form: str) -> bool:
-        # A gold without math around it is not found by its parser; in a box it is, as its users do it.
+        # Math-Verify's parser only finds a gold inside mathematics, so its users put it in a box.
         boxed = gold if "boxed" in gold or "####" in gold else f"\\boxed{{{gold}}}"
         return bool(library.verify(library.parse(boxed), library.parse(completion)))
 
@@ -71,7 +71,7 @@ def qwen() -> tuple[str, Grader]:
 def prime() -> tuple[str, Grader]:
     """PRIME's grader, as verl ships it."""
     _without_init("verl", "verl.utils", "verl.utils.reward_score")
-    # Imported beside the grader's deadline for something else; the real one needs torch.
+    # The package imports this module, which the grader does not use and which needs torch.
     sys.modules["verl.utils.metric"] = types.ModuleType("verl.utils.metric")
     sys.modules["verl.utils.metric"].Metric = object  # type: ignore[attr-defined]
     library = importlib.import_module("verl.utils.reward_score.prime_math")
@@ -79,7 +79,7 @@ def prime() -> tuple[str, Grader]:
 
 
 def dapo() -> tuple[str, Grader]:
-    """DAPO's normalized text, as verl ships it."""
+    """DAPO's comparison of normalized texts, as verl ships it."""
     _without_init("verl", "verl.utils", "verl.utils.reward_score")
     library = importlib.import_module("verl.utils.reward_score.math_dapo")
     return version("verl"), lambda completion, gold, form: bool(library.compute_score(completion, gold)["acc"])
@@ -97,7 +97,7 @@ def lm_eval() -> tuple[str, Grader]:
 
 
 def sympy_only() -> tuple[str, Grader]:
-    """What one writes in ten lines: the last box, sympy's own LaTeX parser, simplify. Evaluates model text."""
+    """A grader of ten lines: the last box, sympy's LaTeX parser, simplify. It evaluates text of the model."""
     sympy = importlib.import_module("sympy")
     parse = importlib.import_module("sympy.parsing.latex").parse_latex
 
@@ -132,7 +132,7 @@ LABELS = {
 
 
 def _without_init(*packages: str) -> None:
-    """Lets one file of a large package be imported without the package's own imports."""
+    """Registers empty packages, so that one file of a large package can be imported without the package's imports."""
     for name in packages:
         top, _, rest = name.partition(".")
         spec = find_spec(top) if not rest else None
@@ -166,7 +166,7 @@ def main() -> None:
         answers.write(f"{type(error).__name__}: {error}\n")
         return
     os.dup2(silence, 2)
-    # The first answer pays for what a grader loads late; its speed is not the grader's.
+    # Not measured: the first answer includes the imports that some graders make late.
     grade("So the answer is $\\boxed{\\frac{x+1}{2}}$.", "\\frac{1+x}{2}", "boxed")
     answers.write(f"ready {release}\n")
     for line in items.read_text(encoding="utf-8").splitlines()[start:]:

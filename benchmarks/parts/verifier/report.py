@@ -1,4 +1,4 @@
-"""The tables and the plot of `verifier.py`."""
+"""The tables and the plot of `benchmarks/verifier.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def show(figures: dict[str, Any], console: Console) -> None:
-    """Every table; graders in columns where there are many rows, in rows where there are few."""
+    """Print every table. Graders are the rows of the first table and the columns of the tables by kind."""
     graders = figures["graders"]
     _show_graders(graders, console)
     for part in ("own_solutions", "cases"):
@@ -76,9 +76,13 @@ def _show_graders(graders: dict[str, Any], console: Console) -> None:
             f"{LABELS[name]} {'' if name == 'ours' else found['release']}",
             *cells,
             percent(found["parts"]["own_solutions"]["agreement"]),
-            *(f"{found['answers_per_cpu_second']:,.0f}", f"{low:,.0f} to {high:,.0f}"),
-            *(f"{found['p50_ms']:.2f}", f"{found['p99_ms']:.1f}"),
-            *(str(found["hangs"] + found["deaths"]), str(found["exceptions"]), str(found["executions"])),
+            f"{found['answers_per_cpu_second']:,.0f}",
+            f"{low:,.0f} to {high:,.0f}",
+            f"{found['p50_ms']:.2f}",
+            f"{found['p99_ms']:.1f}",
+            str(found["hangs"] + found["deaths"]),
+            str(found["exceptions"]),
+            str(found["executions"]),
         )
     console.print(table)
 
@@ -111,7 +115,7 @@ def _show_all(everything: dict[str, Any], console: Console) -> None:
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """Agreement on the labelled cases by kind: a dot for each grader, ours in front."""
+    """Draw the agreement on the labelled cases by kind, with a dot for each grader."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -1,7 +1,8 @@
-"""What a verdict may not depend on, what a model's text may not do, and what a hang may not cost.
+"""Checks of the grader and of the scoring pool.
 
-`same_verdicts`: threads, processes, order, hash seeds, gmpy2. `executions`: payloads that would leave a file behind.
-`pool_with_hangs`: the scoring pool with one answer in a hundred that never ends.
+- `same_verdicts`: verdicts do not depend on threads, processes, order, hash seeds or gmpy2.
+- `executions`: no payload in a completion is executed; an executed payload would create a file.
+- `pool_with_hangs`: the time of the scoring pool when one answer in a hundred hangs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ PAYLOADS = (
 
 
 def same_verdicts(items: Sequence[Item], deadline_seconds: float, gmpy2: Path | None) -> dict[str, int | str]:
-    """How many verdicts differ from those of a process with hash seed 0, by circumstance; or why it was not tried."""
+    """Returns, by circumstance, how many verdicts differ from those of a process with hash seed 0.
+
+    The value is a text with the reason where a circumstance was not tried.
+    """
 
     def asked(chosen: Sequence[Item], **environment: str) -> tuple[str, list[Any]]:
         answers = ask("ours", sys.executable, chosen, deadline_seconds, environment)
@@ -79,14 +83,14 @@ def same_verdicts(items: Sequence[Item], deadline_seconds: float, gmpy2: Path | 
 
 
 def in_threads(items: Sequence[Item], num_threads: int) -> list[bool | None]:
-    """Every item judged in each of several threads at once: their verdict, or None where they differ."""
+    """Judges every item in several threads at once; returns each verdict, or None where the threads differ."""
     verdicts: list[list[bool]] = [[] for _ in range(num_threads)]
 
-    def run(mine: list[bool]) -> None:
+    def run(answers: list[bool]) -> None:
         for item in items:
-            mine.append(any(is_correct(item.completion, gold, format=item.format) for gold in item.golds))
+            answers.append(any(is_correct(item.completion, gold, format=item.format) for gold in item.golds))
 
-    threads = [threading.Thread(target=run, args=(mine,)) for mine in verdicts]
+    threads = [threading.Thread(target=run, args=(answers,)) for answers in verdicts]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -95,7 +99,7 @@ def in_threads(items: Sequence[Item], num_threads: int) -> list[bool | None]:
 
 
 def executions(name: str, python: str, deadline_seconds: float) -> int | str:
-    """How many payloads a grader executed, in any of the forms an answer takes; or why it was not asked."""
+    """Returns how many payloads a grader executes, in every form of an answer; or a text why it does not start."""
     shapes = ("$\\boxed{%s}$", "The answer is %s", "<answer>%s</answer>", "%s")
     with tempfile.TemporaryDirectory(prefix="canary-") as folder:
         items = [
@@ -111,7 +115,7 @@ def executions(name: str, python: str, deadline_seconds: float) -> int | str:
 
 
 def hanging() -> Grader:
-    """A grader for `pool_with_hangs`: the mathematical judge, but the completion `hang` never ends."""
+    """A grader for `pool_with_hangs`: the mathematical judge, which never returns for the completion `hang`."""
 
     def grade(completion: Completion) -> Verdict:
         while completion.text == "hang":
@@ -124,9 +128,10 @@ def hanging() -> Grader:
 def pool_with_hangs(
     items: Sequence[Item], num_answers: int, num_workers: int, deadline_seconds: float
 ) -> dict[str, Any]:
-    """Seconds for the good answers alone, and with one hang in a hundred.
+    """Measures the seconds of the scoring pool without hangs, and with one hang in a hundred answers.
 
-    `ratio` is the second to the first plus the workers' share of the deadlines: 1 when nothing else waits for a hang.
+    `ratio` = seconds with hangs / (seconds without + hangs x deadline / workers). It is 1 when no other answer waits
+    for a hang.
     """
     good = [
         Completion(item.completion, item.golds[0])

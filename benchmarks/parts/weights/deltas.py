@@ -1,4 +1,4 @@
-"""How many bytes a version takes as the difference to an earlier one, after real training steps of a small model."""
+"""Measures the size of deltas between versions after real training steps of a small model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ BATCH, LENGTH, VOCABULARY = 8, 32, 4096
 
 
 def measure_deltas(quick: bool) -> list[dict[str, Any]]:
-    """One row per type, learning rate and distance: what share changed, and how many times fewer bytes that takes."""
+    """Returns one row per dtype, learning rate and number of versions behind.
+
+    A row has the share of the numbers that changed, how many times fewer bytes the delta has than the whole version,
+    and the speed of encoding and applying it in GB/s.
+    """
     rates = (1e-6, 1e-3) if quick else (1e-6, 1e-5, 1e-3)
     rows = []
     for rate in rates:
@@ -34,7 +38,7 @@ def measure_deltas(quick: bool) -> list[dict[str, Any]]:
 
 
 def train(rate: float, hidden: int) -> list[list[torch.Tensor]]:
-    """The float32 parameters after each of the last optimizer steps; AdamW as the learner uses it."""
+    """Returns the float32 parameters after each of the last optimizer steps, with AdamW as in the learner."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -63,7 +67,11 @@ def train(rate: float, hidden: int) -> list[list[torch.Tensor]]:
 
 
 def compare(old: NDArray[np.uint8], new: NDArray[np.uint8], number_bytes: int) -> dict[str, float]:
-    """Make a delta, apply it, and look whether the result is the later version bit by bit."""
+    """Makes a delta from `old` to `new`, applies it, and returns its size and speed.
+
+    Raises:
+        RuntimeError: when the result is not `new`, bit by bit.
+    """
     layout = [(0, len(old), number_bytes)]
     started = time.perf_counter()
     delta = encode(old, new, layout, 1 << 62)

@@ -1,7 +1,8 @@
-"""The ways from a learner to actors that `benchmarks/weights.py` measures, each as a sender and a receiver.
+"""The ways that `benchmarks/weights.py` measures to bring weights from a learner to actors.
 
-The receiver runs in every actor's process. It says when the whole version is in its host's memory, checked where the
-way checks anything; only then does it read all of it once, as loading it into an engine would.
+Each way has a sender, in the learner's process, and a receiver, in the process of every actor. The receiver reports
+when the whole version is in its host's memory, checked where the way has checksums. Then it reads all of the version
+once, as loading it into an engine does.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,52 +29,56 @@ from learner.weights.store import HostMemory, WeightStore
 
 CREDENTIALS = Credentials.plain("benchmark")
 CHUNK_BYTES = 1 << 20
-"""Of raw ZeroMQ, which is fastest with these."""
+"""Size of a message of raw ZeroMQ, which is fastest with this size."""
 PULLED_BYTES = 4 << 20
-"""As `ActorConfig.chunk_bytes`."""
+"""Chunk size of our actor: the default of `ActorConfig.chunk_bytes`."""
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a measurement happens."""
+    """Folders and address of one measurement."""
 
     folder: Path
-    """On disk."""
+    """A folder on disk."""
     memory: Path
-    """In shared memory."""
+    """A folder in shared memory."""
     address: str
+    """TCP address of the learner."""
     num_actors: int
 
 
 @dataclass
 class Arrival:
-    """What an actor saw of one version. Times are on the clock that all processes of a machine share."""
+    """The figures of one version in one actor."""
 
     ready_at: float
+    """Time of the monotonic clock, which all processes of a machine share, when the whole version was there."""
     pause_seconds: float = 0.0
+    """Time to read the version once."""
     pulled_bytes: int = 0
+    """Bytes pulled over the network."""
 
 
 class Sender(Protocol):
     """The learner's side."""
 
     def send(self, version: int, tensors: Tensors) -> Callable[[], None]:
-        """Hand a version over; returns when the learner may go on, with what finishes the work behind its back."""
+        """Publish a version; returns when the learner may go on. The function that it returns waits for the rest."""
 
     def close(self) -> None:
-        """End it."""
+        """Free everything."""
 
 
 Receive = Callable[[Place, int, Tensors], Iterator[tuple[Arrival, Iterator[torch.Tensor]]]]
-"""(place, number of the actor, empty tensors like those that come): every version with its tensors as they arrive."""
+"""Takes (place, number of the actor, tensors of the right shapes) and yields every version: (arrival, its tensors)."""
 
 
 # --- Slipstream ---
 
 
 class Store:
-    """The weight store, as the learner uses it."""
+    """Our sender: the learner's weight store."""
 
     def __init__(self, place: Place) -> None:
         config = WeightsConfig(place.address, keep_versions=2)
@@ -81,7 +86,7 @@ class Store:
         self._store = WeightStore(directory, config, CREDENTIALS, HostMemory(directory, place.memory / "weights"))
 
     def send(self, version: int, tensors: Tensors) -> Callable[[], None]:
-        """Copy; announce behind the next step."""
+        """Copy the version; a background thread announces it."""
         future = self._store.publish(version, tensors.items())
         return lambda: _done(future.result())
 
@@ -91,11 +96,11 @@ class Store:
 
 
 def _done(_: object) -> None:
-    """A result nobody needs."""
+    """Ignores a result."""
 
 
 def take(shared: bool, deltas: bool) -> Receive:
-    """An actor that maps what is on its host, or pulls it, whole or as a difference."""
+    """Our receiver: maps the file on the same host if `shared`, or pulls the version, as a delta if `deltas`."""
 
     def receive(place: Place, number: int, like: Tensors) -> Iterator[tuple[Arrival, Iterator[torch.Tensor]]]:
         with Connection(place.address, f"actor-{number}", CREDENTIALS) as connection, asyncio.Runner() as runner:
@@ -124,13 +129,13 @@ def take(shared: bool, deltas: bool) -> Receive:
 
 
 class SafetensorsFile:
-    """Save to disk, tell by name, load from there."""
+    """Saves a safetensors file on disk, which actors find by its name."""
 
     def __init__(self, place: Place) -> None:
         self._folder = place.folder
 
     def send(self, version: int, tensors: Tensors) -> Callable[[], None]:
-        """The learner waits for the file."""
+        """Save the file; the learner waits for it."""
         partial = self._folder / "partial.safetensors"
         save_file(tensors, partial)
         partial.rename(self._folder / f"v{version}.safetensors")
@@ -138,25 +143,25 @@ class SafetensorsFile:
         return lambda: None
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Nothing is open."""
 
 
 def load_files(place: Place, number: int, like: Tensors) -> Iterator[tuple[Arrival, Iterator[torch.Tensor]]]:
-    """Looks for the next file, as an actor does that is told a path."""
+    """Waits for the next file and loads it."""
     version = 0
     while True:
         path = place.folder / f"v{version}.safetensors"
         while not path.exists():
             time.sleep(0.002)
         loaded = load_file(path)
-        # Mapped lazily: the bytes are here once they were read.
+        # load_file maps lazily; the copy makes sure that all bytes were read.
         tensors = [tensor.clone() for tensor in loaded.values()]
         yield Arrival(time.monotonic()), iter(tensors)
         version += 1
 
 
 class Broadcast:
-    """torch.distributed with gloo: the learner waits until every actor has taken part."""
+    """Broadcasts with torch.distributed over gloo; the learner waits until every actor has taken part."""
 
     def __init__(self, place: Place) -> None:
         self._address = f"file://{place.folder}/gloo"
@@ -164,7 +169,7 @@ class Broadcast:
         self._joined = False
 
     def send(self, version: int, tensors: Tensors) -> Callable[[], None]:
-        """Tensor by tensor."""
+        """Broadcast tensor by tensor."""
         if not self._joined:
             dist.init_process_group("gloo", init_method=self._address, rank=0, world_size=self._world)
             self._joined = True
@@ -173,7 +178,7 @@ class Broadcast:
         return lambda: None
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the process group."""
         dist.destroy_process_group()
 
 
@@ -188,7 +193,7 @@ def take_broadcast(place: Place, number: int, like: Tensors) -> Iterator[tuple[A
 
 
 class RawZeroMq:
-    """Chunks pushed over TCP, unchecked: what the network way costs without a protocol."""
+    """Pushes chunks over TCP without a protocol or checksums: the lower bound of a transfer over the network."""
 
     def __init__(self, place: Place) -> None:
         self._context = zmq.Context()
@@ -200,7 +205,7 @@ class RawZeroMq:
             socket.bind(f"tcp://127.0.0.1:{port + number}")
 
     def send(self, version: int, tensors: Tensors) -> Callable[[], None]:
-        """The learner waits until everything is in ZeroMQ's hands."""
+        """Send all chunks; the learner waits until ZeroMQ has taken them."""
         for tensor in tensors.values():
             data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
             for start in range(0, len(data), CHUNK_BYTES):
@@ -209,7 +214,7 @@ class RawZeroMq:
         return lambda: None
 
     def close(self) -> None:
-        """End the sockets."""
+        """Close the sockets."""
         self._context.destroy(linger=0)
 
 
@@ -233,13 +238,12 @@ def take_chunks(place: Place, number: int, like: Tensors) -> Iterator[tuple[Arri
 
 @dataclass(frozen=True)
 class Way:
-    """One way, under the name it has in the table."""
+    """One way to bring weights to actors."""
 
     sender: Callable[[Place], Sender]
     receive: Receive
     copies: int
-    """Whole copies of the model in each actor."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    """Number of whole copies of the model in each actor."""
 
 
 WAYS = {
@@ -253,7 +257,7 @@ WAYS = {
 
 
 def act(name: str, place: Place, number: int, shapes: dict[str, tuple[int, ...]], pipe: Pipe) -> None:
-    """An actor's process: reports every arrival through `pipe` until it is ended."""
+    """Main function of an actor's process: reports every arrival through `pipe` until the process is killed."""
     torch.set_num_threads(1)
     way = WAYS[name]
     like = {key: torch.zeros(shape if way.copies else 0, dtype=torch.bfloat16) for key, shape in shapes.items()}

@@ -1,8 +1,9 @@
-"""Hostile and broken answers for the mathematical judge: nothing may raise, hang or eat memory.
+"""Fuzzes the mathematical judge with hostile and broken answers: it must not raise, hang or use much memory.
 
-`fuzz` judges generated pairs of completion and gold in a process of its own, whose CPU seconds the parent watches (a
-busy machine is no hang) and whose address space is limited; a failure names the seed and the pair. For long runs:
-`python -m tests.verifier.mathematics.fuzz --minutes 5`; `--seed` repeats a run.
+`fuzz` judges generated pairs of completion and gold in a child process with a limited address space. The parent watches
+the child's processor time, so that a slow machine does not count as a hang. A failure names the seed and the pair.
+
+`python -m tests.verifier.mathematics.fuzz --minutes 5` runs it for longer; `--seed` repeats a run.
 """
 
 from __future__ import annotations
@@ -54,89 +55,102 @@ _BOMBS = r"""
 ANSWERS = tuple(_ANSWERS.split())
 PIECES = (
     *_PIECES.split(),
-    *("the answer is ", "Final answer: ", " ", "\n", "\u202e", "\ud800", "\x00", "\ufeff", "\U0001f600"),
+    "the answer is ",
+    "Final answer: ",
+    " ",
+    "\n",
+    "\u202e",
+    "\ud800",
+    "\x00",
+    "\ufeff",
+    "\U0001f600",
 )
 BOMBS = (
     *_BOMBS.split(),
-    *("0." + "3" * 5000, "7" * 20_000, "1" + ",000" * 5000, "1" + "+1" * 700, "(-" * 300, "ab," * 400),
+    "0." + "3" * 5000,
+    "7" * 20_000,
+    "1" + ",000" * 5000,
+    "1" + "+1" * 700,
+    "(-" * 300,
+    "ab," * 400,
     "+".join(f"x^{{{n}}}" for n in range(200)),
 )
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one run of the fuzzer met."""
+    """The figures of one run of the fuzzer."""
 
     seed: int
     num_pairs: int
     slowest_seconds: float
-    """CPU time of the slowest pair."""
+    """Processor time of the slowest pair."""
     slowest: str
     peak_bytes: int
-    """Resident memory of the judging process at its largest, less what it began with."""
+    """Peak resident memory of the judging process, less its memory at the beginning."""
 
 
 class Found(AssertionError):
-    """A pair that raised, hung, killed the process or broke a promise of the judge."""
+    """A pair that made the judge raise, hang, die, or give two different verdicts."""
 
 
-def pair(chance: random.Random) -> tuple[str, str, str]:
-    """(completion, gold, format): one side an answer of some kind, the other another or a mutation of the first."""
-    answer = any_answer(chance)
-    match chance.randrange(4):
+def pair(rng: random.Random) -> tuple[str, str, str]:
+    """Returns a random (completion, gold, format). The gold is the answer, a mutation of it, or another answer."""
+    answer = any_answer(rng)
+    match rng.randrange(4):
         case 0:
             gold = answer
         case 1:
-            gold = mutated(answer, chance) if len(answer) < 5000 else answer[:-1]
+            gold = mutated(answer, rng) if len(answer) < 5000 else answer[:-1]
         case _:
-            gold = any_answer(chance)
+            gold = any_answer(rng)
     shapes = (r"\boxed{%s}", r"So $\boxed{%s}$.", "<answer>%s</answer>", "#### %s", "The answer is %s", "%s")
-    completion = chance.choice(shapes).replace("%s", answer)
-    if chance.random() < 0.1:
-        completion = mutated(completion, chance) if len(completion) < 5000 else completion * 2
-    return completion, gold, chance.choice(ANSWER_FORMATS)
+    completion = rng.choice(shapes).replace("%s", answer)
+    if rng.random() < 0.1:
+        completion = mutated(completion, rng) if len(completion) < 5000 else completion * 2
+    return completion, gold, rng.choice(ANSWER_FORMATS)
 
 
-def any_answer(chance: random.Random) -> str:
-    """Mostly short, rarely a megabyte."""
-    kind = chance.choices(range(6), weights=(120, 75, 36, 36, 30, 1))[0]
+def any_answer(rng: random.Random) -> str:
+    """A random answer: mostly short, rarely a megabyte."""
+    kind = rng.choices(range(6), weights=(120, 75, 36, 36, 30, 1))[0]
     match kind:
         case 0:
-            return mutated(chance.choice(ANSWERS), chance)
+            return mutated(rng.choice(ANSWERS), rng)
         case 1:
-            return "".join(chance.choices(PIECES, k=chance.randint(1, 40)))
+            return "".join(rng.choices(PIECES, k=rng.randint(1, 40)))
         case 2:
-            return chance.choice(BOMBS)
+            return rng.choice(BOMBS)
         case 3:
-            return chance.randbytes(chance.randint(0, 300)).decode("utf-8", "surrogateescape")
+            return rng.randbytes(rng.randint(0, 300)).decode("utf-8", "surrogateescape")
         case 4:
-            return "".join(chr(chance.randrange(0x110000)) for _ in range(chance.randint(0, 60)))
-    return oversized(chance)
+            return "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randint(0, 60)))
+    return oversized(rng)
 
 
-def oversized(chance: random.Random) -> str:
-    """Ten thousand braces, nesting as deep, or a megabyte of one piece."""
-    piece = chance.choice([*PIECES, *ANSWERS])
-    match chance.randrange(4):
+def oversized(rng: random.Random) -> str:
+    """Ten thousand braces, nesting ten thousand levels deep, or a megabyte of pieces."""
+    piece = rng.choice([*PIECES, *ANSWERS])
+    match rng.randrange(4):
         case 0:
-            return "{" * 10_000 + chance.choice(["", "1"]) + "}" * chance.choice([0, 9_999, 10_000])
+            return "{" * 10_000 + rng.choice(["", "1"]) + "}" * rng.choice([0, 9_999, 10_000])
         case 1:
-            opener, closer = chance.choice(
+            opener, closer = rng.choice(
                 [("(", ")"), (r"\frac{1}{", "}"), (r"\sqrt{", "}"), ("x^{", "}"), (r"\left[", r"\right]"), ("-", "")]
             )
             return opener * 10_000 + "1" + closer * 10_000
         case 2:
             return piece * (LONG // len(piece))
-    return "".join(chance.choices(PIECES, k=LONG // 4))
+    return "".join(rng.choices(PIECES, k=LONG // 4))
 
 
-def mutated(text: str, chance: random.Random) -> str:
-    """One to three characters or pieces removed, doubled, swapped, inserted, or another answer's tail."""
-    for _ in range(chance.randint(0, 3)):
-        at = chance.randrange(len(text) + 1)
-        to = min(len(text), at + chance.choice([1, 1, 2, 5]))
-        other = chance.choice(ANSWERS)
-        match chance.randrange(5):
+def mutated(text: str, rng: random.Random) -> str:
+    """Applies up to three mutations: removes, doubles, reverses or inserts text, or appends another answer's tail."""
+    for _ in range(rng.randint(0, 3)):
+        at = rng.randrange(len(text) + 1)
+        to = min(len(text), at + rng.choice([1, 1, 2, 5]))
+        other = rng.choice(ANSWERS)
+        match rng.randrange(5):
             case 0:
                 text = text[:at] + text[to:]
             case 1:
@@ -144,9 +158,9 @@ def mutated(text: str, chance: random.Random) -> str:
             case 2:
                 text = text[:at] + text[at:to][::-1] + text[to:]
             case 3:
-                text = text[:at] + chance.choice(PIECES) + text[at:]
+                text = text[:at] + rng.choice(PIECES) + text[at:]
             case 4:
-                text = text[:at] + other[chance.randrange(len(other)) :]
+                text = text[:at] + other[rng.randrange(len(other)) :]
     return text
 
 
@@ -158,10 +172,10 @@ def shown(completion: str, gold: str, answer_format: str) -> str:
 
 
 def fuzz(seed: int, seconds: float) -> Report:
-    """Judges pairs for `seconds`.
+    """Judges random pairs for `seconds`.
 
     Raises:
-        Found: at the first pair that breaks the judge's promises.
+        Found: at the first pair that fails.
     """
     receiving, sending = SPAWN.Pipe(duplex=False)
     at = SPAWN.Value("q", -1)
@@ -176,7 +190,7 @@ def fuzz(seed: int, seconds: float) -> Report:
 
 
 def _watch(process: Any, seed: int, at: Any, receiving: Connection) -> Report:
-    """Waits for: the child's report. Gives up when one pair takes more than the deadline of CPU time."""
+    """Waits for: the child's report. Gives up after: DEADLINE_SECONDS of processor time for one pair."""
     child, pair_of, cpu_before = psutil.Process(process.pid), -2, 0.0
     while not receiving.poll(0.1):
         times = child.cpu_times()
@@ -196,9 +210,9 @@ def _watch(process: Any, seed: int, at: Any, receiving: Connection) -> Report:
 
 
 def _pairs(seed: int) -> Iterator[tuple[str, str, str]]:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     while True:
-        yield pair(chance)
+        yield pair(rng)
 
 
 def _named(seed: int, index: int) -> str:
@@ -228,14 +242,14 @@ def _judge_pairs(seed: int, seconds: float, at: Any, sending: Connection) -> Non
         frame = traceback.extract_tb(error.__traceback__)[-1]
         sending.send(f"{type(error).__name__}: {str(error)[:500]} in {frame.name}, {frame.filename}:{frame.lineno}")
         return
-    # Not getrusage: its maximum is that of the parent too, in whose image this process began.
+    # Not getrusage, whose maximum includes the parent's memory at the start of this process.
     [peak_kib] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     peak_bytes = int(peak_kib) * 1024 - memory.rss
     sending.send(Report(seed, index + 1, slowest_seconds, slowest, peak_bytes))
 
 
 def _check(completion: str, gold: str, answer_format: Any) -> None:
-    """The judge answers, and answers the same when asked again."""
+    """Judges a pair twice and asserts that the verdicts are the same."""
     first = judge(completion, gold, format=answer_format)
     if len(completion) + len(gold) < 2_000:
         assert judge(completion, gold, format=answer_format).verdict == first.verdict, "another verdict the second time"
@@ -243,8 +257,8 @@ def _check(completion: str, gold: str, answer_format: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.verifier.mathematics.fuzz", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long to judge random pairs")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32), help="repeats a run")
     options = parser.parse_args()
     try:
         report = fuzz(options.seed, 60 * options.minutes)
@@ -252,8 +266,8 @@ def main() -> int:
         print(found, file=sys.stderr)
         return 1
     print(
-        f"seed {report.seed}: {report.num_pairs:,} pairs, nothing raised; slowest {report.slowest_seconds:.2f} s of"
-        f" CPU, peak {report.peak_bytes / 1e6:.0f} MB\nslowest: {report.slowest}"
+        f"seed {report.seed}: {report.num_pairs:,} pairs, no failure; slowest {report.slowest_seconds:.2f} s of CPU"
+        f" time, peak {report.peak_bytes / 1e6:.0f} MB\nslowest: {report.slowest}"
     )
     return 0
 

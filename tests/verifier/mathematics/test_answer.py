@@ -1,4 +1,4 @@
-"""Equivalence of mathematical answers: what is the same, what is not, and the judgement of whole completions."""
+"""Equivalence of mathematical answers: equal pairs, different pairs, and the judgement of whole completions."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -489,7 +489,7 @@ DIFFERENT = [
 ]
 
 
-# A gold that states a precision takes more precise answers; an answer that states one takes nothing but its own value.
+# Golds of SAME that state a precision. They accept more precise answers, but not the other way round.
 STATED_PRECISION = {"2.08", "4.5e33", r"\approx 3.14", "3.14 (to 2 decimal places)", "3.14", "2.1", "1.5"}
 
 

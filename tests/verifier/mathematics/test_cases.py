@@ -1,6 +1,6 @@
-"""The judge against `cases.jsonl`: completions labelled by hand, by kind; about half of each kind is a near miss.
+"""The judge against `cases.jsonl`: completions of every kind that are labelled by hand, about half of them near misses.
 
-A line holds kind, completion, gold (a text, or a list of which one suffices), correct, note, and maybe format.
+A line has the fields kind, completion, gold (a text, or a list of alternatives), correct, note, and sometimes format.
 """
 
 import json
@@ -28,7 +28,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def table(cases: list[dict[str, Any]], wrong: list[dict[str, Any]]) -> str:
-    """Agreement of every kind with a disagreement, and each disagreement."""
+    """The text of a failure: each kind with disagreements, its agreement, and the disagreements."""
     totals, lines = Counter(case["kind"] for case in cases), defaultdict(list)
     for case in wrong:
         side = "refused" if case["correct"] else "accepted"

@@ -26,7 +26,7 @@ def boxed(answer: object) -> str:
 
 
 def cases(name: str) -> list[tuple[str, str]]:
-    """(completion, gold) of a data set; the completion is the published solution where there is one."""
+    """Returns the (completion, gold) pairs of a data set. The completion is the published solution if there is one."""
     match name:
         case "eval/gsm8k" | "train/gsm8k":
             return [(row["answer"], row["answer"].rpartition("#### ")[2]) for row in rows(name)]
@@ -65,7 +65,7 @@ def test_the_gold_is_found_in_its_solution(name: str, share: float) -> None:
 
 
 def rewritten(gold: str) -> str:
-    """The same answer, spelt differently."""
+    """The same answer in another spelling."""
     text = gold.replace("\\frac", "\\dfrac").replace("\\left", "").replace("\\right", "").replace("\\!", "")
     if re.fullmatch(r"-?\d+", text):
         return f"{int(text):,}.0"

@@ -1,4 +1,4 @@
-"""Some seconds of `fuzz.py`, which `python -m tests.verifier.mathematics.fuzz` runs for long.
+"""Fuzzes the judge for some seconds; `python -m tests.verifier.mathematics.fuzz` does it for longer.
 
 FUZZ_SEED repeats a run that failed.
 """

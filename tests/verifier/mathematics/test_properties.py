@@ -1,4 +1,4 @@
-"""Properties of the equivalence: it holds for all inputs that it is symmetric, strict, quick, and never raises."""
+"""Properties of the equivalence for all inputs: it is symmetric, strict and quick, and never raises."""
 
 import string
 import time
@@ -134,7 +134,7 @@ def test_times_of_day(hour: int, minute: int, later: int) -> None:
 @given(st.decimals(1, 999, places=2), st.integers(-49, 49))
 def test_more_places_than_the_gold_states(gold: Decimal, thousandths: int) -> None:
     longer = gold + Decimal(thousandths).scaleb(-4)
-    # Whole numbers, halves and quarters state none.
+    # Whole numbers, halves and quarters state no precision.
     assert equivalent(str(longer), str(gold)) == (gold * 4 % 1 != 0 or thousandths == 0)
     assert equivalent(str(gold), str(longer)) == (thousandths == 0)
     assert not equivalent(str(longer + Decimal("0.01")), str(gold))

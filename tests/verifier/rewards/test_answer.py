@@ -1,4 +1,4 @@
-"""The graders: what each pays for which answer."""
+"""The graders: the reward and the verdict of each for various answers."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""Countdown against brute force, and what its parser refuses."""
+"""Countdown compared with brute force, and the texts that its parser rejects."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ NUMBERS = [3, 5, 8]
 
 
 def brute_force() -> list[tuple[str, Fraction | None]]:
-    """Every expression over the numbers with two operators and either bracketing, and its value by Fraction."""
+    """Every expression of the numbers with two operators and both bracketings, with its value by Fraction."""
     operations = {
         "+": lambda a, b: a + b,
         "-": lambda a, b: a - b,

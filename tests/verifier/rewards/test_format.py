@@ -1,4 +1,4 @@
-"""Rewards of form, length and reasoning: each against its definition, at its edges."""
+"""Rewards for form, length and reasoning: each compared with its definition, also at its edges."""
 
 import math
 import time
@@ -25,7 +25,7 @@ DEMO = "<reasoning>\na\nb\n</reasoning>\n<answer>\n5\n</answer>"
 
 
 def value(name: str, text: str, *, num_tokens: int | None = None, **options: Any) -> float | None:
-    """The part `name` of the score; None where it abstains."""
+    """The value of the reward `name`; None where it abstains."""
     specs = [RewardSpec("boxed_exact", weight=0.0), RewardSpec(name, options=options)]
     score = build_scorer(specs)(Completion(text, "5", num_tokens=num_tokens))
     return score.breakdown.get(name)

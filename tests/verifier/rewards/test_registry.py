@@ -1,9 +1,11 @@
-"""The registry and the scorer: how rewards add up, which configurations are refused, and rewards of one's own."""
+"""The registry and the scorer: the sum of rewards, rejected configurations, and rewards in a user's file."""
 
 import asyncio
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,15 @@ def test_what_cannot_be_built_says_why(specs: list[RewardSpec], message: str) ->
         build_scorer(specs)
 
 
+def test_only_the_modules_that_call_register_fill_the_registry() -> None:
+    code = (
+        "import verifier.rewards.registry as registry; assert registry.registered_names() == [];"
+        " import verifier.rewards.answer; assert 'accuracy' in registry.registered_names();"
+        " assert 'cosine' not in registry.registered_names()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True)
+
+
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="taken"):
         register("boxed_format")(lambda: Grader(lambda _: Verdict.WRONG, {}))
@@ -112,7 +123,7 @@ def test_a_reward_that_is_no_number_raises(value: object) -> None:
         scorer(Completion("5", "5"))
 
 
-# --- rewards of one's own --------------------------------------------------------------------------------------------
+# --- rewards in a user's file ----------------------------------------------------------------------------------------
 
 
 def own_file(folder: Path, code: str, name: str = "own.py") -> str:

@@ -1,4 +1,4 @@
-"""Graders that hang, crash, eat memory, fork, print or raise when told to; for the tests of the pool."""
+"""Graders for tests of the pool: a completion's text tells them to hang, crash, use memory, fork, print or raise."""
 
 import math
 import os
@@ -19,7 +19,7 @@ def _obey(completion: Completion) -> Verdict:
             while True:
                 time.sleep(0.01)
         case ["hang-once"]:
-            # The gold is the path of a mark.
+            # The gold is the path of a file that marks the first call.
             if not Path(completion.gold).exists():
                 Path(completion.gold).touch()
                 time.sleep(60)

@@ -1,4 +1,4 @@
-"""What crosses the pipe to a scoring process: it comes back as it went in, and nonsense is a ValueError."""
+"""The messages to and from a scoring process: decoding restores them, and damaged bytes raise a ValueError."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The scoring pool: real processes, with graders that hang, crash, eat memory and raise."""
+"""The scoring pool with real processes, and with graders that hang, crash, use too much memory and raise."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from verifier.scoring.worker import Worker
 OBEDIENT = [RewardSpec("misbehaving_rewards:obedient"), RewardSpec("misbehaving_rewards:not_a_number", weight=0.0)]
 DEADLINE_SECONDS = 0.5
 SLACK_SECONDS = 5.0
-"""For a machine that is busy with other things."""
+"""Allowance for a slow machine."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +90,7 @@ def test_the_others_of_a_group_do_not_pay_for_those_that_hang() -> None:
 
     with contextlib.closing(start(num_workers=2, deadline_seconds=4.0)) as pool:
         without = seconds(pool, [text for text in texts if text != "hang"])
-        # Two deadlines shared by two workers, and much time to replace those; one after the other would be 8 s.
+        # Two deadlines pass in two workers at once, plus time to replace them. One after the other would take 8 s more.
         assert seconds(pool, texts) < without + 4.0 + 3.5
 
 
@@ -147,7 +147,7 @@ def test_only_the_completion_to_blame_fails(pool: ScoringPool, text: str, verdic
 def test_a_process_that_a_reward_leaves_behind_is_killed(pool: ScoringPool, tmp_path: Path) -> None:
     assert verdicts(score(pool, "fork-and-stay", gold=str(tmp_path / "pid"))) == [Verdict.CRASH]
     assert verdicts(score(pool, "good")) == [Verdict.CORRECT]
-    # It may have been killed before it wrote its number.
+    # The process may have been killed before it wrote its process id.
     text = (tmp_path / "pid").read_text() if (tmp_path / "pid").exists() else ""
     until(lambda: not (text and is_running(int(text))))
 
@@ -175,7 +175,7 @@ def test_a_completion_is_not_to_blame_when_somebody_else_kills_its_worker(pool: 
 
 def test_the_processor_is_limited_where_nobody_keeps_the_deadline() -> None:
     worker = Worker(OBEDIENT, deadline_seconds=0.3, memory_bytes=1 << 30)
-    worker._deadline_seconds = 60.0  # The pool's half is late.
+    worker._deadline_seconds = 60.0  # The pool does not enforce the deadline in time.
     try:
         found = worker.score(Completion("spin-in-c", ""))
     finally:
@@ -285,7 +285,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """A zombie, which only waits for a parent to read its status, has ended."""
+    """Whether a process runs; a zombie has ended."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
