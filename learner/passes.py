@@ -18,7 +18,8 @@ from learner.algorithms.base import Algorithm, LossInputs, LossOutputs, ValueLos
 from learner.algorithms.losses import batch_counts
 from learner.algorithms.metrics import MetricSums
 from learner.batches.batch import MicroBatch, TrainingBatch
-from learner.distributed.deepspeed_engine import TrainingEngine, all_reduce_max, all_reduce_sum, any_rank
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank
+from learner.distributed.deepspeed_engine import TrainingEngine
 from learner.models.policy import PolicyModel
 
 LossOf = Callable[[MicroBatch], LossOutputs]

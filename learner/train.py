@@ -32,13 +32,8 @@ from learner.checkpoints.checkpoint import (
     sound_checkpoint,
 )
 from learner.config import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
-from learner.distributed.deepspeed_engine import (
-    TrainingEngine,
-    all_reduce_max,
-    all_reduce_sum,
-    any_rank,
-    rank_and_world_size,
-)
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
+from learner.distributed.deepspeed_engine import TrainingEngine
 from learner.models.policy import PolicyModel
 from learner.monitoring.bad_batch import save_bad_batch
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello

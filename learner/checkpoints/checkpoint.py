@@ -25,7 +25,8 @@ from torch import nn
 from learner.checkpoints.manifest import complete_checkpoints, defect, write_manifest
 from learner.checkpoints.rng import load_generators, save_generators
 from learner.config import LoraConfig
-from learner.distributed.deepspeed_engine import TrainingEngine, any_rank, barrier, rank_and_world_size
+from learner.distributed.collectives import any_rank, barrier, rank_and_world_size
+from learner.distributed.deepspeed_engine import TrainingEngine
 from learner.distributed.state_file import read_state_file, write_state
 from learner.models.lora import save_adapter
 

@@ -250,35 +250,6 @@ class TrainingEngine:
         )
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of `values` over all ranks, in place."""
-    dist.all_reduce(values)
-    return values
-
-
-def all_reduce_max(values: Tensor) -> Tensor:
-    """The maximum of `values` over all ranks, in place."""
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is True on any rank: the same answer on all of them. With several ranks also a barrier."""
-    if dist.get_world_size() == 1:
-        return flag
-    return bool(all_reduce_max(torch.tensor([int(flag)], device=device))[0])
-
-
-def barrier() -> None:
-    """Waits for: every rank. Unblocked by: the slowest one. Gives up after: the process group's timeout."""
-    dist.barrier()
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are."""
-    return dist.get_rank(), dist.get_world_size()
-
-
 def _deepspeed_config(
     optimizer: OptimizerConfig, zero_stage: int, bfloat16: bool, cpu_offload: bool, device: torch.device
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from buffer.transport.connection import Connection
 from buffer.transport.messages import LearnerHello, LearnerWelcome, Status, StatusRequest
 from learner.batches.batch import TrainingBatch
-from learner.distributed.deepspeed_engine import all_reduce_max, all_reduce_sum, rank_and_world_size
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, rank_and_world_size
 from learner.monitoring.stop_conditions import RunStoppedError
 
 logger = logging.getLogger(__name__)

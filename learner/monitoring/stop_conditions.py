@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from learner.batches.batch import TrainingBatch
-from learner.distributed.deepspeed_engine import all_reduce_max, any_rank, rank_and_world_size
+from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_world_size
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,8 @@ from learner.algorithms.base import AdvantageInputs
 from learner.algorithms.ppo import PPO
 from learner.checkpoints.manifest import newest_checkpoint
 from learner.config import LoraConfig, ModelConfig, OptimizerConfig
-from learner.distributed.deepspeed_engine import (
-    all_reduce_sum,
-    init_distributed,
-    rank_and_world_size,
-    shut_down_distributed,
-)
+from learner.distributed.collectives import all_reduce_sum, rank_and_world_size
+from learner.distributed.deepspeed_engine import init_distributed, shut_down_distributed
 from learner.models.policy import PolicyModel
 from learner.networks import Networks
 from learner.passes import Annotations, critic_step, policy_step, score_batch

@@ -23,15 +23,8 @@ from learner.algorithms.metrics import MetricSums, summarize
 from learner.algorithms.ppo import PPO
 from learner.batches.batch import TrainingBatch
 from learner.config import OptimizerConfig
-from learner.distributed.deepspeed_engine import (
-    TrainingEngine,
-    all_reduce_max,
-    all_reduce_sum,
-    any_rank,
-    init_distributed,
-    rank_and_world_size,
-    shut_down_distributed,
-)
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
+from learner.distributed.deepspeed_engine import TrainingEngine, init_distributed, shut_down_distributed
 from learner.models.policy import PolicyModel, ValueModel
 from learner.passes import Annotations, critic_step, policy_step, score_batch
 from tests.learner.samples import CPU, make_batch, make_group
