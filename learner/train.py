@@ -7,7 +7,6 @@ buffer about evaluations. The learner is the run's clock: when `run` returns, th
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ import torch
 from buffer.transport.connection import Connection
 from buffer.transport.messages import CheckpointCommitted, Manifest, NoMoreBatches, Shard
 from learner.algorithms.base import AdvantageInputs, Algorithm
-from learner.algorithms.metrics import MetricSums, summarize
+from learner.algorithms.metrics import MetricSums, importance_weights, reference_kl, summarize
 from learner.batches.batch import TrainingBatch
 from learner.batches.prefetch import Prefetch
 from learner.checkpoints.checkpoint import (
@@ -38,6 +37,7 @@ from learner.models.policy import PolicyModel
 from learner.monitoring.bad_batch import save_bad_batch
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
+from learner.monitoring.step_results import NetworkStep, StepResults
 from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
 from learner.monitoring.tensorboard import batch_metrics
 from learner.networks import Networks
@@ -135,7 +135,7 @@ class Trainer:
         """Train on a batch that was asked for at `started`, publish, report. False when it was abandoned."""
         wait_seconds = time.monotonic() - started
         try:
-            metrics = self._train_on(batch)
+            metrics, steps = self._train_on(batch)
         except PassAbandonedError:
             logger.info("policy %d: the batch under way is abandoned; a resumed run trains on it", self.version)
             return False
@@ -148,7 +148,8 @@ class Trainer:
         metrics["learner/train_seconds"] = trained - started - wait_seconds
         metrics["learner/publish_seconds"] = time.monotonic() - trained
         metrics["learner/failed_checkpoints"] = float(self._num_failed_checkpoints)
-        metrics |= self._step_watch.see(self.version, metrics) | self._distance_watch.see(self.version, metrics)
+        metrics |= self._step_watch.see(self.version, steps)
+        metrics |= self._distance_watch.see(self.version, steps[-1].importance)
         no_signal = self._signal_watch.see(batch)
         metrics["reward/batches_without_signal"] = float(self._signal_watch.num_batches)
         self.observer.report(batch, metrics, self.version)
@@ -201,8 +202,8 @@ class Trainer:
         logger.info("policy %d trains on groups %s", self.version, received.occurrences)
         return received.batch
 
-    def _train_on(self, batch: TrainingBatch) -> dict[str, float]:
-        """All optimizer steps of one batch; returns the metrics of the last one, and whether any was skipped.
+    def _train_on(self, batch: TrainingBatch) -> tuple[dict[str, float], list[StepResults]]:
+        """Make all optimizer steps of one batch. Returns the metrics of the last one, and every step's results.
 
         Raises:
             PassAbandonedError: when the run is to end and no step was made yet.
@@ -212,17 +213,22 @@ class Trainer:
         if not self._logprobs.agreed:
             self._logprobs.compare(batch, self._score(self.networks.policy, batch))
         annotations = self._annotate(batch)
-        metrics = batch_metrics(batch)
-        skipped: dict[str, float] = {}
+        metrics, steps = batch_metrics(batch), list[StepResults]()
         for part in batch.split(self.config.updates_per_batch):
-            metrics |= self._step(batch, part, annotations)
-            self._kl_coef = self._next_kl_coef(metrics)
-            for name in ("policy/skipped", "value/skipped"):
-                if name in metrics:
-                    skipped[name] = max(metrics[name], skipped.get(name, 0.0))
+            shown, results = self._step(batch, part, annotations)
+            metrics |= shown
+            steps.append(results)
+            if results.reference_kl is not None:
+                kl = results.reference_kl
+                self._kl_coef = self.algorithm.adapt_kl_coef(self._kl_coef, kl.per_sequence, kl.num_sequences)
+        # A batch counts as skipped when any of its steps was, not only the last one.
+        if any(step.policy and step.policy.was_skipped for step in steps):
+            metrics["policy/skipped"] = 1.0
+        if any(step.critic and step.critic.was_skipped for step in steps):
+            metrics["value/skipped"] = 1.0
         if self.networks.refresh_reference(self.version, self.config.updates_per_batch):
             logger.info("policy %d is the reference from now on", self.version)
-        return metrics | skipped
+        return metrics, steps
 
     def _score(self, network: TrainingEngine | PolicyModel, batch: TrainingBatch) -> torch.Tensor:
         return score_batch(network, batch, self.config.tokens_per_microbatch, self._abandoning)
@@ -252,42 +258,56 @@ class Trainer:
         )
         return Annotations(outputs.advantages, outputs.returns, values, proximal, reference, kl_coef)
 
-    def _next_kl_coef(self, metrics: dict[str, float]) -> float:
-        """After a step; the same on every rank, because the metrics are."""
-        if "policy/reference_kl_per_sequence" not in metrics:
-            return self._kl_coef
-        observed, num_sequences = metrics["policy/reference_kl_per_sequence"], metrics["policy/num_sequences"]
-        return self.algorithm.adapt_kl_coef(self._kl_coef, observed, num_sequences)
+    def _step(
+        self, batch: TrainingBatch, part: range, annotations: Annotations
+    ) -> tuple[dict[str, float], StepResults]:
+        """Make one optimizer step of the policy, and of the critic where there is one; the version goes up by one.
 
-    def _step(self, batch: TrainingBatch, part: range, annotations: Annotations) -> dict[str, float]:
-        """One optimizer step of the policy, and of the critic where there is one; the version goes up by one.
+        A step whose loss or gradient is not finite is skipped: the new version has the weights of the previous one.
 
-        A step whose loss or gradient is not finite is skipped: the version has the weights of the one before it.
+        Returns: metrics to display, and the results that the run is controlled by; both are equal on every rank.
         """
         kl_coef = self.algorithm.kl_coef_at(self.version, self._kl_coef)
         annotations = replace(annotations, kl_coef=kl_coef)
-        options = batch, part, annotations, self.config.tokens_per_microbatch, self._abandoning
         networks, sums = self.networks, MetricSums()
-        named: dict[str, float] = {"policy/kl_coef": kl_coef} if networks.reference is not None else {}
+        shown: dict[str, float] = {"policy/kl_coef": kl_coef} if networks.reference is not None else {}
+        critic = policy = None
         if networks.critic is not None:
-            sums = sums + critic_step(networks.critic, self.algorithm, *options)
-            named |= self._apply("value", networks.critic, self.config.critic_optimizer)
+            sums = sums + critic_step(
+                networks.critic,
+                self.algorithm,
+                batch=batch,
+                part=part,
+                annotations=annotations,
+                tokens_per_microbatch=self.config.tokens_per_microbatch,
+                stopping=self._abandoning,
+            )
+            critic = self._apply(networks.critic, self.config.critic_optimizer)
+            shown |= _optimizer_metrics("value", critic)
         if self.version >= self.config.critic_warmup_steps or networks.critic is None:
-            sums = sums + policy_step(networks.policy, self.algorithm, *options)
-            named |= self._apply("policy", networks.policy, self.config.optimizer)
+            sums = sums + policy_step(
+                networks.policy,
+                self.algorithm,
+                batch=batch,
+                part=part,
+                annotations=annotations,
+                tokens_per_microbatch=self.config.tokens_per_microbatch,
+                stopping=self._abandoning,
+            )
+            policy = self._apply(networks.policy, self.config.optimizer)
+            shown |= _optimizer_metrics("policy", policy)
         self.version += 1
-        return named | summarize(sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max))
+        totals = sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max)
+        results = StepResults(
+            policy=policy, critic=critic, importance=importance_weights(totals), reference_kl=reference_kl(totals)
+        )
+        return shown | summarize(totals), results
 
-    def _apply(self, name: str, network: TrainingEngine, optimizer: OptimizerConfig) -> dict[str, float]:
-        # From here on the batch has had an effect: abandoned now, a part of it would be trained twice.
+    def _apply(self, network: TrainingEngine, optimizer: OptimizerConfig) -> NetworkStep:
+        # The batch has an effect from here on: abandoned now, a part of it would be trained on twice.
         self._abandons = False
         rate = optimizer.rate(self.version, self.config.total_steps)
-        norm = network.step(rate)
-        return {
-            f"{name}/gradient_norm": norm,
-            f"{name}/learning_rate": rate,
-            f"{name}/skipped": float(not math.isfinite(norm)),
-        }
+        return NetworkStep(gradient_norm=network.step(rate), learning_rate=rate)
 
     # --- versions, checkpoints, evaluations --------------------------------------------------------------------------
 
@@ -373,3 +393,11 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         """Whether one of the versions of the last batch was a multiple of `every`."""
         return every > 0 and self.version // every != (self.version - self.config.updates_per_batch) // every
+
+
+def _optimizer_metrics(name: str, step: NetworkStep) -> dict[str, float]:
+    return {
+        f"{name}/gradient_norm": step.gradient_norm,
+        f"{name}/learning_rate": step.learning_rate,
+        f"{name}/skipped": float(step.was_skipped),
+    }

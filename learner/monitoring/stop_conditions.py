@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 
 from learner.batches.batch import TrainingBatch
 from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_world_size
+from learner.monitoring.step_results import ImportanceWeights, StepResults
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +58,10 @@ class StepWatch:
         self._in_a_row = 0
         self._total = 0
 
-    def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a batch that led to `policy_version`; returns what to show about it."""
-        skipped = [name for name in ("policy", "value") if metrics.get(f"{name}/skipped")]
+    def see(self, policy_version: int, steps: Sequence[StepResults]) -> dict[str, float]:
+        """Look at the steps of the batch that led to `policy_version`. Returns metrics to display."""
+        of_network = {"policy": [step.policy for step in steps], "critic": [step.critic for step in steps]}
+        skipped = [name for name, taken in of_network.items() if any(step and step.was_skipped for step in taken)]
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         self._total += bool(skipped)
         if skipped and rank_and_world_size()[0] == 0:
@@ -82,15 +84,15 @@ class DistanceWatch:
         self._crossed: list[str] = []
         self._num_far = 0
 
-    def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a batch that led to `policy_version`; returns what to show.
+    def see(self, policy_version: int, weights: ImportanceWeights | None) -> dict[str, float]:
+        """Look at the last step of the batch that led to `policy_version`. Returns metrics to display.
 
-        How many bounds are crossed, how many batches crossed one so far, and the bounds as lines beside the curves.
-        A step of the critic alone has no importance weights, and nothing is shown.
+        These are the number of bounds crossed, the number of batches so far that crossed one, and the bounds themselves
+        as lines beside the curves; nothing for a step of the critic alone, which has no importance weights.
         """
-        if "importance/weight_mean" not in metrics:
+        if weights is None:
             return {}
-        crossed = bounds_crossed(metrics)
+        crossed = bounds_crossed(weights)
         if rank_and_world_size()[0] == 0 and bool(crossed) != bool(self._crossed):
             if crossed:
                 logger.warning(
@@ -105,10 +107,10 @@ class DistanceWatch:
         return {"importance/warning": float(len(crossed)), "importance/far_batches": float(self._num_far), **BOUNDS}
 
 
-def bounds_crossed(metrics: Mapping[str, float]) -> list[str]:
-    """One phrase for each bound that the weights pi_prox/mu of a batch have left."""
-    sample_size, mean = metrics["importance/effective_sample_size"], metrics["importance/weight_mean"]
-    std, (low, high) = metrics["importance/weight_std"], WEIGHT_MEAN_BOUNDS
+def bounds_crossed(weights: ImportanceWeights) -> list[str]:
+    """One phrase per bound that the weights pi_prox/mu of a batch exceed."""
+    sample_size, mean, std = weights.effective_sample_size, weights.mean, weights.std
+    low, high = WEIGHT_MEAN_BOUNDS
     crossed = []
     if sample_size < MIN_EFFECTIVE_SAMPLE_SIZE:
         crossed.append(f"effective sample size {sample_size:.2g} is below {MIN_EFFECTIVE_SAMPLE_SIZE}")
