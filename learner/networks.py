@@ -36,8 +36,7 @@ class Networks:
     @classmethod
     def load(cls, config: LearnerConfig, model: ModelConfig, algorithm: Algorithm, device: torch.device) -> Networks:
         """All of them as the run starts."""
-        dtype = getattr(torch, model.dtype)
-        load = {"dtype": dtype, "checkpointing": model.gradient_checkpointing}
+        dtype, checkpointing = getattr(torch, model.dtype), model.gradient_checkpointing
 
         def engine(
             network: PolicyModel | ValueModel,
@@ -57,13 +56,21 @@ class Networks:
         # The policy that a run starts from; also the frozen weights of a base that learns in four bits.
         frozen = partial(PolicyModel.load, model.path, dtype=dtype, temperature=config.temperature, checkpointing=False)
         policy = engine(
-            PolicyModel.load(model.path, temperature=config.temperature, lora=config.lora, **load),
+            PolicyModel.load(
+                model.path,
+                dtype=dtype,
+                temperature=config.temperature,
+                checkpointing=checkpointing,
+                lora=config.lora,
+            ),
             config.optimizer,
             frozen if config.lora.base_4bit else None,
         )
         critic = reference = None
         if algorithm.needs_critic:
-            critic = engine(ValueModel.load(model.path, **load), config.critic_optimizer)
+            critic = engine(
+                ValueModel.load(model.path, dtype=dtype, checkpointing=checkpointing), config.critic_optimizer
+            )
         if algorithm.needs_reference:
             reference = frozen().to(device).eval().requires_grad_(False)
         return cls(policy, critic, reference, algorithm.reference_refresh_every, config.lora)

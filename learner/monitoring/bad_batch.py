@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("path", type=Path, help="RUN_DIR/bad_batches/VERSION-rank-R.msgpack")
     path = parser.parse_args(arguments).path
     try:
-        print(describe(*load_bad_batch(path)))
+        shard, groups = load_bad_batch(path)
+        print(describe(shard, groups))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
