@@ -49,12 +49,12 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 never."""
     schedule: str = "constant"
     """constant | linear | cosine."""
     warmup_steps: int = 0
-    floor: float = 0.0
+    min_lr_ratio: float = 0.0
     """Final learning rate as a fraction of the first, for linear and cosine."""
 
     def __post_init__(self) -> None:
@@ -66,8 +66,8 @@ class OptimizerConfig:
             raise ValueError(f"betas={list(self.betas)} must each be 0 or above and below 1")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay={self.weight_decay} must be 0 (none) or above")
-        if not self.clip_norm >= 0:
-            raise ValueError(f"clip_norm={self.clip_norm} must be 0 (never clip) or above")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be 0 (never clip) or above")
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of the optimizer step that makes version `step` + 1.
@@ -83,7 +83,7 @@ class OptimizerConfig:
             warmup_steps=self.warmup_steps,
             total_steps=max(total_steps, self.warmup_steps),
             schedule=cast(Schedule, self.schedule),
-            floor=self.floor,
+            min_lr_ratio=self.min_lr_ratio,
         )
 
 

@@ -143,7 +143,7 @@ def _fit(policy: PolicyModel, examples: list[tuple[list[int], int]], settings: S
             warmup_steps=min(50, settings.steps // 10),
             total_steps=settings.steps,
             schedule="cosine",
-            floor=0.05,
+            min_lr_ratio=0.05,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -83,7 +83,7 @@ class TrainingEngine:
         """As `learner.batches.packing.even_cuts` has it."""
         # DeepSpeed's replicated bfloat16 optimizer starts Adam's bias correction at the second step; stage 1 does not.
         self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage
-        self._clip_norm = optimizer.clip_norm
+        self._max_grad_norm = optimizer.max_grad_norm
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._is_frozen_in_part = len(trained) < len(list(model.parameters()))
         self._engine, *_ = deepspeed.initialize(
@@ -152,8 +152,8 @@ class TrainingEngine:
         norm = float(total)
         if math.isfinite(norm):
             # DeepSpeed would compute the norm once more.
-            if self._clip_norm:
-                nn.utils.clip_grads_with_norm_(trained, self._clip_norm, total)
+            if self._max_grad_norm:
+                nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, total)
             self._engine.step()
         else:
             self._engine.zero_grad()
@@ -264,7 +264,7 @@ def _deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm if zero_stage else 0.0,
+        "gradient_clipping": optimizer.max_grad_norm if zero_stage else 0.0,
         "bf16": {"enabled": bfloat16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -126,7 +126,7 @@ def work(folder: Path, updates: int) -> Work:
         *("generate", "base", "problems.jsonl", str(folder / "output"), 1, 0, 2, 2, 64, 256, 1.0, 10),
         learning_rates=[1e-4] * updates,
         betas=[0.9, 0.95],
-        clip_norm=1.0,
+        max_grad_norm=1.0,
         clip=0.2,
         rows_per_microbatch=4,
     )

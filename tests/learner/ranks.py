@@ -33,7 +33,7 @@ STAGES = (0, 2, 3)
 LEARNING_RATE = 0.1
 NUM_STEPS = 2
 # A large epsilon keeps Adam's step proportional to the gradient; a small one blows rounding noise up to a full step.
-OPTIMIZER = OptimizerConfig(learning_rate=LEARNING_RATE, eps=1.0, clip_norm=0.0)
+OPTIMIZER = OptimizerConfig(learning_rate=LEARNING_RATE, eps=1.0, max_grad_norm=0.0)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Work:
     learning_rates: Sequence[float]
     """[updates]"""
     betas: Sequence[float]
-    clip_norm: float
+    max_grad_norm: float
     clip: float
     """Of the ratio, on both sides."""
     rows_per_microbatch: int
