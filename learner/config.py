@@ -31,7 +31,7 @@ class ModelConfig:
     dtype: str = "float32"
     """Parameters on the learner: float32 | bfloat16 (float32 master weights are kept by DeepSpeed)."""
     gradient_checkpointing: bool = False
-    max_tokens: int = 512
+    max_tokens: int = 256
     """Context length: prompt and completion together, in tokens."""
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class LearnerConfig:
     zero_stage: int = 0
     cpu_offload: bool = False
     """Optimizer state and float32 master weights in host memory; the step is torch's own, on the host's cores."""
-    tokens_per_microbatch: int = 8192
+    tokens_per_microbatch: int = 4096
     """Packed tokens that one forward and backward pass computes; a longer trajectory stands alone."""
     temperature: float = 1.0
     """What the actors sample at; logits are divided by it."""
@@ -160,7 +160,7 @@ class LearnerConfig:
     """Batches in a row with a loss or gradient that is not finite, whose steps are skipped, that end the run."""
     max_batches_without_signal: int = 0
     """Batches in a row that teach nothing that end the run, with a checkpoint; 0: it goes on and says so."""
-    evaluate_every: int = 20
+    evaluate_every: int = 15
     """Versions between evaluations on held-out prompts; the first and last are always evaluated. 0: only those."""
     evaluation_timeout_seconds: float = 300.0
     """How long the end of the run waits for its last evaluation."""

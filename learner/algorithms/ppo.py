@@ -20,10 +20,9 @@ class PPO(Algorithm):
     needs_critic: ClassVar[bool] = True
 
     gamma: float = 1.0
-    lam: float = 0.95
+    lam: float = 1.0
     value_clip: float | None = 0.2
     """How far a value may move from where the batch began before its loss stops following; None or 0 disables."""
-    whiten_advantages: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
