@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: warm-up, then constant, linear or cosine decay."""
+"""The learning rate as a pure function of the step: linear warm-up, then constant, linear decay or cosine decay."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def learning_rate(
     """The rate for the optimizer step that makes version `step` + 1.
 
     Args:
-        step: optimizer steps done, from 0; past `total_steps` the rate stays where it ended.
+        step: optimizer steps done so far, from 0; from `total_steps` on the rate stays at its final value.
         base: the rate after warm-up.
-        warmup_steps: steps of the linear rise; the first already moves, by base/warmup_steps.
+        warmup_steps: steps of the linear rise; the rate of the first step is base / warmup_steps, not 0.
         total_steps: steps of the whole run, warm-up included.
-        schedule: constant, linear or cosine, after the warm-up.
-        min_lr_ratio: where linear and cosine end, as a fraction of `base`.
+        schedule: constant, linear or cosine, from the end of the warm-up on.
+        min_lr_ratio: final rate of linear and cosine, as a fraction of `base`.
 
     Raises:
         ValueError: unknown schedule, `min_lr_ratio` outside [0, 1], or a warm-up longer than the run.
