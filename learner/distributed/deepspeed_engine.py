@@ -91,7 +91,7 @@ class TrainingEngine:
         self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage
         self._max_grad_norm = optimizer.max_grad_norm
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._is_frozen_in_part = len(trained) < len(list(model.parameters()))
+        self._has_frozen_parameters = len(trained) < len(list(model.parameters()))
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
             model_parameters=trained,
@@ -117,10 +117,10 @@ class TrainingEngine:
         """The network's outputs on the scored tokens of one microbatch."""
         outputs = self._engine(*micro.inputs)
         if self._zero_stage == 3 and not torch.is_grad_enabled():
-            self._forget_unfinished_trace()
+            self._discard_unfinished_trace()
         return outputs
 
-    def _forget_unfinished_trace(self) -> None:
+    def _discard_unfinished_trace(self) -> None:
         """Discard the layer order that DeepSpeed began to trace in a forward pass without a backward pass.
 
         DeepSpeed uses the traced order to prefetch parameters and to keep them for the backward pass, so that each is
@@ -255,7 +255,7 @@ class TrainingEngine:
             str(folder),
             tag="state",
             # Frozen parameters are not saved: they still have the values that the network was created with.
-            load_module_strict=not self._is_frozen_in_part,
+            load_module_strict=not self._has_frozen_parameters,
             load_lr_scheduler_states=False,
         )
 

@@ -1,7 +1,7 @@
 """Conditions that stop or warn about a run: skipped steps, zero-advantage batches, data that is far off-policy.
 
-The training loop owns one object per condition on every rank and passes it the results of every batch. These are equal
-on all ranks, so all ranks stop at the same batch.
+The training loop owns one object per condition on every rank and passes it the results of every batch. All ranks reach
+the same decision, so they stop at the same batch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BadStepsError(RunStoppedError):
 
 
 class NoSignalError(RunStoppedError):
-    """Too many consecutive batches taught nothing."""
+    """Too many consecutive batches, or groups in the buffer, taught nothing."""
 
 
 class StepWatch:
@@ -131,8 +131,8 @@ class SignalWatch:
     """Counts consecutive batches that teach nothing: all rewards are equal, or no completion was judged.
 
     Args:
-        compares_groups: whether the algorithm compares rewards only within a group. Such a batch teaches nothing if it
-            holds zero-advantage groups only; with other algorithms, if all its rewards are equal.
+        compares_groups: whether the algorithm compares rewards only within a group. If so, a batch
+            of zero-advantage groups teaches nothing; if not, only a batch whose rewards are all equal does.
         max_batches: number of consecutive such batches that ends the run; 0: never.
     """
 

@@ -1,4 +1,4 @@
-"""Steps of policy and critic from wherever the newest checkpoint is: `continued.py MODEL CHECKPOINTS STAGE STEP...`.
+"""Trains policy and critic on from the newest checkpoint: `continued.py MODEL CHECKPOINTS STAGE STEP...`.
 
 Started by torchrun. Trains to each STEP in turn, leaving a checkpoint there. What a step trains on depends on its
 number and on the random generators, so a run that went on from a checkpoint must have everything back to be the same.
@@ -27,7 +27,7 @@ from tests.learner.samples import CPU, make_batch, make_group
 
 TOTAL_STEPS = 4
 REFRESH_EVERY = 1
-"""The step after a checkpoint measures against the policy it was written with."""
+"""With 1, the step after a checkpoint uses the checkpoint's policy as the reference."""
 BUDGET = 60
 OPTIMIZER = OptimizerConfig(1e-2, schedule="cosine", warmup_steps=1)
 
@@ -50,7 +50,7 @@ class Run:
             self.version = int(checkpoint.name)
 
     def step(self) -> None:
-        """One step on groups that the generators choose."""
+        """One step on groups drawn with the random generators."""
         rank, world_size = rank_and_world_size()
         noise = int(random.random() * 1e6) + int(np.random.rand() * 1e6) + int(torch.rand(()) * 1e6)
         batch = make_batch([make_group(f"{i}.0", i, seed=noise + self.version) for i in range(rank, 4, world_size)])

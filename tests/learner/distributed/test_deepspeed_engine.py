@@ -135,7 +135,7 @@ def test_parameters_are_gathered_once_per_microbatch_also_where_passes_that_scor
         logprobs, _ = policy.forward(micro)
         policy.backward(logprobs.sum(), last=True)
         policy.step(0.0)
-    # What it was scored with is still there when it is trained on.
+    # Parameters that were gathered for scoring are still gathered for training.
     assert sum(numbers) == sum(p.ds_numel for p in policy._engine.module.parameters())
 
 
@@ -216,7 +216,7 @@ def test_loading_a_folder_without_a_state_says_so(model_folder: Path, tmp_path: 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(model_folder: Path, stage: int, dtype: torch.dtype):
-    """Weights and optimizer state: the steps after it are those of an engine that never saw it."""
+    """Weights and optimizer state: later steps equal those of an engine that never made the skipped step."""
     batch, algorithm = make_batch(fixed_groups()), PPO()
 
     def engines() -> tuple[TrainingEngine, TrainingEngine]:
