@@ -25,17 +25,17 @@ class ActorConfig:
     max_tokens: int
     """Context length of the engine: prompt and completion together, in tokens."""
     temperature: float = 1.0
-    max_groups_in_flight: int = 32
+    max_groups_in_flight: int = 64
     dtype: str = "float32"
     tensor_parallel_size: int = 1
     kv_cache_gib: float = 1.0
     """CPU engine only: size of the key-value cache, in GiB."""
-    gpu_memory_utilization: float = 0.85
+    gpu_memory_utilization: float = 0.4
     """CUDA engine only: share of the device's memory that vLLM may use."""
     seeded_sampling: bool = False
     """Sample every completion with its own seed. A synchronous run is then reproducible; costs some speed."""
     seed: int = 0
-    evaluation_prompts: int = 200
+    evaluation_prompts: int = 400
     evaluation_temperature: float = 1.0
     """0 is greedy. pass@1 is estimated with one completion per held-out prompt."""
     evaluation_max_new_tokens: int = 0

@@ -91,7 +91,7 @@ class Inputs:
             checkpoint_every=scale.checkpoint_every,
             learning_rates=[optimizer.rate(step, scale.updates) for step in range(scale.updates)],
             betas=list(optimizer.betas),
-            clip_norm=optimizer.clip_norm,
+            max_grad_norm=optimizer.max_grad_norm,
             clip=top["algorithm"]["clip_low"],
             rows_per_microbatch=math.gcd(ROWS_PER_MICROBATCH, scale.batch),
         )

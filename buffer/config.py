@@ -7,7 +7,7 @@ the key, the value and the way out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -34,6 +34,12 @@ MOVED_MODULES = {
     "learner.reinforce_pp": "learner.algorithms.reinforce_pp",
 }
 """The present path of each module that an older run's configuration may name by its previous path."""
+RENAMED_KEYS = {
+    f"learner.{section}.{old}": f"learner.{section}.{new}"
+    for section in ("optimizer", "critic_optimizer")
+    for old, new in (("clip_norm", "max_grad_norm"), ("floor", "min_lr_ratio"))
+}
+"""Old keys that this release still accepts, each with the key of the same section that replaces it."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,9 @@ def _sentence(cls: type[Any], section: str, error: OmegaConfBaseException) -> st
 
 
 def load_run_config(run_dir: str | Path) -> dict[str, Any]:
-    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml. Paths of moved classes are updated.
+    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml.
+
+    Paths of classes and names of keys that an older release wrote are replaced by the present ones.
 
     Raises:
         ValueError: when the file is missing, cannot be read or is not a mapping.
@@ -207,7 +215,33 @@ def load_run_config(run_dir: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds no mapping; restore the file the launcher wrote")
-    return {str(key): _with_present_classes(value) for key, value in loaded.items()}
+    return with_present_keys({str(key): _with_present_classes(value) for key, value in loaded.items()})
+
+
+def with_present_keys(sections: Mapping[str, Any], settled: Collection[str] = ()) -> dict[str, Any]:
+    """A copy of `sections` in which every key of `RENAMED_KEYS` has its present name.
+
+    Args:
+        sections: a whole configuration, as plain mappings.
+        settled: present keys, with their sections, that keep the value they have. Any other present key takes the value
+            of its old key: no file in configs/ has an old key, so somebody set it on purpose.
+    """
+    return {key: _with_present_keys(value, f"{key}.", settled) for key, value in sections.items()}
+
+
+def _with_present_keys(value: Any, path: str, settled: Collection[str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    present = {
+        key: _with_present_keys(item, f"{path}{key}.", settled)
+        for key, item in value.items()
+        if f"{path}{key}" not in RENAMED_KEYS
+    }
+    for key, item in value.items():
+        new = RENAMED_KEYS.get(f"{path}{key}")
+        if new is not None and new not in settled:
+            present[new.rpartition(".")[2]] = item
+    return present
 
 
 def _with_present_classes(value: Any, key: Any = None) -> Any:

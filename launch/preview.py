@@ -12,6 +12,7 @@ from rich.table import Table
 from buffer.machine import THREADS_VARIABLE, available_memory_bytes
 from buffer.weights.shared_memory import max_segments
 from launch.config.checks import nearest_folder
+from launch.config.compose import renamed_notices
 from launch.config.consistency import has_critic
 from launch.config.curriculum import fewest_prompts
 from launch.config.model import num_parameters
@@ -29,7 +30,7 @@ def notices(plan: RunPlan) -> list[str]:
     """What is allowed but may not be meant, one sentence each."""
     groups, prompts = plan.sections["groups_per_batch"], fewest_prompts(plan.stages, plan.task.levels)
     what = "a stage of the curriculum" if plan.stages else "the task"
-    found = []
+    found = renamed_notices(plan.sections.get("overrides") or [])
     if prompts < groups:
         found.append(
             f"note: {what} has {prompts} training prompts, fewer than groups_per_batch={groups}, so every batch repeats"

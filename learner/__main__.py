@@ -1,4 +1,4 @@
-"""`python -m learner RUN_DIR`: one learner rank; several with `python -m learner.distributed.ranks R RUN_DIR`."""
+"""`python -m learner RUN_DIR` runs one learner rank; `python -m learner.distributed.ranks R RUN_DIR` runs R of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Train the run in RUN_DIR from its newest checkpoint on. Returns the exit status."""
+    """Train the run in RUN_DIR, starting from its newest checkpoint if it has one. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m learner", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the run's folder; its config.yaml says the rest")
+    parser.add_argument("run_dir", type=Path, help="the run's folder; its config.yaml holds all settings")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
@@ -44,7 +44,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     pause_gc()
-    # Read by PyTorch when it is imported; by itself it would have a thread for every core of the host.
+    # PyTorch reads the variable when it is imported; without it there would be a thread for every core of the host.
     os.environ.setdefault(THREADS_VARIABLE, str(num_usable_cores()))
     os.environ["SLIPSTREAM_DEVICE"] = device_name(run["learner"].get("device", "auto"))
     import torch
@@ -59,7 +59,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     config = read_section(LearnerConfig, run["learner"], "learner")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if config.cpu_affinity:
-        # Every rank of this host its own cores, as many threads as cores.
+        # Each rank of this host gets cores of its own and as many threads as cores.
         cores = config.cpu_affinity[local_rank :: config.num_ranks] or config.cpu_affinity
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(len(cores))
@@ -86,12 +86,12 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
         resume_gc()
         trainer.run()
     except RunStoppedError as error:
-        return _ended(error, 3)
+        return _log_failure(error, 3)
     except CheckpointError as error:
-        return _ended(error, 2)
+        return _log_failure(error, 2)
     except OSError as error:
-        # A full disk, a lost folder, a buffer that does not answer: the supervisor tries again.
-        return _ended(error, 1)
+        # A full disk, a missing folder, a buffer that does not answer: the supervisor restarts the learner.
+        return _log_failure(error, 1)
     finally:
         buffer.close()
         if store is not None:
@@ -104,18 +104,18 @@ def _open_store(run_dir: Path, settings: WeightsConfig, credentials: Credentials
     from learner.weights.device_store import open_store
 
     memory = os.environ.get(MEMORY_VARIABLE) if settings.shared_memory else None
-    # Without a launcher nobody would clear the memory after kill -9, so versions then lie in the run directory.
+    # Without a launcher no process would remove the shared memory after kill -9, so versions lie in the run directory.
     folder = Path(memory) / "weights" if memory else None
     return open_store(run_dir / "weights", settings, credentials, folder, device)
 
 
-def _ended(error: Exception, status: int) -> int:
+def _log_failure(error: Exception, status: int) -> int:
     logging.getLogger("learner").error("%s: %s", type(error).__name__, error)
     return status
 
 
 def device_name(wanted: str) -> str:
-    """Cpu or cuda; `auto` takes CUDA where torch sees a device."""
+    """`cpu` or `cuda`; `auto` means CUDA if torch finds a device."""
     if wanted != "auto":
         return wanted
     import torch

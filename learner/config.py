@@ -1,4 +1,4 @@
-"""What the learner can be told, checked before a model is loaded."""
+"""The learner's settings, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LEAST = {
     **dict.fromkeys(("keep_checkpoints", "max_bad_steps", "checkpoint_every", "tokens_per_microbatch"), 1),
     **dict.fromkeys(("max_batches_without_signal", "evaluate_every", "critic_warmup_steps", "seed"), 0),
 }
-"""Settings of the learner that count something, and the least each may be."""
+"""Lower bounds of the settings that are counts."""
 ABOVE_ZERO = ("evaluation_timeout_seconds", "batch_timeout_seconds", "logprob_tolerance")
-"""Settings of the learner that may be any number above 0."""
+"""Settings that may be any number above 0."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class ModelConfig:
     path: str
     """A Hugging Face folder."""
     dtype: str = "float32"
-    """Parameters on the learner: float32 | bfloat16 (float32 master weights are kept by DeepSpeed)."""
+    """Type of the learner's parameters: float32 | bfloat16 (with bfloat16 DeepSpeed keeps float32 master weights)."""
     gradient_checkpointing: bool = False
-    max_tokens: int = 512
+    max_tokens: int = 256
     """Context length: prompt and completion together, in tokens."""
 
     def __post_init__(self) -> None:
@@ -49,13 +49,13 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 never."""
+    max_grad_norm: float = 1.0
+    """Gradients whose norm over all parameters is larger are scaled down to this norm; 0: never."""
     schedule: str = "constant"
     """constant | linear | cosine."""
     warmup_steps: int = 0
-    floor: float = 0.0
-    """Final learning rate as a fraction of the first, for linear and cosine."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate of the linear and cosine schedules, as a fraction of `learning_rate`."""
 
     def __post_init__(self) -> None:
         # Written so that nan fails too.
@@ -66,16 +66,16 @@ class OptimizerConfig:
             raise ValueError(f"betas={list(self.betas)} must each be 0 or above and below 1")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay={self.weight_decay} must be 0 (none) or above")
-        if not self.clip_norm >= 0:
-            raise ValueError(f"clip_norm={self.clip_norm} must be 0 (never clip) or above")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be 0 (never clip) or above")
 
     def rate(self, step: int, total_steps: int) -> float:
         """The learning rate of the optimizer step that makes version `step` + 1.
 
-        A run shorter than the warm-up ends in the middle of it.
+        A run shorter than the warm-up ends during the warm-up.
 
         Raises:
-            ValueError: as `schedule.learning_rate` does.
+            ValueError: unknown schedule, `min_lr_ratio` outside [0, 1], or a negative `warmup_steps`.
         """
         return learning_rate(
             step,
@@ -83,24 +83,24 @@ class OptimizerConfig:
             warmup_steps=self.warmup_steps,
             total_steps=max(total_steps, self.warmup_steps),
             schedule=cast(Schedule, self.schedule),
-            floor=self.floor,
+            min_lr_ratio=self.min_lr_ratio,
         )
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on a frozen policy; critic and reference are as without them."""
+    """Low-rank adapters on a frozen policy; critic and reference have none."""
 
     rank: int = 0
-    """Of the trained matrices; 0: no adapters, every parameter trains."""
+    """Rank of the two trained matrices of a layer; 0: no adapters, every parameter trains."""
     alpha: int = 32
-    """Their product counts alpha / rank times, so that the learning rate need not follow the rank."""
+    """The product of the two matrices is scaled by alpha / rank, so that one learning rate suits every rank."""
     target_modules: list[str] = field(default_factory=list)
-    """Linear layers by the end of their names, such as q_proj; empty: all in the decoder's layers."""
+    """Ends of the names of linear layers that get adapters, such as q_proj; empty: all in the decoder's layers."""
     base_4bit: bool = False
-    """Hold the frozen weights in four bits (NF4); CUDA only."""
+    """Store the frozen weights in four bits (NF4); CUDA only."""
     publish: str = "adapter"
-    """adapter | merged: what actors are sent, the two matrices of every layer or the whole weights."""
+    """adapter | merged: actors receive the two matrices of every layer, or the whole weights with them merged in."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -118,11 +118,11 @@ class LoraConfig:
 
     @property
     def publishes_adapters(self) -> bool:
-        """Whether a version is the adapters alone."""
+        """Whether actors receive the adapters alone."""
         return self.rank > 0 and self.publish == "adapter"
 
     def differences(self, other: LoraConfig) -> list[str]:
-        """Settings for which the adapters of one can't be continued as those of the other."""
+        """Names of the settings that differ and without which adapters of one kind cannot resume as the other kind."""
         if not self.rank and not other.rank:
             return []
         return [name for name in ("rank", "alpha", "target_modules") if getattr(self, name) != getattr(other, name)]
@@ -133,7 +133,7 @@ class LearnerConfig:
     """One training run as the learner sees it."""
 
     total_steps: int
-    """Optimizer steps, that is policy versions."""
+    """Optimizer steps, which is also the last policy version."""
     optimizer: OptimizerConfig
     critic_optimizer: OptimizerConfig
     groups_per_batch: int
@@ -144,34 +144,36 @@ class LearnerConfig:
     num_ranks: int = 1
     zero_stage: int = 0
     cpu_offload: bool = False
-    """Optimizer state and float32 master weights in host memory; the step is torch's own, on the host's cores."""
-    tokens_per_microbatch: int = 8192
-    """Packed tokens that one forward and backward pass computes; a longer trajectory stands alone."""
+    """Keep optimizer state and float32 master weights in host memory; torch makes the step there, on the CPU."""
+    tokens_per_microbatch: int = 4096
+    """Packed tokens of one forward and backward pass; a longer trajectory gets a pass to itself."""
     temperature: float = 1.0
-    """What the actors sample at; logits are divided by it."""
+    """The actors' sampling temperature; the learner divides its logits by it."""
     critic_warmup_steps: int = 0
-    """First steps in which only the critic learns."""
+    """Number of first optimizer steps that train only the critic."""
     publish_dtype: str = "float32"
-    """What the actors run in."""
+    """Type of the published weights, which is the actors' type."""
     checkpoint_every: int = 50
-    """Versions between checkpoints; the last version always has one."""
+    """Policy versions from one checkpoint to the next; the last version always gets one."""
     keep_checkpoints: int = 2
     max_bad_steps: int = 3
-    """Batches in a row with a loss or gradient that is not finite, whose steps are skipped, that end the run."""
+    """Consecutive batches with a skipped step (loss or gradient not finite) after which the run ends."""
     max_batches_without_signal: int = 0
-    """Batches in a row that teach nothing that end the run, with a checkpoint; 0: it goes on and says so."""
-    evaluate_every: int = 20
-    """Versions between evaluations on held-out prompts; the first and last are always evaluated. 0: only those."""
+    """Consecutive batches that teach nothing (zero-advantage groups only, or no completion judged) after which the run
+    ends with a checkpoint; 0: only a warning is logged."""
+    evaluate_every: int = 15
+    """Policy versions from one evaluation on held-out prompts to the next; the first and the last version are always
+    evaluated. 0: no other version is."""
     evaluation_timeout_seconds: float = 300.0
-    """How long the end of the run waits for its last evaluation."""
+    """How long the learner waits at the end of the run for the last evaluation."""
     batch_timeout_seconds: float = 1800.0
-    """How long the learner waits for a batch before it ends with an error that names the buffer."""
+    """How long the learner waits for a batch before it ends with an error that names the buffer's address."""
     logprob_tolerance: float = 0.02
-    """Largest mean |log pi - log mu| that the first batch may show where both are the same version."""
+    """Largest allowed mean of |log pi - log mu| over tokens of the first batch that were sampled under its version."""
     device: str = "auto"
     """auto | cpu | cuda."""
     cpu_affinity: list[int] = field(default_factory=list)
-    """Cores this process may use; empty: all."""
+    """CPU cores this process may use, shared out among the ranks; empty: all."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
-"""The networks of one rank: the policy, the critic and the reference, as far as the algorithm asks for them.
+"""The networks of one rank: the policy, and the critic and the reference if the algorithm needs them.
 
-Made, moved and restored together; the training loop owns the object. The reference is a module of each rank's own,
-equal on all of them: the policy the run started from, or that of the last version at which it was refreshed.
+The training loop owns them. They are created, saved and restored together. Every rank holds a whole copy of the
+reference: the policy that the run started from, or the policy of the version at which the reference was last refreshed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from learner.models.policy import PolicyModel, ValueModel
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """Under DeepSpeed those that learn, plain the one that does not."""
+    """Policy and critic train under DeepSpeed; the reference is a plain frozen module."""
 
     policy: TrainingEngine
     critic: TrainingEngine | None
     reference: PolicyModel | None
     refresh_every: int
-    """Versions after which the policy becomes the reference; 0: never."""
+    """Policy versions from one refresh of the reference to the next; 0: never refreshed."""
     lora: LoraConfig
-    """Of the policy."""
+    """The policy's adapters."""
 
     @classmethod
     def load(cls, config: LearnerConfig, model: ModelConfig, algorithm: Algorithm, device: torch.device) -> Networks:
-        """All of them as the run starts."""
-        dtype = getattr(torch, model.dtype)
-        load = {"dtype": dtype, "checkpointing": model.gradient_checkpointing}
+        """The networks of a run that starts: all from the model's folder."""
+        dtype, checkpointing = getattr(torch, model.dtype), model.gradient_checkpointing
 
         def engine(
             network: PolicyModel | ValueModel,
@@ -54,24 +53,32 @@ class Networks:
                 full_base=full_base,
             )
 
-        # The policy that a run starts from; also the frozen weights of a base that learns in four bits.
+        # The policy that the run starts from; also the full-precision base of a policy that is held in four bits.
         frozen = partial(PolicyModel.load, model.path, dtype=dtype, temperature=config.temperature, checkpointing=False)
         policy = engine(
-            PolicyModel.load(model.path, temperature=config.temperature, lora=config.lora, **load),
+            PolicyModel.load(
+                model.path,
+                dtype=dtype,
+                temperature=config.temperature,
+                checkpointing=checkpointing,
+                lora=config.lora,
+            ),
             config.optimizer,
             frozen if config.lora.base_4bit else None,
         )
         critic = reference = None
         if algorithm.needs_critic:
-            critic = engine(ValueModel.load(model.path, **load), config.critic_optimizer)
+            critic = engine(
+                ValueModel.load(model.path, dtype=dtype, checkpointing=checkpointing), config.critic_optimizer
+            )
         if algorithm.needs_reference:
             reference = frozen().to(device).eval().requires_grad_(False)
         return cls(policy, critic, reference, algorithm.reference_refresh_every, config.lora)
 
     def refresh_reference(self, policy_version: int, num_versions: int) -> bool:
-        """Make the policy the reference when one of the last `num_versions` versions was due. Every rank must call it.
+        """Copy the policy to the reference if one of the last `num_versions` versions was due for it.
 
-        Returns whether it was.
+        Every rank must call it. Returns whether it copied.
         """
         every = self.refresh_every
         if not every or self.reference is None:
@@ -84,17 +91,17 @@ class Networks:
     def save(
         self, directory: Path, policy_version: int, *, model: ModelConfig, state: dict[str, Any], keep: int
     ) -> None:
-        """Write a checkpoint; every rank must call it.
+        """Write a checkpoint with `save_checkpoint`; every rank must call it.
 
         Raises:
-            CheckpointWriteError: as `save_checkpoint` does.
+            CheckpointWriteError: on every rank, when any rank could not write its part.
         """
         save_checkpoint(
             directory,
             policy_version,
             self.policy,
             self.critic,
-            # One that is never refreshed is the policy the run started from.
+            # A reference that is never refreshed is loaded from the model's folder again.
             reference=self.reference if self.refresh_every else None,
             base_path=Path(model.path),
             dtype=getattr(torch, model.dtype),
@@ -104,9 +111,9 @@ class Networks:
         )
 
     def restore(self, checkpoint: Path) -> None:
-        """Everything as it was when `checkpoint` was written; every rank must call it.
+        """Load all networks from `checkpoint` with `load_checkpoint`; every rank must call it.
 
         Raises:
-            CheckpointError: as `load_checkpoint` does.
+            CheckpointError: when another number of ranks wrote sharded state.
         """
         load_checkpoint(checkpoint, self.policy, self.critic, self.reference if self.refresh_every else None)

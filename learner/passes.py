@@ -1,9 +1,9 @@
 """Passes over a batch: annotation without gradients, and the optimizer steps of the policy and of the critic.
 
-Called by the training loop on every rank. Each pass cuts its part of the batch into microbatches; every rank makes
-equally many, because sharded parameters are gathered by all ranks together: a rank that could do with fewer cuts
-smaller ones, and one with too few trajectories repeats one with weight 0. Between microbatches a pass can be abandoned,
-by all ranks together; its gradients are left behind, so the process must not train on.
+The training loop calls them on every rank. Each pass cuts its part of the batch into microbatches. Every rank makes the
+same number of microbatches, because all ranks gather the sharded parameters together: a rank that needs fewer cuts
+smaller ones, and a rank with too few trajectories repeats a microbatch as padding, with weight 0. Between microbatches
+all ranks together can abandon a pass. An abandoned pass leaves gradients behind, so its process must not train on.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from learner.algorithms.base import Algorithm, LossInputs, LossOutputs, ValueLos
 from learner.algorithms.losses import batch_counts
 from learner.algorithms.metrics import MetricSums
 from learner.batches.batch import MicroBatch, TrainingBatch
-from learner.distributed.deepspeed_engine import TrainingEngine, all_reduce_max, all_reduce_sum, any_rank
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank
+from learner.distributed.deepspeed_engine import TrainingEngine
 from learner.models.policy import PolicyModel
 
 LossOf = Callable[[MicroBatch], LossOutputs]
 Stopping = Callable[[], bool]
-"""Whether this rank wants to abandon the pass under way."""
+"""Returns whether this rank wants to abandon the current pass."""
 
 
 class PassAbandonedError(Exception):
-    """A rank was asked to end in the middle of a pass."""
+    """A rank was asked to stop in the middle of a pass."""
 
 
 def never() -> bool:
-    """A pass that is not abandoned."""
+    """The default: a pass is not abandoned."""
     return False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Annotations:
-    """Per scored token of the batch, [M] each; None where the algorithm does not ask for it."""
+    """Constants of all optimizer steps of a batch, [M] per scored token; None where the algorithm needs none."""
 
     advantages: Tensor
     returns: Tensor | None
@@ -45,7 +46,7 @@ class Annotations:
     proximal_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     kl_coef: float | None = None
-    """The coefficient of the step; None: the algorithm's own."""
+    """The KL coefficient of the step; None: the algorithm's own."""
 
 
 @torch.no_grad()
@@ -58,22 +59,22 @@ def score_batch(
     """[M] float32 outputs of `network` on all scored tokens: log-probabilities of a policy, values of a critic.
 
     Args:
-        network: a training engine, of which all ranks make equally many passes, or a module of this rank's own.
+        network: a training engine, through which every rank makes equally many passes, or a module of this rank alone.
         batch: this rank's share.
         tokens_per_microbatch: packed tokens of one forward pass.
-        stopping: asked between microbatches; a module of this rank's own is not abandoned.
+        stopping: called between microbatches; a pass through a module of this rank alone is not abandoned.
 
     Raises:
-        PassAbandonedError: on all ranks, when any of them is stopping.
+        PassAbandonedError: on every rank, when any rank is stopping.
     """
     outputs: list[Tensor] = []
-    everything, agree = range(len(batch.trajectories)), isinstance(network, TrainingEngine)
+    everything, is_shared = range(len(batch.trajectories)), isinstance(network, TrainingEngine)
     crossover_tokens = network.attention_crossover_tokens
-    for micro, counts, _ in _microbatches(
-        batch, everything, tokens_per_microbatch, crossover_tokens, stopping, agree=agree
+    for micro, is_padding, _ in _microbatches(
+        batch, everything, tokens_per_microbatch, crossover_tokens, stopping, synchronize_ranks=is_shared
     ):
         output = network.forward(micro) if isinstance(network, TrainingEngine) else network(*micro.inputs)
-        if counts:
+        if not is_padding:
             outputs.append(output[0] if isinstance(output, tuple) else output)
     return torch.cat(outputs)
 
@@ -147,12 +148,12 @@ def _accumulate(
 ) -> MetricSums:
     metrics = MetricSums()
     crossover_tokens = engine.attention_crossover_tokens
-    for micro, counts, last in _microbatches(
-        batch, part, tokens_per_microbatch, crossover_tokens, stopping, agree=True
+    for micro, is_padding, last in _microbatches(
+        batch, part, tokens_per_microbatch, crossover_tokens, stopping, synchronize_ranks=True
     ):
         outputs = loss(micro)
-        engine.backward(outputs.loss if counts else outputs.loss * 0.0, last=last)
-        if counts:
+        engine.backward(outputs.loss * 0.0 if is_padding else outputs.loss, last=last)
+        if not is_padding:
             metrics = metrics + outputs.metrics
     return metrics
 
@@ -164,21 +165,25 @@ def _microbatches(
     attention_crossover_tokens: float,
     stopping: Stopping,
     *,
-    agree: bool,
+    synchronize_ranks: bool,
 ) -> Iterator[tuple[MicroBatch, bool, bool]]:
-    """(microbatch, whether it counts, whether it is the last)."""
+    """(microbatch, whether it is padding, whether it is the last) in turn.
+
+    With `synchronize_ranks` every rank yields the same number, and all ranks stop before the same microbatch.
+    """
     total = batch.num_microbatches(part, tokens_per_microbatch)
-    if agree:
+    if synchronize_ranks:
         total = int(all_reduce_max(torch.tensor([total], device=batch.device))[0])
-    own = batch.microbatches(part, tokens_per_microbatch, total, attention_crossover_tokens)
+    microbatches = batch.microbatches(part, tokens_per_microbatch, total, attention_crossover_tokens)
     for index in range(total):
-        if agree and any_rank(stopping(), batch.device):
+        if synchronize_ranks and any_rank(stopping(), batch.device):
             raise PassAbandonedError
-        yield own[min(index, len(own) - 1)], index < len(own), index == total - 1
+        last = len(microbatches) - 1
+        yield microbatches[min(index, last)], index > last, index == total - 1
 
 
 def _token_weights(algorithm: Algorithm, batch: TrainingBatch, part: range) -> Tensor:
-    """[M] what each token counts in this optimizer step, over all ranks; 0 outside `part`."""
+    """[M] weight of each token in the loss of this optimizer step, which all ranks share; 0 outside `part`."""
     loss_mask = torch.zeros(batch.num_scored_tokens, dtype=torch.bool, device=batch.device)
     loss_mask[batch.scored_slice(part)] = True
     counts = all_reduce_sum(batch_counts(loss_mask, batch.sequence_index)).tolist()

@@ -1,8 +1,8 @@
-"""Supervised training of a small model from prompt and completion pairs: how the embedded base models are made.
+"""Supervised training of a small model on pairs of prompt and completion. The launcher makes its embedded models so.
 
-`python -m learner.sft SETTINGS.json` builds a tokenizer and a Qwen2-architecture model from nothing, trains it on the
-completions of the pairs, and leaves a Hugging Face folder, complete or absent. Progress goes to standard output, one
-JSON object per line.
+`python -m learner.sft SETTINGS.json` builds a tokenizer and a Qwen2-architecture model with random weights, trains the
+model on the completions, and writes a Hugging Face folder that is either complete or absent. It prints its progress to
+standard output, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from learner.schedule import learning_rate
 
 PAD, END = "<|endoftext|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, END, "<|im_start|>")
-"""Those of the Qwen family, so that its chat template works unchanged."""
+"""The special tokens of the Qwen family, so that its chat template works unchanged."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class SftSettings:
     pairs: str
     """JSON lines with `prompt` and `completion`."""
     output: str
-    """Folder that appears when everything is done."""
+    """The model's folder; it appears when training is done."""
     alphabet: str = ""
-    """Characters of a character tokenizer; empty: a byte-level BPE is trained on the pairs."""
+    """Characters of the character tokenizer; empty: train a byte-level BPE on the pairs instead."""
     vocabulary: int = 4096
     """Size of the BPE vocabulary."""
     hidden_size: int = 96
@@ -47,9 +47,9 @@ class SftSettings:
     num_heads: int = 3
     intermediate_size: int = 256
     max_tokens: int = 256
-    """Context length."""
+    """Context length, in tokens; longer pairs are left out."""
     steps: int = 1000
-    """0: random weights."""
+    """Optimizer steps; 0 leaves the weights random."""
     batch_size: int = 64
     learning_rate: float = 3e-3
     seed: int = 0
@@ -65,7 +65,7 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
 
 
 def bpe_tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE trained on `texts`: any text can be written in it."""
+    """Byte-level BPE trained on `texts`; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def bpe_tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
 
 
 def train(settings: SftSettings) -> None:
-    """Build, train and save; prints progress."""
+    """Build, train and save the model; print progress."""
     torch.manual_seed(settings.seed)
     pairs = [json.loads(line) for line in Path(settings.pairs).read_text(encoding="utf-8").splitlines()]
     if settings.alphabet:
@@ -143,11 +143,11 @@ def _fit(policy: PolicyModel, examples: list[tuple[list[int], int]], settings: S
             warmup_steps=min(50, settings.steps // 10),
             total_steps=settings.steps,
             schedule="cosine",
-            floor=0.05,
+            min_lr_ratio=0.05,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # In the order of the file, again from its start when it ends: a curriculum is the writer's choice.
+        # Pairs are taken in the order of the file and then from its start again: their order may be a curriculum.
         first = step * settings.batch_size
         chosen = [examples[index % len(examples)] for index in range(first, first + settings.batch_size)]
         logprobs, _ = policy(*_pack(chosen))
@@ -163,7 +163,7 @@ def _fit(policy: PolicyModel, examples: list[tuple[list[int], int]], settings: S
 
 
 def _pack(examples: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor]:
-    """The arguments of `PolicyModel.forward`; completions are scored."""
+    """The arguments of `PolicyModel.forward` for these examples in one pack; the tokens of completions are scored."""
     token_ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []

@@ -1,26 +1,25 @@
-"""The training loop: next batch, annotate, advantages, steps, publish, checkpoint, report.
+"""The training loop: get a batch, train on it, publish, report, checkpoint.
 
-One `Trainer` per rank. Rank 0 also owns the weight store, the checkpoints' names, the event files and the talk with the
-buffer about evaluations. The learner is the run's clock: when `run` returns, the run is over.
+One `Trainer` per rank. Rank 0 also owns the weight store, chooses the checkpoint to resume from, writes the event files
+and asks the buffer for evaluations. The run ends when `run` returns.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future, wait
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from buffer.transport.connection import Connection
 from buffer.transport.messages import CheckpointCommitted, Manifest, NoMoreBatches, Shard
-from learner.algorithms.base import AdvantageInputs, Algorithm
-from learner.algorithms.metrics import MetricSums, summarize
+from learner.algorithms.base import Algorithm
+from learner.batch_trainer import BatchTrainer
 from learner.batches.batch import TrainingBatch
 from learner.batches.prefetch import Prefetch
 from learner.checkpoints.checkpoint import (
@@ -31,22 +30,14 @@ from learner.checkpoints.checkpoint import (
     read_state,
     sound_checkpoint,
 )
-from learner.config import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
-from learner.distributed.deepspeed_engine import (
-    TrainingEngine,
-    all_reduce_max,
-    all_reduce_sum,
-    any_rank,
-    rank_and_world_size,
-)
-from learner.models.policy import PolicyModel
+from learner.config import LearnerConfig, LoraConfig, ModelConfig
+from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_world_size
 from learner.monitoring.bad_batch import save_bad_batch
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
 from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
-from learner.monitoring.tensorboard import batch_metrics
 from learner.networks import Networks
-from learner.passes import Annotations, PassAbandonedError, critic_step, policy_step, score_batch
+from learner.passes import PassAbandonedError
 from learner.weights.store import Publisher
 
 logger = logging.getLogger(__name__)
@@ -59,15 +50,15 @@ class Trainer:
         config: the run.
         model: the policy to start from.
         algorithm: advantages and losses.
-        run_dir: checkpoints, weights and event files go here.
+        run_dir: folder of the checkpoints, weights and event files.
         buffer: connection to the buffer.
-        store: where versions are published; rank 0 only.
-        device: where the networks live.
-        stopping: set from outside to end the run soon, with a checkpoint: a batch none of whose optimizer steps is made
-            is abandoned between two microbatches, another one finished.
+        store: publishes versions; None except on rank 0.
+        device: device of the networks.
+        stopping: set from outside to end the run soon, with a checkpoint. A batch without an optimizer step so far is
+            then abandoned between two microbatches; any other batch is finished.
 
     Raises:
-        CheckpointError: when there are checkpoints, none of which this learner can go on from.
+        CheckpointError: there are checkpoints, but this learner can resume from none of them.
     """
 
     def __init__(
@@ -87,10 +78,9 @@ class Trainer:
         self.rank, self.world_size = rank_and_world_size()
         self.checkpoints, self.bad_batches = run_dir / "checkpoints", run_dir / "bad_batches"
         self.networks = Networks.load(config, model, algorithm, device)
-        self._kl_coef = algorithm.kl_coef
-        """The adaptive coefficient; algorithms whose coefficient is not adaptive ignore it."""
+        self._batch_trainer = BatchTrainer(config, algorithm, self.networks, stopping)
         self._saved_version = self._resume()
-        """Of the newest checkpoint; -1 before the first."""
+        """Version of the newest checkpoint; -1 before the first."""
         self.version = max(self._saved_version, 0)
         self.observer = Observer(
             buffer, run_dir / "tensorboard", self.version, rank=self.rank, world_size=self.world_size
@@ -111,14 +101,13 @@ class Trainer:
         )
         self._shard: Shard | None = None
         self._num_failed_checkpoints = 0
-        self._abandons = False
-        """Whether the pass under way may be abandoned: no optimizer step of its batch has been made."""
+        """Consecutive checkpoints that could not be written."""
 
     def run(self) -> None:
-        """Train to the last version, or until `stopping` is set; leaves a checkpoint of where it ended.
+        """Train to the last version, or until `stopping` is set. Leaves a checkpoint of the version reached.
 
         Raises:
-            RunStoppedError: when the run must not go on: see `learner/monitoring/stop_conditions.py` and
+            RunStoppedError: when a stop condition ends the run: see `learner/monitoring/stop_conditions.py` and
                 `learner/monitoring/logprob_check.py`.
             CheckpointWriteError: when the last checkpoint cannot be written.
         """
@@ -137,23 +126,26 @@ class Trainer:
             self.observer.close()
 
     def _make_version(self, batch: TrainingBatch, started: float) -> bool:
-        """Train on a batch that was asked for at `started`, publish, report. False when it was abandoned."""
+        """Train on a batch that was requested at `started`, publish, report. False if the batch was abandoned."""
         wait_seconds = time.monotonic() - started
         try:
-            metrics = self._train_on(batch)
+            self.observer.heartbeat(self.version)
+            metrics, steps = self._batch_trainer.train_on(batch, self.version, self._logprobs)
         except PassAbandonedError:
-            logger.info("policy %d: the batch under way is abandoned; a resumed run trains on it", self.version)
+            logger.info("policy %d: the current batch is abandoned; a resumed run trains on it", self.version)
             return False
+        self.version += len(steps)
         trained = time.monotonic()
         if self.version < self.config.total_steps:
-            # It comes while this version is published, reported and saved.
+            # The next batch arrives while this version is published, reported and saved.
             self._prefetch.ask(self.version)
         self._publish()
         metrics["learner/wait_seconds"] = wait_seconds
         metrics["learner/train_seconds"] = trained - started - wait_seconds
         metrics["learner/publish_seconds"] = time.monotonic() - trained
         metrics["learner/failed_checkpoints"] = float(self._num_failed_checkpoints)
-        metrics |= self._step_watch.see(self.version, metrics) | self._distance_watch.see(self.version, metrics)
+        metrics |= self._step_watch.see(self.version, steps)
+        metrics |= self._distance_watch.see(self.version, steps[-1].importance)
         no_signal = self._signal_watch.see(batch)
         metrics["reward/batches_without_signal"] = float(self._signal_watch.num_batches)
         self.observer.report(batch, metrics, self.version)
@@ -181,10 +173,10 @@ class Trainer:
     # --- one batch ---------------------------------------------------------------------------------------------------
 
     def _next_batch(self) -> TrainingBatch | None:
-        """This rank's shard, or None when the run is to stop.
+        """This rank's share of the next batch, or None when the run is to end.
 
-        Waits for: the buffer to have a full batch. Unblocked by: actors delivering groups, or `stopping`. Gives up
-        after: `batch_timeout_seconds`.
+        Waits for: a full batch in the buffer. Unblocked by: actors that deliver groups, or `stopping`. Gives up after:
+        `batch_timeout_seconds`.
         """
         future = self._prefetch.ask(self.version)
         while not self.stopping.is_set():
@@ -192,112 +184,24 @@ class Trainer:
                 break
             self.observer.heartbeat(self.version, "groups from the actors")
         received = future.result() if future.done() else None
-        # All ranks or none: a rank that stopped would leave the others waiting in their first collective.
+        # All ranks stop or none: if one stopped alone, the others would wait for it in their first collective.
         if any_rank(received is None, self.device):
             return None
         assert received is not None
         if isinstance(received, NoMoreBatches):
-            # Every rank is told the same, so all of them write the checkpoint.
+            # Every rank gets this answer, so all of them write the checkpoint together.
             if self._saved_version != self.version:
                 self._checkpoint(may_fail=False)
             raise NoSignalError(f"policy {self.version}: {received.reason}")
         self._shard = received.shard
-        # A second witness beside the ledger of what these weights were trained on.
+        # The log is a second record, besides the ledger, of the groups that these weights were trained on.
         logger.info("policy %d trains on groups %s", self.version, received.occurrences)
         return received.batch
-
-    def _train_on(self, batch: TrainingBatch) -> dict[str, float]:
-        """All optimizer steps of one batch; returns the metrics of the last one, and whether any was skipped.
-
-        Raises:
-            PassAbandonedError: when the run is to end and no step was made yet.
-        """
-        self.observer.heartbeat(self.version)
-        self._abandons = True
-        if not self._logprobs.agreed:
-            self._logprobs.compare(batch, self._score(self.networks.policy, batch))
-        annotations = self._annotate(batch)
-        metrics = batch_metrics(batch)
-        skipped: dict[str, float] = {}
-        for part in batch.split(self.config.updates_per_batch):
-            metrics |= self._step(batch, part, annotations)
-            self._kl_coef = self._next_kl_coef(metrics)
-            for name in ("policy/skipped", "value/skipped"):
-                if name in metrics:
-                    skipped[name] = max(metrics[name], skipped.get(name, 0.0))
-        if self.networks.refresh_reference(self.version, self.config.updates_per_batch):
-            logger.info("policy %d is the reference from now on", self.version)
-        return metrics | skipped
-
-    def _score(self, network: TrainingEngine | PolicyModel, batch: TrainingBatch) -> torch.Tensor:
-        return score_batch(network, batch, self.config.tokens_per_microbatch, self._abandoning)
-
-    def _abandoning(self) -> bool:
-        return self._abandons and self.stopping.is_set()
-
-    def _annotate(self, batch: TrainingBatch) -> Annotations:
-        """Everything about the batch that its optimizer steps hold fixed."""
-        networks, scored = self.networks, self.config.updates_per_batch > 1 or self.algorithm.needs_proximal
-        proximal = self._score(networks.policy, batch) if scored else None
-        reference = self._score(networks.reference, batch) if networks.reference is not None else None
-        values = self._score(networks.critic, batch) if networks.critic is not None else None
-        kl_coef = self.algorithm.kl_coef_schedule.at(self.version, self._kl_coef)
-        outputs = self.algorithm.advantages(
-            AdvantageInputs(
-                rewards=batch.rewards,
-                group_index=batch.group_index,
-                sequence_index=batch.sequence_index,
-                behavior_logprobs=batch.behavior_logprobs,
-                values=values,
-                proximal_logprobs=proximal,
-                ref_logprobs=reference,
-                kl_coef=kl_coef,
-                reduce=all_reduce_sum,
-            )
-        )
-        return Annotations(outputs.advantages, outputs.returns, values, proximal, reference, kl_coef)
-
-    def _next_kl_coef(self, metrics: dict[str, float]) -> float:
-        """After a step; the same on every rank, because the metrics are."""
-        if "policy/reference_kl_per_sequence" not in metrics:
-            return self._kl_coef
-        observed, num_sequences = metrics["policy/reference_kl_per_sequence"], metrics["policy/num_sequences"]
-        return self.algorithm.kl_coef_schedule.adapt(self._kl_coef, observed, num_sequences)
-
-    def _step(self, batch: TrainingBatch, part: range, annotations: Annotations) -> dict[str, float]:
-        """One optimizer step of the policy, and of the critic where there is one; the version goes up by one.
-
-        A step whose loss or gradient is not finite is skipped: the version has the weights of the one before it.
-        """
-        kl_coef = self.algorithm.kl_coef_schedule.at(self.version, self._kl_coef)
-        annotations = replace(annotations, kl_coef=kl_coef)
-        options = batch, part, annotations, self.config.tokens_per_microbatch, self._abandoning
-        networks, sums = self.networks, MetricSums()
-        named: dict[str, float] = {"policy/kl_coef": kl_coef} if networks.reference is not None else {}
-        if networks.critic is not None:
-            sums = sums + critic_step(networks.critic, self.algorithm, *options)
-            named |= self._apply("value", networks.critic, self.config.critic_optimizer)
-        if self.version >= self.config.critic_warmup_steps or networks.critic is None:
-            sums = sums + policy_step(networks.policy, self.algorithm, *options)
-            named |= self._apply("policy", networks.policy, self.config.optimizer)
-        self.version += 1
-        return named | summarize(sums.totals(reduce_sum=all_reduce_sum, reduce_max=all_reduce_max))
-
-    def _apply(self, name: str, network: TrainingEngine, optimizer: OptimizerConfig) -> dict[str, float]:
-        # From here on the batch has had an effect: abandoned now, a part of it would be trained twice.
-        self._abandons = False
-        rate = optimizer.rate(self.version, self.config.total_steps)
-        norm = network.step(rate)
-        return {
-            f"{name}/gradient_norm": norm,
-            f"{name}/learning_rate": rate,
-            f"{name}/skipped": float(not math.isfinite(norm)),
-        }
 
     # --- versions, checkpoints, evaluations --------------------------------------------------------------------------
 
     def _say_hello(self) -> None:
-        # Also a barrier: another rank's batch request that arrived before the hello would be refused.
+        # Also a barrier, because the buffer would refuse another rank's batch request that arrived before the hello.
         older = say_hello(self.buffer, self.version, self.config.updates_per_batch, self.device, self.rank)
         self._logprobs = LogprobCheck(self.config.logprob_tolerance, older)
         self._publish()
@@ -306,7 +210,7 @@ class Trainer:
             self.observer.request_evaluation(0)
 
     def _publish(self) -> None:
-        """Every rank gathers; rank 0 copies into the store, which announces the version while training goes on."""
+        """Publish the version: all ranks gather; rank 0 copies to the store, which announces it in the background."""
         adapters = self.config.lora.publishes_adapters
         gathered = self.networks.policy.gathered(adapters=adapters)
         policy = ((name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in gathered)
@@ -314,26 +218,26 @@ class Trainer:
             deque(policy, maxlen=0)
             return
         self._await_publication()
-        # Adapters are far smaller than the rounding of the weights they are added to.
+        # Adapters stay float32: they are far smaller than the rounding errors of the weights they are added to.
         dtype = torch.float32 if adapters else getattr(torch, self.config.publish_dtype)
         self._publication = self.store.publish(self.version, policy, dtype)
 
     def _await_publication(self) -> None:
-        """One version is written at a time, and one that can't be written ends the run instead of starving the actors.
+        """Wait until the previous version is written; raise its error, because actors would starve without it.
 
-        Waits for: the store's writer. Gives up after: 600 s.
+        Waits for: the store's writer. Unblocked by: its end or its error. Gives up after: 600 s.
         """
         if self._publication is not None:
             self._publication.result(timeout=600.0)
 
     def _checkpoint(self, *, may_fail: bool = True) -> None:
-        """Write a checkpoint and tell the buffer. One that cannot be written is tried again after the next version."""
+        """Write a checkpoint and tell the buffer. If it `may_fail`, a failed one is retried after the next version."""
         try:
             self.networks.save(
                 self.checkpoints,
                 self.version,
                 model=self.model_config,
-                state={"config": asdict(self.config), "algorithm": {"kl_coef": self._kl_coef}},
+                state={"config": asdict(self.config), "algorithm": {"kl_coef": self._batch_trainer.kl_coef}},
                 keep=self.config.keep_checkpoints,
             )
         except CheckpointWriteError as error:
@@ -363,11 +267,11 @@ class Trainer:
             state = read_state(checkpoint)
             check_same_adapters(checkpoint, LoraConfig(**state["config"].get("lora", {})), self.config.lora)
             self.networks.restore(checkpoint)
-            self._kl_coef = float(state["algorithm"]["kl_coef"])
+            self._batch_trainer.kl_coef = float(state["algorithm"]["kl_coef"])
         return version
 
     def _finish(self) -> None:
-        # First, because a publication may wait for actors that are being ended as well.
+        # The checkpoint comes first, because a publication may wait for actors that are ending too.
         if self._saved_version != self.version:
             self._checkpoint(may_fail=False)
         self._await_publication()
@@ -376,5 +280,5 @@ class Trainer:
         self.observer.say_goodbye(self.version)
 
     def _is_due(self, every: int) -> bool:
-        """Whether one of the versions of the last batch was a multiple of `every`."""
+        """Whether the last batch made a version that is a multiple of `every`."""
         return every > 0 and self.version // every != (self.version - self.config.updates_per_batch) // every

@@ -38,7 +38,7 @@ def names(statement: ast.stmt) -> list[str]:
 
 
 def defines(file: str, dotted: str) -> bool:
-    """Whether `file` itself defines `dotted`, such as `Trainer._step`; inherited names do not count."""
+    """Whether `file` defines `dotted`, such as `Trainer._publish`, itself: what a class inherits does not count."""
     scope = body(file)
     for part in dotted.split("."):
         found = [statement for statement in scope if part in names(statement)]
@@ -97,7 +97,7 @@ def test_what_is_wrong_is_found() -> None:
 
 def test_what_is_right_is_let_through() -> None:
     for place in (
-        "`learner/train.py` `Trainer._step`",
+        "`learner/train.py` `Trainer._publish`",
         "`buffer/config.py` `BufferConfig.max_staleness`",
         "`actors/tasks/task.py` `GENERATED`",
         "`buffer/transport/messages.py` `Message`",

@@ -18,6 +18,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from buffer.config import RENAMED_KEYS, with_present_keys
+
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 NO_GROUPS = ("template",)
 """Folders of `configs/` whose files a setting names: `task.template=NAME`."""
@@ -63,7 +65,14 @@ def own_sections(composed: DictConfig, overrides: Sequence[str]) -> dict[str, An
     except OmegaConfBaseException as error:
         raise ValueError(_one_sentence(error, overrides)) from error
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    settled = [setting_path(item) for item in overrides]
+    return with_present_keys({str(key): value for key, value in container.items()}, settled)
+
+
+def renamed_notices(overrides: Iterable[str]) -> list[str]:
+    """One sentence for every override that was typed with an old key."""
+    renamed = [path for item in overrides if (path := _typed_path(item)) in RENAMED_KEYS]
+    return [f"note: {path} is called {RENAMED_KEYS[path]}; the next release no longer knows {path}" for path in renamed]
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:
@@ -104,8 +113,13 @@ def with_files(overrides: Sequence[str]) -> list[str]:
 
 def given_settings(overrides: Sequence[str]) -> list[str]:
     """Dotted paths of the settings that the overrides set; choices of a group's file are none."""
-    keys = (item.partition("=")[0].lstrip("+") for item in overrides)
-    return [key for key in keys if key not in GROUPS]
+    return [path for item in overrides if (path := setting_path(item)) not in GROUPS]
+
+
+def setting_path(item: str) -> str:
+    """Dotted path of the setting that an override sets, with its present key where an old one was typed."""
+    path = _typed_path(item)
+    return RENAMED_KEYS.get(path, path)
 
 
 def _read_file(path: Path) -> list[str]:
@@ -158,17 +172,22 @@ def _implied(overrides: Sequence[str]) -> list[str]:
 
 
 def _prepared(item: str, names: Sequence[str]) -> str:
-    """The override for Hydra, with the sign that lets it set what no YAML file mentions."""
+    """The override for Hydra, with the present key, and the sign that lets it set what no YAML file mentions."""
     key, separator, _ = item.partition("=")
     if key.startswith("~"):
         raise ValueError(f"{item} would remove what the processes need; set another value with key=value")
     if not separator:
         raise ValueError(f"{item!r} is not of the form key=value; write for example total_steps=10")
-    path = key.lstrip("+")
+    path = _typed_path(item)
     root = path.partition(".")[0]
     if root not in names:
         raise unknown_setting("", root, names)
+    item = item.replace(path, setting_path(item), 1)
     return f"++{item}" if "." in path and path == key else item
+
+
+def _typed_path(item: str) -> str:
+    return item.partition("=")[0].lstrip("+")
 
 
 def _missing_option(error: MissingConfigException) -> str:

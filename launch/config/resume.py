@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.config.compose import GROUPS
+from launch.config.compose import GROUPS, setting_path
 from launch.config.consistency import Sections, setting
 from learner.checkpoints.manifest import newest_checkpoint
 
@@ -49,7 +49,7 @@ def change(sections: dict[str, Any], overrides: Sequence[str], wanted: Sections,
         ValueError: an override asks for what may not change.
     """
     for item in overrides:
-        path = item.partition("=")[0].lstrip("+")
+        path = setting_path(item)
         name = f"choices.{path}" if path in GROUPS else path
         has, wants = setting(sections, name), setting(wanted, name)
         if has == wants:

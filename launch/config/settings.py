@@ -17,7 +17,7 @@ from verifier.base import RewardSpec
 MODES = ("async", "sync")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What stands at the top of the configuration, for all processes together."""
 
@@ -26,14 +26,14 @@ class RunConfig:
     mode: str = "async"
     """async | sync: actors and learner at the same time, or strictly in turn."""
     seed: int = 0
-    total_steps: int = 1
-    groups_per_batch: int = 1
-    samples_per_group: int = 1
+    total_steps: int
+    groups_per_batch: int
+    samples_per_group: int
     updates_per_batch: int = 1
-    max_staleness: int = 0
+    max_staleness: int
     temperature: float = 1.0
-    max_new_tokens: int = 1
-    reward: list[RewardSpec] = field(default_factory=list)
+    max_new_tokens: int
+    reward: list[RewardSpec]
     """Named, weighted rewards, added up; exactly one of them is a grader: docs/rewards.md."""
     curriculum: list[Stage] = field(default_factory=list)
     """Stages that the run goes through; empty: all prompts from first to last."""
@@ -147,10 +147,10 @@ class EmbeddedConfig:
     tokenizer: str = "characters"
     """characters | bpe."""
     vocabulary: int = 4096
-    hidden_size: int = 96
-    intermediate_size: int = 256
+    hidden_size: int = 64
+    intermediate_size: int = 170
     num_layers: int = 3
-    num_heads: int = 3
+    num_heads: int = 2
 
     def __post_init__(self) -> None:
         if self.tokenizer not in ("characters", "bpe"):
@@ -175,8 +175,8 @@ class PretrainingConfig:
     """The first traces, as a share of all, are free of errors: they teach the facts before the noise."""
     num_traces: int = 20000
     steps: int = 1000
-    batch_size: int = 64
-    learning_rate: float = 3e-3
+    batch_size: int = 32
+    learning_rate: float = 4e-3
     seed: int = 0
     num_threads: int = 1
 

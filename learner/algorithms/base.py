@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.advantages import Reduce, shape_rewards, terminal_rewards, whiten
-from learner.algorithms.corrections import Correction, DecoupledTIS, Distance
+from learner.algorithms.corrections import ClippedTIS, Correction, Distance
 from learner.algorithms.kl import KLSchedule, ScheduleKind
 from learner.algorithms.losses import (
     Aggregation,
@@ -127,7 +127,7 @@ class Algorithm(ABC):
     min_group_size: ClassVar[int] = 1
     """With fewer completions per prompt every advantage would be 0."""
 
-    correction: Correction = field(default_factory=DecoupledTIS)
+    correction: Correction = field(default_factory=ClippedTIS)
     clip_low: float = 0.2
     clip_high: float = 0.2
     """u = pi/pi_prox is clipped to [1 - clip_low, 1 + clip_high]."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from learner.algorithms.advantages import Reduce
 from learner.algorithms.importance import log_ratio
+from learner.monitoring.step_results import ImportanceWeights, ReferenceKL
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +139,31 @@ def summarize(totals: Mapping[str, float]) -> dict[str, float]:
     return metrics | (_summarize_values(totals) if totals.get("num_value_tokens", 0) > 0 else {})
 
 
+def importance_weights(totals: Mapping[str, float]) -> ImportanceWeights | None:
+    """Statistics of pi_prox/mu from `MetricSums.totals`; None without a step of the policy."""
+    count = totals.get("num_tokens", 0)
+    if not count:
+        return None
+    mean = totals["weights"] / count
+    return ImportanceWeights(
+        effective_sample_size=totals["weights"] ** 2 / (count * totals["squared_weights"]),
+        mean=mean,
+        std=_std(totals["squared_weights"] / count, mean),
+    )
+
+
+def reference_kl(totals: Mapping[str, float]) -> ReferenceKL | None:
+    """The KL to the reference from `MetricSums.totals`; None without a step of the policy, or without a reference."""
+    if not totals.get("num_tokens", 0) or "reference_kl_k1" not in totals:
+        return None
+    num_sequences = totals["num_sequences"]
+    return ReferenceKL(per_sequence=totals["reference_kl_k1"] / num_sequences, num_sequences=num_sequences)
+
+
 def _summarize_policy(totals: Mapping[str, float]) -> dict[str, float]:
     count = totals["num_tokens"]
-    advantage_mean, weight_mean = totals["advantages"] / count, totals["weights"] / count
+    advantage_mean, weights, kl = totals["advantages"] / count, importance_weights(totals), reference_kl(totals)
+    assert weights is not None
     metrics = {
         "policy/num_tokens": count,
         "policy/entropy": totals["entropy"] / count,
@@ -152,9 +175,9 @@ def _summarize_policy(totals: Mapping[str, float]) -> dict[str, float]:
         "policy/fraction_clipped_high": totals["clipped_high"] / count,
         "importance/behavior_kl_k1": totals["behavior_kl_k1"] / count,
         "importance/behavior_kl_k3": totals["behavior_kl_k3"] / count,
-        "importance/effective_sample_size": totals["weights"] ** 2 / (count * totals["squared_weights"]),
-        "importance/weight_mean": weight_mean,
-        "importance/weight_std": _std(totals["squared_weights"] / count, weight_mean),
+        "importance/effective_sample_size": weights.effective_sample_size,
+        "importance/weight_mean": weights.mean,
+        "importance/weight_std": weights.std,
         "importance/weight_max": totals["max_weight"],
         "importance/fraction_capped": totals["capped"] / count,
         "importance/fraction_masked": totals["masked"] / count,
@@ -163,11 +186,11 @@ def _summarize_policy(totals: Mapping[str, float]) -> dict[str, float]:
     metrics |= {f"policy/{name}": totals[name] for name in ("policy_loss", "total_loss") if name in totals}
     if "kl_penalty" in totals:
         metrics["policy/kl_penalty"] = totals["kl_penalty"]
-    if "reference_kl_k3" in totals:
+    if kl is not None:
         metrics["policy/reference_kl_k1"] = totals["reference_kl_k1"] / count
         metrics["policy/reference_kl_k3"] = totals["reference_kl_k3"] / count
-        metrics["policy/reference_kl_per_sequence"] = totals["reference_kl_k1"] / totals["num_sequences"]
-        metrics["policy/num_sequences"] = totals["num_sequences"]
+        metrics["policy/reference_kl_per_sequence"] = kl.per_sequence
+        metrics["policy/num_sequences"] = kl.num_sequences
     return metrics
 
 

@@ -23,10 +23,9 @@ class PPO(Algorithm):
     needs_critic: ClassVar[bool] = True
 
     gamma: float = 1.0
-    lam: float = 0.95
+    lam: float = 1.0
     value_clip: float | None = 0.2
     """The value loss clips V to [V_old - value_clip, V_old + value_clip]; None or 0: no clip."""
-    whiten_advantages: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

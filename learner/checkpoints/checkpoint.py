@@ -1,10 +1,10 @@
-"""Checkpoints that are complete or absent: written under a temporary name, flushed, then renamed.
+"""Checkpoints that are complete or absent: written under a temporary name, flushed to disk, then renamed.
 
 `RUN_DIR/checkpoints/00000050/` holds `policy/` (a Hugging Face folder), `policy_state/` and `critic_state/` (what
 DeepSpeed needs to go on), `adapter/` (only with LoRA, in peft's format; `policy/` has it merged), `reference.pt` (only
 where the reference is refreshed), `rng/` (random generators, a file per rank), `learner.json` and `manifest.json`
-(every file's size and digest). Only folders whose name is a number count. One whose files are not as they were written
-is reported and the one before it is used.
+(size and digest of every file). Only folders whose name is a number are checkpoints. A checkpoint whose files changed
+after they were written is reported, and the next older one is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import nn
 from learner.checkpoints.manifest import complete_checkpoints, defect, write_manifest
 from learner.checkpoints.rng import load_generators, save_generators
 from learner.config import LoraConfig
-from learner.distributed.deepspeed_engine import TrainingEngine, any_rank, barrier, rank_and_world_size
+from learner.distributed.collectives import any_rank, barrier, rank_and_world_size
+from learner.distributed.deepspeed_engine import TrainingEngine
 from learner.distributed.state_file import read_state_file, write_state
 from learner.models.lora import save_adapter
 
@@ -37,20 +38,21 @@ INCOMPLETE, BROKEN = ".incomplete", ".broken"
 
 
 class CheckpointError(ValueError):
-    """There are checkpoints, and none that this learner can go on from."""
+    """There are checkpoints, but this learner can resume from none of them."""
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint was not written, on any rank; those before it are untouched."""
+    """A checkpoint was written on no rank; older checkpoints are untouched."""
 
 
 def sound_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; None before the first.
+    """The newest checkpoint whose files are as they were written; None before the first checkpoint.
 
-    Broken newer ones are reported and set aside as VERSION.broken, and unfinished ones are removed. Called by one rank.
+    Newer broken checkpoints are reported and renamed to VERSION.broken; unfinished ones are removed. Only one rank may
+    call this.
 
     Raises:
-        CheckpointError: when there are checkpoints and none is sound: starting anew would forget the run.
+        CheckpointError: there are checkpoints, but none is sound; starting at policy 0 would lose the run's progress.
     """
     for leftover in directory.glob(f"*{INCOMPLETE}"):
         shutil.rmtree(leftover)
@@ -73,7 +75,7 @@ def sound_checkpoint(directory: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`."""
+    """The `state` that `save_checkpoint` was given, with `policy_version` and `num_ranks`."""
     state: dict[str, Any] = json.loads((checkpoint / "learner.json").read_text())
     return state
 
@@ -98,15 +100,15 @@ def save_checkpoint(
         policy_version: names the folder.
         policy: gathered into a Hugging Face folder, and saved with its optimizer.
         critic: saved with its optimizer; None without one.
-        reference: rank 0's is saved; None when it can be had from the model's folder.
-        base_path: the folder the policy started from; configuration and tokenizer are copied from it.
-        dtype: of the exported weights.
+        reference: saved by rank 0; None if it can be loaded from the model's folder.
+        base_path: the model's folder that the run started from; configuration and tokenizer are copied from it.
+        dtype: type of the exported weights.
         lora: the policy's adapters; None without.
         state: small JSON-able values to resume with.
-        keep: how many checkpoints stay; the oldest are removed after the new one is complete.
+        keep: number of checkpoints to keep; the oldest are removed when the new one is complete.
 
     Raises:
-        CheckpointWriteError: on every rank, when any of them could not write its part; nothing is left of it.
+        CheckpointWriteError: on every rank, when any rank could not write its part; the partial files are removed.
     """
     rank, world_size = rank_and_world_size()
     final = directory / f"{policy_version:08d}"
@@ -121,7 +123,7 @@ def save_checkpoint(
         try:
             _flush_one(directory)
         except OSError:
-            # Its name may not survive a power cut, so it must not count now either.
+            # The rename may not survive a power cut, so the checkpoint is discarded.
             shutil.rmtree(final, ignore_errors=True)
             raise
 
@@ -149,10 +151,10 @@ def save_checkpoint(
 
 
 def export_policy(policy: TrainingEngine, folder: Path, *, base_path: Path, dtype: torch.dtype) -> None:
-    """The policy as a Hugging Face folder that transformers and vLLM load; every rank must call it.
+    """Write the policy as a Hugging Face folder that transformers and vLLM can load; every rank must call it.
 
     Raises:
-        OSError: when the folder cannot be written; after all ranks have gathered.
+        OSError: when the folder cannot be written; raised after the gather, so no rank is left waiting.
     """
     rank, _ = rank_and_world_size()
     weights = {name.removeprefix(POLICY_PREFIX): tensor for name, tensor in policy.gather(dtype)}
@@ -169,17 +171,21 @@ def export_policy(policy: TrainingEngine, folder: Path, *, base_path: Path, dtyp
 
 
 def export_adapter(policy: TrainingEngine, folder: Path, lora: LoraConfig, base_path: Path) -> None:
-    """The policy's adapters as a folder that peft loads; every rank must call it. Raises what `export_policy` does."""
+    """Write the policy's adapters as a folder that peft can load; every rank must call it.
+
+    Raises:
+        OSError: as `export_policy` does.
+    """
     tensors = {name.removeprefix(POLICY_PREFIX): tensor for name, tensor in policy.gather(torch.float32, adapters=True)}
     if rank_and_world_size()[0] == 0:
         save_adapter(tensors, folder, lora, base_path)
 
 
 def check_same_adapters(checkpoint: Path, written: LoraConfig, wanted: LoraConfig) -> None:
-    """Whether the adapters in `checkpoint` are those that this run trains.
+    """Check that the adapters in `checkpoint` have the shape of those that this run trains.
 
     Raises:
-        CheckpointError: their rank, alpha or layers are others.
+        CheckpointError: rank, alpha or layers differ.
     """
     names = written.differences(wanted)
     if names:
@@ -195,12 +201,12 @@ def check_same_adapters(checkpoint: Path, written: LoraConfig, wanted: LoraConfi
 def load_checkpoint(
     checkpoint: Path, policy: TrainingEngine, critic: TrainingEngine | None, reference: nn.Module | None = None
 ) -> None:
-    """Weights, master weights, optimizer state and random generators as they were; every rank must call it.
+    """Restore weights, master weights, optimizer state and random generators; every rank must call it.
 
-    `reference`, where it was saved, gets its weights back too.
+    A `reference` must be given only if one was saved; its weights are restored too.
 
     Raises:
-        CheckpointError: when sharded state was written by another number of ranks.
+        CheckpointError: the state is sharded and another number of ranks wrote it.
     """
     rank, world_size = rank_and_world_size()
     written_by = int(read_state(checkpoint)["num_ranks"])
@@ -224,7 +230,7 @@ def _generators(checkpoint: Path, rank: int) -> Path:
 
 
 def _together(write: Callable[[], None], device: torch.device) -> None:
-    """`write`, and CheckpointWriteError on every rank when it raised OSError on any. Also a barrier."""
+    """Call `write` on every rank; if it raises OSError on any, raise CheckpointWriteError on all. Also a barrier."""
     problem = ""
     try:
         write()

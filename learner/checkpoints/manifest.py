@@ -1,7 +1,7 @@
-"""Which checkpoints there are, and the files of each with sizes and digests: written last, checked before loading.
+"""Finds checkpoints, and lists the files of each with size and digest: written last, checked before loading.
 
-It finds what disks and interrupted copies do to files. It is no signature: whoever can write the folder can write the
-manifest as well.
+The check finds files that a failing disk or an interrupted copy damaged. It does not prove who wrote them: anyone who
+can write to the folder can write the manifest too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def newest_checkpoint(directory: Path) -> Path | None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Describe every file in `folder` as it is now.
+    """Write the manifest of the files that are in `folder`.
 
     Raises:
         OSError: when a file cannot be read or the manifest cannot be written.
@@ -36,7 +36,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def defect(folder: Path) -> str | None:
-    """What is wrong with the first file that is not as it was written; None when all of them are."""
+    """What is wrong with the first damaged or missing file; None when every file is as it was written."""
     try:
         entries: dict[str, tuple[int, str]] = json.loads((folder / FILE_NAME).read_text())
         for name, (num_bytes, digest) in entries.items():
@@ -52,7 +52,7 @@ def defect(folder: Path) -> str | None:
     except OSError as error:
         return str(error)
     except (ValueError, TypeError, AttributeError):
-        # What JSON there is left may be of any shape.
+        # A damaged manifest may still be valid JSON of any shape.
         return f"{FILE_NAME} cannot be understood"
     return None
 

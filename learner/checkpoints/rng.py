@@ -1,4 +1,4 @@
-"""The states of this process's random number generators, as one file per rank of a checkpoint."""
+"""The states of a process's random number generators, saved in a checkpoint as one file per rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def save_generators(path: Path) -> None:
 
 
 def load_generators(path: Path) -> None:
-    """Continue where `save_generators` was called; CUDA devices only when there are as many as then."""
+    """Restore the states that `save_generators` wrote; those of CUDA devices only if their number is the same."""
     state = read_state_file(path)
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]

@@ -1,1 +1,1 @@
-"""DeepSpeed, ranks, and what the ranks say to each other."""
+"""DeepSpeed, the processes of the ranks, and the collectives between them."""

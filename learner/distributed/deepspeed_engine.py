@@ -1,8 +1,8 @@
-"""DeepSpeed around one network: packed forward passes, gradient accumulation, optimizer step, gather, save and load.
+"""One network under DeepSpeed: packed forward passes, gradient accumulation, optimizer step, gather, save and load.
 
-The only file that knows DeepSpeed. Losses arrive already divided by global counts, so gradients are summed, never
-averaged, over microbatches and ranks: cutting a batch differently changes nothing. A loss that is not finite makes the
-gradient of every rank not finite, and such a step is skipped by all of them alike.
+No other file imports DeepSpeed. Losses arrive divided by counts over all ranks, so gradients are summed, never
+averaged, over microbatches and ranks: how a batch is cut does not change the step. A loss that is not finite makes the
+gradient of every rank not finite, and all ranks skip such a step.
 """
 
 from __future__ import annotations
@@ -30,22 +30,28 @@ from learner.models.lora import NamedTensor, adapter_tensors, whole_tensors
 from learner.models.policy import PolicyModel, ValueModel
 
 GATHER_ELEMENTS = 1 << 26
-"""Parameters gathered at a time when weights are collected from ZeRO-3 shards."""
+"""Parameter elements gathered at a time when weights are collected from ZeRO-3 shards."""
 PERSISTENT_ELEMENTS = 1 << 14
-"""Under ZeRO-3 a parameter of at most so many stays whole from one step to the next: norms and biases."""
+"""Under ZeRO-3, parameters of at most this many elements stay whole from one step to the next: norms and biases."""
 STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
-"""What DeepSpeed's state holds beside tensors and plain containers."""
+"""Classes that DeepSpeed's saved state may hold besides tensors and plain containers."""
 
 
 def init_distributed(device: torch.device, timeout_seconds: float = 600.0) -> None:
-    """Join the ranks that torchrun started; alone, be rank 0 of 1."""
+    """Join the ranks that torchrun started. A process started without torchrun becomes rank 0 of 1."""
     import datetime
 
     if "RANK" not in os.environ:
-        lonely = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(lonely)
+        single_rank = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
+        os.environ.update(single_rank)
     if device.type == "cpu":
-        # Its C++ build takes half a minute and a compiler; gloo does the same on the few ranks a CPU run has.
+        # DeepSpeed would compile a C++ library for half a minute; gloo is enough for the few ranks of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="gloo" if device.type == "cpu" else "nccl",
@@ -64,7 +70,7 @@ class TrainingEngine:
         bfloat16: parameters in bfloat16 with float32 master weights.
         cpu_offload: optimizer state in host memory.
         device: where the network lives.
-        full_base: loads the weights that the network holds in four bits; None: it holds them in full.
+        full_base: loads the full-precision base weights if the network holds them in four bits; None otherwise.
     """
 
     def __init__(
@@ -80,70 +86,70 @@ class TrainingEngine:
     ) -> None:
         self.device, self._full_base = device, full_base
         self.attention_crossover_tokens = model.attention_crossover_tokens
-        """As `learner.batches.packing.even_cuts` has it."""
+        """As in `learner.batches.packing.even_cuts`."""
         # DeepSpeed's replicated bfloat16 optimizer starts Adam's bias correction at the second step; stage 1 does not.
         self._zero_stage = max(zero_stage, 1) if bfloat16 else zero_stage
-        self._clip_norm = optimizer.clip_norm
+        self._max_grad_norm = optimizer.max_grad_norm
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._is_frozen_in_part = len(trained) < len(list(model.parameters()))
+        self._has_frozen_parameters = len(trained) < len(list(model.parameters()))
         self._engine, *_ = deepspeed.initialize(
             model=model.to(device),
             model_parameters=trained,
             config=_deepspeed_config(optimizer, self._zero_stage, bfloat16, cpu_offload, device),
         )
         if self._zero_stage == 0 and self.world_size == 1:
-            # It would copy all gradients to one place and back.
+            # The reduction over one rank would copy all gradients to a flat buffer and back.
             self._engine.enable_backward_allreduce = False
         self._write_problem = ""
         self._guard_files()
 
     @property
     def world_size(self) -> int:
-        """Ranks that share the work."""
+        """Number of ranks."""
         return dist.get_world_size()
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each rank saves a part of its own, that only the same rank of as many can load."""
+        """Whether each rank saves its own shard, which only the same rank of the same number of ranks can load."""
         return self._zero_stage > 0
 
     def forward(self, micro: MicroBatch) -> Any:
         """The network's outputs on the scored tokens of one microbatch."""
         outputs = self._engine(*micro.inputs)
         if self._zero_stage == 3 and not torch.is_grad_enabled():
-            self._forget_unfinished_trace()
+            self._discard_unfinished_trace()
         return outputs
 
-    def _forget_unfinished_trace(self) -> None:
-        """Let DeepSpeed learn the order of layers from passes with a backward part only.
+    def _discard_unfinished_trace(self) -> None:
+        """Discard the layer order that DeepSpeed began to trace in a forward pass without a backward pass.
 
-        From that order it knows which parameters to gather ahead and to keep for the backward part: each is gathered
-        once per microbatch, instead of once forward and once backward. An order that ends with the forward part is
-        thrown away by the next backward pass; where scoring and training take turns, no order would ever last.
+        DeepSpeed uses the traced order to prefetch parameters and to keep them for the backward pass, so that each is
+        gathered once per microbatch instead of twice. A trace that ends with the forward pass is invalid for the next
+        backward pass. Where scoring and training alternate, no trace would stay valid for long.
         """
         coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
         if coordinator.is_record_trace():
             coordinator._invalidate_trace()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of `loss`, which is this rank's share of a sum over ranks; `last` ends the accumulation."""
+        """Add the gradient of `loss`, which is this rank's share of a sum over ranks. `last` ends the accumulation."""
         self._engine.set_gradient_accumulation_boundary(last)
-        # An infinite loss may have a finite gradient; as NaN it reaches every rank with the reduction.
+        # An infinite loss may have a finite gradient. Multiplied by NaN it reaches every rank through the reduction.
         factor = torch.where(torch.isfinite(loss.detach()), float(self.world_size), math.nan)
-        # DeepSpeed averages over ranks; the losses are shares of one sum.
+        # DeepSpeed averages over ranks, but the losses are shares of one sum.
         self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip, step, clear. Returns the global gradient norm before clipping.
+        """Clip the gradient, make the step and clear the gradient. Returns the global gradient norm before clipping.
 
-        When that is not finite there was no step: parameters and optimizer state are what they were, on every rank.
+        If the norm is not finite, every rank skips the step: parameters and optimizer state stay unchanged.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._zero_stage == 0:
             return self._replicated_step()
         self._engine.step()
-        # DeepSpeed's sharded optimizers look at the norm themselves; theirs is -1 or infinite for one they refuse.
+        # DeepSpeed's sharded optimizers check the norm and report -1 or infinity for a step that they skip.
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
 
     def _replicated_step(self) -> float:
@@ -151,37 +157,38 @@ class TrainingEngine:
         total = nn.utils.get_total_norm([p.grad for p in trained])
         norm = float(total)
         if math.isfinite(norm):
-            # DeepSpeed would compute the norm once more.
-            if self._clip_norm:
-                nn.utils.clip_grads_with_norm_(trained, self._clip_norm, total)
+            # Clipped here, because DeepSpeed would compute the norm a second time.
+            if self._max_grad_norm:
+                nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, total)
             self._engine.step()
         else:
             self._engine.zero_grad()
         return norm
 
     def gather(self, dtype: torch.dtype, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """As `gathered`, but copies in `dtype` on the host."""
+        """Like `gathered`, but yields copies in `dtype` in host memory."""
         for name, tensor in self.gathered(adapters=adapters):
             yield name, tensor.to("cpu", dtype, copy=True)
 
     def gathered(self, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The network as (name, tensor), each only until the next one is asked for, in buckets of bounded size.
+        """Yield the network as (name, tensor), gathered in buckets of bounded size.
 
-        Every rank must iterate to the end; only rank 0 receives tensors (the others get empty ones). Tied parameters
-        appear once. Adapters are added to the weights beside them; with `adapters` they are all there is, in float32.
+        A tensor is valid only until the next one is taken. Every rank must iterate to the end; rank 0 gets the tensors,
+        the others get empty ones. Tied parameters appear once. Adapters are merged into the weights they belong to;
+        with `adapters` only the adapters are yielded, in float32.
         """
         for tensor in self._whole(adapters=adapters):
             yield tensor.name, tensor.value() if dist.get_rank() == 0 else torch.empty(0)
 
     def copy_to(self, module: nn.Module) -> None:
-        """Give `module`, a network of this kind without adapters, the weights of this one. Every rank must call it."""
+        """Copy the weights, adapters merged, to `module`, which has the same architecture. Every rank must call it."""
         targets = dict(module.named_parameters())
         for tensor in self._whole():
             with torch.no_grad():
                 targets[tensor.name].copy_(tensor.value())
 
     def _whole(self, *, adapters: bool = False) -> Iterator[NamedTensor]:
-        """The network's tensors, each while its parameters are whole on every rank."""
+        """The network's tensors; each is yielded while its parameters are gathered on every rank."""
         for bucket in self._buckets(adapters):
             parameters = [parameter for tensor in bucket for parameter in tensor.parameters]
             with deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
@@ -203,10 +210,10 @@ class TrainingEngine:
             yield bucket
 
     def save(self, folder: Path) -> None:
-        """Trained parameters and optimizer state of all ranks, into `folder`. Every rank must call it.
+        """Write trained parameters and optimizer state to `folder`. Every rank must call it.
 
         Raises:
-            OSError: when this rank's part cannot be written; after the ranks have met for the last time.
+            OSError: when this rank's part cannot be written; raised after the last barrier, so no rank is left waiting.
         """
         self._write_problem = ""
         self._engine.save_checkpoint(str(folder), tag="state", save_latest=False, exclude_frozen_parameters=True)
@@ -214,69 +221,43 @@ class TrainingEngine:
             raise OSError(self._write_problem)
 
     def _guard_files(self) -> None:
-        """DeepSpeed saves between barriers, so an error there waits for `save`; it loads only `STATE_CLASSES`."""
+        """Make DeepSpeed's file writes delay their errors and its reads allow nothing but `STATE_CLASSES`.
+
+        DeepSpeed writes between barriers, where an error would leave the other ranks waiting; `save` raises it later.
+        """
         files = self._engine.checkpoint_engine
 
-        def remembering(write: Callable[..., None]) -> Callable[..., None]:
+        def delaying_errors(write: Callable[..., None]) -> Callable[..., None]:
             def attempt(*arguments: Any, **named: Any) -> None:
                 try:
                     write(*arguments, **named)
                 except OSError as error:
-                    # Not the error itself: its traceback would keep the file open, and its space taken.
+                    # Only the text: the error's traceback would keep the file open and its disk space in use.
                     self._write_problem = str(error)
 
             return attempt
 
-        files.makedirs = remembering(os.makedirs)
-        files.save = remembering(lambda state_dict, path: write_state(state_dict, Path(path)))
+        files.makedirs = delaying_errors(os.makedirs)
+        files.save = delaying_errors(lambda state_dict, path: write_state(state_dict, Path(path)))
         files.load = lambda path, map_location=None: read_state_file(Path(path), STATE_CLASSES)
-        # Scripts that would unpickle anything; the exported policy makes them needless.
+        # DeepSpeed's recovery script would unpickle any file; the exported policy makes it unnecessary.
         self._engine._copy_recovery_script = lambda save_path: None
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote. Every rank must call it.
+        """Load what `save` wrote. Every rank must call it.
 
         Raises:
-            FileNotFoundError: when there is none.
+            FileNotFoundError: `folder` holds no saved state.
         """
         if not (folder / "state").is_dir():
             raise FileNotFoundError(f"{folder} holds no training state")
         self._engine.load_checkpoint(
             str(folder),
             tag="state",
-            # Frozen parameters are not in it: they are what the network was made with.
-            load_module_strict=not self._is_frozen_in_part,
+            # Frozen parameters are not saved: they still have the values that the network was created with.
+            load_module_strict=not self._has_frozen_parameters,
             load_lr_scheduler_states=False,
         )
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of `values` over all ranks, in place."""
-    dist.all_reduce(values)
-    return values
-
-
-def all_reduce_max(values: Tensor) -> Tensor:
-    """The maximum of `values` over all ranks, in place."""
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is True on any rank: the same answer on all of them. With several ranks also a barrier."""
-    if dist.get_world_size() == 1:
-        return flag
-    return bool(all_reduce_max(torch.tensor([int(flag)], device=device))[0])
-
-
-def barrier() -> None:
-    """Waits for: every rank. Unblocked by: the slowest one. Gives up after: the process group's timeout."""
-    dist.barrier()
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are."""
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _deepspeed_config(
@@ -284,16 +265,17 @@ def _deepspeed_config(
 ) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage == 3:
-        # DeepSpeed's other settings suit microbatches: what is used again within 1e9 elements is kept, so up to half as
-        # many parameters are gathered once per microbatch, those of a larger model up to twice; 5e7 are fetched ahead.
-        # Nothing larger outlives a backward pass: that would be the whole model on every device.
+        # DeepSpeed's other defaults suit microbatches. A parameter that is used again within 1e9 elements stays
+        # gathered, so a model of up to half as many parameters gathers each once per microbatch and a larger model up
+        # to twice; 5e7 elements are prefetched. Larger parameters than this threshold are released after each backward
+        # pass, because keeping them would put the whole model on every device.
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
     if cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm if zero_stage else 0.0,
+        "gradient_clipping": optimizer.max_grad_norm if zero_stage else 0.0,
         "bf16": {"enabled": bfloat16},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -304,7 +286,7 @@ def _deepspeed_config(
                 "betas": _pair(optimizer.betas),
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                # DeepSpeed's own is compiled on first use, which needs a C++ or CUDA toolchain; torch's is there.
+                # DeepSpeed would compile its own AdamW on first use, which needs a C++ or CUDA toolchain.
                 "torch_adam": True,
                 "fused": True,
             },
@@ -318,6 +300,6 @@ def _pair(values: Sequence[float]) -> list[float]:
 
 
 def shut_down_distributed() -> None:
-    """Leave the process group, so that no rank is left waiting for this one."""
+    """Leave the process group, so that no other rank waits for this one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""`python -m learner.distributed.ranks NUM_RANKS RUN_DIR`: the learner's ranks here, and their exit status as its own.
+"""`python -m learner.distributed.ranks NUM_RANKS RUN_DIR` runs the learner's ranks and exits with their status.
 
-torchrun starts and ends them; it alone would end with 1 whatever a rank ends with, and a supervisor could not tell a
-mistake, which it must not try again, from a crash.
+torchrun starts and ends the ranks, but exits with status 1 for any failed rank. The supervisor needs the rank's own
+status to tell a user's mistake, after which it must not restart the learner, from a crash.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.distributed.run import main as torchrun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all ranks to their end. Returns the exit status of the one that failed first, 128 + N after signal N."""
+    """Run all ranks until they end. Returns the exit status of the rank that failed first, 128 + N after signal N."""
     parser = argparse.ArgumentParser(
         prog="python -m learner.distributed.ranks", description="Start the learner's ranks."
     )
     parser.add_argument("num_ranks", type=int)
-    parser.add_argument("run_dir", help="the run's folder; its config.yaml says the rest")
+    parser.add_argument("run_dir", help="the run's folder; its config.yaml holds all settings")
     options = parser.parse_args(arguments)
     ranks = ["--standalone", "--nproc-per-node", str(options.num_ranks)]
     try:
         torchrun([*ranks, "-m", "learner", options.run_dir])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        # Negative for a rank that a signal killed.
+        # The exit code is negative for a rank that a signal killed.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -1,6 +1,7 @@
-"""The only way tensors and training state become a file and come back: never by unpickling just anything.
+"""Writes tensors and training state to files and reads them back without unpickling arbitrary objects.
 
-Reading builds tensors, plain containers and the classes the caller names, nothing else, whatever a file asks for.
+All such files of the learner go through here. Reading creates tensors, plain containers and the classes that the caller
+allows, and refuses everything else that a file names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ def write_state(state: Any, path: Path) -> None:
     """Write `state` to `path`.
 
     Raises:
-        OSError: when it cannot be written, also where torch calls that a RuntimeError.
+        OSError: when the file cannot be written; torch raises RuntimeError for some of these cases.
     """
     try:
         torch.save(state, path)
@@ -25,10 +26,10 @@ def write_state(state: Any, path: Path) -> None:
 
 
 def read_state_file(path: Path, allowed: Sequence[type | Any] = ()) -> Any:
-    """What `write_state` wrote, on the CPU.
+    """Read what `write_state` wrote, into host memory.
 
     Raises:
-        pickle.UnpicklingError: when the file asks for a class or function that is not `allowed`.
+        pickle.UnpicklingError: when the file names a class or function that is not in `allowed`.
     """
     with torch.serialization.safe_globals(list(allowed)):
         return torch.load(path, map_location="cpu", weights_only=True)

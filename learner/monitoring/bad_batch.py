@@ -1,7 +1,7 @@
-"""Batches that made a run stop, saved for inspection: `python -m learner.monitoring.bad_batch FILE` prints one.
+"""Saves a batch that stopped a run. `python -m learner.monitoring.bad_batch FILE` prints such a batch.
 
-`RUN_DIR/bad_batches/00000041-rank-0.msgpack` holds the frames of the `Shard` message this rank was sent, as they came
-over the wire, and the `.json` beside it the metrics of its last step. Needs no torch.
+`RUN_DIR/bad_batches/00000041-rank-0.msgpack` holds the frames of the `Shard` message that this rank received. The
+`.json` file beside it holds the metrics of the batch's last step. Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,19 +15,15 @@ from pathlib import Path
 import msgpack
 
 from buffer.trajectory import TrajectoryGroup
-from buffer.transport.messages import (
-    Shard,
-    decode,
-    encode,
-)
+from buffer.transport.messages import Shard, decode, encode
 from buffer.transport.packed_group import unpack_group
 
 SAVED = "saved batch"
-"""Stands where a message on the wire names its run."""
+"""Replaces the run's name in the encoded message."""
 
 
 def save_bad_batch(directory: Path, rank: int, shard: Shard, metrics: Mapping[str, float]) -> Path:
-    """Write this rank's share of a batch and what its step showed. Returns the batch's file."""
+    """Write this rank's share of a batch and the metrics of its last step. Returns the path of the batch's file."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{shard.policy_version:08d}-rank-{rank}.msgpack"
     path.write_bytes(msgpack.packb(encode(shard, 0, SAVED)))
@@ -36,10 +32,10 @@ def save_bad_batch(directory: Path, rank: int, shard: Shard, metrics: Mapping[st
 
 
 def load_bad_batch(path: Path) -> tuple[Shard, list[TrajectoryGroup]]:
-    """What `save_bad_batch` wrote, checked as everything from the wire is.
+    """Read what `save_bad_batch` wrote, with the checks that a received message gets.
 
     Raises:
-        ValueError: when the file is no saved batch.
+        ValueError: the file is not a saved batch.
     """
     try:
         frames = msgpack.unpackb(path.read_bytes())
@@ -47,13 +43,13 @@ def load_bad_batch(path: Path) -> tuple[Shard, list[TrajectoryGroup]]:
         if not isinstance(shard, Shard):
             raise TypeError("it holds something else")
         return shard, [unpack_group(packed) for packed in shard.groups]
-    # WireError, and what msgpack raises, are ValueErrors; frames that are no bytes are TypeErrors.
+    # WireError and most errors of msgpack are ValueErrors; frames that are not bytes raise TypeError.
     except (ValueError, msgpack.UnpackException, OSError, TypeError) as error:
         raise ValueError(f"{path} is not a saved batch: {error}") from error
 
 
 def describe(shard: Shard, groups: Sequence[TrajectoryGroup]) -> str:
-    """One line per trajectory."""
+    """A readable table with one line per trajectory."""
     lines = [f"batch for policy {shard.policy_version}: {len(groups)} of its {shard.num_groups_in_batch} groups"]
     lines.append(f"{'trajectory':<20}{'tokens':>8}{'reward':>10}{'lowest log mu':>16}  versions, verdict")
     for group in groups:
@@ -72,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("path", type=Path, help="RUN_DIR/bad_batches/VERSION-rank-R.msgpack")
     path = parser.parse_args(arguments).path
     try:
-        print(describe(*load_bad_batch(path)))
+        shard, groups = load_bad_batch(path)
+        print(describe(shard, groups))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,9 @@
-"""Whether the learner and the actors see the same log-probabilities under the same weights; asked until they do once.
+"""Checks that learner and actors compute the same log-probabilities under the same weights, until one batch passes.
 
-Only trajectories sampled under one version alone can tell: tokens after a change of weights are sampled on top of the
-older version's KV cache. Groups begun before this learner started may carry a version's number for other weights, those
-of before a rollback, so while such groups may come a disagreement is only reported.
+Only trajectories that were sampled under a single version are compared, because after a change of weights tokens are
+sampled on top of the older version's KV cache. After a rollback a version number may stand for other weights than
+before. Groups that were begun before this learner started may therefore differ; while such groups can still arrive, a
+mismatch is only reported.
 """
 
 from __future__ import annotations
@@ -15,40 +16,42 @@ from torch import Tensor
 from buffer.transport.connection import Connection
 from buffer.transport.messages import LearnerHello, LearnerWelcome, Status, StatusRequest
 from learner.batches.batch import TrainingBatch
-from learner.distributed.deepspeed_engine import all_reduce_max, all_reduce_sum, rank_and_world_size
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, rank_and_world_size
 from learner.monitoring.stop_conditions import RunStoppedError
 
 logger = logging.getLogger(__name__)
 
 
 class LogprobMismatchError(RunStoppedError):
-    """The learner and the actors disagree about the same weights, so every correction would be wrong."""
+    """Learner and actors compute different log-probabilities under the same weights, so corrections would be wrong."""
 
 
 class OlderGroups:
-    """What may still come from before this learner's start, on every rank alike.
+    """Groups begun before this learner started that may still arrive; equal on every rank.
 
     Args:
-        number: groups that were leased or ready when it started.
-        newest_version: the highest version that an actor may have had from an earlier learner; -1 without one.
+        number: groups that were leased or ready when the learner started.
+        newest_version: the highest version that an actor may have from an earlier learner; -1 without one.
     """
 
     def __init__(self, number: int = 0, newest_version: int = -1) -> None:
         self._number, self._newest_version = number, newest_version
 
     def may_come(self, policy_version: int) -> bool:
-        """Whether a group of `policy_version` may be of other weights than this learner's of that number."""
+        """Whether a group may come from other weights than those that this learner calls `policy_version`."""
         return self._number > 0 or policy_version <= self._newest_version
 
     def use(self, num_groups: int) -> None:
-        """A batch of `num_groups` was trained on: as many of them as there were are gone."""
+        """Count the `num_groups` groups of a batch that was trained on as older ones that have arrived."""
         self._number -= num_groups
 
 
 def say_hello(
     buffer: Connection, policy_version: int, updates_per_batch: int, device: torch.device, rank: int
 ) -> OlderGroups:
-    """Rank 0 tells the buffer where the learner starts; every rank learns what is older. Also a barrier.
+    """Rank 0 tells the buffer the version that the learner starts at. Returns, on every rank, the older groups.
+
+    Also a barrier.
 
     Waits for: the buffer. Gives up after: 60 s.
     """
@@ -60,7 +63,7 @@ def say_hello(
         logger.info("starting at policy %d; %d groups are ready again", policy_version, welcome.num_rolled_back)
         newest = max([before.policy_version, *(peer.policy_version for peer in before.peers)])
         if before.counts["issued"]:
-            # An earlier learner may have published once more than the buffer heard of.
+            # An earlier learner may have published one more version than the buffer was told.
             older[1] = newest + updates_per_batch
         older[0] = welcome.num_outstanding
     number, newest_version = all_reduce_max(older).tolist()
@@ -68,11 +71,11 @@ def say_hello(
 
 
 class LogprobCheck:
-    """Compares until one batch agrees.
+    """Compares the log-probabilities of batches until one batch is within the tolerance.
 
     Args:
-        tolerance: largest mean |log pi - log mu| that may be.
-        older: what may still come from before this learner's start.
+        tolerance: largest allowed mean of |log pi - log mu|.
+        older: groups begun before this learner started that may still arrive.
     """
 
     def __init__(self, tolerance: float, older: OlderGroups) -> None:
@@ -80,10 +83,10 @@ class LogprobCheck:
         self.agreed = False
 
     def compare(self, batch: TrainingBatch, logprobs: Tensor) -> None:
-        """`logprobs` [M] of the batch under the weights of its version.
+        """Compare a batch's behavior_logprobs with `logprobs` [M], computed under the weights of the batch's version.
 
         Raises:
-            LogprobMismatchError: when they differ from the actors' and nothing older can be the reason.
+            LogprobMismatchError: they differ by more than the tolerance, and no older group can be the reason.
         """
         version = batch.policy_version
         same = batch.of_one_version & (batch.token_versions == version)
@@ -100,7 +103,9 @@ class LogprobCheck:
             )
             if not self._older.may_come(version):
                 raise LogprobMismatchError(message)
-            logger.warning("%s (their groups may be of before this learner started; checked again)", message)
+            logger.warning(
+                "%s (the groups may be from before this learner started; the next batch is checked again)", message
+            )
         elif sums[1]:
             self.agreed = True
             if rank_and_world_size()[0] == 0:

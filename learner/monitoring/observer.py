@@ -1,6 +1,6 @@
-"""The learner's talk about itself: heartbeats of every rank; on rank 0 event files, status and evaluations too.
+"""What one learner rank reports: heartbeats on every rank; event files, status and evaluations on rank 0.
 
-Owned by the training loop. Answers of the buffer are picked up a step later, so that asking never costs a wait.
+The training loop owns it. The buffer's answers are collected one step later, so that no step waits for them.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ TROUBLES = (
     "reward/batches_without_signal",
     "importance/far_batches",
 )
-"""Metrics that the display is told of while they are not 0."""
+"""Metrics that the heartbeat sends to the display while they are not 0."""
 
 
 class Observer:
-    """What one rank says and asks.
+    """Heartbeats, reports and requests for evaluations of one rank.
 
     Args:
         buffer: connection to the buffer.
-        directory: of the event files.
-        first_version: where the learner starts.
+        directory: folder of the event files.
+        first_version: the policy version that the learner starts at.
         rank, world_size: only rank 0 reports.
     """
 
@@ -57,12 +57,12 @@ class Observer:
         self._shown: dict[str, float] = {}
 
     def heartbeat(self, policy_version: int, waiting_for: str = "") -> Future[Message]:
-        """This rank is alive, at `policy_version`, and waits for something or works."""
+        """Tell the buffer that this rank is alive at `policy_version`, and what it waits for (empty: it works)."""
         heartbeat = Heartbeat("learner", f"learner-{self._rank}", policy_version, waiting_for, self._shown)
         return self._buffer.request(heartbeat, timeout_seconds=60.0)
 
     def report(self, batch: TrainingBatch, metrics: Mapping[str, float], policy_version: int) -> None:
-        """A batch led to `policy_version`."""
+        """Report the metrics of the batch that led to `policy_version`; does nothing except on rank 0."""
         if self._reporter is None:
             return
         self._clock.step(
@@ -89,14 +89,14 @@ class Observer:
             self._status = self._buffer.request(StatusRequest(), timeout_seconds=60.0)
 
     def request_evaluation(self, policy_version: int) -> None:
-        """Ask for an evaluation on the held-out prompts; on other ranks nothing."""
+        """Ask for an evaluation on the held-out prompts; does nothing except on rank 0."""
         if self._reporter is not None:
             self._buffer.call(EvaluationRequest(policy_version), timeout_seconds=60.0)
 
     def last_evaluation(self, policy_version: int, timeout_seconds: float, stopping: threading.Event) -> None:
-        """Close the run for new groups and evaluate its last version.
+        """Close the run to new groups and evaluate its last version; does nothing except on rank 0.
 
-        Waits for: an actor's report. Unblocked by: it, or `stopping`. Gives up after: `timeout_seconds`.
+        Waits for: an actor's report. Unblocked by: the report or `stopping`. Gives up after: `timeout_seconds`.
         """
         if self._reporter is None:
             return
@@ -121,11 +121,16 @@ class Observer:
                 self._reporter.evaluation(report)
                 logger.info(
                     "policy %d: pass@1 %.3f on %d held-out prompts",
-                    *(report.policy_version, report.pass_at_1, report.num_prompts),
+                    report.policy_version,
+                    report.pass_at_1,
+                    report.num_prompts,
                 )
 
     def say_goodbye(self, policy_version: int) -> None:
-        """The launcher's summary is made from the last heartbeat, so it must have arrived before this process ends."""
+        """Send the last heartbeat, from which the launcher makes its summary.
+
+        Waits for: the buffer's answer, since this process may end at once. Gives up after: 10 s.
+        """
         if self._reporter is not None:
             self.heartbeat(policy_version).result(timeout=10.0)
 

@@ -1,55 +1,58 @@
-"""Whether training still makes sense: steps that were skipped, batches nothing can be learned from, data too old.
+"""Conditions that stop or warn about a run: skipped steps, zero-advantage batches, data that is far off-policy.
 
-Owned by the training loop, told about every batch on every rank with the same numbers, so that all ranks stop alike.
+The training loop owns one object per condition on every rank and passes it the results of every batch. All ranks reach
+the same decision, so they stop at the same batch.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 
 from learner.batches.batch import TrainingBatch
-from learner.distributed.deepspeed_engine import all_reduce_max, any_rank, rank_and_world_size
+from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_world_size
+from learner.monitoring.step_results import ImportanceWeights, StepResults
 
 logger = logging.getLogger(__name__)
 
 WARN_AFTER = 3
-"""Batches in a row without signal from which on it is said."""
+"""Consecutive batches that teach nothing after which a warning is logged."""
 MIN_EFFECTIVE_SAMPLE_SIZE = 0.3
 WEIGHT_MEAN_BOUNDS = (0.5, 2.0)
 MAX_WEIGHT_STD = 1.0
-"""Outside these data is so off-policy that the estimates of any correction are mostly noise or mostly bias."""
+"""Bounds of the weights pi_prox/mu. Outside them, data is so far off-policy that the estimates of every correction are
+mostly noise or mostly bias."""
 BOUNDS = {
     "importance/bound_effective_sample_size": MIN_EFFECTIVE_SAMPLE_SIZE,
     "importance/bound_weight_mean_low": WEIGHT_MEAN_BOUNDS[0],
     "importance/bound_weight_mean_high": WEIGHT_MEAN_BOUNDS[1],
     "importance/bound_weight_std": MAX_WEIGHT_STD,
 }
-"""The same as lines beside the curves."""
+"""The same bounds as metrics, which TensorBoard draws as lines beside the curves."""
 NO_JUDGEMENT = frozenset({"timeout", "crash", "error"})
-"""Verdicts that say nothing about the completion."""
+"""Verdicts that mean that the verifier did not judge the completion."""
 
 
 class RunStoppedError(RuntimeError):
-    """The run must not go on by itself: exit status 3, which is not tried again."""
+    """A stop condition ended the run: exit status 3, after which the supervisor does not restart the learner."""
 
 
 class BadStepsError(RunStoppedError):
-    """Steps in a row had a loss or gradient that was not finite."""
+    """Too many consecutive batches had a step whose loss or gradient was not finite."""
 
 
 class NoSignalError(RunStoppedError):
-    """Batches in a row taught nothing."""
+    """Too many consecutive batches, or groups in the buffer, taught nothing."""
 
 
 class StepWatch:
     """Counts skipped optimizer steps.
 
     Args:
-        max_bad_steps: so many batches in a row with a skipped step end the run.
+        max_bad_steps: number of consecutive batches with a skipped step that ends the run.
     """
 
     def __init__(self, max_bad_steps: int) -> None:
@@ -57,46 +60,51 @@ class StepWatch:
         self._in_a_row = 0
         self._total = 0
 
-    def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a batch that led to `policy_version`; returns what to show about it."""
-        skipped = [name for name in ("policy", "value") if metrics.get(f"{name}/skipped")]
+    def see(self, policy_version: int, steps: Sequence[StepResults]) -> dict[str, float]:
+        """Count the skipped steps of the batch that led to `policy_version`. Returns metrics to display."""
+        of_network = {"policy": [step.policy for step in steps], "critic": [step.critic for step in steps]}
+        skipped = [name for name, taken in of_network.items() if any(step and step.was_skipped for step in taken)]
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         self._total += bool(skipped)
         if skipped and rank_and_world_size()[0] == 0:
             logger.warning(
                 "policy %d: the step of the %s was skipped, its loss or gradient was not finite (%d in a row of %d)",
-                *(policy_version, " and of the ".join(skipped), self._in_a_row, self._max_bad_steps),
+                policy_version,
+                " and of the ".join(skipped),
+                self._in_a_row,
+                self._max_bad_steps,
             )
         return {"learner/bad_steps": float(self._total)}
 
     @property
     def exhausted(self) -> bool:
-        """Whether too many steps in a row were skipped."""
+        """Whether the run must end."""
         return self._in_a_row >= self._max_bad_steps
 
 
 class DistanceWatch:
-    """Says when the data gets too off-policy, and when it is near enough again."""
+    """Logs a warning when the data becomes too far off-policy, and a message when it is near enough again."""
 
     def __init__(self) -> None:
         self._crossed: list[str] = []
         self._num_far = 0
 
-    def see(self, policy_version: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a batch that led to `policy_version`; returns what to show.
+    def see(self, policy_version: int, weights: ImportanceWeights | None) -> dict[str, float]:
+        """Check the weights of the last step that led to `policy_version`. Returns metrics to display.
 
-        How many bounds are crossed, how many batches crossed one so far, and the bounds as lines beside the curves.
-        A step of the critic alone has no importance weights, and nothing is shown.
+        These are the number of bounds crossed, the number of batches so far that crossed one, and the bounds themselves
+        as lines beside the curves; nothing for a step of the critic alone, which has no importance weights.
         """
-        if "importance/weight_mean" not in metrics:
+        if weights is None:
             return {}
-        crossed = bounds_crossed(metrics)
+        crossed = bounds_crossed(weights)
         if rank_and_world_size()[0] == 0 and bool(crossed) != bool(self._crossed):
             if crossed:
                 logger.warning(
                     "policy %d: this data is far off-policy: %s; lower max_staleness or the learning rate, or choose"
                     " another correction",
-                    *(policy_version, "; ".join(crossed)),
+                    policy_version,
+                    "; ".join(crossed),
                 )
             else:
                 logger.info("policy %d: the data is near enough to the policy again", policy_version)
@@ -105,10 +113,10 @@ class DistanceWatch:
         return {"importance/warning": float(len(crossed)), "importance/far_batches": float(self._num_far), **BOUNDS}
 
 
-def bounds_crossed(metrics: Mapping[str, float]) -> list[str]:
-    """One phrase for each bound that the weights pi_prox/mu of a batch have left."""
-    sample_size, mean = metrics["importance/effective_sample_size"], metrics["importance/weight_mean"]
-    std, (low, high) = metrics["importance/weight_std"], WEIGHT_MEAN_BOUNDS
+def bounds_crossed(weights: ImportanceWeights) -> list[str]:
+    """One phrase per bound that the weights pi_prox/mu of a batch exceed."""
+    sample_size, mean, std = weights.effective_sample_size, weights.mean, weights.std
+    low, high = WEIGHT_MEAN_BOUNDS
     crossed = []
     if sample_size < MIN_EFFECTIVE_SAMPLE_SIZE:
         crossed.append(f"effective sample size {sample_size:.2g} is below {MIN_EFFECTIVE_SAMPLE_SIZE}")
@@ -120,11 +128,12 @@ def bounds_crossed(metrics: Mapping[str, float]) -> list[str]:
 
 
 class SignalWatch:
-    """Counts batches in a row that teach nothing: no two rewards differ where it matters, or nothing was judged.
+    """Counts consecutive batches that teach nothing: all rewards are equal, or no completion was judged.
 
     Args:
-        compares_groups: rewards matter within their group only, because the algorithm compares no others.
-        max_batches: so many in a row end the run; 0 never does.
+        compares_groups: whether the algorithm compares rewards only within a group. If so, a batch
+            of zero-advantage groups teaches nothing; if not, only a batch whose rewards are all equal does.
+        max_batches: number of consecutive such batches that ends the run; 0: never.
     """
 
     def __init__(self, *, compares_groups: bool, max_batches: int) -> None:
@@ -132,14 +141,15 @@ class SignalWatch:
         self.num_batches = 0
 
     def see(self, batch: TrainingBatch) -> str | None:
-        """Look at one batch. Returns why the run is to stop, None to go on."""
+        """Check one batch. Returns the reason why the run must end, or None."""
         reason = self._reason(batch)
         is_first_rank = rank_and_world_size()[0] == 0
         if reason is None:
             if self.num_batches >= WARN_AFTER and is_first_rank:
                 logger.info(
                     "policy %d: there is something to learn again after %d batches without",
-                    *(batch.policy_version, self.num_batches),
+                    batch.policy_version,
+                    self.num_batches,
                 )
             self.num_batches = 0
             return None

@@ -1,4 +1,4 @@
-"""What the learner says about itself: TensorBoard scalars by policy version, and the numbers of the live display."""
+"""TensorBoard scalars by policy version, the metrics of a batch, and the rates that the live display shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from buffer.transport.messages import EvaluationReport, Status
 from learner.batches.batch import TrainingBatch
 
 LONG_WAIT_SECONDS = 1.0
-"""Shorter waits are part of the work and get no line of text."""
+"""Waits from this length on get a line of text; shorter ones are part of normal work."""
 LAYOUT = {
     "How well does it do?": {
         "pass@1": ["Multiline", ["evaluation/pass_at_1", "reward/fraction_correct"]],
@@ -71,25 +71,25 @@ class Reporter:
     """Writes event files under `directory`; the x-axis is always the policy version."""
 
     def __init__(self, directory: Path, first_version: int) -> None:
-        # A resumed run writes its steps again; TensorBoard hides what the earlier attempt wrote after it.
+        # A resumed run repeats steps; TensorBoard hides what the earlier attempt wrote from `first_version` + 1 on.
         self._writer = SummaryWriter(str(directory), purge_step=first_version + 1, flush_secs=5)
         self._writer.add_custom_scalars(LAYOUT)
 
     def scalars(self, metrics: Mapping[str, float], policy_version: int) -> None:
-        """One value per name."""
-        # One event for all of them; an event each costs ten times the processor time.
+        """Write one value per name."""
+        # One event holds all values; one event per value costs ten times the processor time.
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._writer.file_writer.add_summary(Summary(value=values), policy_version)  # type: ignore[attr-defined]
 
     def staleness(self, batch: TrainingBatch, policy_version: int) -> None:
-        """Histograms of staleness: over groups, and its two parts over trajectories."""
+        """Write histograms: staleness over groups, and its two parts, in flight and queued, over trajectories."""
         in_flight, queued = _staleness_parts(batch)
         for name, values in (("groups", np.asarray(batch.staleness)), ("in_flight", in_flight), ("queued", queued)):
             edges = np.arange(int(values.max()) + 2) - 0.5
             self._writer.add_histogram(f"staleness/{name}", values, policy_version, bins=edges)
 
     def evaluation(self, report: EvaluationReport) -> None:
-        """A held-out evaluation, at the version that was really evaluated."""
+        """Write an evaluation on held-out prompts at the version that the actor evaluated."""
         metrics = {
             "evaluation/pass_at_1": report.pass_at_1,
             "evaluation/reward_mean": report.reward_mean,
@@ -99,7 +99,7 @@ class Reporter:
         self.scalars(metrics, report.policy_version)
 
     def status(self, status: Status, policy_version: int) -> None:
-        """The ledger's counts and what the actors last said: sums over them, of shares and seconds means."""
+        """Write the ledger's counts and the actors' last metrics, summed over actors (shares and seconds: averaged)."""
         metrics = {f"buffer/{state.replace(':', '_')}": float(count) for state, count in status.counts.items()}
         metrics["buffer/stage"], metrics["buffer/success"] = float(status.stage.stage), status.stage.success
         metrics["buffer/prompts_passed_over"] = float(status.stage.num_passed_over)
@@ -111,7 +111,7 @@ class Reporter:
         self._waits(status, policy_version)
 
     def _waits(self, status: Status, policy_version: int) -> None:
-        """Who waits for what, since when: a curve for each who, and the sentences as a page of text."""
+        """Write the longest wait of every process as a curve, and a page of text that says what it waits for."""
         longest: dict[str, float] = {}
         for wait in status.waits:
             longest[wait.who] = max(wait.seconds, longest.get(wait.who, 0.0))
@@ -128,7 +128,7 @@ class Reporter:
 
 
 def batch_metrics(batch: TrainingBatch) -> dict[str, float]:
-    """Rewards, verdicts, lengths and staleness of this rank's share of a batch."""
+    """Metrics of rewards, verdicts, lengths and staleness of this rank's share of a batch."""
     trajectories = batch.trajectories
     rewards = np.array([t.reward for t in trajectories])
     scored = np.diff(batch.scored_offsets)
@@ -139,7 +139,7 @@ def batch_metrics(batch: TrainingBatch) -> dict[str, float]:
         "reward/completion_tokens_mean": float(scored.mean()),
         "reward/completion_tokens_max": float(scored.max()),
         "reward/turns_mean": float(np.mean([t.num_turns for t in trajectories])),
-        "reward/groups_without_signal": _without_signal(batch, rewards),
+        "reward/groups_without_signal": _zero_advantage_share(batch, rewards),
         "staleness/mean": float(np.mean(batch.staleness)),
         "staleness/max": float(np.max(batch.staleness)),
         "staleness/in_flight_mean": float(in_flight.mean()),
@@ -149,10 +149,10 @@ def batch_metrics(batch: TrainingBatch) -> dict[str, float]:
     return metrics | _verdicts(trajectories) | _reward_parts(trajectories)
 
 
-def _without_signal(batch: TrainingBatch, rewards: np.ndarray) -> float:
+def _zero_advantage_share(batch: TrainingBatch, rewards: np.ndarray) -> float:
     groups = batch.group_index.cpu().numpy()
-    silent = [np.ptp(rewards[groups == group]) == 0 for group in np.unique(groups)]
-    return float(np.mean(silent))
+    all_equal = [np.ptp(rewards[groups == group]) == 0 for group in np.unique(groups)]
+    return float(np.mean(all_equal))
 
 
 def _verdicts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -162,7 +162,7 @@ def _verdicts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _staleness_parts(batch: TrainingBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Versions published while each trajectory was sampled, and while it was waiting."""
+    """Per trajectory: versions published while it was sampled, and while it waited in the buffer."""
     in_flight = [t.newest_version - t.oldest_version for t in batch.trajectories]
     queued = [max(batch.policy_version - t.newest_version, 0) for t in batch.trajectories]
     return np.array(in_flight), np.array(queued)
@@ -177,7 +177,7 @@ def _reward_parts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 class StepClock:
-    """Shares of wall time from the end of the first step on: before it the actors' start-up would count as idleness."""
+    """Rates since the end of the first batch; earlier, the actors' start-up would count as time spent waiting."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -187,7 +187,7 @@ class StepClock:
         self._seconds = 0.0
 
     def step(self, *, wait_seconds: float, num_samples: int, num_tokens: int) -> None:
-        """One batch was trained on; called at the end of its last step."""
+        """Count one batch; called after its last step."""
         now = time.monotonic()
         if not self._started:
             self._started = now

@@ -137,7 +137,7 @@ def work(folder: Path, updates: int) -> Work:
         checkpoint_every=10,
         learning_rates=[1e-4] * updates,
         betas=[0.9, 0.95],
-        clip_norm=1.0,
+        max_grad_norm=1.0,
         clip=0.2,
         rows_per_microbatch=4,
     )

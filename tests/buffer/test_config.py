@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from buffer.config import BufferConfig, load_run_config, read_section
+from buffer.config import RENAMED_KEYS, BufferConfig, load_run_config, read_section, with_present_keys
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,31 @@ def test_classes_of_older_runs_are_read_by_their_present_paths(tmp_path: Path):
         "correction": {"_target_": "learner.algorithms.corrections.VTrace"},
         "own": [{"_target_": "learner.opo.OPO", "note": "learner.ppo.PPO"}],
     }
+
+
+def test_renamed_keys_of_older_runs_are_read_by_their_present_names(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(
+        "learner:\n  seed: 1\n  optimizer: {clip_norm: 0.5, floor: 0.1, eps: 1.0}\n  critic_optimizer: {floor: 0.2}\n"
+        "other: {optimizer: {floor: 3}}\n"
+    )
+    assert load_run_config(tmp_path) == {
+        "learner": {
+            "seed": 1,
+            "optimizer": {"max_grad_norm": 0.5, "min_lr_ratio": 0.1, "eps": 1.0},
+            "critic_optimizer": {"min_lr_ratio": 0.2},
+        },
+        "other": {"optimizer": {"floor": 3}},
+    }
+
+
+def test_an_old_key_replaces_the_present_one_unless_that_is_settled():
+    sections = {"learner": {"optimizer": {"floor": 0.1, "min_lr_ratio": 0.2}}}
+    assert with_present_keys(sections) == {"learner": {"optimizer": {"min_lr_ratio": 0.1}}}
+    settled = with_present_keys(sections, ["learner.optimizer.min_lr_ratio"])
+    assert settled == {"learner": {"optimizer": {"min_lr_ratio": 0.2}}}
+    assert sections["learner"]["optimizer"]["floor"] == 0.1
+    for new in RENAMED_KEYS.values():
+        assert new not in RENAMED_KEYS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Steps of policy and critic from wherever the newest checkpoint is: `continued.py MODEL CHECKPOINTS STAGE STEP...`.
+"""Trains policy and critic on from the newest checkpoint: `continued.py MODEL CHECKPOINTS STAGE STEP...`.
 
 Started by torchrun. Trains to each STEP in turn, leaving a checkpoint there. What a step trains on depends on its
 number and on the random generators, so a run that went on from a checkpoint must have everything back to be the same.
@@ -17,12 +17,8 @@ from learner.algorithms.base import AdvantageInputs
 from learner.algorithms.ppo import PPO
 from learner.checkpoints.manifest import newest_checkpoint
 from learner.config import LoraConfig, ModelConfig, OptimizerConfig
-from learner.distributed.deepspeed_engine import (
-    all_reduce_sum,
-    init_distributed,
-    rank_and_world_size,
-    shut_down_distributed,
-)
+from learner.distributed.collectives import all_reduce_sum, rank_and_world_size
+from learner.distributed.deepspeed_engine import init_distributed, shut_down_distributed
 from learner.models.policy import PolicyModel
 from learner.networks import Networks
 from learner.passes import Annotations, critic_step, policy_step, score_batch
@@ -31,7 +27,7 @@ from tests.learner.samples import CPU, make_batch, make_group
 
 TOTAL_STEPS = 4
 REFRESH_EVERY = 1
-"""The step after a checkpoint measures against the policy it was written with."""
+"""With 1, the step after a checkpoint uses the checkpoint's policy as the reference."""
 BUDGET = 60
 OPTIMIZER = OptimizerConfig(1e-2, schedule="cosine", warmup_steps=1)
 
@@ -54,7 +50,7 @@ class Run:
             self.version = int(checkpoint.name)
 
     def step(self) -> None:
-        """One step on groups that the generators choose."""
+        """One step on groups drawn with the random generators."""
         rank, world_size = rank_and_world_size()
         noise = int(random.random() * 1e6) + int(np.random.rand() * 1e6) + int(torch.rand(()) * 1e6)
         batch = make_batch([make_group(f"{i}.0", i, seed=noise + self.version) for i in range(rank, 4, world_size)])

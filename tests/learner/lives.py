@@ -1,4 +1,4 @@
-"""`python tests/learner/lives.py RUN_DIR SOCKETS MODEL TOTAL_STEPS`: one learner process after another, killed as told.
+"""`python tests/learner/lives.py RUN_DIR SOCKETS MODEL TOTAL_STEPS` runs learner processes that kill themselves.
 
 Each line on standard input, `FILE NUMBER` or `. 0`, is a life: a process forked from this one, which has imported
 everything already, trains until it has executed NUMBER lines of learner/FILE and then kills itself with SIGKILL, or
@@ -29,7 +29,7 @@ LONGEST_LIFE_SECONDS = 120
 
 
 def die_after(file: str, number: int) -> None:
-    """Kill this process at the given line of one of the learner's files, counted over all threads started later."""
+    """Kill this process after `number` executed lines of one of the learner's files, in all threads started later."""
     wanted, executed = str(PACKAGE / file), 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -47,7 +47,7 @@ def die_after(file: str, number: int) -> None:
 
 
 def live(run_dir: Path, sockets: Path, folder: Path, total_steps: int, file: str, number: int) -> None:
-    """One life, in a process of its own."""
+    """One life; runs in a forked process."""
     signal.alarm(LONGEST_LIFE_SECONDS)
     logging.basicConfig(level=logging.INFO, format="%(message)s", filename=run_dir / "learner.log")
     torch.set_num_threads(1)
@@ -58,7 +58,7 @@ def live(run_dir: Path, sockets: Path, folder: Path, total_steps: int, file: str
 
 
 def main(run_dir: Path, sockets: Path, folder: Path, total_steps: int) -> None:
-    """Lives until standard input ends."""
+    """Run one life per line of standard input."""
     for line in sys.stdin:
         file, number = line.split()
         pid = os.fork()

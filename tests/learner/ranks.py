@@ -23,15 +23,8 @@ from learner.algorithms.metrics import MetricSums, summarize
 from learner.algorithms.ppo import PPO
 from learner.batches.batch import TrainingBatch
 from learner.config import OptimizerConfig
-from learner.distributed.deepspeed_engine import (
-    TrainingEngine,
-    all_reduce_max,
-    all_reduce_sum,
-    any_rank,
-    init_distributed,
-    rank_and_world_size,
-    shut_down_distributed,
-)
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
+from learner.distributed.deepspeed_engine import TrainingEngine, init_distributed, shut_down_distributed
 from learner.models.policy import PolicyModel, ValueModel
 from learner.passes import Annotations, critic_step, policy_step, score_batch
 from tests.learner.samples import CPU, make_batch, make_group
@@ -40,7 +33,7 @@ STAGES = (0, 2, 3)
 LEARNING_RATE = 0.1
 NUM_STEPS = 2
 # A large epsilon keeps Adam's step proportional to the gradient; a small one blows rounding noise up to a full step.
-OPTIMIZER = OptimizerConfig(learning_rate=LEARNING_RATE, eps=1.0, clip_norm=0.0)
+OPTIMIZER = OptimizerConfig(learning_rate=LEARNING_RATE, eps=1.0, max_grad_norm=0.0)
 
 
 @dataclass(frozen=True)

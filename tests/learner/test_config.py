@@ -36,9 +36,12 @@ def test_a_section_becomes_frozen_dataclasses_with_defaults():
         ({"total_steps": 2, "updates_per_batch": 4}, ["total_steps=2", "use 4"]),
         ({"temperature": 0.0}, ["temperature=0.0", "above 0"]),
         ({"optimizer": {"learning_rate": 0.0}}, ["learning_rate=0.0", "above 0"]),
-        ({"optimizer": {"learning_rate": 1.0, "clip_norm": -1.0}}, ["clip_norm=-1.0", "0 (never clip)"]),
+        ({"optimizer": {"learning_rate": 1.0, "max_grad_norm": -1.0}}, ["max_grad_norm=-1.0", "0 (never clip)"]),
         ({"optimizer": {"learning_rate": 1.0, "schedule": "step"}}, ["learner.optimizer", "'step'", "cosine"]),
-        ({"critic_optimizer": {"learning_rate": 1.0, "floor": 2.0}}, ["learner.critic_optimizer", "floor=2.0"]),
+        (
+            {"critic_optimizer": {"learning_rate": 1.0, "min_lr_ratio": 2.0}},
+            ["learner.critic_optimizer", "min_lr_ratio=2.0"],
+        ),
         ({"optimizer": {"learning_rate": 1.0, "warmup_steps": -1}}, ["learner.optimizer", "warmup_steps=-1"]),
         ({"optimzer": {}}, ["learner.optimzer is not a known setting", "optimizer"]),
         (
@@ -65,7 +68,7 @@ def test_the_models_dtype_is_checked():
 
 
 def test_the_rate_follows_the_schedule_of_the_whole_run():
-    optimizer = OptimizerConfig(8.0, schedule="linear", warmup_steps=4, floor=0.5)
+    optimizer = OptimizerConfig(8.0, schedule="linear", warmup_steps=4, min_lr_ratio=0.5)
     assert [optimizer.rate(step, 12) for step in (0, 1, 3, 4, 8, 12)] == [2.0, 4.0, 8.0, 8.0, 6.0, 4.0]
 
 

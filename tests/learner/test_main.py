@@ -1,4 +1,4 @@
-"""`python -m learner` before it trains: how many threads PyTorch has without a launcher to say it."""
+"""The number of PyTorch threads of `python -m learner` that no launcher started."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ CODE = """
 from contextlib import suppress
 from pathlib import Path
 from learner.__main__ import _train
-# It ends where it reads the configuration, with PyTorch imported.
+# `_train` fails when it reads the configuration; PyTorch is imported by then.
 with suppress(Exception):
     _train(Path(), {"learner": {"device": "cpu"}}, None)
 import torch

@@ -1,4 +1,4 @@
-"""Groups that are used twice, and groups without signal, with the real buffer and the real learner."""
+"""Groups that are used twice, and zero-advantage groups, with the real buffer and the real learner."""
 
 import re
 import shutil
@@ -45,7 +45,7 @@ def test_a_learner_that_comes_back_uses_groups_again_as_the_ledger_says(
     with closing(sqlite3.connect(run.directory / FILE_NAME)) as database:
         uses = set(database.execute("SELECT used_version, occurrence FROM uses"))
     lines = [re.match(r"policy (\d+) trains on groups (\S+)$", message) for message in caplog.messages]
-    # What was written last about a version counts.
+    # The last line about a version counts.
     last = {int(line[1]): occurrences(line[2]) for line in lines if line}
     assert {(version, k) for version, groups in last.items() for k in groups} == uses
 

@@ -10,7 +10,7 @@ def test_warmup_rises_linearly_and_the_first_step_moves() -> None:
 
 def test_linear_and_cosine_meet_their_ends_and_the_middle() -> None:
     for schedule in ("linear", "cosine"):
-        settings = {"base": 2.0, "warmup_steps": 2, "total_steps": 12, "schedule": schedule, "floor": 0.1}
+        settings = {"base": 2.0, "warmup_steps": 2, "total_steps": 12, "schedule": schedule, "min_lr_ratio": 0.1}
         rates = [learning_rate(step, **settings) for step in range(2, 15)]
         assert rates[0] == 2.0
         assert rates[5] == pytest.approx(1.1)
@@ -27,7 +27,7 @@ def test_cosine_is_a_cosine() -> None:
     ("changes", "message"),
     [
         ({"schedule": "step"}, "choose constant, linear or cosine"),
-        ({"floor": 1.5}, "floor=1.5"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio=1.5"),
         ({"warmup_steps": 11}, "warmup_steps=11 must lie between 0 and total_steps=10"),
     ],
 )

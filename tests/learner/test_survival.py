@@ -135,7 +135,7 @@ def test_an_interrupt_in_the_middle_of_a_step_abandons_it(start_run: Runs):
 
 
 def test_a_batch_that_has_had_an_effect_is_finished_before_the_end(start_run: Runs):
-    """The critic's step is made when the policy's pass begins: abandoned there, the critic would learn it twice."""
+    """The critic has made its step when the policy's pass begins; abandoned there, the critic would train twice."""
     run, published = start_run(updates=2, max_staleness=2), Published()
     run.start_actor()
 
@@ -194,7 +194,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(start_run: Runs, m
 
 
 def test_behind_a_broken_checkpoint_its_groups_are_sampled_again(start_run: Runs):
-    """They are done, and their contents gone: the prompts are leased once more, and none is skipped."""
+    """These groups are done and their contents deleted: the prompts are leased once more, and none is skipped."""
     run = start_run()
     run.start_actor()
     run.learn(GRPO(), 4, checkpoint_every=2)

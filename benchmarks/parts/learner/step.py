@@ -16,7 +16,8 @@ from learner.algorithms.grpo import GRPO
 from learner.algorithms.metrics import summarize
 from learner.batches.batch import TrainingBatch
 from learner.config import OptimizerConfig
-from learner.distributed.deepspeed_engine import TrainingEngine, all_reduce_max, all_reduce_sum, init_distributed
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum
+from learner.distributed.deepspeed_engine import TrainingEngine, init_distributed
 from learner.models.policy import PolicyModel
 from learner.monitoring.tensorboard import batch_metrics
 from learner.passes import Annotations, policy_step, score_batch

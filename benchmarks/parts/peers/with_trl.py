@@ -110,7 +110,7 @@ def main() -> None:
         epsilon=work.clip,
         loss_type="grpo",
         scale_rewards="group",
-        max_grad_norm=work.clip_norm,
+        max_grad_norm=work.max_grad_norm,
         bf16=False,
         use_cpu=True,
         gradient_checkpointing=False,

@@ -91,7 +91,7 @@ class Work:
     learning_rates: Sequence[float]
     """[updates]"""
     betas: Sequence[float]
-    clip_norm: float
+    max_grad_norm: float
     clip: float
     """Bound of the ratio on both sides: 1 - clip to 1 + clip."""
     rows_per_microbatch: int

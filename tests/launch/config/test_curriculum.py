@@ -8,7 +8,8 @@ import pytest
 from buffer.__main__ import read_buffer_config
 from buffer.curriculum_config import Skip, Stage, read_levels
 from buffer.ledger.ledger import Ledger
-from launch.config.plan import notices, plan_run, write_config
+from launch.config.plan import plan_run, write_config
+from launch.preview import notices
 
 KNIGHTS = ("task=knights_knaves", "task.num_train=40", "task.num_held_out=4", "groups_per_batch=32")
 

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from buffer.config import load_run_config
 from launch.cluster import main
 from launch.config.compose import CONFIG_DIR, GROUPS, compose_config
-from launch.config.plan import KNOWN, notices, plan_run, write_config
+from launch.config.plan import KNOWN, plan_run, write_config
+from launch.preview import notices
 
 ROOT = Path(__file__).parents[3]
 MATH = ("task=math", "model=small_bpe", "max_new_tokens=100", "task.num_held_out=1")
@@ -307,6 +308,38 @@ def test_a_run_from_before_the_modules_moved_resumes(make_plan: Any, run_dir: Pa
     for section in ("algorithm", "correction"):
         assert resumed[section] == load_run_config(run_dir)[section] == plan.sections[section]
         assert instantiate(dict(resumed[section])) == instantiate(dict(plan.sections[section]))
+
+
+def test_a_run_from_before_keys_were_renamed_resumes(make_plan: Any, run_dir: Path):
+    plan = make_plan("learner.optimizer.max_grad_norm=0.5", "learner.critic_optimizer.min_lr_ratio=0.3")
+    write_config(plan)
+    config = run_dir / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("max_grad_norm:", "clip_norm:").replace("min_lr_ratio:", "floor:"))
+    assert config.read_text().count("clip_norm:") == config.read_text().count("floor:") == 2
+    assert plan_run([f"resume={run_dir}"]).sections["learner"] == plan.sections["learner"]
+
+
+@pytest.mark.parametrize("sign", ["", "++"])
+def test_old_keys_work_for_one_release_with_a_note(make_plan: Any, sign: str):
+    overrides = [f"{sign}learner.optimizer.clip_norm=0.5", f"{sign}learner.critic_optimizer.floor=0.3"]
+    plan = make_plan(*overrides)
+    learner = plan.sections["learner"]
+    assert learner["optimizer"]["max_grad_norm"] == 0.5 and learner["critic_optimizer"]["min_lr_ratio"] == 0.3
+    assert not {"clip_norm", "floor"} & (learner["optimizer"].keys() | learner["critic_optimizer"].keys())
+    first, second = notices(plan)
+    assert first == (
+        "note: learner.optimizer.clip_norm is called learner.optimizer.max_grad_norm; the next release no longer knows"
+        " learner.optimizer.clip_norm"
+    )
+    assert "learner.critic_optimizer.floor is called learner.critic_optimizer.min_lr_ratio" in second
+
+
+def test_an_old_key_inside_a_value_works_too_and_a_typed_key_has_the_last_word(make_plan: Any):
+    inside = "learner.optimizer={clip_norm:0.5}"
+    assert make_plan(inside).sections["learner"]["optimizer"]["max_grad_norm"] == 0.5
+    settled = make_plan(inside, "learner.optimizer.max_grad_norm=0.7").sections["learner"]["optimizer"]
+    assert settled["max_grad_norm"] == 0.7 and "clip_norm" not in settled
 
 
 def test_a_run_in_turn_is_never_stale_and_sampled_from_seeds(make_plan: Any):

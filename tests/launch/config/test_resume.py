@@ -66,6 +66,11 @@ def test_what_a_run_computes_cannot_change(run: Path, override: str, was: str, w
     assert f"cannot change {override.partition('=')[0]}, which is {was} there and {wanted} here" in said
 
 
+def test_an_old_key_is_read_by_its_present_name(run: Path):
+    said = refusal(f"resume={run}", "learner.optimizer.clip_norm=0.3")
+    assert "cannot change learner.optimizer.max_grad_norm, which is 1.0 there and 0.3 here" in said
+
+
 def test_a_setting_that_does_not_exist_is_named_as_at_a_start(run: Path):
     assert "learner.zero_stag is not a known setting" in refusal(f"resume={run}", "learner.zero_stag=1")
 

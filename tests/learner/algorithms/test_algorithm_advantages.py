@@ -88,10 +88,14 @@ def test_ppo_advantages_agree(batch: RaggedBatch, kl_coef: float, whitening: boo
 
 def test_ppo_whitens_over_all_ranks() -> None:
     batch = RaggedBatch.random([3, 5], 0.0, 3)
-    raw = PPO(whiten_advantages=False).advantages(advantage_inputs(batch)).advantages
+    raw = PPO().advantages(advantage_inputs(batch)).advantages
     ones = torch.ones_like(raw, dtype=torch.bool)
     other_rank = torch.tensor([4.0, 10.0, 40.0], dtype=torch.float64)
-    shared = PPO().advantages(advantage_inputs(batch, reduce=lambda tensor: tensor + other_rank)).advantages
+    shared = (
+        PPO(whiten_advantages=True)
+        .advantages(advantage_inputs(batch, reduce=lambda tensor: tensor + other_rank))
+        .advantages
+    )
     assert torch.equal(shared, whiten(raw, ones, reduce=lambda tensor: tensor + other_rank))
     assert not torch.allclose(shared, whiten(raw, ones))
 

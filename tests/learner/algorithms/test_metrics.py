@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.algorithms.metrics import MetricSums, policy_metrics, summarize, value_metrics
+from learner.algorithms.metrics import (
+    MetricSums,
+    importance_weights,
+    policy_metrics,
+    reference_kl,
+    summarize,
+    value_metrics,
+)
 from tests.references import RaggedBatch, deviation, effective_sample_size, mean, ragged_batches
 
 LOW, HIGH, CAP = 0.2, 0.3, 1.5
@@ -141,8 +148,21 @@ def test_metrics_do_not_hold_the_graph() -> None:
 
 def test_a_step_without_tokens_shows_nothing() -> None:
     batch = RaggedBatch.random([3], 0.0, 1)
-    assert summarize(policy_sums(batch, slice(0, 0)).totals()) == {}
-    assert summarize(MetricSums().totals()) == {}
+    for sums in (policy_sums(batch, slice(0, 0)), MetricSums()):
+        assert summarize(sums.totals()) == {}
+        assert importance_weights(sums.totals()) is None and reference_kl(sums.totals()) is None
+
+
+def test_the_results_that_control_a_run_are_those_that_are_shown() -> None:
+    totals = policy_sums(RaggedBatch.random([3, 4], 0.0, 1)).totals()
+    assert reference_kl(totals) is None
+    totals |= {"reference_kl_k1": 3.0, "reference_kl_k3": 2.0, "num_sequences": 2.0}
+    shown, weights, kl = summarize(totals), importance_weights(totals), reference_kl(totals)
+    assert weights is not None and kl is not None
+    names = ("effective_sample_size", "weight_mean", "weight_std")
+    assert [shown[f"importance/{name}"] for name in names] == [weights.effective_sample_size, weights.mean, weights.std]
+    assert (kl.per_sequence, kl.num_sequences) == (1.5, 2.0)
+    assert (shown["policy/reference_kl_per_sequence"], shown["policy/num_sequences"]) == (1.5, 2.0)
 
 
 def test_constants_have_no_deviation_and_explain_nothing() -> None:

@@ -102,7 +102,7 @@ def test_an_interrupted_save_leaves_nothing_that_counts(
             save(tmp_path, 2, pair, model_folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "00000002.incomplete"]
     assert newest_checkpoint(tmp_path) == tmp_path / "00000001"
-    # The same version saved again starts from nothing, not from the leftovers.
+    # Saving the same version again starts from an empty folder, not from leftovers.
     (tmp_path / "00000002.incomplete" / "leftover").write_text("half")
     complete = save(tmp_path, 2, pair, model_folder)
     assert newest_checkpoint(tmp_path) == complete
@@ -185,7 +185,7 @@ def test_when_no_checkpoint_is_sound_nothing_starts_anew(two_checkpoints: Path, 
     directory = shutil.copytree(two_checkpoints, tmp_path / "checkpoints")
     for name in ("00000001", "00000002"):
         truncate(directory / name / "learner.json")
-    # Asked twice: refusing changes nothing.
+    # Called twice, because a refusal must change nothing.
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints .* sound .*00000002: learner.json has"):
             sound_checkpoint(directory)
@@ -254,7 +254,7 @@ WRITES = [
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
-    """Among everything that writes, the call number `moment` finds the disk full."""
+    """The call number `moment` among all calls that write finds the disk full."""
     calls = itertools.count()
 
     def guard(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -50,7 +50,9 @@ def named(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def plain_training(folder: Path, clip_norm: float = 0.0) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+def plain_training(
+    folder: Path, max_grad_norm: float = 0.0
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
     """The same steps with torch's AdamW and the whole batch in one backward pass: (policy, critic, norms)."""
     batch, algorithm = make_batch(fixed_groups()), PPO(value_clip=None, entropy_coef=0.1)
     policy = PolicyModel.load(folder, dtype=torch.float32, temperature=0.8, checkpointing=False)
@@ -78,7 +80,7 @@ def plain_training(folder: Path, clip_norm: float = 0.0) -> tuple[dict[str, Tens
         for module, optimizer, loss in zip((critic, policy), optimizers, (value_loss, policy_loss), strict=True):
             optimizer.zero_grad()
             loss.loss.backward()
-            norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), clip_norm or float("inf"))))
+            norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm or float("inf"))))
             optimizer.step()
     return named(policy), named(critic), norms
 
@@ -133,7 +135,7 @@ def test_parameters_are_gathered_once_per_microbatch_also_where_passes_that_scor
         logprobs, _ = policy.forward(micro)
         policy.backward(logprobs.sum(), last=True)
         policy.step(0.0)
-    # What it was scored with is still there when it is trained on.
+    # Parameters that were gathered for scoring are still gathered for training.
     assert sum(numbers) == sum(p.ds_numel for p in policy._engine.module.parameters())
 
 
@@ -151,8 +153,8 @@ def test_two_ranks_with_unequal_shares_make_the_same_steps_as_one(model_folder: 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_are_clipped_to_the_global_norm_and_reported_unclipped(model_folder: Path, stage: int):
-    clipping = replace(OPTIMIZER, clip_norm=0.3)
-    policy, critic, norms = plain_training(model_folder, clip_norm=0.3)
+    clipping = replace(OPTIMIZER, max_grad_norm=0.3)
+    policy, critic, norms = plain_training(model_folder, max_grad_norm=0.3)
     assert min(norms) > 0.3
     outcome = train(model_folder, fixed_groups(), stage=stage, budget=40, optimizer=clipping)
     assert outcome.norms == pytest.approx(norms, rel=1e-3)
@@ -214,7 +216,7 @@ def test_loading_a_folder_without_a_state_says_so(model_folder: Path, tmp_path: 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(model_folder: Path, stage: int, dtype: torch.dtype):
-    """Weights and optimizer state: the steps after it are those of an engine that never saw it."""
+    """Weights and optimizer state: later steps equal those of an engine that never made the skipped step."""
     batch, algorithm = make_batch(fixed_groups()), PPO()
 
     def engines() -> tuple[TrainingEngine, TrainingEngine]:

@@ -1,5 +1,7 @@
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +9,7 @@ from buffer.trajectory import TrajectoryGroup
 from launch.terminal.display import WARNINGS
 from learner.batches.batch import TrainingBatch
 from learner.monitoring.observer import TROUBLES
+from learner.monitoring.step_results import ImportanceWeights, NetworkStep, StepResults
 from learner.monitoring.stop_conditions import BOUNDS, WARN_AFTER, DistanceWatch, SignalWatch, StepWatch
 from tests.learner.samples import CPU, make_trajectory
 
@@ -84,38 +87,45 @@ def test_the_run_ends_at_the_wanted_number_in_a_row():
     assert reason is not None and reason.startswith("policy 5: nothing to learn from 2 batches in a row")
 
 
+def step(*, policy: float = 1.0, critic: float = 1.0) -> StepResults:
+    """One step of both networks with these gradient norms."""
+    return StepResults(policy=NetworkStep(policy, 0.1), critic=NetworkStep(critic, 0.1))
+
+
 def test_skipped_steps_are_counted_in_a_row_and_in_all(caplog: pytest.LogCaptureFixture):
     watch, seen = StepWatch(2), []
-    for skipped in (1.0, 0.0, 1.0):
-        seen.append(watch.see(1, {"policy/skipped": skipped, "value/skipped": 0.0})["learner/bad_steps"])
+    for norm in (math.inf, 1.0, math.nan):
+        seen.append(watch.see(1, [step(policy=norm)])["learner/bad_steps"])
         assert not watch.exhausted
-    assert watch.see(4, {"policy/skipped": 0.0, "value/skipped": 1.0}) == {"learner/bad_steps": 3.0}
+    assert watch.see(4, [step(critic=math.inf), step()]) == {"learner/bad_steps": 3.0}
     assert watch.exhausted and seen == [1.0, 1.0, 2.0]
-    assert "policy 4: the step of the value was skipped" in caplog.records[-1].getMessage()
+    assert "policy 4: the step of the critic was skipped" in caplog.records[-1].getMessage()
 
 
-NEAR = {
-    "importance/effective_sample_size": 0.3,
-    "importance/weight_mean": 2.0,
-    "importance/weight_std": 1.0,
-}
+def test_a_step_of_one_network_alone_is_counted_too():
+    watch = StepWatch(1)
+    assert watch.see(1, [StepResults(critic=NetworkStep(1.0, 0.1))]) == {"learner/bad_steps": 0.0}
+    assert watch.see(2, [StepResults(policy=NetworkStep(math.nan, 0.1))]) == {"learner/bad_steps": 1.0}
+
+
+NEAR = ImportanceWeights(effective_sample_size=0.3, mean=2.0, std=1.0)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "phrase"),
     [
         ("effective_sample_size", 0.29, "effective sample size 0.29 is below 0.3"),
-        ("weight_mean", 0.49, "mean weight 0.49 is outside 0.5 to 2.0"),
-        ("weight_mean", 2.01, "mean weight 2 is outside 0.5 to 2.0"),
-        ("weight_std", 1.01, "weight deviation 1 is above 1.0"),
+        ("mean", 0.49, "mean weight 0.49 is outside 0.5 to 2.0"),
+        ("mean", 2.01, "mean weight 2 is outside 0.5 to 2.0"),
+        ("std", 1.01, "weight deviation 1 is above 1.0"),
     ],
 )
 def test_data_beyond_a_bound_is_said_once_and_so_is_its_return(
     caplog: pytest.LogCaptureFixture, name: str, value: float, phrase: str
 ):
     caplog.set_level(logging.INFO)
-    watch, far = DistanceWatch(), NEAR | {f"importance/{name}": value}
-    seen = [watch.see(version, metrics) for version, metrics in enumerate([NEAR, far, far, NEAR, {}])]
+    watch, far = DistanceWatch(), replace(NEAR, **{name: value})
+    seen = [watch.see(version, weights) for version, weights in enumerate([NEAR, far, far, NEAR, None])]
     counted = [(metrics.get("importance/warning"), metrics.get("importance/far_batches")) for metrics in seen]
     assert counted == [(0, 0), (1, 1), (1, 2), (0, 2), (None, None)]
     assert [record.getMessage() for record in caplog.records] == [
@@ -126,7 +136,7 @@ def test_data_beyond_a_bound_is_said_once_and_so_is_its_return(
 
 
 def test_all_bounds_may_be_crossed_at_once():
-    far = {"importance/effective_sample_size": 0.1, "importance/weight_mean": 0.2, "importance/weight_std": 4.0}
+    far = ImportanceWeights(effective_sample_size=0.1, mean=0.2, std=4.0)
     assert DistanceWatch().see(1, far) == {"importance/warning": 3.0, "importance/far_batches": 1.0, **BOUNDS}
 
 
