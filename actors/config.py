@@ -8,7 +8,7 @@ COUNTS = (
     *("samples_per_group", "max_new_tokens", "max_groups_in_flight", "tensor_parallel_size"),
     *("evaluation_prompts", "chunk_bytes"),
 )
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 ABOVE_ZERO = ("kv_cache_gib", "heartbeat_seconds", "weights_timeout_seconds", "sample_timeout_seconds")
 """Settings that may be any number above 0."""
 

@@ -188,7 +188,10 @@ class LearnerConfig:
         if self.device not in DEVICES:
             raise ValueError(f"learner.device={self.device} is unknown; use one of {', '.join(DEVICES)}")
         if self.publish_dtype not in DTYPES:
-            raise ValueError(f"learner.publish_dtype={self.publish_dtype} is unknown; use one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"actor.dtype={self.publish_dtype}, which learner.publish_dtype follows, is unknown; use one of"
+                f" {', '.join(DTYPES)}"
+            )
         if self.lora.base_4bit and (self.device == "cpu" or self.zero_stage == 3):
             raise ValueError(
                 f"learner.lora.base_4bit=true needs CUDA and weights that are not cut up, not learner.device="

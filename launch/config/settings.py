@@ -49,7 +49,9 @@ class RunConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} is below 0; use 0 or more")
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be above 0: greedy sampling explores nothing")
+            raise ValueError(
+                f"temperature={self.temperature} must be above 0 and finite: greedy sampling explores nothing"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A run goes on as it was started, with the settings changed that may change."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,15 @@ def test_a_plan_is_changed_by_nobody(make_plan: Any):
         sections["learner"]["total_steps"] = 3
     with pytest.raises(TypeError):
         sections["seed"] = 3
+
+
+def test_the_page_lists_what_may_change():
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text().partition("## Continue a run")[2]
+    rows = [line.split("|")[1:3] for line in page.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    listed = {
+        f"{section.strip(' `')}.{name}"
+        for section, names in rows
+        for name in re.findall(r"`(\w+)`", names)
+        if "resume" not in section
+    }
+    assert listed == {name for name in CHANGEABLE if "." in name}
