@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("learner", "buffer", "configs", "docs", "tests", "pyproject.toml")
+COPIED = ("learner", "buffer", "configs", "docs", "tests", "pyproject.toml", "CONTRIBUTING.md")
 TESTS = (
     "losses",
     "advantages",
