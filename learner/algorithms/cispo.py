@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learner.algorithms.base import LossInputs
 from learner.algorithms.grpo import GRPO
-from learner.algorithms.losses import cispo_loss
+from learner.algorithms.losses import Aggregation, cispo_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,7 @@ class CISPO(GRPO):
     clip_low: float = 1.0
     """1: no lower bound, as published."""
     clip_high: float = 4.0
+    aggregation: Aggregation = "token_mean"
 
     def policy_term(self, inputs: LossInputs, denominator: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
         """Scalar: -sum m/N w clip(u) A log pi."""

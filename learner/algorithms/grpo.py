@@ -13,6 +13,7 @@ import torch
 from learner.algorithms.advantages import group_relative, leave_one_out
 from learner.algorithms.base import AdvantageInputs, AdvantageOutputs, Algorithm
 from learner.algorithms.importance import sum_per_sequence
+from learner.algorithms.losses import Aggregation
 
 Baseline = Literal["group_mean", "leave_one_out"]
 
@@ -23,6 +24,7 @@ class GRPO(Algorithm):
 
     min_group_size: ClassVar[int] = 2
 
+    aggregation: Aggregation = "sequence_mean"
     baseline: Baseline = "group_mean"
     """Subtracted from the reward: group_mean, or leave_one_out, the mean of the other completions (RLOO)."""
     normalize_std: bool = True

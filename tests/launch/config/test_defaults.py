@@ -79,6 +79,13 @@ def test_the_class_of_an_open_section_has_the_defaults_of_configs(section: str, 
     assert composed == type(composed)()
 
 
+@pytest.mark.parametrize("name", ["cispo", "grpo", "gspo", "ppo", "reinforce_pp"])
+def test_an_algorithm_with_a_class_of_its_own_has_the_defaults_of_its_file(name: str):
+    """The other files of configs/algorithm are settings of GRPO."""
+    composed = instantiate(own_sections(compose_config([f"algorithm={name}"], KNOWN), [])["algorithm"])
+    assert composed == type(composed)()
+
+
 def test_a_difference_is_found_in_a_section_and_in_one_inside_it(sections: dict[str, Any]):
     learner = sections["learner"] | {"max_bad_steps": 4, "optimizer": sections["learner"]["optimizer"] | {"eps": 1.0}}
     found = differences(SECTIONS["learner"], learner)
