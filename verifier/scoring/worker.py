@@ -105,6 +105,21 @@ class Worker:
         Raises:
             WorkerStartError: when the process does not start; the text says why.
         """
+        for tries_left in reversed(range(NUM_OUTSIDE_KILLS)):
+            problem = self._start_once()
+            if problem is None:
+                break
+            # A process that another program killed while it started says nothing about the next one.
+            if not problem.from_outside or not tries_left:
+                self.close()
+                raise WorkerStartError(problem.reason)
+        # Where one completion hung, others may hang too. An error at this start is reported when the process is needed.
+        with _processes, contextlib.suppress(WorkerStartError):
+            self._standby = self._launch() if self._was_replaced else None
+        self._was_replaced = True
+
+    def _start_once(self) -> Failure | None:
+        """Replace the process by the standby or by a new one. Returns why it did not become ready."""
         self._kill_process()
         with _processes:
             if self._standby is not None and self._standby.wait(0)[1]:
@@ -114,19 +129,11 @@ class Worker:
             self._standby = None
         try:
             if not any(current.wait(START_SECONDS)):
-                reason = f"it was not ready within {START_SECONDS:.0f} s"
-            else:
-                greeting = current.connection.recv_bytes()
-                reason = "" if greeting == READY else greeting.decode(errors="replace")
+                return Failure(Verdict.TIMEOUT, f"it was not ready within {START_SECONDS:.0f} s")
+            greeting = current.connection.recv_bytes()
         except (EOFError, OSError):
-            reason = self._how_it_died().reason
-        if reason:
-            self.close()
-            raise WorkerStartError(reason)
-        # Where one completion hung, others may hang too. An error at this start is reported when the process is needed.
-        with _processes, contextlib.suppress(WorkerStartError):
-            self._standby = self._launch() if self._was_replaced else None
-        self._was_replaced = True
+            return self._how_it_died()
+        return None if greeting == READY else Failure(Verdict.ERROR, greeting.decode(errors="replace"))
 
     def end(self) -> None:
         """Kill the process for good. A `score` that waits for it returns a Failure."""

@@ -107,6 +107,37 @@ def test_where_completions_hang_the_next_process_stands_ready_and_may_die_too() 
     assert not [process for process in workers() if process.pid not in others]
 
 
+def test_a_process_that_is_killed_while_it_starts_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the kernel, when memory is short; one that is killed every time is an error."""
+    launch, num_kills = Worker._launch, [2]
+
+    def launch_and_kill(self: Worker) -> Any:
+        process = launch(self)
+        if num_kills[0]:
+            num_kills[0] -= 1
+            process.process.kill()
+        return process
+
+    others = {process.pid for process in workers()}
+
+    def kill_ours() -> None:
+        """The death of its process makes the pool start another one."""
+        for process in workers():
+            if process.pid not in others:
+                process.kill()
+                process.wait()
+
+    with contextlib.closing(start()) as pool:
+        monkeypatch.setattr(Worker, "_launch", launch_and_kill)
+        kill_ours()
+        assert verdicts(score(pool, "good")) == [Verdict.CORRECT]
+        assert num_kills == [0]
+        num_kills[0] = 1000
+        kill_ours()
+        with pytest.raises(RuntimeError, match="the scoring pool broke: the scoring process was ended by a signal"):
+            score(pool, "good")
+
+
 @pytest.mark.parametrize("text", ["hang", "spin-in-c"])
 def test_only_the_hanging_completion_times_out(pool: ScoringPool, text: str) -> None:
     before, start_time = pool.counts(), time.monotonic()
