@@ -67,7 +67,7 @@ class Build:
 
 CPU = Build("cpu", "cpu", "+cpu", 3_400_000_000, "vLLM for CPUs and torch's CPU build")
 CPU_CUDA_TORCH = Build("cpu-cuda-torch", "cpu", "", 6_900_000_000, "vLLM for CPUs and torch's CUDA build")
-CUDA = Build("cuda", "cuda", "", 11_000_000_000, "vLLM and torch for CUDA")
+CUDA = Build("cuda", "cuda", "", 8_900_000_000, "vLLM and torch for CUDA")
 BUILDS = {build.lock: build for build in (CPU, CPU_CUDA_TORCH, CUDA)}
 
 

@@ -45,29 +45,29 @@ def local_folder(path: str) -> Path:
     """
     if not path.startswith(HUB):
         return Path(path).expanduser().absolute()
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     name, _, revision = path.removeprefix(HUB).partition("@")
     try:
-        try:
-            files = HfApi().list_repo_files(name, revision=revision or None)
-        except (OfflineModeIsEnabled, OSError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response is not None:
-                raise
-            files = ["model.safetensors"]
-        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[weights, *OTHER_FILES]))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        # The other format is fetched only where a model has no safetensors: some have both.
+        for weights in WEIGHT_FILES:
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[weights, *OTHER_FILES]))
+            if any(folder.glob(weights)):
+                break
+    except LocalEntryNotFoundError as error:
         raise ValueError(
             f"model.path={path} is not in the Hugging Face cache and the hub cannot be reached; download it where there"
             " is a network, or give a folder"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    # The library answers an unknown or private name, a bad revision and a full disk with errors of many kinds.
+    except Exception as error:
+        said = " ".join((str(error) or type(error).__name__).split())
         raise ValueError(
-            f"model.path={path} cannot be had from the Hugging Face hub ({str(error).splitlines()[0]}); check"
-            " OWNER/NAME and HF_TOKEN, or give a folder"
+            f"model.path={path} cannot be fetched from the Hugging Face hub ({said}); check OWNER/NAME and HF_TOKEN, or"
+            " give a folder"
         ) from error
+    return folder
 
 
 def settle(sections: Mapping[str, Any], folder: Path | None, *, max_turns: int) -> None:
