@@ -1,1 +1,1 @@
-"""From overrides to a checked plan of the run."""
+"""Turns overrides into a checked plan of the run."""

@@ -1,4 +1,4 @@
-"""What must be true of the model, the machine and the other settings before LoRA may train; asked without torch."""
+"""Checks that model, machine and settings allow training with LoRA. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from learner.config import LoraConfig
 Layers = dict[str, tuple[int, int]]
 """Shapes [out, in] of linear layers by their names."""
 IN_A_LAYER = re.compile(r"\.\d+\..*\.weight$")
-"""Names of weights that the decoder's layers hold, each with its number: neither embedding nor head."""
+"""Matches weights of numbered decoder layers, but neither embedding nor head."""
 LONGEST_HEADER_BYTES = 100_000_000
-"""As the format has it."""
+"""Limit of the safetensors format."""
 
 
 def embedded_layers(embedded: EmbeddedConfig) -> Layers:
-    """The linear layers of the model that is made here; one decoder layer stands for all."""
+    """The linear layers of an embedded model; those of its first decoder layer stand for all."""
     hidden, wide = embedded.hidden_size, embedded.intermediate_size
     square = {f"model.layers.0.self_attn.{name}": (hidden, hidden) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     up = {f"model.layers.0.mlp.{name}": (wide, hidden) for name in ("gate_proj", "up_proj")}
@@ -28,10 +28,10 @@ def embedded_layers(embedded: EmbeddedConfig) -> Layers:
 
 
 def folder_layers(folder: Path) -> Layers:
-    """The linear layers of the decoder in a Hugging Face folder, from the headers of its safetensors.
+    """The linear layers of the decoder in a Hugging Face folder, from the headers of its safetensors files.
 
     Raises:
-        ValueError: it has none, or one cannot be read.
+        ValueError: there is no such file, or one cannot be read.
     """
     shapes = folder_shapes(folder)
     if not shapes:
@@ -47,43 +47,43 @@ def folder_layers(folder: Path) -> Layers:
 
 
 def folder_shapes(folder: Path) -> dict[str, list[int]]:
-    """The shape of every tensor in a Hugging Face folder, by its name; nothing where it has no safetensors.
+    """The shape of every tensor in a Hugging Face folder by name; empty if the folder has no safetensors file.
 
     Raises:
-        ValueError: one of them cannot be read.
+        ValueError: a file cannot be read.
     """
     headers = [_header(path) for path in sorted(folder.glob("*.safetensors"))]
     return {name: entry["shape"] for header in headers for name, entry in header.items() if "shape" in entry}
 
 
-def check_adapters(lora: LoraConfig, layers: Layers) -> None:
-    """Whether the model has the layers that `lora` names, and whether they are larger than its rank.
+def check_lora_layers(lora: LoraConfig, layers: Layers) -> None:
+    """Check that the model has the target layers and that none is smaller than the rank.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: one sentence that names the layer.
     """
-    there = sorted({name.rpartition(".")[2] for name in layers})
+    present = sorted({name.rpartition(".")[2] for name in layers})
     for target in lora.target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
             raise ValueError(
-                f"learner.lora.target_modules names {target}, which is no linear layer of the model's decoder; there"
-                f" are {', '.join(there)}"
+                f"learner.lora.target_modules names {target}, which is no linear layer of the model's decoder; it"
+                f" has {', '.join(present)}"
             )
-    targets = lora.target_modules or there
+    targets = lora.target_modules or present
     for name, shape in layers.items():
         if lora.rank > min(shape) and any(f".{name}".endswith(f".{target}") for target in targets):
             raise ValueError(
                 f"learner.lora.rank={lora.rank} is above {min(shape)}, the smaller side of {name}"
-                f" [{shape[0]} x {shape[1]}], so its two matrices could do no more and cost more than the layer; use at"
-                f" most {min(shape)}"
+                f" [{shape[0]} x {shape[1]}], so an adapter would only cost more than the layer itself; use at most"
+                f" {min(shape)}"
             )
 
 
-def check_together(lora: LoraConfig, *, model_dtype: str, actor_dtype: str) -> None:
-    """Whether the other settings suit `lora`.
+def check_lora_settings(lora: LoraConfig, *, model_dtype: str, actor_dtype: str) -> None:
+    """Check `lora` against the dtypes and this machine.
 
     Raises:
-        ValueError: two settings contradict each other, or something is missing here.
+        ValueError: two settings contradict each other, or something that 4-bit weights need is missing.
     """
     if lora.publishes_adapters and model_dtype != actor_dtype:
         raise ValueError(
@@ -95,10 +95,11 @@ def check_together(lora: LoraConfig, *, model_dtype: str, actor_dtype: str) -> N
         "a CUDA device": has_cuda(),
         "the package bitsandbytes (the extra qlora)": find_spec("bitsandbytes") is not None,
     }
-    missing = [what for what, is_there in needed.items() if not is_there]
+    missing = [what for what, is_present in needed.items() if not is_present]
     if lora.base_4bit and missing:
         raise ValueError(
-            f"learner.lora.base_4bit=true needs {' and '.join(missing)}; leave it out to hold the frozen weights whole"
+            f"learner.lora.base_4bit=true needs {' and '.join(missing)}; leave it out to keep the frozen weights in"
+            " model.dtype"
         )
 
 

@@ -1,6 +1,6 @@
-"""What must be true of this machine and of the user's files before a run may start; each function raises ValueError.
+"""Checks of this machine, the user's files and the rewards before a run starts.
 
-Every message is one sentence: what is wrong, where, the value, and the way out.
+Every message of a ValueError is one sentence: what is wrong, where, the value, and the way out.
 """
 
 from __future__ import annotations
@@ -9,21 +9,28 @@ import errno
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.tasks.templates import template_names
+from verifier.base import RewardSpec
+from verifier.scoring.scorer import build_scorer
 
 
 def free_address(port: int, name: str, host: str = "127.0.0.1") -> str:
-    """An endpoint at this machine's address `host`; port 0 becomes a free one.
+    """The endpoint of a free port; port 0 becomes any free one.
+
+    Args:
+        port: number of the port, or 0.
+        name: of the setting, for the message.
+        host: an address of this machine.
 
     Raises:
-        ValueError: the port is taken or not ours to take.
+        ValueError: the port is in use or may not be opened, or the machine does not have the address.
     """
     with socket.socket() as probe:
-        # As the servers do: a port that only waits for the last packets of an ended process is free.
+        # Like the servers: a port in TIME_WAIT, left by a process that has ended, counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -38,9 +45,9 @@ def free_address(port: int, name: str, host: str = "127.0.0.1") -> str:
 
 
 def absolute_files(task: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `task` with the user's files by their absolute paths: other processes may be started elsewhere.
+    """The section `task` with absolute paths of the user's files, since processes may start in other folders.
 
-    Names of templates, `hf:` sources and what does not exist stay as they are.
+    Template names, `hf:` sources and paths that do not exist stay as they are.
     """
     files = {name: task.get(name) for name in ("data_path", "eval_path", "template")}
     return {**task} | {
@@ -50,11 +57,26 @@ def absolute_files(task: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_folder(folder: Path, name: str) -> None:
-    """Prove that `folder` can be made, or is there, and that files can be written there. Leaves nothing behind.
+def check_rewards(rewards: Sequence[RewardSpec], *, is_multi_turn: bool) -> None:
+    """Build the scorer as the scoring processes will.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: one sentence if that fails, or if a multi-turn task has rewards.
+    """
+    if not is_multi_turn:
+        build_scorer(rewards)
+    elif rewards:
+        raise ValueError(
+            f"reward={[spec.name for spec in rewards]} would not be used, because the environment of a multi-turn task"
+            " gives its rewards itself; leave it empty, reward=[]"
+        )
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Check that `folder` exists or can be made, and that it is writable. Leaves nothing behind.
+
+    Raises:
+        ValueError: it is not writable.
     """
     marker = nearest_folder(folder) / f".writable-{os.getpid()}"
     try:
@@ -65,7 +87,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_space(folder: Path, name: str, min_free_bytes: int) -> None:
-    """Compare what is free where `folder` lies, or will lie, with what the run must have.
+    """Check that the disk of `folder`, which need not exist yet, has enough free space.
 
     Raises:
         ValueError: too little is free.
@@ -79,5 +101,5 @@ def check_space(folder: Path, name: str, min_free_bytes: int) -> None:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+    """The folder itself, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.parents) if path.exists())

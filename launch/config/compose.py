@@ -1,7 +1,7 @@
-"""From overrides to plain sections: Hydra composes `configs/`, and whatever is wrong becomes one sentence.
+"""Composes `configs/` with the overrides by Hydra, and turns Hydra's errors into one sentence each.
 
-A setting that a frozen dataclass knows may be set although no YAML file mentions it; `launch/config/plan.py` refuses
-those that none knows. Hydra's own settings are no settings of a run.
+A setting of a dataclass may be set even if no YAML file mentions it. `launch/config/sections.py` refuses settings that
+no dataclass has. Hydra's own settings cannot be set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from buffer.config import RENAMED_KEYS, with_present_keys
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 NO_GROUPS = ("template",)
-"""Folders of `configs/` whose files a setting names: `task.template=NAME`."""
+"""Folders of `configs/` that are no groups of Hydra: a setting names their files, as in `task.template=NAME`."""
 GROUPS = tuple(
     sorted(
         path.name
@@ -33,14 +33,14 @@ GROUPS = tuple(
 
 
 def compose_config(overrides: Sequence[str], known: Iterable[str]) -> DictConfig:
-    """Hydra's composition of configs/ with the overrides, Hydra's own settings included.
+    """Compose configs/ with the overrides. The result also contains Hydra's own settings.
 
     Args:
         overrides: key=value, as typed.
-        known: the settings and sections at the top.
+        known: names of all top-level settings and sections.
 
     Raises:
-        ValueError: one sentence for whatever is wrong with an override.
+        ValueError: one sentence on what is wrong with an override.
     """
     names = sorted({*known, *GROUPS})
     prepared = [_prepared(item, names) for item in (*overrides, *_implied(overrides))]
@@ -54,52 +54,52 @@ def compose_config(overrides: Sequence[str], known: Iterable[str]) -> DictConfig
     return config
 
 
-def own_sections(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """Everything but Hydra's own settings, resolved.
+def run_sections(composed: DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The run's sections, without Hydra's own settings and with all references resolved.
 
     Raises:
-        ValueError: a reference to a setting that is not there.
+        ValueError: a reference to a setting that does not exist.
     """
     try:
         container = OmegaConf.to_container(without_hydra(composed), resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(_one_sentence(error, overrides)) from error
     assert isinstance(container, dict)
-    settled = [setting_path(item) for item in overrides]
-    return with_present_keys({str(key): value for key, value in container.items()}, settled)
+    given = [setting_path(item) for item in overrides]
+    return with_present_keys({str(key): value for key, value in container.items()}, given)
 
 
 def renamed_notices(overrides: Iterable[str]) -> list[str]:
-    """One sentence for every override that was typed with an old key."""
+    """One sentence for every override with an old key."""
     renamed = [path for item in overrides if (path := _typed_path(item)) in RENAMED_KEYS]
     return [f"note: {path} is called {RENAMED_KEYS[path]}; the next release no longer knows {path}" for path in renamed]
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:
-    """The run's configuration as it stands in `configs/`."""
+    """The composed configuration without Hydra's own settings."""
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def choices(composed: DictConfig) -> dict[str, str]:
-    """Which file of each group was taken."""
+    """The chosen file of every group."""
     return {str(group): str(name) for group, name in composed.hydra.runtime.choices.items()}
 
 
 def unknown_setting(section: str, key: str, known: Iterable[str]) -> ValueError:
-    """The error for a setting nobody reads, with the nearest that exist, or all of them."""
+    """The error for an unknown setting; it names the most similar known ones, or all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(key, names, n=2, cutoff=0.6)
-    there = f"did you mean {' or '.join(section + name for name in near)}?"
+    hint = f"did you mean {' or '.join(section + name for name in near)}?"
     if not near:
-        there = f"the settings there are {', '.join(names)}"
-    return ValueError(f"{section}{key} is not a known setting; {there}")
+        hint = f"known settings are {', '.join(names)}"
+    return ValueError(f"{section}{key} is not a known setting; {hint}")
 
 
 def with_files(overrides: Sequence[str]) -> list[str]:
-    """The overrides with what stands in the files of `config=FILE.yaml` before them, so that the command line wins.
+    """Replace every `config=FILE.yaml` by the file's settings, placed first so that the command line wins.
 
     Raises:
-        ValueError: a file that cannot be read, or holds no settings.
+        ValueError: a file cannot be read, or contains no settings.
     """
     found, typed = [], []
     for item in overrides:
@@ -112,12 +112,12 @@ def with_files(overrides: Sequence[str]) -> list[str]:
 
 
 def given_settings(overrides: Sequence[str]) -> list[str]:
-    """Dotted paths of the settings that the overrides set; choices of a group's file are none."""
+    """Dotted paths of the settings that the overrides set, without choices of a group's file."""
     return [path for item in overrides if (path := setting_path(item)) not in GROUPS]
 
 
 def setting_path(item: str) -> str:
-    """Dotted path of the setting that an override sets, with its present key where an old one was typed."""
+    """Dotted path of the setting that an override sets; an old key is replaced by the present one."""
     path = _typed_path(item)
     return RENAMED_KEYS.get(path, path)
 
@@ -138,7 +138,7 @@ def _read_file(path: Path) -> list[str]:
 
 
 def _flattened(section: dict[Any, Any], prefix: str) -> list[str]:
-    """One override for every value of a section and those in it."""
+    """One override for every value of a section, nested ones included."""
     found = []
     for key, value in section.items():
         name = f"{prefix}{key}"
@@ -147,7 +147,7 @@ def _flattened(section: dict[Any, Any], prefix: str) -> list[str]:
 
 
 def _written(value: Any) -> str:
-    """A value of a YAML file in the grammar of Hydra's overrides."""
+    """A value from a YAML file, written in the grammar of Hydra's overrides."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -158,13 +158,13 @@ def _written(value: Any) -> str:
         return f"{{{','.join(f'{key}:{_written(item)}' for key, item in value.items())}}}"
     if isinstance(value, int | float):
         return str(value)
-    # Backslashes count only before a quotation mark.
+    # In this grammar a backslash is an escape only before a quotation mark.
     quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (found[2] and "\\'"), str(value))
     return f"'{quoted}'"
 
 
 def _implied(overrides: Sequence[str]) -> list[str]:
-    """`model=path` where `model.path` is set and no file of configs/model is chosen."""
+    """`model=path` if `model.path` is set and no file of configs/model is chosen."""
     values = dict(item.lstrip("+").partition("=")[::2] for item in overrides)
     return (
         ["model=path"] if values.get("model.path", "null") not in ("null", "", "???") and "model" not in values else []
@@ -172,7 +172,7 @@ def _implied(overrides: Sequence[str]) -> list[str]:
 
 
 def _prepared(item: str, names: Sequence[str]) -> str:
-    """The override for Hydra, with the present key, and the sign that lets it set what no YAML file mentions."""
+    """The override for Hydra: with the present key, and with `++` so that it may set a key that no YAML file has."""
     key, separator, _ = item.partition("=")
     if key.startswith("~"):
         raise ValueError(f"{item} would remove what the processes need; set another value with key=value")
@@ -192,14 +192,14 @@ def _typed_path(item: str) -> str:
 
 def _missing_option(error: MissingConfigException) -> str:
     group, _, option = str(error.missing_cfg_file).rpartition("/")
-    there = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
-    near = difflib.get_close_matches(option, there, n=1)
+    present = sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    near = difflib.get_close_matches(option, present, n=1)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
-    return f"{group}={option} does not exist; configs/{group}/ offers {', '.join(there)}{hint}"
+    return f"{group}={option} does not exist; configs/{group}/ offers {', '.join(present)}{hint}"
 
 
 def _one_sentence(error: Exception, overrides: Sequence[str]) -> str:
-    """Hydra's first line, with what was typed."""
+    """The first line of Hydra's message, and the overrides."""
     text = str(error) or type(error).__name__
     typed = f" (in: {' '.join(overrides)})" if overrides else ""
     return f"{text.splitlines()[0].strip().rstrip('.')}{typed}; configs/ lists what can be set"

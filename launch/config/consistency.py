@@ -1,10 +1,17 @@
-"""Refuses, by name, settings that repeat another one, that the launcher computes, or that this run does not read."""
+"""Refuses settings that contradict others or have no effect, and checks algorithm and correction."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
+
+from hydra.errors import HydraException
+
+from buffer.config import BufferConfig
+from launch.config.compose import unknown_setting
+from learner.config import LearnerConfig
 
 COPIES = {
     **{f"learner.{name}": name for name in ("total_steps", "groups_per_batch", "samples_per_group", "seed")},
@@ -14,7 +21,7 @@ COPIES = {
     "actor.max_tokens": "model.max_tokens",
     "learner.publish_dtype": "actor.dtype",
 }
-"""Settings of a section that the section takes from elsewhere, and where from."""
+"""Settings that copy another one, and the setting that they copy."""
 
 COMPUTED = {
     "actor.model_path": "model.path",
@@ -28,7 +35,10 @@ COMPUTED = {
     "weights.address": "cluster.host and cluster.weights_port",
     "weights.group_size": "cluster.num_actors",
 }
-"""Settings of a section that the launcher fills in, and what they follow from."""
+"""Settings that the launcher computes, and the settings that determine them."""
+
+OPEN_SECTIONS = ("algorithm", "correction")
+"""Sections whose settings are the parameters of the class in `_target_`."""
 
 Sections = Mapping[str, Any]
 
@@ -49,7 +59,7 @@ def target_class(sections: Sections, section: str) -> type[Any]:
             f" configs/{section}/ by {section}=NAME"
         ) from error
     if not isinstance(found, type):
-        raise ValueError(f"{section}._target_={target} is no class; write MODULE.CLASS")
+        raise ValueError(f"{section}._target_={target} is not a class; write MODULE.CLASS")
     return found
 
 
@@ -71,11 +81,11 @@ NEEDS: dict[str, tuple[str, Callable[[Sections], bool]]] = {
         lambda s: "retry" in (s["verifier"].get("on_timeout"), s["verifier"].get("on_error")),
     ),
 }
-"""Settings and sections that only some runs read: what they need, and whether a run has it."""
+"""Settings and sections that only some runs read: what a run needs for them, and whether it has that."""
 
 
 def setting(sections: Sections, path: str) -> Any:
-    """The value at a dotted path; None where there is none."""
+    """The value at a dotted path; None if there is none."""
     value: Any = sections
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -86,17 +96,17 @@ def check_consistency(sections: Sections, given: Iterable[str]) -> None:
     """Refuse a copy that differs from its source, a computed setting, and a setting that this run does not read.
 
     Args:
-        sections: composed, before anything is computed.
+        sections: composed, before the launcher computes any setting.
         given: dotted paths of the settings that the user has set.
 
     Raises:
-        ValueError: one sentence with the name of the setting to use.
+        ValueError: one sentence that names the setting to use instead.
     """
     for name, source in COPIES.items():
         value, wanted = setting(sections, name), setting(sections, source)
         if value is not None and value != wanted:
             raise ValueError(
-                f"{name}={value} contradicts {source}={wanted}, which it is taken from; set {source} alone"
+                f"{name}={value} contradicts {source}={wanted}, from which it is copied; set {source} alone"
             )
     for name, source in COMPUTED.items():
         value = setting(sections, name)
@@ -106,3 +116,42 @@ def check_consistency(sections: Sections, given: Iterable[str]) -> None:
         for name, (need, has_it) in NEEDS.items():
             if f"{path}.".startswith(f"{name}.") and not has_it(sections):
                 raise ValueError(f"{path}={setting(sections, path)} has no effect without {need}; leave it out")
+
+
+def check_algorithm(sections: Sections, learner: LearnerConfig, buffer: BufferConfig) -> None:
+    """Make the algorithm, and compare its group size with the run's.
+
+    Raises:
+        ValueError: a setting is unknown or wrong, or groups are too small for the algorithm or for `drop_no_signal`.
+    """
+    algorithm = _make_algorithm(sections)
+    smallest = min(
+        [learner.samples_per_group, *(stage.samples_per_group for stage in buffer.stages if stage.samples_per_group)]
+    )
+    if smallest < 2 and buffer.drop_no_signal:
+        raise ValueError(
+            f"samples_per_group={smallest} with buffer.drop_no_signal=true drops every group, because the rewards of a"
+            " single completion are all equal; use 2 or more"
+        )
+    if smallest < algorithm.min_group_size:
+        raise ValueError(
+            f"samples_per_group={smallest} is too few for {type(algorithm).__name__}, which compares"
+            f" the completions of a prompt; use {algorithm.min_group_size} or more"
+        )
+
+
+def _make_algorithm(sections: Sections) -> Any:
+    from hydra.utils import instantiate
+
+    try:
+        for section in OPEN_SECTIONS:
+            known = inspect.signature(target_class(sections, section)).parameters
+            for key in sections[section]:
+                if key not in ("_target_", *known):
+                    raise unknown_setting(f"{section}.", key, known)
+        if sections["algorithm"].get("correction") != sections["correction"]:
+            raise ValueError("algorithm.correction is taken from the section correction; set correction.NAME=VALUE")
+        return instantiate(sections["algorithm"])
+    except HydraException as error:
+        cause = error.__cause__ or error
+        raise ValueError(str(cause).splitlines()[0]) from error

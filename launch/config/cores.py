@@ -1,4 +1,4 @@
-"""Which cores and how many threads the processes of a run have on this host."""
+"""Assigns cores and threads of this host to the processes of a run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from launch.config.settings import ClusterConfig
 
 @dataclass(frozen=True)
 class Cores:
-    """Cores to keep to, empty for any; and threads of each process."""
+    """Cores that processes are pinned to (empty: not pinned), and their numbers of threads."""
 
     actors: tuple[int, ...]
-    """Shared by all actors."""
+    """Cores that all actors share."""
     learner: tuple[int, ...]
-    """Shared by the learner's ranks."""
+    """Cores that the learner's ranks share."""
     actor_threads: int
-    """Of each worker of an actor's engine."""
+    """Threads of each worker of an actor's engine."""
     learner_threads: int
-    """Of each of the learner's ranks."""
+    """Threads of each rank of the learner."""
 
 
 def assign_cores(cluster: ClusterConfig, *, num_ranks: int, workers_per_actor: int) -> Cores:
-    """Give actors and learner cores of their own where there are enough.
+    """Pin actors and learner to separate cores if there are enough.
 
-    A second thread on a busy core makes both processes many times slower, so a process has as many threads as cores.
-    On a GPU's host nobody is pinned, and an actor has one thread: the work is on the device.
+    A second thread on a busy core makes both processes many times slower, so a process gets as many threads as cores.
+    With CUDA no process is pinned and an actor has one thread, because the work is on the device.
 
     Args:
-        cluster: how many actors, and what the learner wants.
-        num_ranks: of the learner.
+        cluster: the number of actors and the learner's cores.
+        num_ranks: ranks of the learner.
         workers_per_actor: processes of each engine.
     """
     usable = num_usable_cores()
@@ -48,11 +48,11 @@ def assign_cores(cluster: ClusterConfig, *, num_ranks: int, workers_per_actor: i
 
 
 def _pinned(cluster: ClusterConfig, wanted: int, usable: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Cores of the actors and of the learner; two empty tuples where the scheduler shares them."""
+    """Cores of the actors and of the learner; both empty if processes are not pinned."""
     cores = sorted(os.sched_getaffinity(0))
-    # With one thread each and fewer cores than processes, a process that waits leaves its core to the others.
+    # With one thread each and more processes than cores, do not pin: a waiting process then leaves its core to others.
     too_few = cluster.learner_cores == 1 and cluster.num_actors > len(cores) - wanted
-    # A CPU quota grants time and no particular cores: every container of the host would choose the same few.
+    # A CPU quota limits time, not cores. All containers of the host would pin to the same few cores.
     has_quota = usable < len(cores)
     if not cluster.pin_cores or has_cuda() or has_quota or len(cores) <= wanted or too_few:
         return (), ()

@@ -1,4 +1,4 @@
-"""Whether a run can go through its curriculum: the rules between its stages and the run's other settings."""
+"""Checks the stages of a curriculum against the run's other settings and its prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launch.config.settings import RunConfig
 
 
 def check_stage_settings(curriculum: Any) -> None:
-    """Refuse what is no list of stages, and settings that no stage has.
+    """Check that the value is a list of stages with known settings.
 
     Raises:
         ValueError: one sentence that names the stage and its setting.
@@ -29,11 +29,11 @@ def check_stage_settings(curriculum: Any) -> None:
 
 
 def check_curriculum(run: RunConfig, levels: NDArray[np.int64]) -> None:
-    """Refuse stages that contradict each other, ask for more than the run offers, or have no prompts.
+    """Refuse stages that contradict each other, exceed the run's settings, have no prompts, or are never reached.
 
     Args:
-        run: the settings at the top.
-        levels: [training prompts] of each.
+        run: the top-level settings.
+        levels: [training prompts] level of each prompt.
 
     Raises:
         ValueError: one sentence that names the stage, the value and the way out.
@@ -43,23 +43,23 @@ def check_curriculum(run: RunConfig, levels: NDArray[np.int64]) -> None:
         where = f"curriculum stage {number}"
         for name in ("samples_per_group", "max_new_tokens"):
             value, most = getattr(stage, name), getattr(run, name)
-            # Engine, context and evaluation are sized by the run's own settings.
+            # The run's settings size the engine, the context and the evaluation.
             if value > most:
-                raise ValueError(f"{where} has {name}={value}, more than the run's {name}={most}; raise that one to it")
+                raise ValueError(f"{where} has {name}={value}, more than the run's {name}={most}; raise the run's")
         if stage.has_levels and not levels.any():
             raise ValueError(
-                f"{where} deals {_described(stage)}, but the task's problems have no levels; choose a task with levels,"
+                f"{where} draws {_described(stage)}, but the task's problems have no levels; choose a task with levels,"
                 " or name the field of a data set that holds them, task.level_field=NAME"
             )
         if not prompts_of(stage, levels).size:
             raise ValueError(
-                f"{where} deals {_described(stage)}, but the task's are {_listed(levels)}; change its levels"
+                f"{where} draws {_described(stage)}, but the task has {_listed(levels)}; change the stage's levels"
             )
     _check_reached(run)
 
 
 def _check_reached(run: RunConfig) -> None:
-    """Refuse a stage that begins, at the earliest, when the run is over."""
+    """Refuse a stage whose earliest beginning is not before the end of the run."""
     begins = 0
     for number, stage in enumerate(run.curriculum[:-1], start=1):
         batches = math.ceil(stage.over_groups / run.groups_per_batch)
@@ -80,7 +80,7 @@ def _check_reached(run: RunConfig) -> None:
 
 
 def fewest_prompts(stages: Sequence[Stage], levels: NDArray[np.int64]) -> int:
-    """Prompts of the smallest stage."""
+    """Number of prompts of the smallest stage."""
     return min(prompts_of(stage, levels).size for stage in stages or [Stage()])
 
 
@@ -91,5 +91,5 @@ def _described(stage: Stage) -> str:
 
 
 def _listed(levels: NDArray[np.int64]) -> str:
-    there = np.unique(levels).tolist()
-    return ", ".join(map(str, there)) if len(there) < 12 else f"{there[0]} to {there[-1]}"
+    present = np.unique(levels).tolist()
+    return ", ".join(map(str, present)) if len(present) < 12 else f"{present[0]} to {present[-1]}"

@@ -1,6 +1,6 @@
-"""The run's model: a folder of the user's, one of the Hugging Face hub, or a small one that is made here.
+"""Finds the run's model: a folder of the user, a model of the Hugging Face hub, or an embedded one that the run makes.
 
-What `configs/model/path.yaml` leaves to the model is settled here: number format, context and ZeRO stage.
+Also replaces the settings that are `auto` in `configs/model/path.yaml`: dtype, context and ZeRO stage.
 """
 
 from __future__ import annotations
@@ -15,33 +15,64 @@ from typing import Any
 
 from actors.tasks.datasets.sources import HUB
 from actors.tasks.task import Task, TaskConfig
+from buffer.config import read_section
 from launch.config.adapters import folder_shapes
 from launch.config.devices import has_cuda
 from launch.config.settings import EmbeddedConfig, PretrainingConfig
+from learner.config import ModelConfig
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 OTHER_FILES = ("*.json", "*.txt", "*.jinja", "*.model")
-"""Configuration and tokenizer of a model of the hub; folders in it hold other formats of the same weights."""
+"""Configuration and tokenizer of a hub model. Subfolders, with other formats of the weights, are left out."""
 
 AUTO = "auto"
 PROMPT_TOKENS = 2048
-"""Room for prompts in a context that is chosen here."""
+"""Room for prompts where model.max_tokens is `auto`."""
 SHARDED_FROM = 1_000_000_000
-"""Parameters from which several ranks share a model: its 16 bytes for each are then more than 16 GB on every rank."""
+"""Parameters from which ranks shard a model: with 16 bytes each, every rank would need more than 16 GB otherwise."""
 
 BASE_MODEL_RECIPE = 1
-"""Part of an embedded model's key: raised when the same settings would make another model."""
+"""Part of an embedded model's name in the cache. Raise it when the code makes another model from the same settings."""
+
+
+def read_model(sections: dict[str, Any], max_turns: int) -> EmbeddedConfig | None:
+    """Find the model, and replace settings that are `auto` or depend on the model.
+
+    Returns:
+        The settings of the embedded model; None for a model of the user.
+
+    Raises:
+        ValueError: there is no model, or it cannot be used.
+    """
+    path = sections["model"].get("path")
+    if path == "???" or (not path and not sections.get("embedded")):
+        raise ValueError(
+            "model.path is missing; give a Hugging Face folder, model.path=FOLDER, or hf:OWNER/NAME, or choose"
+            " model=tiny"
+        )
+    # In a resumed run model.path is the folder of the embedded model. A model that was deleted is made again.
+    if not path or (sections.get("embedded") and not (Path(path) / "config.json").is_file()):
+        resolve_auto(sections, None, max_turns=max_turns)
+        read_section(ModelConfig, {**sections["model"], "path": "(embedded)"}, "model")
+        return read_section(EmbeddedConfig, sections["embedded"], "embedded")
+    folder = local_folder(str(path))
+    check_model_folder(folder)
+    sections["model"]["path"] = str(folder)
+    resolve_auto(sections, folder, max_turns=max_turns)
+    model = read_section(ModelConfig, sections["model"], "model")
+    check_context(folder, model.max_tokens)
+    return None
 
 
 def local_folder(path: str) -> Path:
-    """The absolute folder of `model.path`; a model of the hub is fetched, or found in the hub's cache.
+    """The absolute folder of `model.path`. A model of the hub is downloaded, or taken from the hub's cache.
 
     Args:
-        path: a folder, or `hf:OWNER/NAME` with `@REVISION` where another than the newest is wanted.
+        path: a folder, or `hf:OWNER/NAME`, or `hf:OWNER/NAME@REVISION`.
 
     Raises:
-        ValueError: the hub has no such model, or cannot be reached and the cache does not hold it.
+        ValueError: the hub has no such model; or it cannot be reached, and the model is not in the cache.
     """
     if not path.startswith(HUB):
         return Path(path).expanduser().absolute()
@@ -50,17 +81,17 @@ def local_folder(path: str) -> Path:
 
     name, _, revision = path.removeprefix(HUB).partition("@")
     try:
-        # The other format is fetched only where a model has no safetensors: some have both.
+        # Some models have both formats. The second one is fetched only if there are no safetensors.
         for weights in WEIGHT_FILES:
             folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[weights, *OTHER_FILES]))
             if any(folder.glob(weights)):
                 break
     except LocalEntryNotFoundError as error:
         raise ValueError(
-            f"model.path={path} is not in the Hugging Face cache and the hub cannot be reached; download it where there"
-            " is a network, or give a folder"
+            f"model.path={path} is not in the Hugging Face cache and the hub cannot be reached; download it with a"
+            " network, or give a folder"
         ) from error
-    # The library answers an unknown or private name, a bad revision and a full disk with errors of many kinds.
+    # huggingface_hub raises many kinds of errors, for unknown names, private models, bad revisions and full disks.
     except Exception as error:
         said = " ".join((str(error) or type(error).__name__).split())
         raise ValueError(
@@ -70,8 +101,8 @@ def local_folder(path: str) -> Path:
     return folder
 
 
-def settle(sections: Mapping[str, Any], folder: Path | None, *, max_turns: int) -> None:
-    """Replace `auto` in the sections by what follows from the model and this machine.
+def resolve_auto(sections: Mapping[str, Any], folder: Path | None, *, max_turns: int) -> None:
+    """Replace settings that are `auto` by values that suit the model and this machine.
 
     Args:
         sections: composed; changed in place.
@@ -84,7 +115,7 @@ def settle(sections: Mapping[str, Any], folder: Path | None, *, max_turns: int) 
     model, actor, learner = sections["model"], sections["actor"], sections["learner"]
     for section, name in ((model, "dtype"), (actor, "dtype"), (learner, "publish_dtype")):
         if section.get(name) == AUTO:
-            # Processors compute bfloat16 many times slower than float32, but for the newest.
+            # All but the newest CPUs compute bfloat16 many times slower than float32.
             section[name] = "bfloat16" if has_cuda() else "float32"
     if learner.get("zero_stage") == AUTO:
         learner["zero_stage"] = _zero_stage(learner, num_parameters(folder) if folder else 0)
@@ -101,7 +132,7 @@ def _zero_stage(learner: Mapping[str, Any], parameters: int) -> int:
 
 
 def num_parameters(folder: Path) -> int:
-    """Parameters of the model in a Hugging Face folder; estimated from the files' size where they do not say."""
+    """Parameters of the model in a Hugging Face folder; estimated from the file sizes without safetensors."""
     shapes = folder_shapes(folder)
     if shapes:
         return sum(math.prod(shape) for shape in shapes.values())
@@ -109,7 +140,7 @@ def num_parameters(folder: Path) -> int:
 
 
 def longest_context(folder: Path) -> int:
-    """Tokens that the model can attend to, all of them from each; 0 where it does not say."""
+    """Longest context in which every token can attend to all earlier ones; 0 if config.json does not say."""
     config = _model_config(folder)
     limits = (_context(config), _window(config))
     return min((limit for limit in limits if limit), default=0)
@@ -126,10 +157,10 @@ def _window(config: Mapping[str, Any]) -> int:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Whether a Hugging Face folder has configuration, weights and tokenizer.
+    """Check that a Hugging Face folder has configuration, weights and tokenizer.
 
     Raises:
-        ValueError: something is missing or unreadable.
+        ValueError: one is missing, or the configuration cannot be read.
     """
     _model_config(folder)
     for what, patterns in (("weights", WEIGHT_FILES), ("tokenizer", TOKENIZER_FILES)):
@@ -141,10 +172,10 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_context(folder: Path, max_tokens: int) -> None:
-    """Whether the model's context is long enough.
+    """Check that the model's context is long enough.
 
     Raises:
-        ValueError: `max_tokens` is beyond the model's context or its sliding window.
+        ValueError: `max_tokens` is above the model's context or its sliding window.
     """
     config = _model_config(folder)
     context, window = _context(config), _window(config)
@@ -156,19 +187,19 @@ def check_context(folder: Path, max_tokens: int) -> None:
     if window and max_tokens > window:
         raise ValueError(
             f"model.max_tokens={max_tokens} is beyond the sliding window of {window} tokens of the model in {folder},"
-            f" within which the learner attends to everything; set model.max_tokens to at most {window}"
+            f" while the learner attends to all earlier tokens; set model.max_tokens to at most {window}"
         )
 
 
 def check_heads(num_heads: int | None, tensor_parallel_size: int) -> None:
-    """Whether the workers of an engine can share a model's attention heads.
+    """Check that the workers of an engine can divide a model's attention heads.
 
     Args:
-        num_heads: None where the model does not say.
+        num_heads: attention heads of the model; None if its config.json does not say.
         tensor_parallel_size: workers of an engine.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: the number of heads is not a multiple of the number of workers.
     """
     if num_heads and num_heads % tensor_parallel_size:
         raise ValueError(
@@ -178,7 +209,7 @@ def check_heads(num_heads: int | None, tensor_parallel_size: int) -> None:
 
 
 def model_heads(folder: Path) -> int | None:
-    """The attention heads of the model in a Hugging Face folder; None where it does not say."""
+    """Number of attention heads of the model in a Hugging Face folder; None if config.json does not say."""
     heads = _model_config(folder).get("num_attention_heads")
     return heads if isinstance(heads, int) else None
 
@@ -187,7 +218,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"model.path={folder} is not a Hugging Face folder: {path} does not exist; give one that has it"
+            f"model.path={folder} is not a Hugging Face folder: {path} does not exist; give a folder that has one"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +232,7 @@ def _model_config(folder: Path) -> dict[str, Any]:
 def embedded_settings(
     embedded: EmbeddedConfig, pretraining: PretrainingConfig, task: Task, max_tokens: int
 ) -> dict[str, Any]:
-    """What the training of an embedded model is told, its files aside."""
+    """Settings for `learner.sft`, which pretrains an embedded model; the paths of its files are added later."""
     return {
         "alphabet": task.alphabet if embedded.tokenizer == "characters" else "",
         "vocabulary": embedded.vocabulary,
@@ -218,7 +249,7 @@ def embedded_settings(
 
 
 def embedded_name(settings: Mapping[str, Any], pretraining: PretrainingConfig, task: Task, config: TaskConfig) -> str:
-    """The folder's name in the cache; another one when anything differs that the model is made of."""
-    made = {name: value for name, value in asdict(pretraining).items() if name != "num_threads"}
-    made_of = [BASE_MODEL_RECIPE, settings, made, asdict(config), task.fingerprint]
-    return f"base-{task.name}-{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]}"
+    """The model's folder name in the cache: a hash of everything that determines the model."""
+    training = {name: value for name, value in asdict(pretraining).items() if name != "num_threads"}
+    recipe = [BASE_MODEL_RECIPE, settings, training, asdict(config), task.fingerprint]
+    return f"base-{task.name}-{hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""A run that goes on: its own configuration, with the settings changed that may change."""
+"""Resumes a run: its configuration from config.yaml, with changes to the settings that may change."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ CHANGEABLE = (
     *(f"cluster.{name}" for name in ("hung_seconds", "grace_seconds", "tensorboard", "tensorboard_port")),
     *("cluster.min_free_bytes", "model.gradient_checkpointing"),
 )
-"""Settings that change how a run goes on and not what it computes, its length and its evaluation aside."""
+"""Settings that a resumed run may change: they do not change what it computes, except its length and evaluation."""
 ALSO_SET = {"total_steps": ("learner.total_steps",)}
 
 
 def new_overrides(sections: Sections, overrides: Sequence[str]) -> list[str]:
-    """The overrides that the run was not started with."""
+    """The overrides that are not among those the run was started with."""
     return [item for item in overrides if item not in (sections.get("overrides") or [])]
 
 
-def change(sections: dict[str, Any], overrides: Sequence[str], wanted: Sections, run_dir: Path) -> None:
-    """Set in `sections` what the overrides ask for. One that asks for what the run has changes nothing.
+def apply_changes(sections: dict[str, Any], overrides: Sequence[str], wanted: Sections, run_dir: Path) -> None:
+    """Set the settings of the overrides in `sections`. An override that equals the run's value changes nothing.
 
     Args:
         sections: the run's configuration; changed in place.
         overrides: key=value, without resume and run_dir.
-        wanted: what configs/ and the overrides are composed to, with the chosen files in `choices`.
+        wanted: composition of configs/ with the overrides, with the chosen files in `choices`.
         run_dir: of the run.
 
     Raises:
-        ValueError: an override asks for what may not change.
+        ValueError: an override would change a setting that may not change.
     """
     for item in overrides:
         path = setting_path(item)
@@ -56,8 +56,8 @@ def change(sections: dict[str, Any], overrides: Sequence[str], wanted: Sections,
             continue
         if path not in CHANGEABLE:
             raise ValueError(
-                f"resume={run_dir} cannot change {path}, which is {has} there and {wants} here; start a new run for"
-                " that, or leave it out (docs/configuration.md lists what may change)"
+                f"resume={run_dir} cannot change {path}, which is {has} there and {wants} here; start a new run with"
+                " it, or leave it out (docs/configuration.md lists what may change)"
             )
         _check_steps(run_dir, path, wants)
         for target in (path, *ALSO_SET.get(path, ())):

@@ -1,7 +1,6 @@
-"""The launcher's own settings: what stands at the top, who starts what, and the small models that are made here.
+"""Dataclasses of the launcher's settings: the top level, data, cluster, and the embedded model with its pretraining.
 
-Frozen dataclasses that `launch/config/plan.py` fills from Hydra's composition; the other sections belong to the
-packages that use them.
+The dataclasses of the other sections lie in the packages that use them.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ MODES = ("async", "sync")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What stands at the top of the configuration, for all processes together."""
+    """The top-level settings, which concern the whole run."""
 
     run_dir: str | None = None
-    """None: runs/DATE-TIME-TASK-ALGORITHM."""
+    """None: runs/DATE-TIME-TASK-ALGORITHM, with -2, -3, ... after it if that exists."""
     mode: str = "async"
-    """async | sync: actors and learner at the same time, or strictly in turn."""
+    """async | sync: actors and learner work at the same time, or strictly in turn."""
     seed: int = 0
     total_steps: int
     groups_per_batch: int
@@ -34,9 +33,9 @@ class RunConfig:
     temperature: float = 1.0
     max_new_tokens: int
     reward: list[RewardSpec]
-    """Named, weighted rewards, added up; exactly one of them is a grader: docs/rewards.md."""
+    """Named, weighted rewards, which are added up. Exactly one of them is a grader (docs/rewards.md)."""
     curriculum: list[Stage] = field(default_factory=list)
-    """Stages that the run goes through; empty: all prompts from first to last."""
+    """Stages of the run in order; empty: one stage with all prompts."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -56,7 +55,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The user's files, for tasks that read some."""
+    """The user's files, for tasks that read files."""
 
     path: str = ""
     eval_path: str = ""
@@ -64,27 +63,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Who starts what on this machine."""
+    """The processes of the run, their addresses, cores, devices and time limits."""
 
     num_actors: int = 1
     relays: list[str] = field(default_factory=list)
-    """Commands that run one command line on another host, such as `ssh -tt node-1`; each starts a relay there."""
+    """Commands such as `ssh -tt node-1` that run a command line on another host. Each starts a relay on its host."""
     host: str = "127.0.0.1"
-    """The address of this machine that buffer and weight store listen at; actors elsewhere must reach it."""
+    """Address of this machine at which buffer and weight store listen. Actors on other hosts must reach it."""
     encryption: str = "curve"
-    """curve | none: authenticated and encrypted sockets, or plain ones, on this machine only."""
+    """curve: authenticated and encrypted sockets. none: plain sockets, on this machine only."""
     buffer_port: int = 0
     weights_port: int = 0
     pin_cores: bool = True
     learner_cores: int = 1
     separate_devices: bool = False
-    """CUDA: the learner's ranks and every actor get devices of their own; otherwise all see all of them."""
+    """CUDA: every rank of the learner and every actor gets devices of its own; otherwise all see all devices."""
     max_restarts: int = 3
-    """How often a process may fail without progress of the run in between."""
+    """Restarts of one process without progress of the run in between, after which it is given up."""
     healthy_seconds: float = 60.0
-    """How long a process that was restarted must live, and the run get ahead with it, to count as well again."""
+    """How long a restarted process must live, with progress of the run, until its restarts are forgotten."""
     hung_seconds: float = 60.0
-    """How long a process may be halted or silent before it is killed and restarted; 0: for ever."""
+    """How long a process may be halted or silent before it is killed and restarted; 0: no limit."""
     grace_seconds: float = 3.5
     tensorboard: bool = False
     tensorboard_port: int = 6006
@@ -110,11 +109,11 @@ class ClusterConfig:
                 raise ValueError(f"cluster.{name}={getattr(self, name)} is below 0; use 0 or more")
         self._check_host()
         if self.max_restarts < 0:
-            raise ValueError(f"cluster.max_restarts={self.max_restarts} is below 0; use 0 to never start one again")
+            raise ValueError(f"cluster.max_restarts={self.max_restarts} is below 0; use 0 for no restarts")
 
     @property
     def reaches_other_hosts(self) -> bool:
-        """Whether processes on other hosts can connect to this one's."""
+        """Whether processes on other hosts can connect."""
         return not IPv4Address(self.host).is_loopback
 
     def _check_relays(self) -> None:
@@ -122,7 +121,9 @@ class ClusterConfig:
             try:
                 words = shlex.split(command)
             except ValueError as error:
-                raise ValueError(f"cluster.relays: {command!r} is no command ({error}); close its quotation") from error
+                raise ValueError(
+                    f"cluster.relays: {command!r} is not a command ({error}); close its quotation"
+                ) from error
             if not words:
                 raise ValueError("cluster.relays: an entry is empty; give a command such as 'ssh -tt node-1'")
 
@@ -132,19 +133,19 @@ class ClusterConfig:
         except ValueError as error:
             raise ValueError(f"cluster.host={self.host} is no IPv4 address; use one of this machine's") from error
         if host.is_unspecified:
-            raise ValueError(f"cluster.host={host} is nowhere to connect to; use one address of this machine")
+            raise ValueError(f"cluster.host={host} is not an address to connect to; use one address of this machine")
         if self.encryption not in ("curve", "none"):
             raise ValueError(f"cluster.encryption={self.encryption} is unknown; use curve or none")
         if self.encryption == "none" and not host.is_loopback:
             raise ValueError(
-                f"cluster.encryption=none would let anyone who reaches cluster.host={host} in; use curve, or the host"
-                " 127.0.0.1"
+                f"cluster.encryption=none would let anyone who reaches cluster.host={host} connect; use curve, or the"
+                " host 127.0.0.1"
             )
 
 
 @dataclass(frozen=True)
 class EmbeddedConfig:
-    """The small model that is built here when `model.path` is null."""
+    """The small model that the run makes if `model.path` is null."""
 
     tokenizer: str = "characters"
     """characters | bpe."""
@@ -169,12 +170,12 @@ class EmbeddedConfig:
 
 @dataclass(frozen=True)
 class PretrainingConfig:
-    """How the embedded model learns from its noisy teacher."""
+    """Pretraining of the embedded model on the traces of a noisy teacher."""
 
     error_rate: float = 0.2
-    """How often the teacher errs; the task says at what."""
+    """Probability of a teacher's error; the task defines where errors occur."""
     clean_share: float = 0.0
-    """The first traces, as a share of all, are free of errors: they teach the facts before the noise."""
+    """Share of the traces, the first ones, without errors: they teach the facts before the noise."""
     num_traces: int = 20000
     steps: int = 1000
     batch_size: int = 32

@@ -9,7 +9,7 @@ import pytest
 from actors.rollouts.trajectories import completions_to_score
 from actors.tasks.task import GENERATED, Task, TaskConfig, load_task
 from buffer.config import read_section
-from launch.config.compose import compose_config, own_sections
+from launch.config.compose import compose_config, run_sections
 from tests.actors.stand_ins import Characters, sampled
 from verifier.base import RewardSpec, Score, Verdict
 from verifier.scoring.scorer import Scorer, build_scorer
@@ -20,7 +20,7 @@ SECTIONS = ("task", "data", "reward")
 def configured(*overrides: str) -> tuple[Task, Scorer]:
     """The task with a few problems, and the scorer for its rewards."""
     few = ("task.num_train=20", "task.num_held_out=4")
-    sections: dict[str, Any] = own_sections(compose_config([*overrides, *few], SECTIONS), overrides)
+    sections: dict[str, Any] = run_sections(compose_config([*overrides, *few], SECTIONS), overrides)
     task = load_task(read_section(TaskConfig, sections["task"], "task"))
     return task, build_scorer([read_section(RewardSpec, reward, "reward") for reward in sections["reward"]])
 

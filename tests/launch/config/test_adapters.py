@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from launch.config import adapters
-from launch.config.adapters import check_adapters, check_together, embedded_layers, folder_layers
+from launch.config.adapters import check_lora_layers, check_lora_settings, embedded_layers, folder_layers
 from launch.config.settings import EmbeddedConfig
 from learner.config import LoraConfig
 from tests.learner.samples import save_tiny_model
@@ -38,22 +38,22 @@ def test_the_plan_is_refused_when_the_model_or_another_setting_does_not_suit(mak
 @pytest.mark.parametrize("targets", [["q_proj", "qproj"], ["qproj"], ["proj"], ["lm_head"], ["embed_tokens"]])
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(targets: list[str]):
     with pytest.raises(ValueError) as caught:
-        check_adapters(LoraConfig(rank=8, target_modules=targets), LAYERS)
-    assert_refused(caught, [f"names {targets[-1]}, which is no linear layer", "there are down_proj, gate_proj, k_proj"])
+        check_lora_layers(LoraConfig(rank=8, target_modules=targets), LAYERS)
+    assert_refused(caught, [f"names {targets[-1]}, which is no linear layer", "it has down_proj, gate_proj, k_proj"])
 
 
 def test_the_rank_is_compared_with_the_layers_that_train():
     wide = LAYERS | {"model.layers.0.mlp.up_proj": (100, 100)}
-    check_adapters(LoraConfig(rank=32), wide)
-    check_adapters(LoraConfig(rank=100, target_modules=["mlp.up_proj"]), wide)
+    check_lora_layers(LoraConfig(rank=32), wide)
+    check_lora_layers(LoraConfig(rank=100, target_modules=["mlp.up_proj"]), wide)
     for targets in ([], ["up_proj", "down_proj"]):
         with pytest.raises(ValueError, match=r"rank=33 is above 32"):
-            check_adapters(LoraConfig(rank=33, target_modules=targets), wide)
+            check_lora_layers(LoraConfig(rank=33, target_modules=targets), wide)
 
 
 def test_types_must_agree_where_actors_merge():
-    check_together(LoraConfig(rank=8, publish="merged"), model_dtype="float32", actor_dtype="bfloat16")
-    check_together(LoraConfig(rank=8), model_dtype="bfloat16", actor_dtype="bfloat16")
+    check_lora_settings(LoraConfig(rank=8, publish="merged"), model_dtype="float32", actor_dtype="bfloat16")
+    check_lora_settings(LoraConfig(rank=8), model_dtype="bfloat16", actor_dtype="bfloat16")
 
 
 @pytest.mark.parametrize("missing", ["model.dtype=bfloat16", "a CUDA device", "the package bitsandbytes"])
@@ -64,10 +64,10 @@ def test_four_bits_go_with_what_they_need(monkeypatch: pytest.MonkeyPatch, missi
         return "float32" if missing.startswith("model") else "bfloat16"
 
     dtype = set_up("")
-    check_together(FOUR_BITS, model_dtype=dtype, actor_dtype=dtype)
+    check_lora_settings(FOUR_BITS, model_dtype=dtype, actor_dtype=dtype)
     dtype = set_up(missing)
     with pytest.raises(ValueError) as caught:
-        check_together(FOUR_BITS, model_dtype=dtype, actor_dtype=dtype)
+        check_lora_settings(FOUR_BITS, model_dtype=dtype, actor_dtype=dtype)
     assert_refused(caught, [f"base_4bit=true needs {missing}", "leave it out"])
     assert " and " not in str(caught.value)
 

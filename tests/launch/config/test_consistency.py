@@ -91,7 +91,7 @@ def test_two_models_are_refused_with_both_names(model_folder: Path):
         ("learner.nothing", "cannot be imported (module 'learner' has"),
         ("learner.algorithms.ppo.PPPO", "cannot be imported (module"),
         ("5", "cannot be imported"),
-        ("learner.algorithms.losses.policy_loss", "is no class"),
+        ("learner.algorithms.losses.policy_loss", "is not a class"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["learner.critic_warmup_steps=1"]])

@@ -7,8 +7,9 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from launch.config.compose import compose_config, own_sections
-from launch.config.plan import KNOWN, OPEN_SECTIONS, SECTIONS
+from launch.config.compose import compose_config, run_sections
+from launch.config.consistency import OPEN_SECTIONS
+from launch.config.sections import KNOWN, SECTIONS
 from launch.config.settings import RunConfig
 
 OF_THE_TASK = "configs/task/ chooses it for every task; the class says what a task without it gets"
@@ -36,7 +37,7 @@ EXCEPTIONS = {
 def sections(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The configuration of a run without overrides."""
     monkeypatch.delenv("SLIPSTREAM_CACHE")
-    return own_sections(compose_config([], KNOWN), [])
+    return run_sections(compose_config([], KNOWN), [])
 
 
 def defaults(cls: type[Any]) -> dict[str, Any]:

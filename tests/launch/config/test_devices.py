@@ -9,7 +9,7 @@ import pytest
 from actors.config import ActorConfig
 from buffer.weights.config import WeightsConfig
 from launch.config import devices
-from launch.config.devices import check_devices, own_devices, visible_devices
+from launch.config.devices import assign_devices, check_devices, visible_devices
 from launch.config.settings import ClusterConfig
 from launch.processes.topology import processes
 from learner.config import LearnerConfig, LoraConfig, OptimizerConfig
@@ -35,20 +35,20 @@ def weights(transport: str) -> WeightsConfig:
 
 
 def test_devices_are_dealt_to_the_learner_first(four_devices: Path, monkeypatch: pytest.MonkeyPatch):
-    assert own_devices(2, 1, 2) == ["0,1", "2,3"]
+    assert assign_devices(2, 1, 2) == ["0,1", "2,3"]
     monkeypatch.setenv(devices.VISIBLE, "7,5,3")
-    assert visible_devices() == ["7", "5", "3"] and own_devices(1, 2, 1) == ["7", "5", "3"]
+    assert visible_devices() == ["7", "5", "3"] and assign_devices(1, 2, 1) == ["7", "5", "3"]
     with pytest.raises(ValueError, match=r"needs 5 CUDA devices.*and 3 are visible"):
-        own_devices(1, 2, 2)
+        assign_devices(1, 2, 2)
 
 
 @pytest.mark.parametrize(
     ("transport", "cluster", "learner", "actor", "complaint"),
     [
-        ("ipc", {}, {"device": "cpu"}, {}, r"weights=ipc needs .*and learner\.device=cpu; use weights=file"),
+        ("ipc", {}, {"device": "cpu"}, {}, r"weights=ipc needs .*but learner\.device=cpu; use weights=file"),
         ("ipc", {"separate_devices": True}, {}, {}, r"weights=ipc needs the actors on the device"),
-        ("ipc", {}, {}, {"tensor_parallel_size": 2}, r"actor\.tensor_parallel_size=2 may set them apart"),
-        ("ipc", {"host": "10.0.0.1"}, {}, {}, r"cluster\.host=10\.0\.0\.1 invites others"),
+        ("ipc", {}, {}, {"tensor_parallel_size": 2}, r"actor\.tensor_parallel_size=2 does not allow"),
+        ("ipc", {"host": "10.0.0.1"}, {}, {}, r"cluster\.host=10\.0\.0\.1 is for actors on other hosts"),
         ("ipc", {"relays": ["ssh b"]}, {}, {}, r"leave cluster\.relays out"),
         ("ipc", {}, {"lora": LoraConfig(rank=8)}, {}, r"use learner\.lora\.publish=merged"),
         ("nccl", {}, {}, {}, r"set cluster\.separate_devices=true"),

@@ -9,7 +9,8 @@ import pytest
 from launch.config import model
 from launch.config.compose import compose_config
 from launch.config.model import local_folder, longest_context, num_parameters
-from launch.config.plan import KNOWN, plan_run
+from launch.config.plan import plan_run
+from launch.config.sections import KNOWN
 
 
 def describe(folder: Path, *, parameters: int = 64, **config: Any) -> None:

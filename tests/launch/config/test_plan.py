@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from buffer.config import load_run_config
 from launch.cluster import main
 from launch.config.compose import CONFIG_DIR, GROUPS, compose_config
-from launch.config.plan import KNOWN, plan_run, write_config
+from launch.config.plan import claim_default_run_dir, plan_run, write_config
+from launch.config.sections import KNOWN
 from launch.preview import notices
 
 ROOT = Path(__file__).parents[3]
@@ -270,6 +271,28 @@ def test_a_run_directory_without_permission_is_refused(tmp_path: Path):
 
 
 # --- new runs and resumed ones ---
+
+
+def test_runs_that_start_in_the_same_second_get_different_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launch.config.plan.time.strftime", lambda _: "20250101-120000")
+    name = "20250101-120000-arithmetic-ppo"
+    # All are planned before the first directory exists.
+    plans = [plan_run([]) for _ in range(3)]
+    assert not (tmp_path / "runs").exists()
+    claimed = [claim_default_run_dir(plan) for plan in plans]
+    assert [plan.run_dir.name for plan in claimed] == [name, f"{name}-2", f"{name}-3"]
+    for plan in claimed:
+        assert plan.run_dir.is_dir()
+        assert plan.sections["run_dir"] == plan.sections["buffer"]["run_dir"] == str(plan.run_dir)
+    write_config(claimed[0])
+    assert claim_default_run_dir(plan_run([])).run_dir.name == f"{name}-4"
+
+
+def test_a_given_run_directory_keeps_its_name(make_plan: Any, run_dir: Path):
+    run_dir.mkdir()
+    plan = make_plan()
+    assert claim_default_run_dir(plan) is plan
 
 
 def test_a_run_directory_is_used_once_and_resumed_as_it_was(make_plan: Any, run_dir: Path, model_folder: Path):

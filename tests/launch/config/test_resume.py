@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.config.compose import compose_config, own_sections
+from launch.config.compose import compose_config, run_sections
 from launch.config.consistency import setting
-from launch.config.plan import KNOWN, plan_run, write_config
+from launch.config.plan import plan_run, write_config
 from launch.config.resume import CHANGEABLE
+from launch.config.sections import KNOWN
 
 STARTED = ("total_steps=30", "seed=7", "algorithm=grpo")
 
@@ -112,8 +113,8 @@ def test_the_run_directory_may_have_moved(run: Path, tmp_path: Path):
 
 
 def test_every_setting_that_may_change_exists():
-    sections = own_sections(compose_config([], KNOWN), [])
-    from launch.config.plan import SECTIONS
+    sections = run_sections(compose_config([], KNOWN), [])
+    from launch.config.sections import SECTIONS
 
     for name in CHANGEABLE:
         section, _, key = name.partition(".")

@@ -8,7 +8,7 @@ import pytest
 
 from actors.tasks.task import Problem, Task, TaskConfig, load_task
 from buffer.config import read_section
-from launch.config.compose import compose_config, own_sections
+from launch.config.compose import compose_config, run_sections
 
 SHARED = Path(__file__).parents[5] / "shared" / "data"
 
@@ -372,7 +372,7 @@ def loaded(name: str, *settings: str) -> Task:
     if not (SHARED / f"{name}.jsonl").is_file():
         pytest.skip(f"the data set {name} is not here")
     overrides = [*SETS[name][2], f"data.path={SHARED / name}.jsonl", *settings]
-    sections = own_sections(compose_config(overrides, ("task", "data")), overrides)
+    sections = run_sections(compose_config(overrides, ("task", "data")), overrides)
     return load_task(read_section(TaskConfig, sections["task"], "task"))
 
 
