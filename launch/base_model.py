@@ -1,4 +1,4 @@
-"""The embedded base models: pretrained once on a noisy teacher's text, then taken from the cache."""
+"""Makes the embedded base models: pretrained once on the text of a noisy teacher, then kept in the cache."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from learner.models.cpu_heap import heap_environment
 MAKING = "-making-"
 
 Progress = Callable[[int, int, float], None]
-"""Called with steps done, steps in all and the loss."""
+"""Called with the number of steps done, the number of all steps, and the loss."""
 
 
 def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progress) -> Path:
     """Make the run's embedded model if it is not in the cache. Returns its folder, `plan.model_folder`.
 
     Raises:
-        ValueError: when it could not be made; the message says where the log is.
+        ValueError: pretraining failed; the message names the log.
     """
     folder = plan.model_folder
     cache = folder.parent
@@ -38,7 +38,7 @@ def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progre
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(cache)
-    # Runs that start at the same time may make the same model; each works on files of its own.
+    # Runs that start at the same time may make the same model, so each has a folder of its own.
     with tempfile.TemporaryDirectory(dir=cache, prefix=f"{folder.name}{MAKING}{os.getpid()}-") as name:
         making = Path(name)
         _write_pairs(plan, making / "pairs.jsonl")
@@ -54,7 +54,7 @@ def prepare_base_model(plan: RunPlan, embedded: EmbeddedConfig, progress: Progre
 
 
 def _remove_unfinished(cache: Path) -> None:
-    """What launchers that were killed have left."""
+    """Remove the unfinished folders of launchers that were killed."""
     for folder in cache.glob(f"*{MAKING}*"):
         pid = folder.name.partition(MAKING)[2].partition("-")[0]
         if not Path("/proc", pid).exists():
@@ -73,7 +73,7 @@ def _write_pairs(plan: RunPlan, path: Path) -> None:
             seed=pretraining.seed,
         )
         return
-    # Without a teacher the prompts and golds themselves are the text to learn a tokenizer from.
+    # Without traces the tokenizer is trained on the prompts and golds themselves.
     rows = ({"prompt": plan.task.prompt(p), "completion": p.gold} for p in plan.task.train)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -82,13 +82,13 @@ def _train(request: Path, plan: RunPlan, progress: Progress) -> None:
     log_path = plan.run_dir / "logs" / "pretraining.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     threads = str(min(plan.pretraining.num_threads, num_usable_cores()))
-    # PyTorch's threads, and those that train a tokenizer.
+    # The second limits the threads that train a tokenizer.
     limits = {THREADS_VARIABLE: threads, "RAYON_NUM_THREADS": threads}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **limits, **heap_environment()}
     command = [sys.executable, "-m", "learner.sft", str(request)]
     with (
         log_path.open("w") as log,
-        # One stream, so that the log keeps the order in which things were said.
+        # One stream for both outputs keeps the order of the lines in the log.
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as process,

@@ -1,7 +1,7 @@
 """`python launch/cluster.py [key=value ...]`: start a run, watch it, end it.
 
-Exit status: 0 when the run reached its last step, or was ended by SIGTERM and can be continued; 130 after Ctrl-C; 2 for
-a mistake in what was asked for; 1 when the run failed for good.
+Exit status: 0 after the last step, or after SIGTERM (the run can then be continued); 130 after Ctrl-C; 2 if the
+overrides contain a mistake; 1 if the run failed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# NumPy, once imported, has a thread for every core of the host, and the launcher computes nothing with them.
+# NumPy would start a thread per core of the host, which the launcher does not need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from launch.install import lack_of_packages
+from launch.install import missing_packages_message
 
-# The imports below would end with a traceback.
-if lack := lack_of_packages():
-    print(f"error: {lack}", file=sys.stderr)
+# Without these packages the imports below would end with a traceback.
+if message := missing_packages_message():
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 from omegaconf import OmegaConf
@@ -33,12 +33,13 @@ from buffer.transport.messages import Status
 from buffer.weights.config import MEMORY_VARIABLE
 from launch.base_model import prepare_base_model
 from launch.config.compose import compose_config, with_files, without_hydra
-from launch.config.plan import KNOWN, RunPlan, plan_run, write_config
+from launch.config.plan import RunPlan, claim_default_run_dir, plan_run, write_config
+from launch.config.sections import KNOWN
 from launch.preview import notices, print_preview
 from launch.processes.guardian import Guardian
-from launch.processes.shared_memory import lack_of_shared_memory
+from launch.processes.shared_memory import shared_memory_shortage
 from launch.processes.supervisor import RunFailedError
-from launch.processes.topology import another_actor, another_relay
+from launch.processes.topology import actor_join_command, relay_join_command
 from launch.session import Session
 from launch.terminal.display import Display
 from launch.terminal.summary import print_summary, summarize_run, write_summary
@@ -54,11 +55,15 @@ class Interrupted(Exception):
 
 
 def main(arguments: list[str]) -> int:
-    """Run what the overrides describe. Returns the exit status."""
+    """Start or continue the run that the overrides describe. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="key=value; config=FILE.yaml reads some; resume=RUN_DIR continues")
-    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and end")
-    parser.add_argument("--check", action="store_true", help="check everything, print what would run and end")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="key=value; config=FILE.yaml reads them from a file; resume=RUN_DIR continues a run",
+    )
+    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and exit")
+    parser.add_argument("--check", action="store_true", help="check everything, print what would run and exit")
     options = parser.parse_args(arguments)
     console = Console()
     try:
@@ -69,6 +74,7 @@ def main(arguments: list[str]) -> int:
         if options.check:
             print_preview(plan, console)
             return 0
+        plan = claim_default_run_dir(plan)
     except ValueError as error:
         Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
         return 2
@@ -78,7 +84,7 @@ def main(arguments: list[str]) -> int:
         return _run(plan, console)
     except Interrupted as interruption:
         console.print(f"stopped by {interruption}; {_how_to_go_on(plan)}", soft_wrap=True, markup=False)
-        # Whoever sends SIGTERM gets what they asked for: the run is at rest and can go on.
+        # SIGTERM asks for exactly this end, so it is a success.
         return 0 if interruption.number == signal.SIGTERM else 128 + interruption.number
 
 
@@ -92,7 +98,7 @@ def _how_to_go_on(plan: RunPlan) -> str:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # A second signal while everything is being ended must not break that off.
+    # A second signal must not interrupt the shutdown.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Interrupted(number)
@@ -102,14 +108,14 @@ def _run(plan: RunPlan, console: Console) -> int:
     started = time.monotonic()
     console.print(f"run directory: {plan.run_dir}", soft_wrap=True, markup=False)
     guardian = Guardian(plan.cluster.grace_seconds, Path(plan.cluster.cache_dir).expanduser() / "compiled")
-    # Everything that is started from here on inherits the run's mark and its temporary folder.
+    # All processes started below inherit the run's mark and its temporary folder.
     os.environ.update(guardian.environment)
     try:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         status = _train(plan, console, guardian.run_mark)
         summary = summarize_run(plan.run_dir, status, time.monotonic() - started)
         write_summary(summary, plan.run_dir)
-    # A disk that is full or a folder that is gone shows first in whatever is written next.
+    # OSError: any write can fail because the disk is full or the run directory is gone.
     except (RunFailedError, ValueError, OSError) as error:
         Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
         return 1
@@ -120,24 +126,24 @@ def _run(plan: RunPlan, console: Console) -> int:
 
 
 def _train(plan: RunPlan, console: Console, run_mark: str) -> Status:
-    """Until the learner ends well. Returns the buffer's last words."""
+    """Run all processes until the learner has made its last step. Returns the final status of the buffer."""
     with Display(console, plan.sections["learner"]["total_steps"]) as display:
         for notice in notices(plan):
             console.print(notice, style="yellow", soft_wrap=True, markup=False, highlight=False)
         if plan.embedded is not None:
             prepare_base_model(plan, plan.embedded, display.pretraining)
-        if lack := lack_of_shared_memory(plan):
+        if shortage := shared_memory_shortage(plan):
             os.environ[MEMORY_VARIABLE] = ""
-            console.print(lack, style="yellow", soft_wrap=True, markup=False, highlight=False)
+            console.print(shortage, style="yellow", soft_wrap=True, markup=False, highlight=False)
         write_config(plan)
         (plan.run_dir / "logs").mkdir(exist_ok=True)
         handler = logging.FileHandler(plan.run_dir / "logs" / "launcher.log")
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
-        # A log that cannot be written, on a full disk, is no reason to end or to fill the terminal.
+        # If the disk is full, logging fails silently: the run goes on, and the terminal shows no tracebacks.
         logging.raiseExceptions = False
-        joining = [f"another actor joins with: {another_actor(plan)}"]
+        joining = [f"another actor joins with: {actor_join_command(plan)}"]
         if plan.cluster.reaches_other_hosts:
-            joining.append(f"a relay for the actors of another host joins with: {another_relay(plan)}")
+            joining.append(f"a relay for the actors of another host joins with: {relay_join_command(plan)}")
         for line in joining:
             console.print(line, style="dim", soft_wrap=True, markup=False, highlight=False)
             logging.getLogger(__name__).info("%s", line)

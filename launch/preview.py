@@ -1,4 +1,4 @@
-"""What a person may want to know before a run: notices, and what `--check` prints of a run that is not started."""
+"""Notices before a run, and the tables that `--check` prints instead of starting it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from launch.processes.shared_memory import NUMBER_BYTES, free_bytes
 from launch.processes.topology import processes
 
 TRAINING_BYTES = 16
-"""Per trained parameter: weights and gradients, and AdamW's two moments; with bfloat16, float32 weights too."""
+"""Per trained parameter: weight, gradient and AdamW's two moments; with bfloat16 also a float32 weight."""
 STATE_BYTES = 12
 """Per trained parameter in a checkpoint: AdamW's two moments and the parameter itself, in float32."""
 
 
 def notices(plan: RunPlan) -> list[str]:
-    """What is allowed but may not be meant, one sentence each."""
+    """One sentence for each setting that is allowed but probably a mistake, or has an old name."""
     groups, prompts = plan.sections["groups_per_batch"], fewest_prompts(plan.stages, plan.task.levels)
     what = "a stage of the curriculum" if plan.stages else "the task"
     found = renamed_notices(plan.sections.get("overrides") or [])
@@ -45,14 +45,14 @@ def notices(plan: RunPlan) -> list[str]:
         )
     if plan.cluster.relays and not plan.cluster.reaches_other_hosts:
         found.append(
-            f"note: cluster.relays are of use on other hosts, which do not reach cluster.host={plan.cluster.host}; set"
-            " cluster.host to an address of this machine that they do"
+            f"note: cluster.relays run on other hosts, which cannot reach cluster.host={plan.cluster.host}; set"
+            " cluster.host to an address of this machine that they can reach"
         )
     return found
 
 
 def print_preview(plan: RunPlan, console: Console) -> None:
-    """The processes, the arithmetic of batches, and the memory and disk that a run wants, as tables."""
+    """Print tables of the run's processes, of its batches, and of the memory and disk it needs."""
     how = "continues" if plan.resumed else "would start"
     console.print(f"{how}: {plan.run_dir}", soft_wrap=True, markup=False, highlight=False)
     for title, rows in (
@@ -106,7 +106,7 @@ def _staleness(bound: int, updates: int) -> str:
 
 
 def _sizes(plan: RunPlan) -> list[tuple[str, ...]]:
-    """Of the model's own numbers; activations, and what libraries take for themselves, come on top."""
+    """Sizes computed from the number of parameters; activations and the memory of libraries come on top."""
     parameters = _num_parameters(plan)
     model, learner, actor, weights = (plan.sections[name] for name in ("model", "learner", "actor", "weights"))
     trained = 0 if (learner.get("lora") or {}).get("rank") else parameters
@@ -134,7 +134,7 @@ def _num_parameters(plan: RunPlan) -> int:
         return num_parameters(Path(plan.sections["model"]["path"]))
     size, wide = embedded.hidden_size, embedded.intermediate_size
     vocabulary = len(plan.task.alphabet) if embedded.tokenizer == "characters" else embedded.vocabulary
-    # Attention and feed-forward of every layer, and the embedding, which is the head as well.
+    # Attention and feed-forward weights of every layer, and the embedding, which is also the head.
     return embedded.num_layers * (4 * size * size + 3 * size * wide) + vocabulary * size
 
 

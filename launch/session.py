@@ -1,7 +1,7 @@
-"""A run from the start of its processes to their end: watched, shown, restarted where they fail or hang.
+"""Starts the processes of a run, shows their status, and restarts those that fail or hang, until the run is over.
 
-Waits for: the learner's good end. Gives up after: a process that is needed has failed too often, or the run directory
-is gone.
+Waits for: the learner's exit with status 0 after the last step. Gives up after: a process that the run needs has failed
+too often, or the run directory is gone.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 HALTED_EVERY_SECONDS = 2.0
-"""Between looks at who is halted, which read the environment of every process on the machine."""
+"""Interval of the search for halted processes, which reads the environment of every process on the machine."""
 UNANSWERED_SECONDS = 5.0
-"""After this time without an answer of the buffer the display says so."""
-LAST_WORDS_SECONDS = 30.0
+"""Time without an answer of the buffer after which the display says so."""
+FINAL_STATUS_SECONDS = 30.0
+"""How long to wait for the buffer's status after the learner has ended."""
 
 
 class Session:
-    """The processes of one run. Whoever makes one calls `close`.
+    """The processes of one run. The caller must call `close`.
 
     Args:
-        plan: written down already.
-        display: what a person sees.
-        run_mark: the mark of everything the run starts.
+        plan: of the run; config.yaml must be written already.
+        display: shows the status.
+        run_mark: value of the environment variable by which the run's processes are found.
     """
 
     def __init__(self, plan: RunPlan, display: Display, run_mark: str) -> None:
@@ -60,10 +61,10 @@ class Session:
         self._asked: Future[Message] = self._ask()
 
     def run(self) -> Status:
-        """Until the learner ends well. Returns the buffer's last words.
+        """Start all processes and watch them until the run is over. Returns the final status of the buffer.
 
         Raises:
-            RunFailedError: when the run cannot go on.
+            RunFailedError: the run cannot go on.
         """
         self._supervisor.start()
         while not self._turn():
@@ -72,7 +73,7 @@ class Session:
         return self._last
 
     def close(self) -> None:
-        """End all processes, the learner with a checkpoint if there is time."""
+        """End all processes. The learner writes a checkpoint first if the grace period is long enough."""
         self._observer.close()
         self._supervisor.stop(self._plan.cluster.grace_seconds)
 
@@ -83,11 +84,11 @@ class Session:
                 " lost; start again in another"
             )
         if self._supervisor.poll():
-            if self._last_words().policy_version >= self._total_steps:
+            if self._final_status().policy_version >= self._total_steps:
                 return True
-            # Somebody other than the launcher has asked it to stop.
-            self._supervisor.start_again("learner")
-        status = self._heard()
+            # Status 0 before the last step: the learner got a signal that the launcher did not send.
+            self._supervisor.restart("learner")
+        status = self._receive_status()
         now = time.monotonic()
         if now >= self._halted_look and self._plan.cluster.hung_seconds:
             self._halted, self._halted_look = self._supervisor.stopped(), now + HALTED_EVERY_SECONDS
@@ -97,14 +98,14 @@ class Session:
         self._show()
         return False
 
-    def _heard(self) -> Status | None:
-        """The buffer's answer, if it has come; the next question is asked at once."""
+    def _receive_status(self) -> Status | None:
+        """The buffer's answer if it has arrived; the next request is then sent at once."""
         if not self._asked.done():
             return None
         status, self._asked = self._asked.result(), self._ask()
         assert isinstance(status, Status), status
         self._supervisor.progress(status.policy_version)
-        # A buffer that was restarted knows nobody for a moment.
+        # A restarted buffer has not heard of any process yet.
         self._last = status if status.peers or self._last is None else replace(status, peers=self._last.peers)
         return status
 
@@ -114,23 +115,25 @@ class Session:
         if self._watch.unanswered_seconds > UNANSWERED_SECONDS:
             notes.append(f"the buffer has not answered for {self._watch.unanswered_seconds:.0f} s")
         if self._last is not None and self._last.peers:
-            own = frozenset(self._supervisor.pids)
-            self._display.status(self._last, notes, own)
+            self._display.status(self._last, notes, frozenset(self._supervisor.pids))
         else:
             self._display.starting(time.monotonic() - self._started, notes)
 
-    def _last_words(self) -> Status:
-        """Of a buffer that may just be coming back; otherwise what it said last."""
-        deadline = time.monotonic() + LAST_WORDS_SECONDS
-        # What is asked now is answered after the learner's last message.
+    def _final_status(self) -> Status:
+        """The buffer's status after the learner's end; its last earlier answer if it does not answer in time.
+
+        Waits for: the buffer, which may be restarting. Gives up after: FINAL_STATUS_SECONDS.
+        """
+        deadline = time.monotonic() + FINAL_STATUS_SECONDS
+        # The buffer answers a request sent now after it has read the learner's last message.
         self._asked = self._ask()
         while time.monotonic() < deadline:
             self._supervisor.poll()
-            if self._heard() is not None:
+            if self._receive_status() is not None:
                 break
             time.sleep(POLL_SECONDS)
         if self._last is None:
-            raise RunFailedError("the learner ended well, but the buffer never answered")
+            raise RunFailedError("the learner ended with status 0, but the buffer never answered")
         return self._last
 
     def _ask(self) -> Future[Message]:

@@ -1,1 +1,1 @@
-"""Which processes a run consists of, and who starts, watches and ends them."""
+"""The processes of a run: their command lines, their start, supervision and end."""

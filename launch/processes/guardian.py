@@ -1,9 +1,11 @@
-"""Outlives the launcher, however that ends, and removes whatever of the run is left: processes, sockets, memory.
+"""A process that outlives the launcher and removes what is left of the run: processes, sockets, shared memory.
 
-The launcher holds a `Guardian`; the process behind it, `python -m launch.processes.guardian`, is started before
-anything else and in a session of its own. It waits for: the end of its standard input, a pipe that only the launcher
-holds, so that the kernel closes it even after kill -9. By then the others have been asked to stop, by the launcher or
-by the kernel. Whoever is still there after the grace is killed, also when it is frozen.
+The launcher holds a `Guardian`. Its process, `python -m launch.processes.guardian`, starts before all others, in a
+session of its own.
+
+Waits for: the end of its standard input, a pipe that only the launcher holds; the kernel closes it even after kill -9.
+By then the launcher or the kernel has sent SIGTERM to the others. Gives up after: the grace period; processes that are
+left, frozen ones too, are then killed.
 """
 
 from __future__ import annotations
@@ -19,29 +21,29 @@ import uuid
 from pathlib import Path
 
 from buffer.weights.config import MEMORY_VARIABLE
-from launch.processes.process_tree import MARK, kill, marked
+from launch.processes.process_tree import MARK, kill, marked_processes
 
 SHARED_MEMORY = Path("/dev/shm")
 TICK_SECONDS = 0.05
 KILLING_SECONDS = 10.0
-"""How long it takes at most until the kernel has buried everyone."""
+"""How long killed processes may take to disappear."""
 LONGEST_TEMPORARY_PATH = 40
-"""Sockets get names below the temporary folder, and the kernel allows 107 characters for all of it."""
+"""In characters. Sockets lie in the temporary folder, and the kernel allows a socket's path 107 characters."""
 
 
 class Guardian:
-    """The launcher's hold on a run: its mark, its temporary folders, and the process that clears all away.
+    """The run's mark, its temporary folders, and the guardian process. The launcher must call `close`.
 
     Args:
         grace_seconds: how long the run may take to end after the launcher has been killed.
-        compiled: folder for compiled kernels, which are worth keeping longer than a run.
+        compiled: folder for compiled kernels, which later runs use again.
     """
 
     def __init__(self, grace_seconds: float, compiled: Path) -> None:
         self.run_mark = uuid.uuid4().hex
         short = len(tempfile.gettempdir()) <= LONGEST_TEMPORARY_PATH
         self.folder = tempfile.mkdtemp(prefix="slipstream-", dir=None if short else "/tmp")
-        # Some containers have no shared memory; versions of the weights then lie in the run directory.
+        # Without shared memory, as in some containers, the weights are published in the run directory.
         usable = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
         self.memory = tempfile.mkdtemp(prefix="slipstream-", dir=SHARED_MEMORY) if usable else ""
         self.environment = {
@@ -50,7 +52,7 @@ class Guardian:
             MEMORY_VARIABLE: self.memory,
             "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled)),
         }
-        """What every process of the run must inherit."""
+        """Variables that every process of the run must inherit."""
         root = str(Path(__file__).resolve().parents[2])
         self._process = subprocess.Popen(
             [
@@ -69,22 +71,25 @@ class Guardian:
         )
 
     def close(self) -> None:
-        """The run is over. Waits for: the guardian to find nobody left. Gives up after: its own grace and killing."""
+        """Clean up after the run.
+
+        Waits for: the guardian's end. Gives up after: the guardian's own grace period and killing time.
+        """
         self._process.communicate()
 
 
 def guard(run_mark: str, grace_seconds: float, *folders: str) -> None:
-    """Wait for the launcher's end, then for the run's, then clean up."""
-    # Whoever ends all of a person's processes politely asks the launcher too, and that one decides.
+    """Wait for the end of the launcher and of the run's processes, kill those that are left, remove the folders."""
+    # A signal to all of a user's processes reaches the launcher too; the guardian follows the launcher.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     while os.read(sys.stdin.fileno(), 1 << 12):
         pass
     deadline = time.monotonic() + grace_seconds
-    while time.monotonic() < deadline and marked(run_mark):
+    while time.monotonic() < deadline and marked_processes(run_mark):
         time.sleep(TICK_SECONDS)
     deadline = time.monotonic() + KILLING_SECONDS
-    while time.monotonic() < deadline and (left := marked(run_mark)):
+    while time.monotonic() < deadline and (left := marked_processes(run_mark)):
         kill(left)
         time.sleep(TICK_SECONDS)
     for folder in filter(None, folders):

@@ -1,7 +1,7 @@
-"""The processes of a run, known by a mark in their environment, whatever group or session they put themselves in.
+"""Finds all processes of a run by a mark in their environment, in whatever process group or session they are.
 
-A process hands its environment to all it starts, so the mark finds vLLM's engines, torchrun's ranks and the verifier's
-workers too. Standard library only: the guardian starts with it in a moment.
+Child processes inherit the environment, so the mark finds vLLM's engines, torchrun's ranks and the verifier's workers
+too. Standard library only, so that the guardian starts quickly.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MARK = "SLIPSTREAM_PROCESS"
-"""Environment variable that holds RUN.NAME, where RUN is drawn anew by every launcher."""
+"""Environment variable with the value RUN.NAME. Every launcher makes a new random RUN."""
 _MARKED = re.compile(rb"(?:^|\0)%s=([^\0]*)" % MARK.encode())
 _SHARED_MEMORY = re.compile(r" (/dev/shm/\S+)$", re.MULTILINE)
 
 
-def marked(prefix: str) -> dict[int, str]:
-    """Living processes by id, with their mark: those whose mark is `prefix`, or goes on with a dot after it."""
+def marked_processes(prefix: str) -> dict[int, str]:
+    """Ids and marks of the living processes whose mark is `prefix` or begins with `prefix` and a dot."""
     found = {}
     for folder in Path("/proc").iterdir():
-        # Other users' processes cannot be read, and any may end meanwhile.
+        # OSError: a process of another user, or one that has just ended.
         with contextlib.suppress(OSError):
             mark = _MARKED.search((folder / "environ").read_bytes()) if folder.name.isdigit() else None
             if mark is not None and f"{mark[1].decode(errors='replace')}.".startswith(f"{prefix}."):
@@ -32,20 +32,20 @@ def marked(prefix: str) -> dict[int, str]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process was halted by SIGSTOP; one under a debugger is not."""
+    """Whether a process is halted by SIGSTOP; a process under a debugger does not count."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return False
-    # The name before it may hold anything, even spaces and brackets.
+    # The process name before it may contain spaces and brackets.
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def kill(pids: Iterable[int]) -> None:
-    """SIGKILL, which also ends what is halted, and remove the shared memory they could not remove themselves.
+    """Send SIGKILL, which also ends halted processes, and remove the shared memory that they leave.
 
-    Spared are the resource trackers of Python's multiprocessing: they end by themselves once nobody is left who shares
-    anything, and remove what the dead have shared.
+    Resource trackers of Python's multiprocessing are not killed. A tracker removes the shared objects of dead processes
+    and ends by itself when no process uses it any more.
     """
     pids = list(pids)
     shared = {path for pid in pids for path in _shared_memory(pid)}
@@ -64,7 +64,7 @@ def _is_tracker(pid: int) -> bool:
 
 
 def _shared_memory(pid: int) -> set[Path]:
-    """Named segments that a process has mapped; those without a name any more end with it."""
+    """Named segments that a process has mapped. The kernel frees unlinked ones when the process ends."""
     try:
         mapped = Path(f"/proc/{pid}/maps").read_text(errors="replace")
     except OSError:

@@ -1,6 +1,6 @@
-"""Whether the versions of the weights fit in /dev/shm, seen before the run. A container has 64 MB there by default.
+"""Checks before the run whether the published weights fit in /dev/shm, which has 64 MB in a container by default.
 
-Where they do not fit, the run goes on with its versions in RUN_DIR: slower to publish, never out of room in the middle.
+If they do not fit, the run publishes in RUN_DIR instead. That is slower, but cannot run out of memory later.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from learner.config import LearnerConfig, LoraConfig
 
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EXCHANGE_BYTES_PER_THREAD = 4 << 20
-"""On a CPU, vLLM's workers of one engine exchange results in shared memory, with a buffer for every thread of each."""
+"""On a CPU, the workers of one vLLM engine exchange results in shared memory, one buffer per thread of each worker."""
 
 
-def lack_of_shared_memory(plan: RunPlan) -> str:
-    """Why the versions cannot lie in shared memory, and the way out, in one sentence; nothing where they can.
+def shared_memory_shortage(plan: RunPlan) -> str:
+    """One sentence if the published weights do not fit in shared memory, with the way out; empty if they fit.
 
-    The model's folder must be known. Relays have the shared memory of other hosts.
+    The model's folder must exist. Relays are not counted: they use the shared memory of other hosts.
     """
     weights = read_section(WeightsConfig, plan.sections["weights"], "weights")
     if not weights.shared_memory:
@@ -43,7 +43,7 @@ def lack_of_shared_memory(plan: RunPlan) -> str:
         _exchanged_bytes(plan),
     )
     wanted = count * each + exchanged
-    # What lies there is memory, and counts towards the container's limit.
+    # Shared memory counts towards the container's memory limit too.
     free, memory = free_bytes(), available_memory_bytes()
     if wanted <= min(free, memory):
         return ""
@@ -60,25 +60,25 @@ def lack_of_shared_memory(plan: RunPlan) -> str:
 
 
 def free_bytes() -> int:
-    """What is free in /dev/shm; 0 where there is no such folder, or it may not be written."""
+    """Free bytes in /dev/shm; 0 if it does not exist or is not writable."""
     return shutil.disk_usage(SHARED_MEMORY).free if os.access(SHARED_MEMORY, os.W_OK) else 0
 
 
 def version_bytes(sections: Mapping[str, Any]) -> int:
-    """The size of one published version: adapters alone, a record of device memory, or every tensor of the model."""
+    """Size of one published version: all tensors of the model, the adapters alone, or a record of device memory."""
     if sections["weights"]["transport"] != "file":
         return RECORD_BYTES
     folder, learner = Path(sections["model"]["path"]), read_section(LearnerConfig, sections["learner"], "learner")
     lora = learner.lora
     if lora.publishes_adapters:
-        # Two matrices in float32 beside every layer, [rank, in] and [out, rank].
+        # Each target layer has two float32 matrices, [rank, in] and [out, rank].
         sides = [sum(shape) for name, shape in folder_layers(folder).items() if _is_target(name, lora)]
         return sum(4 * lora.rank * side + 2 * ALIGNMENT_BYTES for side in sides)
     number_bytes = NUMBER_BYTES[learner.publish_dtype]
     shapes = folder_shapes(folder)
     if shapes:
         return sum(math.prod(shape) * number_bytes + ALIGNMENT_BYTES for shape in shapes.values())
-    # Other files do not say what is in them; their numbers most likely have the size of those that are published.
+    # Shapes in .bin files are unknown. Assume that their dtype has the size of the published dtype.
     return sum(path.stat().st_size for path in folder.glob("pytorch_model*.bin"))
 
 

@@ -1,9 +1,8 @@
-"""Starts a run's processes, watches them, restarts those that fail, and ends them all together.
+"""Starts a run's processes, restarts those that fail, and ends all of them together.
 
-Actors, buffer and learner come back from durable state, a bounded number of times without progress in between. The
-learner is the run's clock: when it ends well, the run is over. Ending is a promise: after `stop` no process of the run
-is left, nor any that these have started, in whatever process group or session they put it; and when the launcher is
-killed before it can stop anybody, the guardian does.
+Actors, buffer and learner continue from durable state. Each is restarted a limited number of times without progress of
+the run in between. The run is over when the learner exits with status 0. `stop` leaves no process of the run and no
+descendant, in whatever process group or session. If the launcher is killed, the guardian does the same.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from launch.processes.process_tree import MARK, is_stopped, kill, marked
+from launch.processes.process_tree import MARK, is_stopped, kill, marked_processes
 from launch.processes.topology import ProcessSpec
 
 logger = logging.getLogger(__name__)
 
 NOT_WORTH_RETRYING = (2, 3)
-"""Exit statuses of a user's mistake and of a refused log-probability check: the next attempt would end the same."""
+"""Exit statuses of a user's mistake and of a failed log-probability check, which a restart would repeat."""
 LONGEST_BACKOFF_SECONDS = 30.0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
@@ -42,21 +41,21 @@ class _Child:
     process: subprocess.Popen[bytes]
     started: float
     num_restarts: int = 0
-    """Since the run last got ahead with it."""
+    """Restarts since the last progress of the run."""
     version_at_failure: int = -1
     restart_at: float = 0.0
     given_up: bool = False
 
 
 class Supervisor:
-    """The processes of one run. Whoever calls `start` calls `stop`, also when `start` fails.
+    """The processes of one run. The caller of `start` must call `stop`, even if `start` fails.
 
     Args:
         specs: in starting order.
-        log_dir: one log file per process, appended to over restarts.
-        max_restarts: per process, without progress in between.
-        healthy_seconds: how long a process must have lived until its restarts may be forgotten.
-        run_mark: the mark of everything the run starts.
+        log_dir: folder with one log file per process, to which restarts append.
+        max_restarts: per process, without progress of the run in between.
+        healthy_seconds: how long a restarted process must live before its restarts are forgotten.
+        run_mark: value of the environment variable by which the run's processes are found.
     """
 
     def __init__(
@@ -76,10 +75,10 @@ class Supervisor:
         self._children: list[_Child] = []
         self._newest_version = 0
         self.notes: dict[str, str] = {}
-        """What became of processes that failed, by name, until they are well again."""
+        """A sentence for each process that has failed, by name, until it counts as healthy again."""
 
     def start(self) -> None:
-        """Start all processes. Call it once, from the main thread: children end with the thread that started them."""
+        """Start all processes. Call once, from the main thread: a child gets SIGTERM when its starting thread ends."""
         self._log_dir.mkdir(parents=True, exist_ok=True)
         for spec in self._specs:
             mark = f"{self._run_mark}.{spec.name}"
@@ -87,20 +86,20 @@ class Supervisor:
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process id by name, of all that are not given up."""
+        """Process ids by name, without processes that were given up."""
         return {child.spec.name: child.process.pid for child in self._children if not child.given_up}
 
     def running_seconds(self) -> dict[str, float]:
-        """How long every process has been running, by name; those that are not are left out."""
+        """How long every running process has been running, by name."""
         now = time.monotonic()
         return {child.spec.name: now - child.started for child in self._children if child.process.poll() is None}
 
     def stopped(self) -> set[str]:
-        """Names of the processes that are halted by SIGSTOP, or have a descendant that is."""
-        return {mark.partition(".")[2] for pid, mark in marked(self._run_mark).items() if is_stopped(pid)}
+        """Names of the processes that are halted by SIGSTOP or have a halted descendant."""
+        return {mark.partition(".")[2] for pid, mark in marked_processes(self._run_mark).items() if is_stopped(pid)}
 
     def progress(self, policy_version: int) -> None:
-        """The run has got this far: what was restarted for it, and still lives, counts as well again."""
+        """Note the run's newest version. After progress, a restarted process that has lived long enough is healthy."""
         self._newest_version = max(self._newest_version, policy_version)
         for name, seconds in self.running_seconds().items():
             child = self._child(name)
@@ -110,21 +109,21 @@ class Supervisor:
                 self.notes.pop(name, None)
 
     def kill(self, name: str, reason: str) -> None:
-        """End a process that does not answer; `poll` finds it failed."""
+        """Kill a process that hangs; `poll` then restarts it."""
         child = self._child(name)
         logger.warning("%s %s: killed", name, reason)
-        _kill_family(child)
+        _kill_tree(child)
         child.process.wait()
 
-    def start_again(self, name: str) -> None:
-        """A process that has ended, well in its own opinion, is still needed."""
+    def restart(self, name: str) -> None:
+        """Restart a process that exited with status 0 before the run was finished."""
         self._schedule_restart(self._child(name), 0, time.monotonic())
 
     def poll(self) -> bool:
-        """Restart what failed. Returns True when the learner has ended well.
+        """Restart processes that failed. Returns True when the learner has exited with status 0.
 
         Raises:
-            RunFailedError: when a process is not worth restarting any more, and the run cannot do without it.
+            RunFailedError: a process that the run needs has failed for good.
         """
         now = time.monotonic()
         for child in self._children:
@@ -143,8 +142,8 @@ class Supervisor:
     def _schedule_restart(self, child: _Child, status: int, now: float) -> None:
         log = self._log_path(child.spec)
         failed = f"{child.spec.name} ended with status {status}; its log is {log}"
-        # What it started may have outlived it.
-        _kill_family(child)
+        # Its descendants may still be running.
+        _kill_tree(child)
         if status in NOT_WORTH_RETRYING or child.num_restarts >= self._max_restarts:
             self._give_up(child, f"{failed}\n{last_line(log)}")
             return
@@ -157,7 +156,7 @@ class Supervisor:
         logger.warning("%s; restart %d in %.0f s", failed, child.num_restarts, backoff)
 
     def _give_up(self, child: _Child, why: str) -> None:
-        """The run goes on as long as it has what it needs: buffer, learner and one actor."""
+        """Stop restarting a process. The run goes on while it has its buffer, its learner and one actor."""
         child.given_up = True
         role = child.spec.role
         no_actor = all(other.given_up for other in self._children if other.spec.role == "actor")
@@ -170,9 +169,10 @@ class Supervisor:
         return next(child for child in self._children if child.spec.name == name)
 
     def stop(self, grace_seconds: float) -> None:
-        """End everything: the learner, which may write a checkpoint for `grace_seconds`, and then the buffer it needs.
+        """End all processes, the buffer last, because the learner reports its checkpoint to it.
 
-        Waits for: every process. Gives up after: the grace and one more second, by killing what is left.
+        Waits for: the learner's checkpoint, for up to `grace_seconds`, then every process. Gives up after: one more
+        second; processes that are left are then killed, with their descendants.
         """
         buffers = [child for child in self._children if child.spec.role == "buffer"]
         others = [child for child in self._children if child.spec.role != "buffer"]
@@ -181,7 +181,7 @@ class Supervisor:
         _ask_to_end(buffers)
         _wait(self._children, 1.0)
         for child in self._children:
-            _kill_family(child)
+            _kill_tree(child)
             child.process.wait()
 
     def _start(self, spec: ProcessSpec, mark: str) -> subprocess.Popen[bytes]:
@@ -193,9 +193,9 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **spec.environment, MARK: mark},
-                # A session of its own: Ctrl-C reaches only the launcher, which ends the others in order.
+                # In a session of its own, so that Ctrl-C reaches only the launcher, which ends the others in order.
                 start_new_session=True,
-                # Safe beside threads: it only makes system calls.
+                # Safe despite other threads: the function only makes system calls.
                 preexec_fn=partial(_end_with_the_launcher, os.getpid()),  # noqa: PLW1509
             )
 
@@ -204,7 +204,7 @@ class Supervisor:
 
 
 def _end_with_the_launcher(launcher: int) -> None:
-    """Runs in the child: the kernel sends SIGTERM when the launcher is gone, however it went."""
+    """In the child: ask the kernel for SIGTERM when the launcher ends, for whatever reason."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:
         os._exit(1)
@@ -222,13 +222,13 @@ def _wait(children: Sequence[_Child], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _kill_family(child: _Child) -> None:
-    """Kill a process and all it has started, also after it is gone itself."""
+def _kill_tree(child: _Child) -> None:
+    """Kill a process and its descendants, even if the process itself has ended."""
     child.process.kill()
-    kill(marked(child.mark))
+    kill(marked_processes(child.mark))
 
 
 def last_line(log: Path) -> str:
-    """How a log ends, for the message of a failure."""
+    """The last line of a log, for an error message."""
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "(its log is empty)"

@@ -1,4 +1,4 @@
-"""Which processes a run consists of: command lines, environment and cores. Starts nothing."""
+"""The processes of a run: command line, environment and cores of each. Starts nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from buffer.machine import THREADS_VARIABLE
-from launch.config.devices import VISIBLE, own_devices
+from launch.config.devices import VISIBLE, assign_devices
 from launch.config.plan import RunPlan
 from learner.models.cpu_heap import heap_environment
 
@@ -29,7 +29,7 @@ class ProcessSpec:
 
     @property
     def command_line(self) -> str:
-        """What a person would type, in any folder, to start it alone."""
+        """The shell command that starts this process alone, from any folder."""
         return shlex.join(["env", *(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
 
@@ -40,24 +40,24 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
     num_ranks = plan.sections["learner"]["num_ranks"]
     devices = [""] * (1 + num_actors)
     if plan.cluster.separate_devices:
-        devices = own_devices(num_ranks, num_actors, plan.sections["actor"]["tensor_parallel_size"])
-    # torchrun by itself would hide a rank's exit status.
+        devices = assign_devices(num_ranks, num_actors, plan.sections["actor"]["tensor_parallel_size"])
+    # `learner.distributed.ranks` runs torchrun and keeps a rank's exit status, which torchrun alone would hide.
     ranks = (
         ("-m", "learner.distributed.ranks", str(num_ranks), run_dir) if num_ranks > 1 else ("-m", "learner", run_dir)
     )
     learner = _spec("learner", "learner", ranks, num_threads=plan.cores.learner_threads, devices=devices[0])
     specs.append(replace(learner, environment=learner.environment | heap_environment()))
     cores, num_threads = plan.cores.actors, plan.cores.actor_threads
-    keeping = ("--cores", ",".join(map(str, cores))) if cores else ()
+    pinning = ("--cores", ",".join(map(str, cores))) if cores else ()
     for index in range(num_actors):
         name = f"actor-{index}"
-        actor = ("-m", "actors", run_dir, *keeping, "--name", name)
+        actor = ("-m", "actors", run_dir, *pinning, "--name", name)
         specs.append(_spec("actor", name, actor, num_threads=num_threads, devices=devices[1 + index]))
     for index, runner in enumerate(plan.cluster.relays):
         name = f"relay-{index}"
-        # What stands before it runs it in a shell elsewhere, where nothing of this environment is known.
-        there = _relay(plan, "--name", name).command_line
-        specs.append(ProcessSpec("relay", name, (*shlex.split(runner), there), {}))
+        # The runner, such as ssh, executes the relay's command in a shell that does not have this environment.
+        relay_command = _relay(plan, "--name", name).command_line
+        specs.append(ProcessSpec("relay", name, (*shlex.split(runner), relay_command), {}))
     if plan.cluster.tensorboard:
         port = str(plan.cluster.tensorboard_port)
         command = ("-m", "tensorboard.main", "--logdir", f"{run_dir}/tensorboard", "--port", port)
@@ -65,13 +65,13 @@ def processes(plan: RunPlan) -> list[ProcessSpec]:
     return specs
 
 
-def another_actor(plan: RunPlan) -> str:
-    """What a person types to add an actor to the run; it names itself."""
+def actor_join_command(plan: RunPlan) -> str:
+    """The command that adds an actor to the run. The actor chooses its name itself."""
     return _spec("actor", "", ("-m", "actors", str(plan.run_dir))).command_line
 
 
-def another_relay(plan: RunPlan) -> str:
-    """What a person types on another host to start a relay there, beside its actors."""
+def relay_join_command(plan: RunPlan) -> str:
+    """The command that starts a relay on another host, for the actors of that host."""
     return _relay(plan).command_line
 
 
@@ -83,11 +83,11 @@ def _spec(role: str, name: str, arguments: Sequence[str], num_threads: int = 1, 
     """A Python process.
 
     Args:
-        role: as in `ProcessSpec`, like `name`.
+        role: as in `ProcessSpec`.
         name: of the process.
         arguments: for Python.
-        num_threads: of its numerical libraries, which otherwise start one per core of the host when they are imported.
-        devices: the CUDA devices it sees; empty: as the launcher does.
+        num_threads: threads of the numerical libraries, whose default is one per core of the host.
+        devices: visible CUDA devices; empty: those that the launcher sees.
     """
     environment = {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),

@@ -1,7 +1,6 @@
-"""Finds processes that live and do nothing: halted, silent, or without an answer. The supervisor kills what is found.
+"""Finds processes that are alive but do nothing: halted, silent, or not answering. The supervisor then kills them.
 
-A process that ends is the supervisor's business; this is about those that do not end. Time in which the launcher itself
-was frozen counts for nobody.
+Processes that have ended are left to the supervisor. Time in which the launcher itself was frozen is not counted.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ from collections.abc import Mapping, Set
 from buffer.transport.messages import Status
 
 LONGEST_TURN_SECONDS = 1.0
-"""A turn of the launcher takes less; what it takes longer it was not there to see."""
+"""Longest plausible time between two turns. Any time above it was spent frozen and is not counted."""
 CONFIRMING_SECONDS = 5.0
-"""A buffer that was frozen calls everybody silent until it has read what was sent to it meanwhile."""
+"""Time that silence must last to count: a buffer that was frozen reports silence until it has read its messages."""
 
 
 class Watch:
-    """Call `turn` every time the launcher looks after its processes.
+    """Call `turn` in every pass of the launcher's loop.
 
     Args:
-        hung_seconds: how long nothing may be heard of a process; 0: for ever.
+        hung_seconds: how long a process may be halted, silent or not answering; 0: for ever.
     """
 
     def __init__(self, hung_seconds: float) -> None:
@@ -33,19 +32,22 @@ class Watch:
 
     @property
     def unanswered_seconds(self) -> float:
-        """How long the buffer has not answered; 0 before its first answer."""
+        """Time since the buffer's last answer; 0 before its first."""
         return 0.0 if self._answered_at is None else self._awake - self._answered_at
 
     def turn(
         self, now: float, status: Status | None, stopped: Set[str], running_seconds: Mapping[str, float]
     ) -> dict[str, str]:
-        """Who hangs, and why it is thought so.
+        """Find the processes that hang.
 
         Args:
-            now: of a monotonic clock.
-            status: the buffer's answer, if one came since the last turn.
-            stopped: names of the processes that are halted.
-            running_seconds: how long each has been running, by name.
+            now: time of a monotonic clock.
+            status: the buffer's answer if one has arrived since the last turn.
+            stopped: names of the halted processes.
+            running_seconds: how long each process has been running, by name.
+
+        Returns:
+            The reason for each, by name.
         """
         self._awake += min(now - self._last_turn, LONGEST_TURN_SECONDS) if self._last_turn else 0.0
         self._last_turn = now
@@ -58,7 +60,7 @@ class Watch:
         for name, seconds in running_seconds.items():
             if self._lasts(name, "halted", name in stopped) > self._hung_seconds:
                 hung[name] = f"was halted for {self._hung_seconds:.0f} s"
-            # What was heard before this process started was said by its predecessor.
+            # Silence longer than this process has been running is its predecessor's.
             silent = self._hung_seconds < self._silent.get(name, 0.0) < seconds
             if self._lasts(name, "silent", silent) > CONFIRMING_SECONDS and self.unanswered_seconds < 1.0:
                 hung[name] = f"was silent for {self._hung_seconds:.0f} s"
@@ -67,7 +69,7 @@ class Watch:
         return hung
 
     def _lasts(self, name: str, what: str, holds: bool) -> float:
-        """For how long something has held without a break."""
+        """How long a condition has held for a process without a break."""
         if not holds:
             self._since.pop((name, what), None)
             return 0.0

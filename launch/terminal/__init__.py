@@ -1,1 +1,1 @@
-"""What a terminal shows during a run and at its end."""
+"""The terminal's output during a run and at its end."""

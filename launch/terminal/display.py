@@ -1,4 +1,4 @@
-"""The terminal while a run goes on: one live table where there is a terminal, one line every few seconds elsewhere."""
+"""Shows a run's status: a live table on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.table import Table
 from buffer.transport.messages import Peer, StageStatus, Status
 
 PLAIN_SECONDS = 10.0
-"""Between lines where standard output is not a terminal."""
+"""Interval between lines if standard output is not a terminal."""
 SILENT_SECONDS = 5.0
-"""Silence after which a process is shown as such."""
+"""Silence after which a process is shown as silent."""
 FORGOTTEN_SECONDS = 60.0
-"""Silence after which a process that the launcher did not start is not shown any more."""
+"""Silence after which an actor that the launcher did not start is no longer shown."""
 LONG_WAIT_SECONDS = 5.0
-"""Shorter waits are shown without their length: they come and go."""
+"""Shortest wait that is shown with its length; shorter ones are normal."""
 WAITS_SHOWN = 5
 WORKING = "working"
 WARNINGS = {
@@ -34,11 +34,11 @@ WARNINGS = {
     "far_batches": (1, "batches far off-policy so far: {:.0f}, its log says by which bound"),
     "batches_without_signal": (3, "nothing to learn from {:.0f} batches in a row, its log says why"),
 }
-"""Metrics that a person should hear of, and from which value on."""
+"""Metrics of a process that are shown as a warning, each with its smallest value to show."""
 
 
 class Display:
-    """Use as a context manager around the run."""
+    """The output of one run. Use as a context manager around the run."""
 
     def __init__(self, console: Console, total_steps: int) -> None:
         self._console = console
@@ -46,7 +46,7 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns, console=console, auto_refresh=False, speed_estimate_period=60)
         self._bar = self._progress.add_task("starting", total=total_steps)
-        # Refreshed by the supervising loop: a thread of its own could be caught in a fork.
+        # The launcher's loop refreshes the table. A refreshing thread could hold a lock during a fork.
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._next_line = 0.0
         self._last_version = -1
@@ -60,7 +60,7 @@ class Display:
         self._live.stop()
 
     def pretraining(self, step: int, steps: int, loss: float) -> None:
-        """The base model is being made."""
+        """Show the progress of the base model's pretraining."""
         self._progress.update(self._bar, description="pretraining the base model", completed=step, total=steps)
         if self._console.is_terminal:
             self._live.update(Group(self._progress, f"loss {loss:.3f}"), refresh=True)
@@ -69,7 +69,7 @@ class Display:
             self._console.print(f"pretraining the base model: step {step}/{steps}, loss {loss:.3f}")
 
     def starting(self, seconds: float, notes: Sequence[str] = ()) -> None:
-        """The processes are not up yet."""
+        """Show that the processes are starting."""
         if self._console.is_terminal:
             text = f"starting vLLM and DeepSpeed, {seconds:.0f} s (about half a minute)"
             self._progress.update(self._bar, description=text, completed=0, total=self._total_steps)
@@ -77,16 +77,20 @@ class Display:
         elif notes:
             self._print_line(f"starting, {seconds:.0f} s; {'; '.join(notes)}")
 
-    def status(self, status: Status, notes: Sequence[str] = (), own: Set[str] = frozenset()) -> None:
-        """What the buffer knows of everybody.
+    def status(self, status: Status, notes: Sequence[str] = (), started: Set[str] = frozenset()) -> None:
+        """Show the status of all processes.
 
         Args:
-            status: its answer.
-            notes: what the launcher knows itself, a sentence each.
-            own: names of the launcher's processes; of those it did not start, the silent ones are soon forgotten.
+            status: the buffer's answer.
+            notes: the launcher's own sentences.
+            started: names of the processes that the launcher started; other actors are hidden once they are silent.
         """
-        stays = [p for p in status.peers if p.role != "actor" or p.name in own or p.silent_seconds < FORGOTTEN_SECONDS]
-        status = replace(status, peers=tuple(stays))
+        shown = [
+            peer
+            for peer in status.peers
+            if peer.role != "actor" or peer.name in started or peer.silent_seconds < FORGOTTEN_SECONDS
+        ]
+        status = replace(status, peers=tuple(shown))
         notes = [*_warnings(status), *notes]
         if self._console.is_terminal:
             self._progress.update(
@@ -145,13 +149,13 @@ def _table(status: Status) -> Table:
 
 
 def _dropped(status: Status) -> str:
-    """`12 no_signal, 3 stale`; empty when nothing was dropped."""
+    """Dropped groups by reason, such as `12 no_signal, 3 stale`; empty if none was dropped."""
     reasons = {name.partition(":")[2]: n for name, n in sorted(status.counts.items()) if name.startswith("dropped:")}
     return ", ".join(f"{number} {reason}" for reason, number in reasons.items() if number)
 
 
 def _stage(stage: StageStatus) -> list[str]:
-    """Where the curriculum is; nothing where there is none and no prompt is passed over."""
+    """The state of the curriculum; empty if it has one stage and passes over no prompt."""
     if stage.num_stages == 1 and not stage.num_passed_over:
         return []
     text = f"stage {stage.stage} of {stage.num_stages}"
@@ -171,7 +175,7 @@ def _since(seconds: float) -> str:
 
 
 def _warnings(status: Status) -> list[str]:
-    """What processes count that nobody wishes for."""
+    """A sentence for every metric in `WARNINGS` that is high enough."""
     found = []
     for peer in status.peers:
         for name, (least, text) in WARNINGS.items():
@@ -181,5 +185,5 @@ def _warnings(status: Status) -> list[str]:
 
 
 def _learner_metrics(status: Status) -> dict[str, float]:
-    """Of rank 0, which reports for all."""
+    """Metrics of rank 0, which reports for all ranks."""
     return next((peer.metrics for peer in status.peers if peer.name == "learner-0"), {})

@@ -1,4 +1,4 @@
-"""What a run came to: RUN_DIR/summary.json and the small table at its end."""
+"""The results of a run: RUN_DIR/summary.json and the table at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from buffer.transport.messages import EvaluationReport, Status
 
 @dataclass(frozen=True)
 class Summary:
-    """Rates and shares are counted from the end of the first step on; None: nothing was measured."""
+    """Rates and idle fractions are measured from the end of the first step; None: not measured."""
 
     pass_at_1_before: float | None
     pass_at_1_after: float | None
@@ -27,16 +27,16 @@ class Summary:
     tokens_per_second: float | None
     """Completion tokens trained on per second."""
     actor_idle_fraction: float | None
-    """Mean over actors of the time without any request in the engine."""
+    """Share of time without any request in the engine, mean over actors."""
     learner_idle_fraction: float | None
-    """Time spent waiting for batches."""
+    """Share of time spent waiting for batches."""
     staleness_mean: float
     staleness_max: int
     wall_seconds: float
 
 
 def summarize_run(run_dir: Path, status: Status, wall_seconds: float) -> Summary:
-    """From the buffer's last words and the ledger's file."""
+    """Summarize the buffer's final status and the ledger's file."""
     reports = sorted(status.reports, key=lambda report: report.requested_version)
     learner = next((peer.metrics for peer in status.peers if peer.name == "learner-0"), {})
     ledger = audit(run_dir)
@@ -60,12 +60,12 @@ def _last(reports: list[EvaluationReport], policy_version: int) -> float | None:
 
 
 def write_summary(summary: Summary, run_dir: Path) -> None:
-    """RUN_DIR/summary.json."""
+    """Write RUN_DIR/summary.json."""
     (run_dir / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
 
 
 def print_summary(summary: Summary, run_dir: Path, checkpoint: Path | None, console: Console) -> None:
-    """The table a person reads at the end."""
+    """Print the table, the checkpoint's folder and the command that shows the curves."""
     table = Table(show_header=False, title=f"run {escape(run_dir.name)}", title_justify="left")
     table.add_row(
         "pass@1 on held-out prompts",
@@ -81,7 +81,7 @@ def print_summary(summary: Summary, run_dir: Path, checkpoint: Path | None, cons
     table.add_row("staleness", f"{summary.staleness_mean:.2f} mean, {summary.staleness_max} max")
     table.add_row("wall clock", f"{summary.wall_seconds:.0f} s")
     console.print(table)
-    # Below the table, whole and in one piece, so that they can be copied from a narrow terminal.
+    # Not in the table, so that they can be copied from a narrow terminal in one piece.
     if checkpoint is not None:
         console.print(f"checkpoint: {checkpoint / 'policy'}", soft_wrap=True, markup=False)
     command = shlex.join(["tensorboard", "--logdir", str(run_dir / "tensorboard")])

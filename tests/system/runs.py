@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.processes.process_tree import marked
+from launch.processes.process_tree import marked_processes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL_RUN = (
@@ -56,7 +56,7 @@ class Traces:
 
     def left(self) -> list[object]:
         """The processes and files that still exist."""
-        return [*marked(self.run_mark), *(path for path in self.files if path.exists())]
+        return [*marked_processes(self.run_mark), *(path for path in self.files if path.exists())]
 
 
 def finish(process: subprocess.Popen[str], run_dir: Path, timeout_seconds: float = 300.0) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.processes.guardian import Guardian
-from launch.processes.process_tree import is_stopped, marked
+from launch.processes.process_tree import is_stopped, marked_processes
 
 ROOT = Path(__file__).parents[3]
 LAUNCHER = """
@@ -66,11 +66,11 @@ def kill(launcher: subprocess.Popen[str]) -> None:
 
 def test_nothing_is_left_of_a_run_whose_launcher_was_killed():
     launcher, mark, folder, pid, memory = launch(STUBBORN)
-    assert len(marked(mark)) == 2
-    assert pid in marked(mark)
+    assert len(marked_processes(mark)) == 2
+    assert pid in marked_processes(mark)
     assert list(folder.rglob("socket")) and memory.startswith("/dev/shm/") and list(Path(memory).iterdir())
     kill(launcher)
-    wait_for(lambda: not marked(mark) and not folder.exists() and not Path(memory).exists())
+    wait_for(lambda: not marked_processes(mark) and not folder.exists() and not Path(memory).exists())
 
 
 def test_a_process_that_is_frozen_while_the_launcher_dies_does_not_stay():
@@ -78,7 +78,7 @@ def test_a_process_that_is_frozen_while_the_launcher_dies_does_not_stay():
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: is_stopped(pid))
     kill(launcher)
-    wait_for(lambda: not marked(mark) and not folder.exists())
+    wait_for(lambda: not marked_processes(mark) and not folder.exists())
 
 
 def test_shared_memory_goes_with_those_who_shared_it():
@@ -92,7 +92,7 @@ time.sleep(60)
     segment = Path("/dev/shm") / name
     assert segment.exists()
     kill(launcher)
-    wait_for(lambda: not marked(mark) and not segment.exists())
+    wait_for(lambda: not marked_processes(mark) and not segment.exists())
 
 
 def test_whoever_ends_within_the_grace_is_not_killed(tmp_path: Path):
@@ -110,7 +110,7 @@ Path({str(tmp_path / "checkpoint")!r}).touch()
     kill(launcher)
     wait_for(lambda: not folder.exists())
     assert (tmp_path / "checkpoint").exists()
-    assert not marked(mark)
+    assert not marked_processes(mark)
 
 
 def test_a_launcher_that_ends_in_order_waits_until_everything_is_clean(tmp_path: Path):
@@ -118,7 +118,7 @@ def test_a_launcher_that_ends_in_order_waits_until_everything_is_clean(tmp_path:
     assert len(guardian.folder) < 60
     environment = os.environ | guardian.environment
     child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], env=environment)
-    wait_for(lambda: list(marked(guardian.run_mark)) == [child.pid])
+    wait_for(lambda: list(marked_processes(guardian.run_mark)) == [child.pid])
     guardian.close()
     assert child.wait(timeout=5.0) == -signal.SIGKILL
     assert not Path(guardian.folder).exists()

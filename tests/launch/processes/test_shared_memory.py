@@ -9,7 +9,7 @@ from buffer.weights.device_handle import RECORD_BYTES
 from launch.config import cores
 from launch.config.adapters import folder_shapes
 from launch.processes import shared_memory
-from launch.processes.shared_memory import lack_of_shared_memory, version_bytes
+from launch.processes.shared_memory import shared_memory_shortage, version_bytes
 from tests.learner.samples import save_tiny_model
 
 MB = 1_000_000
@@ -84,9 +84,9 @@ def test_one_sentence_says_what_is_wanted_what_is_free_and_the_way_out(
     plan = make_plan(f"model.path={model_folder}", "weights.keep_versions=20")
     # 20 kept, one being written, two retired.
     machine(free=2300 * MB)
-    assert lack_of_shared_memory(plan) == ""
+    assert shared_memory_shortage(plan) == ""
     machine(free=2300 * MB - 1)
-    assert lack_of_shared_memory(plan) == (
+    assert shared_memory_shortage(plan) == (
         "note: the weights would take up to 2,300.0 MB of shared memory (23 versions of 100.0 MB), but /dev/shm has"
         f" 2,300.0 MB free, so they lie in {run_dir}/weights, which is slower; --shm-size=3g gives a container more of"
         " it"
@@ -95,14 +95,14 @@ def test_one_sentence_says_what_is_wanted_what_is_free_and_the_way_out(
 
 def test_shared_memory_beyond_the_containers_limit_is_none(machine: Any, make_plan: Any, model_folder: Path):
     machine(free=1 << 40, memory=50_000)
-    said = lack_of_shared_memory(make_plan(f"model.path={model_folder}"))
+    said = shared_memory_shortage(make_plan(f"model.path={model_folder}"))
     assert "0.1 MB of memory are free" in said and "--memory" in said and "--shm-size" not in said
 
 
 def test_who_wants_no_shared_memory_hears_nothing(machine: Any, make_plan: Any, model_folder: Path):
     machine(free=0)
-    assert lack_of_shared_memory(make_plan(f"model.path={model_folder}"))
-    assert lack_of_shared_memory(make_plan(f"model.path={model_folder}", "weights.shared_memory=false")) == ""
+    assert shared_memory_shortage(make_plan(f"model.path={model_folder}"))
+    assert shared_memory_shortage(make_plan(f"model.path={model_folder}", "weights.shared_memory=false")) == ""
 
 
 def test_a_machine_without_shared_memory_has_none_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -121,6 +121,6 @@ def test_workers_that_exchange_results_need_room_too(
     plan = make_plan(f"model.path={model_folder}", "actor.tensor_parallel_size=2", "cluster.num_actors=2")
     versions = 6 * version_bytes(plan.sections)
     machine(free=versions + 2 * 2 * 8 * (4 << 20))
-    assert lack_of_shared_memory(plan) == ""
+    assert shared_memory_shortage(plan) == ""
     machine(free=versions + 2 * 2 * 8 * (4 << 20) - 1)
-    assert "and 134.2 MB that vLLM's workers need in any case" in lack_of_shared_memory(plan)
+    assert "and 134.2 MB that vLLM's workers need in any case" in shared_memory_shortage(plan)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launch.config import cores
-from launch.processes.topology import ROOT, ProcessSpec, another_actor, another_relay, processes
+from launch.processes.topology import ROOT, ProcessSpec, actor_join_command, processes, relay_join_command
 
 
 @pytest.fixture
@@ -163,8 +163,8 @@ def test_a_command_line_can_be_typed_into_a_shell():
 
 def test_another_actor_needs_no_name_and_finds_our_packages_from_any_folder(make_plan: Any, run_dir: Any):
     plan = make_plan()
-    words = shlex.split(another_actor(plan))
+    words = shlex.split(actor_join_command(plan))
     assert words[0] == "env"
     assert f"PYTHONPATH={ROOT}" in words[1].split(os.pathsep)[0]
     assert words[-4:] == [sys.executable, "-m", "actors", str(run_dir)]
-    assert shlex.split(another_relay(plan))[-4:] == [sys.executable, "-m", "actors.relay", str(run_dir)]
+    assert shlex.split(relay_join_command(plan))[-4:] == [sys.executable, "-m", "actors.relay", str(run_dir)]

@@ -149,7 +149,7 @@ def test_an_actor_of_somebody_else_is_forgotten_when_it_is_gone():
     gone = [peer("actor", name, silent_seconds=100.0) for name in ("actor-0", "actor-host-7")]
     console, stream = plain_console()
     with Display(console, 40) as shown:
-        shown.status(status(*gone, peer("learner", "learner-0", silent_seconds=90.0)), own={"actor-0", "learner"})
+        shown.status(status(*gone, peer("learner", "learner-0", silent_seconds=90.0)), started={"actor-0", "learner"})
     assert stream.getvalue() == "step 12/40; actor-0 silent for 100 s, learner-0 silent for 90 s\n"
 
 
