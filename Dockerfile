@@ -1,6 +1,6 @@
 # docker build --target cpu|cuda -t slipstream .
 FROM python:3.12-slim AS base
-# vLLM and torch compile small kernels when they start.
+# g++: vLLM and torch compile small kernels when they start.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ make \
@@ -9,7 +9,7 @@ WORKDIR /slipstream
 ENV UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1
 ENTRYPOINT ["/slipstream/.venv/bin/python", "launch/cluster.py"]
 
-# The packages come before the sources: a change of the sources does not install them again.
+# Packages are installed before the sources are copied, so that a change of the sources does not repeat it.
 FROM base AS cpu
 COPY launch/setup.sh launch/install.py launch/
 COPY launch/locks/ launch/locks/

@@ -1,10 +1,10 @@
-# make train [ARGS="key=value ..."]   set everything up and run
+# make train [ARGS="key=value ..."]   set everything up and start a run
 # make test  [ARGS="tests/buffer"]    the whole test suite, or a part
-# make check                          format, lint, types, docs, tests
-# make docs                           the documentation as a site, in site/
-# make lock  [ARGS=--upgrade]         resolve the dependencies into launch/locks, keeping or raising versions
-# make matrix                         set-up, tests and a run from a fresh clone, with every Python that is found
-#   PYTHON=NAME_OR_PATH chooses the interpreter, ENGINE=cpu|cuda the vLLM to install; see docs/installation.md
+# make check                          formatting, lint, types, docs, tests
+# make docs                           build the documentation site in site/
+# make lock  [ARGS=--upgrade]         resolve the dependencies into launch/locks; --upgrade takes new versions
+# make matrix                         set-up, a run and the tests in a fresh clone, with every Python on this machine
+#   PYTHON=NAME_OR_PATH chooses the interpreter, ENGINE=cpu|cuda the vLLM to install (docs/installation.md)
 .PHONY: setup train test check lint docs format lock matrix clean
 
 PYTHON_ENV := .venv/bin/python
@@ -16,7 +16,7 @@ setup:
 train: setup
 	@$(PYTHON_ENV) launch/cluster.py $(ARGS)
 
-# Tests of single parts share the cores; those of whole runs have the machine to themselves.
+# System tests start whole runs, so they run one at a time.
 test: setup
 ifdef ARGS
 	@$(PYTHON_ENV) -m pytest $(ARGS)
@@ -30,7 +30,7 @@ lint: setup
 	@$(PYTHON_ENV) -m ruff check .
 	@$(PYTHON_ENV) -m mypy
 
-# Strict: a broken link ends it. mkdocs-material announces its successor at every build otherwise.
+# Strict by mkdocs.yml: a broken link is an error. The variable silences an advertisement of mkdocs-material.
 docs: setup
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON_ENV) -m mkdocs build --quiet
 

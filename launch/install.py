@@ -1,16 +1,16 @@
-"""Set-up: installs the packages of a lock into `.venv` at the root, or beside a Slipstream that pip installed.
+"""Set-up: installs the packages of a lock into `.venv` at the root, or into the environment of this interpreter.
 
-    python launch/install.py                  make or complete .venv (what `make` calls through launch/setup.sh)
-    python -m slipstream.launch.install --here    install the tested packages and a vLLM engine into this environment
+    python launch/install.py                      make or complete .venv (`make` calls this through launch/setup.sh)
+    python -m slipstream.launch.install --here    install the tested packages and vLLM into this environment
 
-Standard library only: it runs before anything is installed. A lock in `launch/locks/` names every package with the
-version that was tested, so it is installed without resolving anything. There is one per Python version and build:
+Uses the standard library only, because it runs before any package is installed. A lock in `launch/locks/` lists every
+package with the tested version, so no versions are resolved. There is one lock per Python version and build:
 
-* `cpu`: vLLM for CPUs beside torch's CPU build. The package index may have that build; if not, uv asks PyTorch's own.
-* `cpu-cuda-torch`: vLLM for CPUs beside torch's CUDA build, for where the CPU build cannot be had. Runs on the CPU.
+* `cpu`: vLLM for CPUs and torch's CPU build, from the user's package index or, through uv, from PyTorch's own.
+* `cpu-cuda-torch`: vLLM for CPUs and torch's CUDA build, if no index offers the CPU build. It runs on the CPU.
 * `cuda`: vLLM for CUDA.
 
-Safe to repeat and to interrupt. Exit status: 0; 2 with one sentence for what the user can mend; 130 after Ctrl-C.
+Safe to repeat and to interrupt. Exit status: 0; 2 with one sentence on a problem the user can solve; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCKS = Path(__file__).resolve().parent / "locks"
 PYTHONS = ((3, 11), (3, 12), (3, 13))
 DEV_MARK = "# Tests, lint and docs only:"
-"""In a lock, above the packages that a run does not need."""
+"""Line of a lock above the packages that a run does not need."""
 PROBE_SECONDS = 20.0
-"""How long PyTorch's own index may take to say whether it has the CPU build."""
+"""How long to wait for PyTorch's own index when asking it for the CPU build."""
 MIN_CUDA_DRIVER = 580
-"""First driver branch of CUDA 13, which the locked torch and vLLM are built with."""
+"""First driver branch for CUDA 13, with which the locked torch and vLLM are built."""
 
 
 class SetupError(Exception):
-    """One sentence: what is wrong, and the way out."""
+    """A problem that the user can solve. The message is one sentence: what is wrong, and the way out."""
 
 
 @dataclass(frozen=True)
 class Build:
-    """One of the sets of packages that were tested together."""
+    """A set of packages that were tested together."""
 
     lock: str
-    """Beginning of its locks' names."""
+    """Beginning of the names of its locks."""
     engine: str
-    """cpu | cuda: which vLLM."""
+    """cpu | cuda: the vLLM engine."""
     torch: str
-    """Suffix of torch's version; empty: whatever the index has."""
+    """Suffix of torch's version; empty: the build that the index offers without a suffix."""
     disk_bytes: int
-    """What it takes installed, measured with Python 3.12."""
+    """Installed size, measured with Python 3.12."""
     description: str
 
 
@@ -72,28 +72,28 @@ BUILDS = {build.lock: build for build in (CPU, CPU_CUDA_TORCH, CUDA)}
 
 
 def lock_path(build: Build, version: Sequence[int], folder: Path = LOCKS) -> Path:
-    """The lock of `build` for the Python `version`, whose first two numbers count."""
+    """The lock of `build` for a Python version, of which the first two numbers are used."""
     return folder / f"{build.lock}-{version[0]}.{version[1]}.txt"
 
 
 def locked(path: Path, *, dev: bool) -> list[str]:
-    """The requirements in a lock, `name==version` each; with `dev`, those for tests and lint too."""
+    """The requirements in a lock, `name==version` each. `dev` includes those for tests, lint and docs."""
     run, _, dev_only = path.read_text(encoding="utf-8").partition(DEV_MARK)
     lines = (run + dev_only if dev else run).splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
 def check_machine(system: str, machine: str, libc: tuple[str, str], python: str) -> None:
-    """Whether the locked packages exist for this machine and interpreter.
+    """Check that the locked packages exist for this machine and interpreter.
 
     Args:
-        system: as `platform.system` says.
-        machine: as `platform.machine` says.
-        libc: as `platform.libc_ver` says.
-        python: `cpython`, or what else the interpreter is.
+        system: from `platform.system`.
+        machine: from `platform.machine`.
+        libc: from `platform.libc_ver`.
+        python: from `interpreter_kind`.
 
     Raises:
-        SetupError: they do not.
+        SetupError: they do not exist.
     """
     if system != "Linux":
         raise SetupError(
@@ -103,8 +103,7 @@ def check_machine(system: str, machine: str, libc: tuple[str, str], python: str)
     if machine != "x86_64":
         raise SetupError(
             f"set-up was tested on x86-64 only and this machine is {machine}; on aarch64 wheels of all packages exist"
-            " but nobody has run them with Slipstream: `pip install '.[cuda]'` in an environment of your own, at your"
-            " own risk"
+            " but are untested with Slipstream: to try them, run `pip install '.[cuda]'` in an environment of your own"
         )
     if python != "cpython":
         raise SetupError(f"this Python is {python}, for which torch and vLLM have no wheels; use the standard CPython")
@@ -112,19 +111,19 @@ def check_machine(system: str, machine: str, libc: tuple[str, str], python: str)
     if name != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 28):
         raise SetupError(
             f"torch and vLLM need glibc 2.28 or newer and this system has {f'{name} {version}'.strip() or 'none'};"
-            " use a newer distribution or a container with one (Debian 10, Ubuntu 20.04, RHEL 8 and later have it)"
+            " use a newer distribution or container (Debian 10, Ubuntu 20.04, RHEL 8 and later have it)"
         )
 
 
 def interpreter_kind() -> str:
-    """`cpython`, or what makes this interpreter another one to wheels."""
+    """`cpython`, or the kind of interpreter for which there are no wheels."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "free-threaded CPython"
     return sys.implementation.name
 
 
 def driver_branch(path: Path = Path("/proc/driver/nvidia/version")) -> int | None:
-    """The branch (580 of 580.65.06) of the NVIDIA driver that is loaded; 0 where it does not say; None without one."""
+    """The branch of the loaded NVIDIA driver, such as 580 of 580.65.06; 0 if unknown; None without a driver."""
     if not path.exists():
         return None
     match = re.search(r"\b(\d{3,})\.\d+", path.read_text(encoding="utf-8", errors="replace"))
@@ -135,11 +134,11 @@ def wanted_engine(asked: str, branch: int | None) -> str:
     """`cpu` or `cuda`.
 
     Args:
-        asked: `cpu`, `cuda`, or nothing: CUDA's where a driver is loaded.
-        branch: as `driver_branch` says.
+        asked: `cpu`, `cuda`, or empty: `cuda` if a driver is loaded.
+        branch: from `driver_branch`.
 
     Raises:
-        SetupError: another name is asked for.
+        SetupError: `asked` is another name.
     """
     if asked not in ("", "cpu", "cuda"):
         raise SetupError(f"ENGINE={asked} is unknown; use ENGINE=cpu or ENGINE=cuda")
@@ -147,11 +146,11 @@ def wanted_engine(asked: str, branch: int | None) -> str:
 
 
 def uv_settings(pip_settings: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
-    """What uv must find in its environment to ask the same indexes in the same way as pip, which uv does not read.
+    """Environment variables that make uv use the same indexes as pip, whose settings uv does not read.
 
     Args:
-        pip_settings: names as in pip's configuration (`index-url`) and their values.
-        environment: what is set already; it stays as it is.
+        pip_settings: values by name, as in pip's configuration (`index-url`).
+        environment: variables that are set already; they are not overridden.
     """
     words = {name: value.split() for name, value in pip_settings.items()}
     first = {name: values[0] for name, values in words.items() if values}
@@ -165,7 +164,7 @@ def uv_settings(pip_settings: Mapping[str, str], environment: Mapping[str, str])
         "SSL_CLIENT_CERT": first.get("client-cert"),
         "HTTPS_PROXY": first.get("proxy"),
         "HTTP_PROXY": first.get("proxy"),
-        # pip takes the best version of all indexes; uv by default stops at the first that has the package.
+        # pip takes the best version of all indexes. uv by default stops at the first index that has the package.
         "UV_INDEX_STRATEGY": "unsafe-best-match" if words.get("extra-index-url") else None,
     }
     return {
@@ -176,7 +175,7 @@ def uv_settings(pip_settings: Mapping[str, str], environment: Mapping[str, str])
 
 
 def parse_pip_settings(listing: str) -> dict[str, str]:
-    """The settings in what `pip config list` prints: of the environment before `install`'s before global ones."""
+    """The settings in the output of `pip config list`. Environment overrides the section install, and that global."""
     found: dict[str, str] = {}
     for section in ("global", "install", ":env:"):
         for line in listing.splitlines():
@@ -186,7 +185,7 @@ def parse_pip_settings(listing: str) -> dict[str, str]:
     return found
 
 
-NETWORK_TROUBLE = re.compile(
+NETWORK_ERRORS = re.compile(
     r"(dns error|failed to lookup|Name or service not known|name resolution|Temporary failure|Connection refused"
     r"|Connection reset|Network is unreachable|timed out|error sending request|client error \(Connect\)"
     r"|Failed to establish a new connection|Max retries exceeded|ProxyError|Cannot connect to proxy|tunnel"
@@ -196,46 +195,49 @@ NETWORK_TROUBLE = re.compile(
 
 
 def explain(output: str, environment: Mapping[str, str]) -> str:
-    """One sentence on why the package index could not be asked; empty where the network is not to blame."""
-    trouble = NETWORK_TROUBLE.search(output)
-    if not trouble:
+    """One sentence on a network error in the output of pip or uv; empty if there is none."""
+    found = NETWORK_ERRORS.search(output)
+    if not found:
         return ""
-    if "certificate" in trouble[1].lower():
+    if "certificate" in found[1].lower():
         return (
-            f"the package index's certificate was not accepted ({trouble[1]}); behind a proxy that replaces"
-            " certificates set SSL_CERT_FILE and PIP_CERT to its own"
+            f"the package index's certificate was not accepted ({found[1]}); behind a proxy that replaces"
+            " certificates set SSL_CERT_FILE and PIP_CERT to the proxy's own"
         )
     proxies = {name.upper(): environment[name] for name in environment if name.lower() in ("https_proxy", "all_proxy")}
     through = ", ".join(f"{name}={without_password(value)}" for name, value in proxies.items() if value)
     way_out = (
-        f"it was asked through {through}: is that proxy right?"
+        f"it was asked through {through}; check that proxy"
         if through
         else "check the network; behind a proxy set HTTPS_PROXY, for a mirror set PIP_INDEX_URL"
     )
-    return f"the package index could not be reached ({trouble[1]}); {way_out}"
+    return f"the package index could not be reached ({found[1]}); {way_out}"
 
 
 def without_password(url: str) -> str:
-    """A URL as it may be shown."""
+    """A URL without its user name and password."""
     return re.sub(r"//[^/@]*@", "//***@", url)
 
 
 def say(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(f"setup: {text}", flush=True)
 
 
 class Installer:
-    """uv, or pip where uv cannot be had, working on one environment.
+    """Installs packages into one environment, with uv or, if uv is not available, with pip.
 
     Args:
         python: the environment's interpreter.
-        uv_requirement: the version of uv to install there; empty: never use uv.
+        uv_requirement: the version of uv to install there; empty: use pip.
+
+    Raises:
+        SetupError: neither is available.
     """
 
     def __init__(self, python: Path, uv_requirement: str) -> None:
         self.python = python
-        # A pip told to install for the user would refuse to work in an environment.
+        # With PIP_USER=1, pip refuses to install into an environment.
         self.environment = {**os.environ, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         self._pip = [str(python), "-m", "pip"]
         has_pip = subprocess.run([*self._pip, "--version"], capture_output=True, check=False).returncode == 0
@@ -248,7 +250,7 @@ class Installer:
 
     @property
     def is_uv(self) -> bool:
-        """Whether it is uv, which alone knows PyTorch's index."""
+        """Whether this is uv. Only uv knows the address of PyTorch's own index."""
         return bool(self._uv)
 
     def _find_uv(self, requirement: str, has_pip: bool) -> list[str]:
@@ -273,7 +275,7 @@ class Installer:
         """Whether the user's package index has `requirement` for this interpreter.
 
         Raises:
-            SetupError: it could not be asked.
+            SetupError: the index could not be reached.
         """
         options = ["install", "--dry-run", "--no-deps", requirement]
         if self._uv:
@@ -285,7 +287,7 @@ class Installer:
         return result.returncode == 0
 
     def torch_index_offers(self, requirement: str) -> bool:
-        """Whether PyTorch's own index, whose address uv knows, can be reached and has `requirement`."""
+        """Whether PyTorch's own index can be reached and has `requirement`."""
         command = [*self._uv, "pip", "install", "--dry-run", "--no-deps", "--torch-backend=cpu", requirement]
         quick = {"UV_HTTP_TIMEOUT": "5", "UV_HTTP_RETRIES": "0"}
         try:
@@ -295,12 +297,12 @@ class Installer:
         return result.returncode == 0
 
     def install(self, requirements: Sequence[str], *, from_torch_index: bool = False, again: bool = False) -> None:
-        """Install exactly these, without what they ask for; progress goes to the terminal.
+        """Install exactly these packages, without their dependencies. Shows the installer's progress.
 
         Args:
             requirements: `name==version` each.
-            from_torch_index: torch and what belongs to it come from PyTorch's index.
-            again: also what seems to be there: an interrupted installation can leave half a package behind.
+            from_torch_index: whether torch comes from PyTorch's own index.
+            again: reinstall packages that seem to be there; an interrupted installation can leave half a package.
 
         Raises:
             SetupError: something could not be installed.
@@ -324,11 +326,11 @@ class Installer:
         name = "uv" if self._uv else "pip"
         if free < 500_000_000:
             return f"the disk is full: {free / 1e6:.0f} MB are left where {self.python.parent.parent} lies; free some"
-        return f"{name} could not install the packages (its own message stands above); run the same command to go on"
+        return f"{name} could not install the packages (see its message above); run the same command to go on"
 
 
 def choose_build(engine: str, installer: Installer, torch_version: str) -> tuple[Build, bool]:
-    """Which build to install, and whether torch comes from PyTorch's index. Says which and why."""
+    """The build to install, and whether torch comes from PyTorch's own index. Prints why a larger build is taken."""
     if engine == "cuda":
         return CUDA, False
     cpu_torch = f"torch=={torch_version}{CPU.torch}"
@@ -339,7 +341,7 @@ def choose_build(engine: str, installer: Installer, torch_version: str) -> tuple
         if installer.torch_index_offers(cpu_torch):
             return CPU, True
     say(
-        f"{cpu_torch} cannot be had here, so torch's CUDA build takes its place: it runs on the CPU as well and is"
+        f"{cpu_torch} cannot be had here, so torch's CUDA build takes its place: it runs on the CPU too, but is"
         f" {(CPU_CUDA_TORCH.disk_bytes - CPU.disk_bytes) / 1e9:.1f} GB larger; with PyTorch's CPU index in"
         " PIP_EXTRA_INDEX_URL set-up takes the small one"
     )
@@ -347,10 +349,10 @@ def choose_build(engine: str, installer: Installer, torch_version: str) -> tuple
 
 
 def check_disk(folder: Path, wanted_bytes: int) -> None:
-    """Whether `folder` has room.
+    """Check that the disk of `folder` has room.
 
     Raises:
-        SetupError: it has not.
+        SetupError: it has too little.
     """
     free = shutil.disk_usage(folder).free
     if free < wanted_bytes:
@@ -362,27 +364,27 @@ def check_disk(folder: Path, wanted_bytes: int) -> None:
 
 @dataclass(frozen=True)
 class Environment:
-    """`.venv` and what set-up wrote down about it."""
+    """The folder `.venv`, with set-up's record of what is installed there."""
 
     folder: Path
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """The environment's interpreter."""
         return self.folder / "bin" / "python"
 
     @property
     def _ready(self) -> Path:
-        """What is installed, written when it is whole."""
+        """Record of a complete installation."""
         return self.folder / ".ready"
 
     @property
     def _installing(self) -> Path:
-        """What is being installed; becomes the other file at the end."""
+        """Record of an installation under way; renamed to `.ready` at its end."""
         return self.folder / ".installing"
 
     def version(self) -> tuple[int, int] | None:
-        """The Python it runs; None where it does not: half made, or its base interpreter is gone."""
+        """The version of its Python; None if it cannot run: half made, or its base interpreter is gone."""
         if not self.python.exists():
             return None
         command = [str(self.python), "-c", "import sys, pip; print(*sys.version_info[:2])"]
@@ -393,17 +395,17 @@ class Environment:
         return int(major), int(minor)
 
     def built_from(self) -> str:
-        """The digest of the lock that was installed whole; empty before that."""
+        """Digest of the installed lock; empty if no installation is complete."""
         return _record(self._ready).get("digest", "")
 
     def build(self) -> Build | None:
-        """What is installed, or was being installed; None before that."""
+        """The build that is installed, or whose installation was interrupted; None if there is neither."""
         record = _record(self._ready) or _record(self._installing)
         return BUILDS.get(record.get("build", ""))
 
     @contextlib.contextmanager
     def installing(self, build: Build, digest: str) -> Iterator[bool]:
-        """Around an installation. Gives whether an earlier one was interrupted; marks the end of one that was not."""
+        """Context of an installation: records its begin and its end. Yields whether an earlier one was interrupted."""
         interrupted = self._installing.exists()
         self._ready.unlink(missing_ok=True)
         self._installing.write_text(json.dumps({"build": build.lock, "digest": digest}), encoding="utf-8")
@@ -420,17 +422,17 @@ def _record(path: Path) -> dict[str, str]:
 
 
 def digest_of(path: Path) -> str:
-    """Of a lock's text."""
+    """SHA-256 of a lock."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def is_ready(environment: Environment, engine: str, python: tuple[int, int] | None, locks: Path) -> bool:
-    """Whether nothing is to be done.
+    """Whether the environment is complete and fits.
 
     Args:
-        environment: what is there.
+        environment: may not exist yet.
         engine: cpu or cuda.
-        python: the version the user named; None: any.
+        python: the version that the user has named; None: any.
         locks: folder of the locks.
     """
     build = environment.build()
@@ -444,18 +446,18 @@ def is_ready(environment: Environment, engine: str, python: tuple[int, int] | No
 
 
 def why_unfit(environment: Environment, engine: str, python: tuple[int, int] | None) -> str:
-    """Why the environment that is there must be made anew; empty where it can be completed."""
+    """Why the environment must be made anew; empty if it can be completed."""
     version, build = environment.version(), environment.build()
     if version is None:
         return "is not usable"
     if version not in PYTHONS or (python or version) != version:
         return f"has Python {version[0]}.{version[1]}"
-    # Both install the package `vllm`, and neither removes what the other left.
+    # The builds for CPU and CUDA install the same package `vllm`, and neither removes the other's files.
     return "" if build is None or build.engine == engine else f"was made for ENGINE={build.engine}"
 
 
 def make_environment(environment: Environment, engine: str, python: tuple[int, int] | None) -> None:
-    """Make the folder, or make it anew where it is half made, of another Python or for another engine.
+    """Make the environment, or make it anew if it is half made, has another Python or is for another engine.
 
     Raises:
         SetupError: this Python cannot make environments.
@@ -470,7 +472,7 @@ def make_environment(environment: Environment, engine: str, python: tuple[int, i
             f"{sys.executable} cannot make environments: its module venv or ensurepip is missing; on Debian and Ubuntu"
             f" install python3.{sys.version_info[1]}-venv, or name another Python: make PYTHON=/path/to/python3.12"
         )
-    # Inside an environment, the interpreter that environment was made with.
+    # If this interpreter lies in an environment, take the one that environment was made with.
     base = getattr(sys, "_base_executable", None) or sys.executable
     say(f"environment {environment.folder.name} with {base} ({platform.python_version()})")
     command = [base, "-m", "venv", "--clear", str(environment.folder)]
@@ -482,7 +484,7 @@ def make_environment(environment: Environment, engine: str, python: tuple[int, i
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """One set-up at a time. Waits for: another in `folder`. Unblocked by: its end. Gives up after: never."""
+    """Lock `folder`. Waits for: another set-up there. Unblocked by: its end. Gives up after: never."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -496,7 +498,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def uv_of(requirements: Sequence[str]) -> str:
-    """The locked version of uv; empty where `INSTALLER=pip` asks for pip."""
+    """The locked requirement of uv; empty with `INSTALLER=pip`."""
     if os.environ.get("INSTALLER", "uv") == "pip":
         return ""
     return next((line for line in requirements if line.startswith("uv==")), "")
@@ -511,7 +513,7 @@ def set_up(environment: Environment, engine: str, python: tuple[int, int] | None
     """Make the environment and fill it from the lock.
 
     Raises:
-        SetupError: something is missing that the user can mend.
+        SetupError: the environment cannot be made, or a package cannot be installed.
     """
     started = time.monotonic()
     if environment.build() is None:
@@ -525,7 +527,7 @@ def set_up(environment: Environment, engine: str, python: tuple[int, int] | None
 
 
 def fill(environment: Environment, engine: str, version: tuple[int, int], locks: Path) -> None:
-    """Install the lock that fits."""
+    """Install the packages of the lock for this engine and Python."""
     requirements = locked(lock_path(CPU, version, locks), dev=True)
     installer = Installer(environment.python, uv_of(requirements))
     build, from_torch_index = choose_build(engine, installer, torch_version(requirements))
@@ -540,14 +542,14 @@ def fill(environment: Environment, engine: str, version: tuple[int, int], locks:
 def install_build(
     installer: Installer, build: Build, requirements: Sequence[str], from_torch_index: bool, *, again: bool
 ) -> None:
-    """Torch first, by itself, since only torch may come from another index."""
+    """Install torch, then the rest, because only torch may come from another index."""
     wanted = f"torch=={torch_version(requirements)}"
     installer.install([wanted + build.torch], from_torch_index=from_torch_index, again=again)
     installer.install([line for line in requirements if line != wanted], again=again)
 
 
 def install_here(engine: str, locks: Path) -> None:
-    """Install what a run needs into the environment of this interpreter.
+    """Install the packages that a run needs into the environment of this interpreter.
 
     Raises:
         SetupError: something could not be installed.
@@ -562,7 +564,7 @@ def install_here(engine: str, locks: Path) -> None:
 
 
 def missing_packages_message() -> str:
-    """Which packages the launcher misses in this environment and how to get them, in one sentence; nothing if none."""
+    """One sentence on the packages that this environment lacks and how to install them; empty if it lacks none."""
     absent = [
         name for name in ("hydra", "omegaconf", "rich", "torch", "vllm") if importlib.util.find_spec(name) is None
     ]
@@ -578,19 +580,19 @@ def missing_packages_message() -> str:
 
 
 def warn_of_old_driver(branch: int | None) -> None:
-    """Say when the loaded NVIDIA driver is older than what is installed asks for."""
+    """Print a warning if the loaded NVIDIA driver is older than the installed packages need."""
     if branch and branch < MIN_CUDA_DRIVER:
         say(
-            f"the NVIDIA driver is of branch {branch}, and CUDA 13, which torch and vLLM are built with, asks for"
-            f" {MIN_CUDA_DRIVER} or newer: update it, or install NVIDIA's cuda-compat package on data-centre GPUs"
+            f"the NVIDIA driver is of branch {branch}, and CUDA 13, which torch and vLLM are built with, needs"
+            f" {MIN_CUDA_DRIVER} or newer: update it, or install NVIDIA's cuda-compat package on data-center GPUs"
         )
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status."""
+    """Set up the environment. Returns the exit status."""
     parser = argparse.ArgumentParser(description="Make the environment that Slipstream runs in.")
-    parser.add_argument("--here", action="store_true", help="into the environment of this interpreter, not .venv")
-    parser.add_argument("--same-python", action="store_true", help="remake .venv if it has another Python than this")
+    parser.add_argument("--here", action="store_true", help="install into the environment of this interpreter")
+    parser.add_argument("--same-python", action="store_true", help="make .venv anew if it has another Python than this")
     options = parser.parse_args(arguments)
     try:
         if sys.version_info[:2] not in PYTHONS:

@@ -217,7 +217,7 @@ def test_a_package_that_is_missing_ends_set_up_with_one_sentence_and_can_go_on(s
     ("variable", "value", "sentence"),
     [
         ("PIP_INDEX_URL", "http://127.0.0.1:9/simple", "could not be reached .*set HTTPS_PROXY.*PIP_INDEX_URL"),
-        ("HTTPS_PROXY", "http://me:secret@127.0.0.1:9", r"HTTPS_PROXY=http://\*\*\*@127.0.0.1:9: is that proxy right"),
+        ("HTTPS_PROXY", "http://me:secret@127.0.0.1:9", r"HTTPS_PROXY=http://\*\*\*@127.0.0.1:9; check that proxy"),
     ],
 )
 def test_an_index_that_cannot_be_reached_is_one_sentence(
