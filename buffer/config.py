@@ -59,7 +59,8 @@ class BufferConfig:
     """Hash of all prompts. Actors with other prompts are refused."""
     groups_per_batch: int
     max_staleness: int
-    """Largest staleness of a group when its batch is handed out; 0: generation and training strictly alternate."""
+    """Largest staleness of a group at hand-out, that is at the first optimizer step of its batch. The last step is
+    updates_per_batch - 1 versions later. 0: generation and training strictly alternate."""
     updates_per_batch: int = 1
     """Optimizer steps that the learner makes with one batch."""
     num_batches: int = 0

@@ -13,7 +13,7 @@ PlanMaker = Callable[..., RunPlan]
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or fills the user's cache."""
+    """Keeps tests out of the user's cache."""
     monkeypatch.setenv("SLIPSTREAM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -45,7 +45,7 @@ def data_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """What the launcher looks at in a Hugging Face folder: a context of 512 tokens and one linear layer."""
+    """The files of a Hugging Face folder that the launcher reads: a context of 512 tokens and one linear layer."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": 512}))

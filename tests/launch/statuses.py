@@ -1,4 +1,4 @@
-"""What the buffer may say of a run, for the display's and the summary's tests."""
+"""Statuses of the buffer, for the tests of display and summary."""
 
 from buffer.transport.messages import EvaluationReport, Peer, StageStatus, Status, Wait
 

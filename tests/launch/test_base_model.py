@@ -60,7 +60,7 @@ def test_pretraining_has_no_more_threads_than_there_are_cores(
     make_plan: Any, monkeypatch: pytest.MonkeyPatch, wanted: int, usable: int, threads: str
 ):
     class Started(Exception):
-        """In place of the process."""
+        """Replaces the pretraining process."""
 
     def popen(*_: object, env: dict[str, str], **__: object) -> None:
         raise Started(env["OMP_NUM_THREADS"], env["RAYON_NUM_THREADS"])

@@ -1,4 +1,4 @@
-"""The launcher as a process, with the real buffer and a stand-in for what needs an engine."""
+"""The launcher as a process, with the real buffer and a stand-in for processes that need an engine."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def launch(run_dir: Path, model_folder: Path) -> Launch:
 
 
 def wait_for_training(process: subprocess.Popen[str], run_dir: Path, times: int) -> list[psutil.Process]:
-    """Until the learner has spoken with the buffer, over all its starts. Returns the launcher's descendants."""
+    """Wait until the learner has reached the buffer `times` times. Returns the launcher's descendants."""
     log, deadline = run_dir / "logs" / "learner.log", time.monotonic() + 60
     while not (log.is_file() and log.read_text().count("trained") == times):
         assert process.poll() is None, process.communicate()
@@ -80,9 +80,9 @@ def wait_for_training(process: subprocess.Popen[str], run_dir: Path, times: int)
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def temporary_folder(family: list[psutil.Process]) -> Path:
-    """Where the run's processes put sockets and the like."""
-    [folder] = {child.environ()["TMPDIR"] for child in family if "SLIPSTREAM_PROCESS" in child.environ()}
+def temporary_folder(children: list[psutil.Process]) -> Path:
+    """The folder of the run's sockets and temporary files."""
+    [folder] = {child.environ()["TMPDIR"] for child in children if "SLIPSTREAM_PROCESS" in child.environ()}
     assert Path(folder).is_dir()
     return Path(folder)
 
@@ -126,13 +126,13 @@ def test_the_launcher_has_one_thread_however_many_cores_there_are():
 
 def test_a_learner_that_somebody_else_asked_to_stop_is_started_again(launch: Launch, run_dir: Path, model_folder: Path):
     process = launch(ENDS_WELL, f"model.path={model_folder}", "total_steps=4", f"run_dir={run_dir}")
-    family = wait_for_training(process, run_dir, times=1)
+    children = wait_for_training(process, run_dir, times=1)
     _ = wait_for_training(process, run_dir, times=2)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130
     assert "learner ended with status 0" in (run_dir / "logs/launcher.log").read_text()
-    assert not any(child.is_running() for child in family)
+    assert not any(child.is_running() for child in children)
 
 
 def test_a_run_that_fails_for_good_says_who_and_where(launch: Launch, run_dir: Path):
@@ -144,29 +144,29 @@ def test_a_run_that_fails_for_good_says_who_and_where(launch: Launch, run_dir: P
 def test_a_signal_ends_everything_and_leaves_a_run_to_resume(launch: Launch, run_dir: Path):
     for attempt, (number, status) in enumerate([(signal.SIGINT, 130), (signal.SIGTERM, 0)]):
         process = launch(GOES_ON, *([f"resume={run_dir}"] if attempt else []))
-        family = wait_for_training(process, run_dir, times=attempt + 1)
-        assert len(family) == 3  # buffer, learner and the guardian
-        began, folder = time.monotonic(), temporary_folder(family)
+        children = wait_for_training(process, run_dir, times=attempt + 1)
+        assert len(children) == 3  # buffer, learner and the guardian
+        began, folder = time.monotonic(), temporary_folder(children)
         process.send_signal(number)
-        # Impatience must not leave anybody behind.
+        # A second signal must not leave processes behind.
         process.send_signal(number)
         output, errors = process.communicate(timeout=30)
         assert time.monotonic() - began < 5.0
         assert (process.returncode, errors) == (status, "")
         assert f"before the first checkpoint, continue with: python launch/cluster.py resume={run_dir}" in output
-        assert not any(child.is_running() for child in family)
+        assert not any(child.is_running() for child in children)
         assert not folder.exists()
 
 
 def test_a_killed_launcher_leaves_nothing_behind_and_the_run_can_be_continued(launch: Launch, run_dir: Path):
     process = launch(GOES_ON)
-    family = wait_for_training(process, run_dir, times=1)
-    learner = next(child for child in family if "-c" in child.cmdline())
+    children = wait_for_training(process, run_dir, times=1)
+    learner = next(child for child in children if "-c" in child.cmdline())
     learner.suspend()
-    folder = temporary_folder(family)
+    folder = temporary_folder(children)
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(children, timeout=15)
     assert not alive
     assert not folder.exists()
     again = launch(GOES_ON, f"resume={run_dir}")
@@ -178,20 +178,20 @@ def test_a_killed_launcher_leaves_nothing_behind_and_the_run_can_be_continued(la
 
 def test_a_run_directory_that_is_removed_ends_the_run_with_one_sentence(launch: Launch, run_dir: Path):
     process = launch(GOES_ON)
-    family = wait_for_training(process, run_dir, times=1)
+    children = wait_for_training(process, run_dir, times=1)
     shutil.rmtree(run_dir)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     assert errors.startswith(f"error: run_dir={run_dir} was removed or emptied while the run went on")
     assert len(errors.splitlines()) == 1
-    assert not any(child.is_running() for child in family)
+    assert not any(child.is_running() for child in children)
 
 
 def test_a_buffer_that_is_halted_for_long_is_replaced(launch: Launch, run_dir: Path, model_folder: Path):
     overrides = (f"model.path={model_folder}", "total_steps=3", f"run_dir={run_dir}", "cluster.hung_seconds=1")
     process = launch(GOES_ON, *overrides)
-    family = wait_for_training(process, run_dir, times=1)
-    buffer = next(child for child in family if "serve" in child.cmdline())
+    children = wait_for_training(process, run_dir, times=1)
+    buffer = next(child for child in children if "serve" in child.cmdline())
     buffer.suspend()
     log, deadline = run_dir / "logs" / "buffer.log", time.monotonic() + 60
     while log.read_text().count("buffer listens") < 2:
@@ -213,9 +213,9 @@ def test_a_run_that_is_ended_before_it_has_begun_is_not_offered_for_resuming(lau
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    family = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "nothing was trained yet, start it again with the same command" in output
-    assert not any(child.is_running() for child in family)
+    assert not any(child.is_running() for child in children)

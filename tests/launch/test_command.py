@@ -1,4 +1,4 @@
-"""The command `slipstream` leads to every entry point, and says so where it does not."""
+"""The command `slipstream` runs every entry point and refuses unknown subcommands."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_help_names_every_word_and_another_one_is_refused(capsys: pytest.Capture
 
 
 def test_it_runs_under_the_name_that_the_wheel_gives_it(tmp_path: Path):
-    """From another folder, with the packages below `slipstream`, as pip installs them."""
+    """Run from another folder, with the packages below `slipstream`, as pip installs them."""
     (tmp_path / "slipstream").symlink_to(ROOT)
     code = "import sys; from slipstream.launch.command import main; sys.exit(main(['check', 'total_stps=3']))"
     ended = subprocess.run(

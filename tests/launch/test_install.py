@@ -28,7 +28,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def wheel(folder: Path, name: str, version: str, asks_for: str = "") -> None:
-    """A package with one module that knows its version."""
+    """Make a package with one module that contains its version."""
     info = f"{name}-{version}.dist-info"
     asked = f"Requires-Dist: {asks_for}\n" if asks_for else ""
     files = {
@@ -48,7 +48,7 @@ def wheel(folder: Path, name: str, version: str, asks_for: str = "") -> None:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place that pip, and through its settings uv, takes packages from; nothing asks the network."""
+    """The only package index of pip and, through pip's settings, of uv. No test uses the network."""
     folder = tmp_path / "index"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
@@ -61,7 +61,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # The toy index has no uv: the one that runs this test is found on the PATH.
     monkeypatch.setenv("PATH", f"{Path(uv.find_uv_bin()).parent}{os.pathsep}{os.environ['PATH']}")
     wheel(folder, "torch", "0.1")
-    # Were anything resolved, this would be missed.
+    # If dependencies were resolved, this package would be missing.
     wheel(folder, "engine", "1.0", asks_for="nowhere==1.0")
     wheel(folder, "engine", "2.0", asks_for="nowhere==1.0")
     return folder
@@ -73,14 +73,14 @@ def locks(tmp_path: Path) -> Path:
     folder.mkdir()
     for build in BUILDS.values():
         text = f"# A lock.\ntorch==0.1\nengine==1.0\n{install.DEV_MARK}\nuv==0.0.1\n"
-        # The toy index has no uv, and a requirement that cannot be had fails the installation.
+        # The toy index has no uv, and a missing package would fail the installation.
         install.lock_path(build, VERSION, folder).write_text(text.replace("uv==0.0.1\n", ""))
     return folder
 
 
 @pytest.fixture(scope="module")
 def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `python -m venv` leaves it, which takes seconds; every test gets a copy."""
+    """An environment made once by `python -m venv`, which takes seconds. Every test gets a copy."""
     folder = tmp_path_factory.mktemp("empty") / ".venv"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     return folder
@@ -105,7 +105,7 @@ def set_up(
 ) -> SetUp:
     """Set-up with either installer, in a clone of the test."""
     monkeypatch.setenv("INSTALLER", request.param)
-    # The locked uv is asked for first; the toy index does not have it.
+    # The installer first requests the locked uv, which the toy index does not have.
     monkeypatch.setattr(install, "uv_of", lambda _: "uv==0.0.1" if request.param == "uv" else "")
 
     def run(engine: str = "cpu", python: tuple[int, int] | None = None) -> None:
@@ -146,7 +146,7 @@ def test_what_an_interrupted_installation_left_behind_is_installed_again(set_up,
     wheel(index, "torch", "0.1+cpu")
     set_up()
     (engine,) = environment.folder.glob("lib/python*/site-packages/engine.py")
-    # As a kill in the middle leaves it: recorded as installed, and half there.
+    # As after a kill in the middle: recorded as installed, but incomplete.
     engine.unlink()
     (environment.folder / ".ready").rename(environment.folder / ".installing")
     assert not install.is_ready(environment, "cpu", None, locks)
@@ -226,7 +226,7 @@ def test_an_index_that_cannot_be_reached_is_one_sentence(
     for name in [name for name in os.environ if name.startswith(("PIP_", "UV_")) or name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    # Of its last attempt pip does not say why it failed, only of those before.
+    # pip prints the cause of every failed attempt but the last.
     monkeypatch.setenv("PIP_RETRIES", "1")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path))
@@ -314,7 +314,7 @@ def test_a_python_that_cannot_make_environments_is_named(set_up, monkeypatch, en
 
 
 def set_up_script(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """The shell script of a clone whose installer says what it was started with."""
+    """Run setup.sh in a clone whose installer prints its interpreter and arguments."""
     launch = tmp_path / "launch"
     launch.mkdir(exist_ok=True)
     shutil.copy(ROOT / "launch" / "setup.sh", launch)
@@ -324,7 +324,7 @@ def set_up_script(tmp_path: Path, **variables: str) -> subprocess.CompletedProce
 
 
 def stub(folder: Path, name: str, version: str) -> Path:
-    """An interpreter of another version than any that is supported."""
+    """An interpreter with an unsupported version."""
     path = folder / name
     path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python {version}"\nexit 1\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -391,7 +391,7 @@ def test_this_environment_is_the_one_that_is_locked():
 
 
 def has_index(folder: Path) -> bool:
-    """Whether packages can be had at all here."""
+    """Whether a package index can be reached."""
     command = [uv.find_uv_bin(), "pip", "install", "--dry-run", "--no-deps", "--target", str(folder), "six"]
     return subprocess.run(command, capture_output=True, check=False, timeout=60).returncode == 0
 
@@ -405,7 +405,7 @@ def test_the_cuda_packages_resolve(version: tuple[int, int], tmp_path: Path):
     ranges = subprocess.run([*command, *requirements("cuda", dev=False)], capture_output=True, text=True, check=False)
     assert ranges.returncode == 0, ranges.stderr
     assert re.search(r"^ \+ vllm==", ranges.stderr, re.MULTILINE)
-    # The lock as it stands, too: nobody took one of its releases back.
+    # Checks also that no locked release was withdrawn.
     lock = ["--no-deps", "--requirement", str(install.lock_path(CUDA, version))]
     exact = subprocess.run([*command, *lock], capture_output=True, text=True, check=False)
     assert exact.returncode == 0, exact.stderr
@@ -419,7 +419,7 @@ def test_the_launcher_without_its_packages_says_where_they_are(empty_environment
 
 
 def test_the_wheel_holds_every_package_with_its_files_and_can_install_an_engine(tmp_path: Path):
-    # Of the tracked files only, and outside of the tree: a build leaves folders behind.
+    # From tracked files and outside the tree, because a build leaves folders behind.
     source = tmp_path / "source"
     for name in subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).split():
         if (ROOT / name).is_file():

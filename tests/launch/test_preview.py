@@ -1,4 +1,4 @@
-"""`--check` says what would run, and starts and leaves nothing."""
+"""`--check` prints what would run; it starts no process and leaves no file."""
 
 import io
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_every_process_is_named(make_plan: Any):
 
 
 def test_sizes_of_a_model_of_the_users(make_plan: Any, model_folder: Path):
-    """64 x 64 parameters in float32; PPO's critic takes as much again as the policy, GRPO has none."""
+    """64 x 64 parameters in float32. PPO's critic needs as much as the policy; GRPO has none."""
     grpo, ppo = (shown(make_plan(f"model.path={model_folder}", f"algorithm={name}")) for name in ("grpo", "ppo"))
     assert grpo["parameters"] == "4,096, float32 in the learner, float32 in the actors"
     assert (grpo["learner"], ppo["learner"]) == ("65.5 kB over 1 rank", "131.1 kB over 1 rank")

@@ -1,4 +1,4 @@
-"""What LoRA needs of the model, the machine and the other settings, asked before anything is started."""
+"""Checks of LoRA against model, machine and other settings, before any process starts."""
 
 from pathlib import Path
 from typing import Any

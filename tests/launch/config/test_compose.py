@@ -1,4 +1,4 @@
-"""Settings from files: `config=FILE.yaml`, written as in configs/, before what is typed."""
+"""`config=FILE.yaml` reads settings as in configs/; the command line overrides them."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_every_value_of_a_file_arrives_as_it_is(tmp_path_factory: pytest.TempPat
 
 
 def plain(value: Any) -> Any:
-    """Without Hydra's own class of strings in quotation marks."""
+    """The value with plain strings in place of Hydra's class of quoted strings."""
     if isinstance(value, list):
         return [plain(item) for item in value]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Settings that repeat another one, that are computed, or that nothing reads are refused with the name to use."""
+"""Settings that contradict their source, are computed, or have no effect are refused with the setting to use."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def refusal(*overrides: str) -> str:
 
 
 def references(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """The settings that are a reference to another one as a whole, by dotted path."""
+    """The settings in configs/ that are only a reference to another setting, by dotted path."""
     found = {}
     for name, value in section.items():
         if isinstance(value, dict):
@@ -33,7 +33,7 @@ def references(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def test_the_table_of_copies_is_what_configs_refers_to(learner: str):
     whole = yaml.safe_load((CONFIG_DIR / "config.yaml").read_text())
     whole["learner"] = yaml.safe_load((CONFIG_DIR / "learner" / f"{learner}.yaml").read_text())
-    # Actors may compute in another format than the learner.
+    # Actors may have another dtype than the learner.
     assert references(whole) == COPIES | {"actor.dtype": "model.dtype"}
 
 

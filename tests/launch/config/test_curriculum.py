@@ -1,4 +1,4 @@
-"""A curriculum that cannot be gone through ends in one sentence; one that can is handed to the buffer."""
+"""An impossible curriculum is refused in one sentence; a possible one is passed to the buffer."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A setting that has a default in a dataclass and a value in the default configuration has the same one in both."""
+"""A dataclass's default and the default configuration agree on every setting that has both."""
 
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -70,7 +70,7 @@ def test_the_classes_of_the_sections_have_the_defaults_of_configs(sections: dict
     for section, cls in SECTIONS.items():
         found |= differences(cls, sections[section], f"{section}.")
     assert {key: pair for key, pair in found.items() if key not in EXCEPTIONS} == {}
-    # What is no exception any more is struck from the list.
+    # The list contains no exception that has ceased to be one.
     assert EXCEPTIONS.keys() - found.keys() == set()
 
 

@@ -1,4 +1,4 @@
-"""CUDA devices: who gets which, and what cannot work is refused in one sentence. The driver is a folder of the test."""
+"""CUDA devices are assigned, and impossible settings refused in one sentence. The driver is a folder of the test."""
 
 from dataclasses import replace
 from pathlib import Path

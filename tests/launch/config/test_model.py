@@ -1,4 +1,4 @@
-"""What `model=path` leaves to the model and the machine, and models of the Hugging Face hub."""
+"""Settings that `model=path` derives from model and machine, and models of the Hugging Face hub."""
 
 import json
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_a_model_whose_files_do_not_say_is_estimated_by_their_size(model_folder:
 
 @pytest.fixture
 def hub(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache with one model in it, as huggingface_hub lays it out; there is no network."""
+    """A cache of the hub with one model, in the layout of huggingface_hub, without a network."""
     from huggingface_hub import constants
 
     cache = tmp_path / "hub"

@@ -34,9 +34,6 @@ def refusal(*overrides: str) -> str:
     return sentence
 
 
-# --- mistakes on the command line ---
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -179,9 +176,6 @@ def test_a_value_that_cannot_work_is_named_with_the_way_out(make_plan: Any, over
     assert [text for text in expected if text not in sentence] == [], sentence
 
 
-# --- the user's files and machine ---
-
-
 def test_a_model_folder_is_looked_at_before_anything_loads_it(model_folder: Path, data_file: Path, make_plan: Any):
     overrides = ("experiment=simplerl_zero", f"data.path={data_file}", "task.num_held_out=1")
     assert "model.path is missing; give a Hugging Face folder" in refusal(*overrides)
@@ -220,7 +214,7 @@ def test_the_seed_recipe_plans_with_a_model_and_data_of_ones_own(make_plan: Any,
 @pytest.mark.parametrize("override", ["data.path=x.jsonl", "data.eval_path=x.jsonl"])
 def test_data_that_nobody_would_read_is_refused(override: str):
     for task in ("arithmetic", "countdown"):
-        # Countdown reads puzzles, but not without some to train on.
+        # Countdown can read puzzles, but needs some to train on.
         if (task, override) != ("countdown", "data.path=x.jsonl"):
             assert f"would not be read: task.name={task} generates its problems" in refusal(f"task={task}", override)
 
@@ -268,9 +262,6 @@ def test_a_run_directory_without_permission_is_refused(tmp_path: Path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     assert "cannot be written: Permission denied" in refusal(f"run_dir={locked}/run")
-
-
-# --- new runs and resumed ones ---
 
 
 def test_runs_that_start_in_the_same_second_get_different_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -345,7 +336,7 @@ def test_resume_wants_a_run_whose_data_is_still_there(make_plan: Any, run_dir: P
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith(("algorithm=", "correction="))])
 def test_a_run_from_before_the_modules_moved_resumes(make_plan: Any, run_dir: Path, option: str):
-    """Its config.yaml names every class directly in `learner`."""
+    """Its config.yaml names every class by a module directly in `learner`."""
     plan = make_plan(option, *(["algorithm=grpo"] if option == "correction=topr" else []))
     write_config(plan)
     config = run_dir / "config.yaml"
@@ -414,12 +405,9 @@ def test_a_setting_that_no_file_mentions_can_be_set(make_plan: Any):
     assert sections["actor"]["share_files"] is False
 
 
-# --- the files in configs/ ---
-
-
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith(("cluster=", "experiment="))])
 def test_every_experiment_and_cluster_composes(option: str, capsys: pytest.CaptureFixture[str]):
-    """As `--cfg job` shows it, without what is asked of the user; the other groups' files are planned below."""
+    """Without the values that the user must set, as `--cfg job` shows it. The other groups' files are planned below."""
     assert main(["--cfg", "job", option]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert {"task", "model", "algorithm", "correction", "learner", "cluster", "buffer", "actor"} <= shown.keys()
@@ -428,7 +416,7 @@ def test_every_experiment_and_cluster_composes(option: str, capsys: pytest.Captu
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if not option.startswith(("cluster=", "weights="))])
 def test_every_file_in_configs_plans(option: str, make_plan: Any, model_folder: Path, data_file: Path):
-    """With what it asks of the user: a model where it has none, data where its task reads some."""
+    """With a model and data where the file leaves them to the user."""
     composed, given = compose_config([option], KNOWN), []
     if composed.task.name == "data":
         records = [{"problem": f"{i}?", "question": f"{i}?", "answer": f"#### {i}"} for i in range(3)]
@@ -438,20 +426,17 @@ def test_every_file_in_configs_plans(option: str, make_plan: Any, model_folder: 
         long = {"model_type": "qwen2", "max_position_embeddings": 1 << 17}
         (model_folder / "config.json").write_text(json.dumps(long))
         given.append(f"model.path={model_folder}")
-        # Of every level some, and no more, so that the test is quick.
+        # A few of every level keep the test quick.
         given += ["task.num_train=50", "task.num_held_out=5"] if composed.task.get("num_train") else []
     elif composed.task.name == "data":
         given.append("max_new_tokens=100")
     if option == "correction=topr":
-        # It asks whether a whole completion was good, which the default algorithm's critic does not say.
+        # TOPR must know whether a whole completion was good, which advantages of the default's critic do not tell.
         given.append("algorithm=rloo")
     plan = make_plan(option, *given)
     assert plan.task.train
     group, name = option.split("=")
     assert plan.sections["choices"].get(group, name) == name
-
-
-# --- as a user sees it ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run goes on as it was started, with the settings changed that may change."""
+"""A resumed run has its own configuration; only some settings may change."""
 
 import re
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_asking_for_what_the_run_has_changes_nothing(run: Path):
 
 
 def test_auto_starts_a_run_and_then_continues_it_with_the_same_command(run_dir: Path, model_folder: Path):
-    """As a scheduler does that puts the job in its queue again; `mode=sync` changes settings that were typed."""
+    """A scheduler repeats the command when it requeues a job; `mode=sync` changes settings that were typed."""
     command = [
         "resume=auto",
         f"run_dir={run_dir}",

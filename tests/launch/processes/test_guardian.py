@@ -1,4 +1,4 @@
-"""What a killed launcher leaves behind is gone soon: processes, also frozen ones, sockets and shared memory."""
+"""The guardian removes what a killed launcher leaves: processes, even frozen ones, sockets and shared memory."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a run's versions take of shared memory, and what is said where there is too little of it."""
+"""The shared memory that a run's versions need, and the message if there is too little."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ MB = 1_000_000
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Pretends that so much is free."""
+    """Simulate this much free memory."""
 
     def be(free: int, memory: int = 1 << 40) -> None:
         monkeypatch.setattr(shared_memory, "free_bytes", lambda: free)

@@ -1,4 +1,4 @@
-"""Small real processes: restarted, given up, ended with all they have started."""
+"""Small real processes are restarted, given up, and ended with all their descendants."""
 
 import os
 import signal
@@ -150,13 +150,13 @@ def test_restarts_are_forgotten_once_the_run_got_ahead_with_the_process(
     wait_for(lambda: supervisor.poll() or "start 1" in log(tmp_path, "actor-0"))
     assert supervisor.notes == {"actor-0": "actor-0 was restarted once, last after status 1"}
     wait_for(lambda: supervisor.running_seconds()["actor-0"] > 0.2)
-    # It lives, but for all that is known the run stands where it stood.
+    # The process lives, but the run has made no progress.
     supervisor.progress(7)
     assert supervisor.notes
     supervisor.progress(8)
     assert not supervisor.notes
     supervisor.kill("actor-0", "was tired")
-    # Without the progress this one would be a failure too many.
+    # Without progress this would be one failure too many.
     wait_for(lambda: supervisor.poll() or "start 2" in log(tmp_path, "actor-0"))
     supervisor.kill("actor-0", "was tired again")
     with pytest.raises(RunFailedError, match="actor-0 ended with status -9"):
@@ -178,17 +178,17 @@ def test_the_run_goes_on_with_the_actors_that_are_left(supervise: Callable[..., 
 def test_a_halted_process_is_found_also_among_descendants_and_can_be_killed(
     supervise: Callable[..., Supervisor], tmp_path: Path
 ):
-    supervisor = supervise(spec("learner", f"{FAMILY}\ntime.sleep(60)"), spec("buffer", SLEEPS))
-    family = family_of(tmp_path, "learner")
+    supervisor = supervise(spec("learner", f"{DESCENDANTS}\ntime.sleep(60)"), spec("buffer", SLEEPS))
+    descendants = descendants_of(tmp_path, "learner")
     assert supervisor.stopped() == set()
-    os.kill(family[1], signal.SIGSTOP)
+    os.kill(descendants[1], signal.SIGSTOP)
     wait_for(lambda: supervisor.stopped() == {"learner"})
     supervisor.kill("learner", "was halted")
-    wait_for(lambda: not any(lives(pid) for pid in family), seconds=5.0)
+    wait_for(lambda: not any(lives(pid) for pid in descendants), seconds=5.0)
     assert supervisor.stopped() == set()
 
 
-FAMILY = f"""
+DESCENDANTS = f"""
 import subprocess, sys, time
 for session in (False, True):
     child = subprocess.Popen([sys.executable, "-S", "-c", {SLEEPS!r}], start_new_session=session)
@@ -196,7 +196,7 @@ for session in (False, True):
 """
 
 
-def family_of(tmp_path: Path, name: str) -> list[int]:
+def descendants_of(tmp_path: Path, name: str) -> list[int]:
     wait_for(lambda: len(log(tmp_path, name).split()) >= 2)
     return [int(pid) for pid in log(tmp_path, name).split()]
 
@@ -204,8 +204,8 @@ def family_of(tmp_path: Path, name: str) -> list[int]:
 def test_stopping_ends_what_processes_have_started_wherever_they_put_it(
     supervise: Callable[..., Supervisor], tmp_path: Path
 ):
-    supervisor = supervise(spec("learner", f"{FAMILY}\ntime.sleep(60)"))
-    everyone = [supervisor.pids["learner"], *family_of(tmp_path, "learner")]
+    supervisor = supervise(spec("learner", f"{DESCENDANTS}\ntime.sleep(60)"))
+    everyone = [supervisor.pids["learner"], *descendants_of(tmp_path, "learner")]
     assert len(everyone) == 3
     assert all(lives(pid) for pid in everyone)
     supervisor.stop(1.0)
@@ -215,8 +215,8 @@ def test_stopping_ends_what_processes_have_started_wherever_they_put_it(
 def test_what_a_dead_process_leaves_behind_is_ended_before_it_starts_again(
     supervise: Callable[..., Supervisor], tmp_path: Path
 ):
-    supervisor = supervise(spec("learner", f"{FAMILY}\nsys.exit(1)"))
-    orphans = family_of(tmp_path, "learner")
+    supervisor = supervise(spec("learner", f"{DESCENDANTS}\nsys.exit(1)"))
+    orphans = descendants_of(tmp_path, "learner")
     wait_for(lambda: supervisor.poll() or not any(lives(pid) for pid in orphans), seconds=5.0)
 
 

@@ -13,7 +13,7 @@ from launch.processes.topology import ROOT, ProcessSpec, actor_join_command, pro
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
-    """Pretends to run on these cores, without a GPU; under a CPU quota where one is given."""
+    """Simulate a machine with these cores, without a GPU, optionally with a CPU quota."""
 
     def be(num_cores: int, cuda: bool = False, quota: int = 1000) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
@@ -45,7 +45,7 @@ def laid_out(plan: Any) -> tuple[list[int], list[int]]:
         (8, ["cluster.pin_cores=false"], [], []),
         (2, ["cluster.num_actors=2"], [], []),
         (4, ["cluster.num_actors=3"], [0, 1, 2], [3]),
-        # A learner of several threads needs a core for each.
+        # A learner with several threads needs a core per thread.
         (4, ["cluster.num_actors=3", "cluster.learner_cores=2"], [0, 1], [2, 3]),
     ],
 )
@@ -78,7 +78,7 @@ def test_the_default_run_is_a_buffer_a_learner_and_an_actor(machine: Any, make_p
     }
     for spec in specs:
         assert spec.environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
-    # vLLM's many small objects gain nothing from it.
+    # vLLM gains nothing from these allocator settings.
     assert [spec.name for spec in specs if "GLIBC_TUNABLES" in spec.environment] == ["learner"]
 
 
@@ -103,7 +103,7 @@ def test_more_actors_than_cores_have_one_thread_each(machine: Any, make_plan: An
         (8, [], "7", "1"),
         (8, ["cluster.num_actors=2", "cluster.learner_cores=2"], "3", "2"),
         (9, ["actor.tensor_parallel_size=2"], "4", "1"),
-        # What was asked for on a larger machine.
+        # Settings for a larger machine.
         (2, ["cluster.learner_cores=16"], "1", "2"),
         (4, ["cluster.learner_cores=16", "learner.num_ranks=2"], "1", "2"),
     ],

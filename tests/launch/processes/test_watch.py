@@ -1,4 +1,4 @@
-"""Who hangs, judged from a clock, the buffer's answers and the list of halted processes."""
+"""Hung processes are found by a clock, the buffer's answers and the list of halted processes."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ RUNNING = {"buffer": 1000.0, "learner": 1000.0, "actor-0": 1000.0}
 def turns(
     watch: Watch, seconds: int, answer: Status | None, *, stopped: frozenset[str] = frozenset(), start: float = 100.0
 ) -> Iterator[dict[str, str]]:
-    """One turn per half second, with the same answer each time."""
+    """Make one turn per half second, with the same answer each time."""
     for turn in range(seconds * 2 + 1):
         yield watch.turn(start + turn / 2, answer, stopped, RUNNING)
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, on a terminal and in a file."""
+"""The output during a run, on a terminal and in a file."""
 
 import io
 import re
@@ -127,7 +127,7 @@ def test_a_wait_that_lasts_is_shown_with_its_length():
         shown.status(status(actor, waits=waits))
     assert re.search(r"actor-0 +waits for prompts from the buffer since 12 s", text_of(stream))
     assert re.search(r"the buffer +waits for space on the disk since 30 s", text_of(stream))
-    # Who is listed as a process already, or waits but for a moment, is not listed again.
+    # Waits of listed processes and short waits are not listed separately.
     assert not re.search(r"waits for prompts since", text_of(stream))
     assert "waits for y" not in text_of(stream)
 

@@ -1,4 +1,4 @@
-"""summary.json and the table at the end, from a ledger and the buffer's last words."""
+"""summary.json and the table at the end, from a ledger and the buffer's final status."""
 
 import io
 import json
