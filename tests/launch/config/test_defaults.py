@@ -83,7 +83,7 @@ def test_the_class_of_an_open_section_has_the_defaults_of_configs(section: str, 
 @pytest.mark.parametrize("name", ["cispo", "grpo", "gspo", "ppo", "reinforce_pp"])
 def test_an_algorithm_with_a_class_of_its_own_has_the_defaults_of_its_file(name: str):
     """The other files of configs/algorithm are settings of GRPO."""
-    composed = instantiate(own_sections(compose_config([f"algorithm={name}"], KNOWN), [])["algorithm"])
+    composed = instantiate(run_sections(compose_config([f"algorithm={name}"], KNOWN), [])["algorithm"])
     assert composed == type(composed)()
 
 
