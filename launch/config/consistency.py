@@ -71,6 +71,7 @@ def has_critic(sections: Sections) -> bool:
 NEEDS: dict[str, tuple[str, Callable[[Sections], bool]]] = {
     "buffer.max_no_signal": ("buffer.drop_no_signal=true", lambda s: bool(s["buffer"].get("drop_no_signal"))),
     "buffer.max_reissues": ("buffer.on_stale=drop", lambda s: s["buffer"].get("on_stale") == "drop"),
+    "max_staleness": ("mode=async", lambda s: s["mode"] != "sync" or s["max_staleness"] == 0),
     "cluster.tensorboard_port": ("cluster.tensorboard=true", lambda s: bool(s["cluster"].get("tensorboard"))),
     "learner.critic_optimizer": ("an algorithm with a critic, such as algorithm=ppo", has_critic),
     "learner.critic_warmup_steps": ("an algorithm with a critic, such as algorithm=ppo", has_critic),

@@ -79,6 +79,11 @@ def test_settings_of_the_small_model_mean_nothing_beside_a_model_of_the_users(ov
     )
 
 
+def test_a_synchronous_run_has_no_staleness_to_set(make_plan: Any):
+    assert "max_staleness=5 has no effect without mode=async" in refusal("mode=sync", "max_staleness=5")
+    assert make_plan("mode=sync", "max_staleness=0").sections["buffer"]["max_staleness"] == 0
+
+
 def test_two_models_are_refused_with_both_names(model_folder: Path):
     said = refusal("model=tiny", f"model.path={model_folder}")
     assert "model=tiny makes a small model here" in said
@@ -104,7 +109,7 @@ def test_an_algorithm_that_does_not_exist_is_one_sentence(target: str, expected:
 def test_every_needed_setting_was_tested():
     assert set(NEEDS) == {
         *("buffer.max_no_signal", "buffer.max_reissues", "cluster.tensorboard_port", "verifier.max_retries"),
-        *("embedded", "pretraining", "learner.critic_optimizer", "learner.critic_warmup_steps"),
+        *("max_staleness", "embedded", "pretraining", "learner.critic_optimizer", "learner.critic_warmup_steps"),
     }
     said = refusal("algorithm=grpo", "learner.critic_optimizer.learning_rate=1e-3")
     assert "learner.critic_optimizer.learning_rate=0.001 has no effect without an algorithm with a critic" in said

@@ -384,7 +384,7 @@ def test_an_old_key_inside_a_value_works_too_and_a_typed_key_has_the_last_word(m
 
 
 def test_a_run_in_turn_is_never_stale_and_sampled_from_seeds(make_plan: Any):
-    sections = make_plan("mode=sync", "max_staleness=5").sections
+    sections = make_plan("mode=sync").sections
     assert (sections["max_staleness"], sections["buffer"]["max_staleness"]) == (0, 0)
     assert sections["actor"]["seeded_sampling"] is True
     assert make_plan("max_staleness=5").sections["actor"]["seeded_sampling"] is False

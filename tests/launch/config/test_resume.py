@@ -89,7 +89,7 @@ def test_auto_starts_a_run_and_then_continues_it_with_the_same_command(run_dir: 
         *STARTED,
         f"model.path={model_folder}",
         "mode=sync",
-        "max_staleness=4",
+        "max_staleness=0",
     ]
     started = plan_run(command)
     assert not started.resumed
