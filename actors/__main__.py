@@ -127,7 +127,7 @@ async def _run(
     learner = Connection(settings.address, name, credentials)
     weights = _version_client(name, run_dir, config, credentials, settings, offset, learner)
     # Before the scoring pool: the engine thread imports vLLM while the scoring processes start.
-    engine = Engine(config, settings.transport, settings.meeting_seconds, cores)
+    engine = Engine(config, settings.transport, settings.rendezvous_seconds, cores)
     # The environment of a multi-turn task gives the rewards, so the task needs no pool.
     pool = None if task.is_multi_turn else _scoring_pool(run)
     try:

@@ -38,7 +38,7 @@ RENAMED_KEYS = {
     f"learner.{section}.{old}": f"learner.{section}.{new}"
     for section in ("optimizer", "critic_optimizer")
     for old, new in (("clip_norm", "max_grad_norm"), ("floor", "min_lr_ratio"))
-}
+} | {"weights.meeting_seconds": "weights.rendezvous_seconds"}
 """Old keys that this release still accepts, each with the key of the same section that replaces it."""
 
 

@@ -61,7 +61,7 @@ class Engine:
     Args:
         config: the actor's.
         transport: as `weights.transport`.
-        meeting_seconds: as `weights.meeting_seconds`: longest wait until the NCCL group is complete.
+        rendezvous_seconds: as `weights.rendezvous_seconds`: longest wait until the NCCL group is complete.
         cores: cores for the engine thread and the threads that it starts; the actor's other threads may use any core.
             Empty: all cores.
     """
@@ -70,12 +70,12 @@ class Engine:
         self,
         config: ActorConfig,
         transport: str = "file",
-        meeting_seconds: float = 300.0,
+        rendezvous_seconds: float = 300.0,
         cores: Sequence[int] = (),
     ) -> None:
         self._config, self._transport = config, transport
         self._recomputes = config.kv_cache == "recompute"
-        self._meeting_seconds = meeting_seconds
+        self._rendezvous_seconds = rendezvous_seconds
         self._joined: dict[str, Any] | None = None
         """The NCCL group that this engine is a member of."""
         self._thread = EngineThread(self._make, cores)
@@ -178,18 +178,18 @@ class Engine:
 
     @asynccontextmanager
     async def _rendezvous_timeout(self, weights: FetchedVersion) -> AsyncIterator[None]:
-        """With an NCCL group, give up the load after `meeting_seconds`; without a group, no limit."""
+        """With an NCCL group, give up the load after `rendezvous_seconds`; without a group, no limit."""
         if weights.init_info() is None:
             yield
             return
-        seconds = self._meeting_seconds
+        seconds = self._rendezvous_seconds
         try:
             async with asyncio.timeout(seconds):
                 yield
         except TimeoutError as error:
             raise RuntimeError(
                 f"policy {weights.policy_version}: the learner's group was not complete within"
-                f" weights.meeting_seconds={seconds}; it takes no members between two starts of the learner"
+                f" weights.rendezvous_seconds={seconds}; it takes no members between two starts of the learner"
             ) from error
 
     async def reload_from_folder(self, folder: str) -> None:

@@ -31,7 +31,7 @@ class WeightsConfig:
     """Relays that pull from the learner, and relays that pull from each relay; 0: all pull from the learner."""
     deltas: bool = True
     """Whether an actor that has one of the kept versions pulls the delta from that version where a delta is smaller."""
-    meeting_seconds: float = 300.0
+    rendezvous_seconds: float = 300.0
     """nccl: timeout for the rendezvous of the group's members; at the first one engines are still starting."""
     group_size: int = 0
     """nccl: the group's members, which are the learner's rank 0 and all workers of all actors; set by the launcher."""
@@ -43,8 +43,8 @@ class WeightsConfig:
             raise ValueError(f"weights.relay_fanout={self.relay_fanout} must be 0 (no tree) or above")
         if not self.bytes_per_second >= 0:
             raise ValueError(f"weights.bytes_per_second={self.bytes_per_second} must be 0 (no limit) or above")
-        if not self.meeting_seconds > 0:
-            raise ValueError(f"weights.meeting_seconds={self.meeting_seconds} must be above 0")
+        if not self.rendezvous_seconds > 0:
+            raise ValueError(f"weights.rendezvous_seconds={self.rendezvous_seconds} must be above 0")
         self._check_transport()
 
     def _check_transport(self) -> None:

@@ -119,7 +119,7 @@ class GroupBroadcast:
     it, and a new group meets at a new port.
 
     Args:
-        config: `group_size` members, which wait for each other up to `meeting_seconds`.
+        config: `group_size` members, which wait for each other up to `rendezvous_seconds`.
         device: where the versions are.
         join: opens the group as rank 0 once all members are there, and returns the function that broadcasts a version.
     """
@@ -127,7 +127,7 @@ class GroupBroadcast:
     def __init__(self, config: WeightsConfig, device: torch.device, join: Join) -> None:
         host = config.address.partition("://")[2].rpartition(":")[0] or "127.0.0.1"
         self._rendezvous = Rendezvous(host, _free_port(host), config.group_size)
-        self._device, self._join, self._seconds = device, join, config.meeting_seconds
+        self._device, self._join, self._seconds = device, join, config.rendezvous_seconds
         self._send: Send | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="broadcast")
         """NCCL cannot be told to give up, so it runs in a thread that can be abandoned."""
@@ -137,7 +137,7 @@ class GroupBroadcast:
         return self._rendezvous
 
     def send(self, policy_version: int, version: Version) -> None:
-        """Broadcast a version. Waits for: every member to take part. Gives up after: `meeting_seconds`.
+        """Broadcast a version. Waits for: every member to take part. Gives up after: `rendezvous_seconds`.
 
         Raises:
             OSError: when it gave up.
@@ -148,7 +148,7 @@ class GroupBroadcast:
         except TimeoutError as error:
             raise OSError(
                 f"policy {policy_version}: not all {self._rendezvous.world_size - 1} workers of the actors took part in"
-                f" the broadcast within weights.meeting_seconds={self._seconds:.0f}; an actor died or hangs, its log"
+                f" the broadcast within weights.rendezvous_seconds={self._seconds:.0f}; an actor died or hangs, its log"
                 " says why, and weights=file needs no group"
             ) from error
 

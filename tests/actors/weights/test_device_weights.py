@@ -127,7 +127,7 @@ class RecordedEngine:
 @contextmanager
 def engine_over(llm: RecordedEngine) -> Iterator[Engine]:
     engine = Engine.__new__(Engine)
-    engine._recomputes, engine._joined, engine._meeting_seconds = False, None, 0.1
+    engine._recomputes, engine._joined, engine._rendezvous_seconds = False, None, 0.1
     engine._thread = EngineThread(lambda: llm)  # type: ignore[arg-type, return-value]
     try:
         yield engine
@@ -154,6 +154,6 @@ def test_a_group_that_is_never_complete_ends_the_actor():
     llm = RecordedEngine(hangs="update_weights")
     with (
         engine_over(llm) as engine,
-        pytest.raises(RuntimeError, match=r"policy 4: the learner's group was not complete .*meeting_seconds=0\.1"),
+        pytest.raises(RuntimeError, match=r"policy 4: the learner's group was not complete .*rendezvous_seconds=0\.1"),
     ):
         asyncio.run(engine.load(fetched(4, GROUP)))

@@ -147,11 +147,11 @@ def test_the_group_is_told_of_a_version_before_it_is_sent_and_opened_once(tmp_pa
 
 
 def test_a_member_that_does_not_come_ends_the_learner_with_a_sentence(tmp_path: Path, address: str):
-    config = WeightsConfig(address, transport="nccl", group_size=5, meeting_seconds=0.05, **SETTINGS)
+    config = WeightsConfig(address, transport="nccl", group_size=5, rendezvous_seconds=0.05, **SETTINGS)
     never = threading.Event()
     store = group_store(tmp_path / "weights", config, lambda *_: lambda _: bool(never.wait(20)))
     try:
-        with pytest.raises(OSError, match=r"policy 3: not all 4 workers.*weights\.meeting_seconds=0.*weights=file"):
+        with pytest.raises(OSError, match=r"policy 3: not all 4 workers.*weights\.rendezvous_seconds=0.*weights=file"):
             store.publish(3, version(3)).result(timeout=20)
     finally:
         store.close()
