@@ -49,7 +49,7 @@ def load_bad_batch(path: Path) -> tuple[Shard, list[TrajectoryGroup]]:
 
 
 def describe(shard: Shard, groups: Sequence[TrajectoryGroup]) -> str:
-    """A readable table with one line per trajectory."""
+    """Format a batch as a table with one line per trajectory."""
     lines = [f"batch for policy {shard.policy_version}: {len(groups)} of its {shard.num_groups_in_batch} groups"]
     lines.append(f"{'trajectory':<20}{'tokens':>8}{'reward':>10}{'lowest log mu':>16}  versions, verdict")
     for group in groups:

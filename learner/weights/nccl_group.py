@@ -39,7 +39,7 @@ class VersionSource:
         self.version, self._describe = version, describe
 
     def metadata(self) -> list[Any]:
-        """A `ParamMeta` of vLLM for every tensor, in order."""
+        """Return a `ParamMeta` of vLLM for every tensor, in order."""
         return [self._describe(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.version]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -57,8 +57,8 @@ def join(rendezvous: Rendezvous, device: torch.device, version: Version) -> Call
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    # For this thread, which is not the training thread. A stream of its own keeps the next optimizer step from waiting
-    # for actors.
+    # Set the device of this thread, which is not the training thread. A separate stream keeps the next optimizer step
+    # from waiting for actors.
     torch.cuda.set_device(device)
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     source = VersionSource(version, ParamMeta)
