@@ -27,7 +27,7 @@ class ZeroAdvantageGroups:
         self._solved: int = self._file.meta("no_signal_solved", 0)
 
     def drops(self, header: GroupHeader) -> bool:
-        """Count a delivered group. True when the group must be dropped."""
+        """Count a delivered group. Returns True when the group must be dropped."""
         if not self._config.drop_no_signal:
             return False
         all_equal = min(header.rewards) == max(header.rewards)

@@ -482,7 +482,7 @@ Message = (
 
 
 def encode(message: Message, request_number: int, run_id: str) -> Frames:
-    """The frames of `message`: a header, then two per packed group and one per `Frame` field, in field order."""
+    """Return the frames of `message`: a header, then two per packed group and one per `Frame` field, in field order."""
     frames: Frames = [b""]
     fields = [_pack(getattr(message, name), frames) for name in _field_names(type(message))]
     frames[0] = msgpack.packb([SCHEMA, run_id, type(message).__name__, request_number, fields], use_bin_type=True)
@@ -490,7 +490,7 @@ def encode(message: Message, request_number: int, run_id: str) -> Frames:
 
 
 def decode(frames: Sequence[Frame], run_id: str) -> tuple[Message, int]:
-    """The message of run `run_id`, and its request number.
+    """Decode the message of run `run_id`, and its request number.
 
     Raises:
         ForeignRunError: when the message belongs to another run.
@@ -555,7 +555,7 @@ _FIELDS: dict[type[Any], tuple[str, ...]] = {}
 
 
 def _field_names(cls: type[Any]) -> tuple[str, ...]:
-    """The fields of a dataclass, looked up once per class."""
+    """Return the fields of a dataclass, looked up once per class."""
     if cls not in _FIELDS:
         _FIELDS[cls] = tuple(field_types(cls))
     return _FIELDS[cls]
