@@ -56,7 +56,7 @@ class Task:
         return self.name in MULTI_TURN
 
     def episode(self, problem: Problem, seed: int) -> Episode:
-        """A new episode of a multi-turn task's problem, with the randomness of `seed`."""
+        """Make a new episode of a multi-turn task's problem, with the randomness of `seed`."""
         return MULTI_TURN[self.name].episode(problem, seed)
 
     @property
@@ -65,7 +65,7 @@ class Task:
         return self.template.stop
 
     def prompt(self, problem: Problem) -> str:
-        """The text that the model continues."""
+        """Return the text that the model continues."""
         return self.template.render(problem.question)
 
     @cached_property
@@ -155,7 +155,10 @@ def write_traces(
 
 
 def _teach(task: Task, problem: Problem, rng: random.Random, error_rate: float) -> Iterator[tuple[str, str]]:
-    """(prompt, completion) pairs of a noisy teacher: in an episode one per turn, with earlier turns in the prompt."""
+    """Yield (prompt, completion) pairs of a noisy teacher.
+
+    An episode gives one pair per turn, with the earlier turns in the prompt.
+    """
     prompt = task.prompt(problem)
     if not task.is_multi_turn:
         yield prompt, GENERATED[task.name].teacher_trace(problem, rng, error_rate)

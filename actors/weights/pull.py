@@ -75,7 +75,7 @@ class Puller:
         return LocalWeights(manifest, copy.path)
 
     async def _pull_delta(self, manifest: Manifest, copy: HostCopy, connection: Connection) -> bool:
-        """Update the copy's version to `manifest` with a delta. False: pull the whole version."""
+        """Update the copy's version to `manifest` with a delta. Returns False when the whole version must be pulled."""
         base = copy.manifest
         if not self._deltas or base is None or layout_of(base.tensors) != layout_of(manifest.tensors):
             return False
@@ -131,7 +131,7 @@ class Puller:
                 answer.cancel()
 
     async def _chunk(self, source: Source, offset: int, size: int, answer: asyncio.Future[Message]) -> Frame:
-        """The bytes of one chunk. Damaged bytes are requested again, `MAX_ATTEMPTS` times in all.
+        """Return the bytes of one chunk. Damaged bytes are requested again, `MAX_ATTEMPTS` times in all.
 
         Raises:
             RuntimeError: every attempt arrived damaged.
