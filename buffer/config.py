@@ -70,15 +70,15 @@ class BufferConfig:
     """How a batch chooses groups beyond those that would become too stale: fifo, uniform, freshest or prioritized."""
     on_stale: str = "wait"
     """What happens to a group that would exceed max_staleness. wait: the learner waits for the group's delivery, so
-    that the group is trained on in time. drop: the group is dropped and its prompt sampled again. mask: its too stale
-    tokens are left out of the loss."""
+    that the group is trained on in time. drop: the group is dropped and its prompt sampled again. mask: the group's
+    tokens that are too stale are left out of the loss."""
     max_reissues: int = 1
     """How often a prompt is sampled again because its group was too stale, before the prompt is dropped. Not used with
     on_stale=wait."""
     drop_no_signal: bool = False
     """Whether to drop a delivered group whose rewards are all equal and sample another prompt instead."""
     max_no_signal: int = 1000
-    """Number of groups dropped by drop_no_signal in a row that ends the run; 0: no limit."""
+    """Number of consecutive groups dropped by drop_no_signal after which the run ends; 0: no limit."""
     lease_seconds: float = 60.0
     """Silence after which an actor loses its leases."""
     durability: str = "normal"

@@ -53,7 +53,7 @@ class BatchTrainer:
         """Make all optimizer steps of a batch, starting from `policy_version`; each makes one version.
 
         Returns:
-            The metrics to display, and the results of every step. The metrics describe this rank's share of the batch
+            The metrics to display, and the results of every step. The metrics describe this rank's shard of the batch
             and, equal on every rank, the last step.
 
         Raises:

@@ -63,7 +63,7 @@ def score_batch(
 
     Args:
         network: a training engine, which makes equally many passes on every rank, or a module of this rank alone.
-        batch: this rank's share.
+        batch: this rank's shard.
         tokens_per_microbatch: packed tokens of one forward pass.
         stopping: called between microbatches; a pass through a module of this rank alone is not abandoned.
 

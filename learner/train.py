@@ -173,7 +173,7 @@ class Trainer:
     # --- one batch ---------------------------------------------------------------------------------------------------
 
     def _next_batch(self) -> TrainingBatch | None:
-        """Return this rank's share of the next batch, or None when the run is about to end.
+        """Return this rank's shard of the next batch, or None when the run is about to end.
 
         Waits for: a full batch in the buffer. Unblocked by: actors that deliver groups, or `stopping`. Gives up after:
         `batch_timeout_seconds`.

@@ -167,7 +167,7 @@ def draw_problems(config: TaskConfig, draw: Draw) -> tuple[list[Problem], list[P
     rng = random.Random(f"{config.name} {config.seed}")
     train: list[Drawn] = []
     held_out: list[Drawn] = []
-    # Equal questions with different golds are different problems: a bandit's question does not show its payoffs.
+    # Equal questions with different gold answers are different problems: a bandit's question does not show its payoffs.
     seen: set[tuple[str, str]] = set()
     unproductive = 0
     while len(train) < config.num_train or len(held_out) < config.num_held_out:

@@ -1,4 +1,4 @@
-"""Tasks: prompts to sample from, golds to score against, and a teacher's traces to pretrain a small model on.
+"""Tasks: prompts to sample from, gold answers to score against, and a teacher's traces to pretrain a small model on.
 
 Every process that loads a task from the same config gets the same problems. `Task.fingerprint` proves it, so a lease
 names a prompt by its number. Training and held-out problems never overlap.
@@ -75,7 +75,10 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of a SHA-256 over all prompts, golds and levels, and over what separates turns."""
+        """16 hexadecimal digits of a SHA-256 over all prompts, gold answers, levels and turn settings.
+
+        The turn settings are the template's `between` and `stop`, and `max_turns`.
+        """
         digest = hashlib.sha256(json.dumps([self.template.between, self.template.stop, self.max_turns]).encode())
         for side in (self.train, self.held_out):
             digest.update(json.dumps([[self.prompt(p), p.gold, p.level] for p in side]).encode())
@@ -85,7 +88,7 @@ class Task:
     def alphabet(self) -> str:
         """The characters that a character tokenizer needs, sorted: those of all prompts and of all teacher traces.
 
-        A task from a data set has no teacher. Its alphabet is the characters of its prompts and golds.
+        A task from a data set has no teacher. Its alphabet is the characters of its prompts and gold answers.
         """
         texts: Iterable[str] = (text for p in (*self.train, *self.held_out) for text in (self.prompt(p), p.gold))
         if self.name in _GENERATORS:

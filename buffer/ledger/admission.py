@@ -102,7 +102,7 @@ def wanted(
 
     Three bounds apply: as many as `Limits.for_first_uses` has room for; at least as many as the next batch lacks; and
     no more than fill the next `ahead` batches, given all uses still possible. No group can have more than `ahead` uses,
-    so the last bound is never below what the next batch lacks, and the learner cannot wait for ever.
+    so the last bound is never below what the next batch lacks, and the learner cannot wait forever.
 
     Args:
         outstanding: number of leased and ready groups by oldest version.
@@ -164,7 +164,7 @@ def must_wait(
     True when `leaves_the_rest_in_time` is false and a leased group could improve the choice: the leased group is due
     before one of `picked`, or would take the place of a group used before. Waits for: that leased group. Unblocked by:
     its delivery, or the end of its lease. Without such a leased group waiting would gain nothing, so the batch is
-    handed out and the learner never waits for ever. Arguments as in `leaves_the_rest_in_time`.
+    handed out and the learner never waits forever. Arguments as in `leaves_the_rest_in_time`.
     """
     all_new = len(picked) == limits.groups_per_batch
     if not any(not all_new or version < max(picked) for version, count in leased.items() if count):

@@ -251,12 +251,12 @@ class Ledger:
         return len(rows) + self.evaluations.release(holder_name)
 
     def extend_deadline(self, holder_name: str, now: float) -> None:
-        """Extend the holder's deadline, because it is alive."""
+        """Extend the holder's deadline, because the holder is alive."""
         if holder_name in self._deadlines:
             self._deadlines[holder_name] = now + self._config.lease_seconds
 
     def start_deadline(self, holder_name: str, now: float) -> None:
-        """Start the holder's deadline, because it was granted a lease or an evaluation."""
+        """Start the holder's deadline, because the holder was granted a lease or an evaluation."""
         self._deadlines[holder_name] = now + self._config.lease_seconds
 
     def silent_holders(self, now: float) -> list[str]:
@@ -403,7 +403,10 @@ class Ledger:
         _decrement(self.leased, version)
 
     def _count_stale(self, occurrence: int) -> str:
-        """Count a too stale group of the occurrence. Returns the reason to drop it, or "" to sample it again."""
+        """Count a group of the occurrence as too stale.
+
+        Returns the reason to drop the occurrence, or "" to sample its prompt again.
+        """
         num_stale = self.file.one("SELECT num_stale FROM occurrences WHERE occurrence = ?", occurrence) + 1
         self.file.write("UPDATE OR FAIL occurrences SET num_stale = ? WHERE occurrence = ?", num_stale, occurrence)
         self.file.count(STALE)
@@ -422,7 +425,7 @@ class _Row:
     state: str
     oldest_version: int
     is_judged: bool
-    """Whether the current attempt was delivered, even if it was then dropped for its rewards."""
+    """Whether the current attempt was delivered, even if the group was then dropped for its rewards."""
 
 
 def _count_key(state: str, reason: str) -> str:

@@ -200,7 +200,7 @@ class Service:
         return messages.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
 
     def _contents(self, row: BatchRow, version: int) -> PackedGroup:
-        """Return the group's contents; with on_stale=mask, without too stale tokens in the loss masks."""
+        """Return the group's contents; with on_stale=mask, the loss masks leave out tokens that are too stale."""
         packed, most = self._ledger.payload(row.occurrence), self._config.max_staleness
         masks = self._config.on_stale == "mask" and row.staleness > most
         return mask_older_tokens(packed, version - most) if masks else packed

@@ -1,4 +1,4 @@
-"""Peers that send invalid messages: each is logged at most once a minute, and ignored for a while if it goes on.
+"""Peers that send invalid messages: each is logged at most once a minute, and ignored for a while if it sends more.
 
 Owned by `buffer/transport/router.py`. `now` is seconds of a monotonic clock. Memory is bounded, even when a peer
 connects under ever new names.

@@ -1,9 +1,9 @@
 """The metrics of an optimizer step, collected as sums over microbatches and ranks.
 
 The algorithms make one `MetricSums` per microbatch; its tensors stay on the device. The training loop adds them up.
-Once per optimizer step it reduces them over the ranks, sums and maxima separately, and copies them to the host.
-`summarize` then computes the named metrics. The metrics of off-policy distance use the untruncated ratio pi_prox/mu,
-whatever the correction.
+Once per optimizer step the loop reduces the total over the ranks, sums and maxima separately, and copies it to the
+host. `summarize` then computes the named metrics. The metrics of off-policy distance use the untruncated ratio
+pi_prox/mu, whatever the correction.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """One rank's share of a batch: whole groups, in issue order."""
+    """One rank's shard of a batch: whole groups, in the order of the `Shard` message."""
 
     policy_version: int
     trajectories: tuple[Trajectory, ...]

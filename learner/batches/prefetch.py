@@ -1,8 +1,8 @@
 """Requests, receives, decodes and flattens the next batch while the training loop is busy.
 
-The training loop owns one `Prefetch` per rank. It asks for the batch of a version as soon as the version exists, before
-it publishes, reports and saves. Not earlier: the buffer treats the request as the announcement of the version, and the
-number of batches that the buffer has sent limits how far ahead actors may work.
+The training loop owns one `Prefetch` per rank. The loop asks for the batch of a version as soon as the version exists,
+before the loop publishes, reports and saves. Not earlier: the buffer treats the request as the announcement of the
+version, and the number of batches that the buffer has sent limits how far ahead actors may work.
 """
 
 from __future__ import annotations

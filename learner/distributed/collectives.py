@@ -40,5 +40,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def barrier() -> None:
-    """Wait for every rank. Unblocked by: the slowest one. Gives up after: the process group's timeout."""
+    """Wait until every rank has called this function.
+
+    Waits for: every rank. Unblocked by: the slowest one. Gives up after: the process group's timeout.
+    """
     dist.barrier()

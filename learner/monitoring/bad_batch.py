@@ -23,7 +23,7 @@ SAVED = "saved batch"
 
 
 def save_bad_batch(directory: Path, rank: int, shard: Shard, metrics: Mapping[str, float]) -> Path:
-    """Write this rank's share of a batch and the metrics of its last step. Returns the path of the batch's file."""
+    """Write this rank's shard of a batch and the metrics of its last step. Returns the path of the batch's file."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{shard.policy_version:08d}-rank-{rank}.msgpack"
     path.write_bytes(msgpack.packb(encode(shard, 0, SAVED)))

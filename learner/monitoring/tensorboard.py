@@ -128,7 +128,7 @@ class Reporter:
 
 
 def batch_metrics(batch: TrainingBatch) -> dict[str, float]:
-    """Return metrics of rewards, verdicts, lengths and staleness of this rank's share of a batch."""
+    """Return metrics of rewards, verdicts, lengths and staleness of this rank's shard of a batch."""
     trajectories = batch.trajectories
     rewards = np.array([t.reward for t in trajectories])
     scored = np.diff(batch.scored_offsets)

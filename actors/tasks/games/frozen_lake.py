@@ -1,7 +1,7 @@
 """Frozen lake: reach the goal over slippery ice without falling into a hole. Reward: +1 at the goal, 0 otherwise.
 
 A move succeeds with probability 1 - `slip`/100; otherwise it goes to one of its two sides, with equal probability. The
-episode's seed decides the slips, so the completions of one prompt meet different slips. A turn without a readable
+episode's seed decides the slips, so the completions of one prompt get different slips. A turn without a readable
 action has the reward -1 and does not move the player.
 
 Symbols: `P` player, `_` ice, `O` hole, `G` goal, `X` player in a hole, `V` player on the goal. Every start has a path
