@@ -131,7 +131,7 @@ class Actor:
         """Lease as many groups as may be in flight, and start a rollout for each.
 
         Waits for: the buffer's admission. Unblocked by: a batch that the learner takes, or newer weights in this actor,
-        which it reports by heartbeat.
+        which the actor reports by heartbeat.
         """
         while True:
             while self._leased >= self.config.max_groups_in_flight and not self._closing:
@@ -154,7 +154,7 @@ class Actor:
         return reply
 
     async def _roll_out(self, lease: Lease) -> None:
-        """Sample, score and deliver one group. Return the lease when the prompt leaves no room for an answer."""
+        """Sample, score and deliver one group. Give the lease back when the prompt leaves no room for an answer."""
         problem = self.task.train[lease.prompt_id]
         prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
         if len(prompt_ids) + self._max_new_tokens(lease) > self.config.max_tokens:
@@ -193,7 +193,7 @@ class Actor:
             logger.warning("group %s was %s", receipt.group_id, receipt.outcome)
 
     async def _give_back_unscored(self, lease: Lease) -> None:
-        """Return the lease of a group without a scored completion.
+        """Give back the lease of a group without a scored completion.
 
         This happens with `verifier.on_timeout` or `verifier.on_error` = skip.
 

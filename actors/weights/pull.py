@@ -1,4 +1,4 @@
-"""Pulls a version over the network into this host's copy: a delta when it is smaller, else all chunks.
+"""Pulls a version over the network into this host's copy: a delta when a delta is smaller, else all chunks.
 
 A publication has the same bytes in the learner's store and in every relay. A pull that was interrupted at one of them
 is therefore resumed at another.

@@ -72,7 +72,7 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         """Do nothing: a file needs no group."""
 
     def start_weight_update(self) -> None:
-        """Return the layers to their checkpoint layout, because vLLM repacks a layer after loading it."""
+        """Put the layers back into their checkpoint layout, because vLLM repacks a layer after loading it."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)

@@ -20,16 +20,16 @@ class SelfDrivenActors:
     """A `VLLMWeightSyncClient` of vLLM whose remote calls do nothing, because the actors drive their engines."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Done by the actor, with the rendezvous in the record of its first version."""
+        """Do nothing: the actor does this, with the rendezvous in the record of its first version."""
 
     def start_weight_update(self) -> None:
-        """Done by the actor."""
+        """Do nothing: the actor does this."""
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Done by the actor, from the manifest."""
+        """Do nothing: the actor does this, from the manifest."""
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Done by the actor, which sets the version number."""
+        """Do nothing: the actor does this and sets the version number."""
 
 
 class VersionSource:

@@ -1,8 +1,9 @@
 r"""The task `data`: questions and answers from the named fields of a data set.
 
-The gold is a text. A list of texts or numbers is a list of alternatives, any of which is correct. It becomes the JSON
-text `["1/2", "0.5"]`, or the gold itself if there is only one. An object, or a list of anything else, becomes JSON text
-unchanged, for a reward that reads it. Dollar signs around mathematics are removed from a gold.
+The gold is a text. A list of texts or numbers is a list of alternatives, any of which is correct. The gold is then a
+JSON text such as `["1/2", "0.5"]`, or the alternative itself if there is only one. An object, or a list of anything
+else, becomes JSON text unchanged, for a reward that reads JSON. Dollar signs around mathematics are removed from a
+gold.
 """
 
 from __future__ import annotations
