@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def read_cores(listed: str) -> list[int]:
-    """The core numbers in `listed`, such as 0,1. Empty: no cores.
+    """Read the core numbers in `listed`, such as 0,1. Empty: no cores.
 
     Raises:
         ValueError: an entry is not a number, or this process may not use the core.
@@ -180,7 +180,7 @@ def _version_client(
     offset: int,
     learner: Connection,
 ) -> VersionClient:
-    """The client for `weights.transport`."""
+    """Make the client for `weights.transport`."""
     if settings.transport != "file":
         return DeviceClient(learner, host_id=host_id(), published=run_dir / "weights", rank_offset=offset)
     from actors.weights.adapters import Merger

@@ -62,7 +62,7 @@ class Actor:
     Args:
         actor_id: unique in the run.
         config: sampling and evaluation.
-        task: prompts and golds; leases name a prompt by its number.
+        task: prompts and gold answers; leases name a prompt by its number.
         tokenizer: the model's.
         engine: a started engine.
         pool: scores completions; None for a multi-turn task, whose environment gives the rewards.
@@ -131,7 +131,7 @@ class Actor:
         """Lease as many groups as may be in flight, and start a rollout for each.
 
         Waits for: the buffer's admission. Unblocked by: a batch that the learner takes, or newer weights in this actor,
-        which it reports by heartbeat.
+        which the actor reports by heartbeat.
         """
         while True:
             while self._leased >= self.config.max_groups_in_flight and not self._closing:
@@ -154,7 +154,7 @@ class Actor:
         return reply
 
     async def _roll_out(self, lease: Lease) -> None:
-        """Sample, score and deliver one group. Return the lease when the prompt leaves no room for an answer."""
+        """Sample, score and deliver one group. Give the lease back when the prompt leaves no room for an answer."""
         problem = self.task.train[lease.prompt_id]
         prompt_ids = task_prompt_ids(self.task, problem, self.tokenizer)
         if len(prompt_ids) + self._max_new_tokens(lease) > self.config.max_tokens:
@@ -193,7 +193,9 @@ class Actor:
             logger.warning("group %s was %s", receipt.group_id, receipt.outcome)
 
     async def _give_back_unscored(self, lease: Lease) -> None:
-        """Return a lease of which no completion could be scored, with `verifier.on_timeout` or `on_error` = skip.
+        """Give back the lease of a group without a scored completion.
+
+        This happens with `verifier.on_timeout` or `verifier.on_error` = skip.
 
         Raises:
             RuntimeError: `MAX_UNSCORED_GROUPS` consecutive groups could not be scored.
@@ -208,7 +210,7 @@ class Actor:
         await self._call(LeaseReturn(self.actor_id, (lease.group_id,), "unscored"))
 
     def _max_new_tokens(self, lease: Lease) -> int:
-        """The limit of the curriculum's stage, or else the run's."""
+        """Return the limit of the curriculum's stage, or else the run's."""
         return lease.max_new_tokens or self.config.max_new_tokens
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ class Actor:
                 loaded.release()
 
     async def _load_next(self) -> FetchedVersion | None:
-        """Load the next version. None when none was published in time, or when it could not be fetched.
+        """Load the next version. Returns None when none was published in time, or when it could not be fetched.
 
         Waits for: the learner's next publication. Gives up after: `weights_timeout_seconds`.
         """
@@ -349,7 +351,7 @@ class Actor:
             problem,
             prompt_ids,
             f"evaluation-{version}-{problem.prompt_id}",
-            # The same seeds at every version, so that the curve shows the policy's changes alone.
+            # Use the same seeds at every version, so that the curve shows only the policy's changes.
             seed_key=f"evaluation-{problem.prompt_id}",
             num_samples=1,
             temperature=self.config.evaluation_temperature,
@@ -378,5 +380,8 @@ class Actor:
             self._room_changed.set()
 
     async def _call(self, message: Message) -> Message:
-        """The buffer's answer. The connection resends the message until the answer arrives."""
+        """Send `message` and return the buffer's answer.
+
+        The connection resends the message until the answer arrives.
+        """
         return await asyncio.wrap_future(self.buffer.request(message))

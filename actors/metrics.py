@@ -44,7 +44,7 @@ class Meter:
         self._pause_seconds += pause_seconds
 
     def metrics(self) -> dict[str, float]:
-        """Totals since the actor started, and rates since its first request."""
+        """Return totals since the actor started, and rates since its first request."""
         now = time.monotonic()
         busy = self._busy_seconds + (now - self._busy_since if self.num_in_flight else 0.0)
         elapsed = now - self._started if self._started else 0.0

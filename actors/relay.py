@@ -38,7 +38,7 @@ CHUNK_BYTES = 4 << 20
 
 
 class Relay:
-    """Relay: caches published weights and serves them to actors on this host.
+    """Caches published weights and serves them to actors on this host.
 
     Args:
         folder: folder for the versions' files, which actors on this host map.
@@ -107,13 +107,16 @@ class Relay:
 
 
 def make_folder(run_dir: Path, name: str) -> Path:
-    """RUN_DIR/relays/NAME: a link to shared memory when `SLIPSTREAM_MEMORY` names a folder, else a folder on disk."""
+    """Make and return RUN_DIR/relays/NAME.
+
+    It is a link to shared memory when `SLIPSTREAM_MEMORY` names a folder, else a folder on disk.
+    """
     memory = os.environ.get(MEMORY_VARIABLE)
     return link_folder(run_dir / "relays" / name, Path(memory) / name if memory else None)
 
 
 def own_address(store: str, fanout: int) -> str:
-    """The address to listen on, with any free port.
+    """Choose the address to listen on, with any free port.
 
     Without a tree of relays, only this host connects, so the address is the loopback. In a tree, relays on other hosts
     connect, so it is the address from which this host reaches the learner's store.

@@ -22,7 +22,7 @@ from buffer.service.waits import SavedWaits, load_waits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m buffer", description="The prompt ledger and replay store.")
     commands = parser.add_subparsers(dest="command", required=True)
     serving = commands.add_parser("serve", help="serve the run until SIGTERM or SIGINT")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_buffer_config(run_dir: str) -> BufferConfig:
-    """The section `buffer` of the run's configuration, with `run_dir` as given.
+    """Read the section `buffer` of the run's configuration, with `run_dir` as given.
 
     Raises:
         ValueError: when the file or the section is missing or invalid.

@@ -11,7 +11,7 @@ AVERAGED = ("_fraction", "_seconds")
 
 
 def over_actors(peers: Iterable[Peer]) -> dict[str, float]:
-    """One value per metric, over the actors among `peers` that report the metric. Other roles are left out."""
+    """Combine each metric over the actors among `peers` that report the metric. Other roles are left out."""
     actors = [peer for peer in peers if peer.role == "actor"]
     metrics = {}
     for name in {name for actor in actors for name in actor.metrics}:

@@ -33,7 +33,7 @@ MOVED_MODULES = {
     "learner.ppo": "learner.algorithms.ppo",
     "learner.reinforce_pp": "learner.algorithms.reinforce_pp",
 }
-"""The present path of each module that an older run's configuration may name by its previous path."""
+"""The current path of each module that an older run's configuration may name by its previous path."""
 RENAMED_KEYS = {
     f"learner.{section}.{old}": f"learner.{section}.{new}"
     for section in ("optimizer", "critic_optimizer")
@@ -70,19 +70,21 @@ class BufferConfig:
     sampler: str = "fifo"
     """How a batch chooses groups beyond those that would become too stale: fifo, uniform, freshest or prioritized."""
     on_stale: str = "wait"
-    """What happens to a group that would exceed max_staleness. wait: the learner waits for the group before that. drop:
-    the group is dropped and its prompt sampled again. mask: its too stale tokens are left out of the loss."""
+    """What happens to a group that would exceed max_staleness. wait: the learner waits for the group's delivery, so
+    that the group is trained on in time. drop: the group is dropped and its prompt sampled again. mask: the group's
+    tokens that are too stale are left out of the loss."""
     max_reissues: int = 1
-    """How often a prompt is sampled again because its group was too stale, before it is dropped. Not with wait."""
+    """How often a prompt is sampled again because its group was too stale, before the prompt is dropped. Not used with
+    on_stale=wait."""
     drop_no_signal: bool = False
     """Whether to drop a delivered group whose rewards are all equal and sample another prompt instead."""
     max_no_signal: int = 1000
-    """Number of groups dropped by drop_no_signal in a row that ends the run; 0: no limit."""
+    """Number of consecutive groups dropped by drop_no_signal after which the run ends; 0: no limit."""
     lease_seconds: float = 60.0
     """Silence after which an actor loses its leases."""
     durability: str = "normal"
-    """What a power failure may lose. full: nothing that was acknowledged; normal: the last moments; memory: all that
-    the operating system has not written yet. With all three a killed process loses nothing."""
+    """What a power failure may lose. full: nothing that was acknowledged; normal: the latest transactions; memory: all
+    that the operating system has not written yet. With all three a killed process loses nothing."""
     shuffle: bool = True
     """Whether each epoch draws its prompts in a random order."""
     seed: int = 0
@@ -93,7 +95,7 @@ class BufferConfig:
     skip_unsolved: Skip = field(default_factory=lambda: Skip(success=0.0))
     """The prompts to pass over because they are never solved."""
     revisit_epochs: int = 0
-    """Interval, in epochs of a stage, at which an epoch passes no prompt over; 0: never."""
+    """Interval, in epochs of a stage, at which an epoch draws every prompt of the stage; 0: never."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "groups_per_batch", "updates_per_batch", "max_uses"):
@@ -142,7 +144,7 @@ class BufferConfig:
 
 
 def read_section(cls: type[T], mapping: Mapping[str, Any], section: str) -> T:
-    """Build the frozen dataclass `cls`, and nested dataclasses, from `mapping`.
+    """Build an instance of the frozen dataclass `cls`, and of nested dataclasses, from `mapping`.
 
     Args:
         cls: a dataclass of types that OmegaConf knows: int, float, str, bool, tuples, lists, dicts, dataclasses, and
@@ -164,7 +166,10 @@ def read_section(cls: type[T], mapping: Mapping[str, Any], section: str) -> T:
 
 
 def _writable(cls: type[Any]) -> DictConfig:
-    """The schema of `cls`, made writable. OmegaConf makes frozen dataclasses read-only and then refuses to merge."""
+    """Return the schema of `cls`, made writable.
+
+    OmegaConf makes frozen dataclasses read-only and then refuses to merge.
+    """
     schema: DictConfig = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, None)
     for name, wanted in get_type_hints(cls).items():
@@ -175,7 +180,7 @@ def _writable(cls: type[Any]) -> DictConfig:
 
 
 def _build(cls: type[Any], values: Any) -> Any:
-    """An instance of `cls`. Unlike OmegaConf's own conversion this keeps tuples as tuples."""
+    """Return an instance of `cls`. Unlike OmegaConf's own conversion, tuples stay tuples."""
     wanted = get_type_hints(cls)
     return cls(**{name: _convert(wanted[name], value) for name, value in values.items()})
 
@@ -200,9 +205,9 @@ def _sentence(cls: type[Any], section: str, error: OmegaConfBaseException) -> st
 
 
 def load_run_config(run_dir: str | Path) -> dict[str, Any]:
-    """The resolved configuration that the launcher wrote to `run_dir`/config.yaml.
+    """Load the resolved configuration that the launcher wrote to `run_dir`/config.yaml.
 
-    Paths of classes and names of keys that an older release wrote are replaced by the present ones.
+    Class paths and keys that an older release wrote are replaced by the current ones.
 
     Raises:
         ValueError: when the file is missing, cannot be read or is not a mapping.
@@ -220,12 +225,12 @@ def load_run_config(run_dir: str | Path) -> dict[str, Any]:
 
 
 def with_present_keys(sections: Mapping[str, Any], settled: Collection[str] = ()) -> dict[str, Any]:
-    """A copy of `sections` in which every key of `RENAMED_KEYS` has its present name.
+    """Return a copy of `sections` in which every key of `RENAMED_KEYS` has its current name.
 
     Args:
         sections: a whole configuration, as plain mappings.
-        settled: present keys, with their sections, that keep the value they have. Any other present key takes the value
-            of its old key: no file in configs/ has an old key, so somebody set it on purpose.
+        settled: current keys, with their sections, that keep their value. Any other current key takes the value of its
+            old key: no file in configs/ has an old key, so a user set it on purpose.
     """
     return {key: _with_present_keys(value, f"{key}.", settled) for key, value in sections.items()}
 
@@ -246,7 +251,7 @@ def _with_present_keys(value: Any, path: str, settled: Collection[str]) -> Any:
 
 
 def _with_present_classes(value: Any, key: Any = None) -> Any:
-    """`value` with the present class path in every `_target_`, at any depth."""
+    """Return `value` with the current class path in every `_target_`, at any depth."""
     if isinstance(value, dict):
         return {name: _with_present_classes(item, name) for name, item in value.items()}
     if isinstance(value, list):

@@ -50,7 +50,7 @@ class Stage:
         return bool(self.until_step or self.until_success or self.at_most_steps)
 
     def ends(self, next_version: int, began_version: int, successes: Sequence[float]) -> bool:
-        """Whether the stage is over.
+        """Return whether the stage is over.
 
         Args:
             next_version: policy version that the next batch is for.
@@ -141,7 +141,7 @@ def check_skips(skip_solved: Skip, skip_unsolved: Skip, revisit_epochs: int) -> 
 
 
 def prompts_of(stage: Stage, levels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The prompt ids of a stage, ascending. `levels` is the level of every prompt."""
+    """Return the prompt ids of a stage, ascending. `levels` is the level of every prompt."""
     wanted = (levels >= stage.min_level) & ((levels <= stage.max_level) | (stage.max_level == 0))
     return np.flatnonzero(wanted)
 
@@ -154,7 +154,7 @@ def write_levels(run_dir: Path, levels: Sequence[int]) -> None:
 
 
 def read_levels(run_dir: Path, num_prompts: int) -> NDArray[np.int64]:
-    """[num_prompts] int64: the level of every prompt.
+    """Read the level of every prompt, [num_prompts] int64.
 
     Raises:
         ValueError: when the file cannot be read or has another number of prompts.

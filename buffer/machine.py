@@ -23,7 +23,7 @@ _MEMORY_FILES = (
 
 
 def num_usable_cores(root: Path = MACHINE) -> int:
-    """Number of threads that can run at the same time: the cores of the affinity mask, at most the CPU quota.
+    """Return the number of threads that can run at once: the cores of the affinity mask, at most the CPU quota.
 
     A quota of 2.5 cores counts as two. With a third thread the quota would run out before the end of each period, and
     all threads would stop until the next one. A quota below one core counts as one.
@@ -37,7 +37,7 @@ def num_usable_cores(root: Path = MACHINE) -> int:
 
 
 def available_memory_bytes(root: Path = MACHINE) -> int:
-    """Bytes that can be allocated without swapping and without exceeding the container's limit.
+    """Return the bytes that can be allocated without swapping and without exceeding the container's limit.
 
     Args:
         root: as in `num_usable_cores`.
@@ -47,7 +47,7 @@ def available_memory_bytes(root: Path = MACHINE) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of the cgroups that limit this process: its own, then all visible ones above."""
+    """Yield the folders of the cgroups that limit this process: its own, then all visible ones above."""
     paths = [line.split(":", 2) for line in _lines(root / "proc/self/cgroup")]
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
@@ -62,7 +62,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _upward(top: Path, mounted: str, path: str) -> Iterator[Path]:
-    """The folders from the cgroup `path` up to `top`, the mount point of the cgroup `mounted`.
+    """Yield the folders from the cgroup `path` up to `top`, the mount point of the cgroup `mounted`.
 
     In a container `path` may be a path of the host that does not exist here. `top` is then the container's own cgroup.
     """
@@ -75,7 +75,7 @@ def _upward(top: Path, mounted: str, path: str) -> Iterator[Path]:
 
 
 def _cpu_quota(group: Path) -> float | None:
-    """The cgroup's CPU quota in cores; None: no limit."""
+    """Return the cgroup's CPU quota in cores; None: no limit."""
     for words in (
         [word for line in _lines(group / "cpu.max") for word in line.split()],
         [*_lines(group / "cpu.cfs_quota_us"), *_lines(group / "cpu.cfs_period_us")],
@@ -86,7 +86,7 @@ def _cpu_quota(group: Path) -> float | None:
 
 
 def _left_bytes(group: Path) -> int | None:
-    """Bytes that the cgroup may still allocate; None: no limit. Inactive file cache counts as free."""
+    """Return the bytes that the cgroup may still allocate; None: no limit. Inactive file cache counts as free."""
     for limit, usage, droppable in _MEMORY_FILES:
         limited, used = _lines(group / limit), _lines(group / usage)
         if limited and used and limited[0] != "max":
@@ -99,12 +99,12 @@ def _host_bytes(root: Path) -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    """The number after `name` in a file with a name and a number per line; 0 without such a line."""
+    """Return the number after `name` in a file with a name and a number per line; 0 without such a line."""
     return next((int(words[1]) for line in _lines(path) if (words := line.split())[:1] == [name]), 0)
 
 
 def _lines(path: Path) -> list[str]:
-    """The file's lines; none when the file is absent or unreadable, which means that there is no limit."""
+    """Return the file's lines; none when the file is absent or unreadable, which means that there is no limit."""
     try:
         return path.read_text().splitlines()
     except OSError:

@@ -22,7 +22,7 @@ def pause_gc() -> None:
 
 
 def resume_gc() -> None:
-    """Enable the garbage collector again. Everything that exists now is exempt for the life of the process."""
+    """Enable the garbage collector again. Objects that exist at this point are never scanned again."""
     gc.freeze()
     gc.enable()
 

@@ -44,7 +44,8 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     pause_gc()
-    # PyTorch reads the variable when it is imported; without it there would be a thread for every core of the host.
+    # PyTorch reads the variable when PyTorch is imported. Without the variable PyTorch would start one thread per core
+    # of the host.
     os.environ.setdefault(THREADS_VARIABLE, str(num_usable_cores()))
     os.environ["SLIPSTREAM_DEVICE"] = device_name(run["learner"].get("device", "auto"))
     import torch
@@ -59,7 +60,7 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     config = read_section(LearnerConfig, run["learner"], "learner")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if config.cpu_affinity:
-        # Each rank of this host gets cores of its own and as many threads as cores.
+        # Each rank on this host gets its share of the cores, and one thread per core.
         cores = config.cpu_affinity[local_rank :: config.num_ranks] or config.cpu_affinity
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(len(cores))
@@ -104,7 +105,8 @@ def _open_store(run_dir: Path, settings: WeightsConfig, credentials: Credentials
     from learner.weights.device_store import open_store
 
     memory = os.environ.get(MEMORY_VARIABLE) if settings.shared_memory else None
-    # Without a launcher no process would remove the shared memory after kill -9, so versions lie in the run directory.
+    # Without a launcher no process would remove the shared memory after kill -9, so versions are written to the run
+    # directory.
     folder = Path(memory) / "weights" if memory else None
     return open_store(run_dir / "weights", settings, credentials, folder, device)
 
@@ -115,7 +117,7 @@ def _log_failure(error: Exception, status: int) -> int:
 
 
 def device_name(wanted: str) -> str:
-    """`cpu` or `cuda`; `auto` means CUDA if torch finds a device."""
+    """Return the name of the device: `cpu` or `cuda`. `auto` means CUDA if torch finds a device."""
     if wanted != "auto":
         return wanted
     import torch

@@ -1,4 +1,4 @@
-"""Trains on one batch: annotate it, compute advantages, make its optimizer steps.
+"""Trains on one batch: annotates it, computes advantages, makes its optimizer steps.
 
 The training loop owns a `BatchTrainer` on every rank and calls it once per batch, on all ranks together.
 """
@@ -53,11 +53,11 @@ class BatchTrainer:
         """Make all optimizer steps of a batch, starting from `policy_version`; each makes one version.
 
         Returns:
-            The metrics to display, and the results of every step. The metrics describe this rank's share of the batch
+            The metrics to display, and the results of every step. The metrics describe this rank's shard of the batch
             and, equal on every rank, the last step.
 
         Raises:
-            PassAbandonedError: the run is to end and the batch has had no step yet.
+            PassAbandonedError: the run is about to end and the batch has had no step yet.
             LogprobMismatchError: as `LogprobCheck.compare` does.
         """
         config = self._config
@@ -89,7 +89,7 @@ class BatchTrainer:
         return self._may_abandon and self._stopping.is_set()
 
     def _annotate(self, batch: TrainingBatch, policy_version: int) -> Annotations:
-        """Compute what all optimizer steps of the batch hold fixed."""
+        """Compute the constants of all optimizer steps of the batch."""
         networks, algorithm = self._networks, self._algorithm
         needs_proximal = self._config.updates_per_batch > 1 or algorithm.needs_proximal
         proximal = self._score(networks.policy, batch) if needs_proximal else None
@@ -121,11 +121,11 @@ class BatchTrainer:
     def _step(
         self, batch: TrainingBatch, part: range, annotations: Annotations, policy_version: int
     ) -> tuple[dict[str, float], StepResults]:
-        """Make one optimizer step of the policy, and of the critic if there is one: `policy_version` + 1.
+        """Make the optimizer step to version `policy_version` + 1, of the policy and of the critic if there is one.
 
         A step whose loss or gradient is not finite is skipped: the new version has the weights of the previous one.
 
-        Returns: metrics to display, and the results that decide how the run goes on.
+        Returns: metrics to display, and the results that decide whether and how the run goes on.
         """
         config, networks, algorithm = self._config, self._networks, self._algorithm
         kl_coef = algorithm.kl_coef_schedule.at(policy_version, self.kl_coef)
@@ -163,7 +163,7 @@ class BatchTrainer:
         return shown | summarize(totals), results
 
     def _apply(self, network: TrainingEngine, optimizer: OptimizerConfig, policy_version: int) -> NetworkStep:
-        """Step `network` at the learning rate of this version."""
+        """Step `network` at the learning rate of `policy_version`."""
         # A batch that was abandoned after this step would be trained on again by the resumed run.
         self._may_abandon = False
         rate = optimizer.rate(policy_version, self._config.total_steps)

@@ -50,7 +50,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    """Gradients whose norm over all parameters is larger are scaled down to this norm; 0: never."""
+    """Gradients are scaled down to this norm when their norm over all parameters is larger; 0: never."""
     schedule: str = "constant"
     """constant | linear | cosine."""
     warmup_steps: int = 0
@@ -70,7 +70,7 @@ class OptimizerConfig:
             raise ValueError(f"max_grad_norm={self.max_grad_norm} must be 0 (never clip) or above")
 
     def rate(self, step: int, total_steps: int) -> float:
-        """The learning rate of the optimizer step that makes version `step` + 1.
+        """Return the learning rate of the optimizer step that makes version `step` + 1.
 
         A run shorter than the warm-up ends during the warm-up.
 
@@ -122,7 +122,7 @@ class LoraConfig:
         return self.rank > 0 and self.publish == "adapter"
 
     def differences(self, other: LoraConfig) -> list[str]:
-        """Names of the settings that differ and without which adapters of one kind cannot resume as the other kind."""
+        """Return the names of the settings that differ and that adapters must share to be loaded."""
         if not self.rank and not other.rank:
             return []
         return [name for name in ("rank", "alpha", "target_modules") if getattr(self, name) != getattr(other, name)]
@@ -160,12 +160,12 @@ class LearnerConfig:
     """Consecutive batches with a skipped step (loss or gradient not finite) after which the run ends."""
     max_batches_without_signal: int = 0
     """Consecutive batches that teach nothing (zero-advantage groups only, or no completion judged) after which the run
-    ends with a checkpoint; 0: only a warning is logged."""
+    ends with a checkpoint; 0: the run never ends for this reason, only a warning is logged."""
     evaluate_every: int = 15
-    """Policy versions from one evaluation on held-out prompts to the next; the first and the last version are always
-    evaluated. 0: no other version is."""
+    """Policy versions from one evaluation on held-out prompts to the next; 0: none in between. The first and the last
+    version are always evaluated."""
     evaluation_timeout_seconds: float = 300.0
-    """How long the learner waits at the end of the run for the last evaluation."""
+    """How long the learner waits for the last evaluation at the end of the run."""
     batch_timeout_seconds: float = 1800.0
     """How long the learner waits for a batch before it ends with an error that names the buffer's address."""
     logprob_tolerance: float = 0.02

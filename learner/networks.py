@@ -1,7 +1,8 @@
 """The networks of one rank: the policy, and the critic and the reference if the algorithm needs them.
 
-The training loop owns them. They are created, saved and restored together. Every rank holds a whole copy of the
-reference: the policy that the run started from, or the policy of the version at which the reference was last refreshed.
+The training loop owns the networks, which are created, saved and restored together. Every rank holds a whole copy of
+the reference: the policy that the run started from, or the policy of the version at which the reference was last
+refreshed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Networks:
 
     @classmethod
     def load(cls, config: LearnerConfig, model: ModelConfig, algorithm: Algorithm, device: torch.device) -> Networks:
-        """The networks of a run that starts: all from the model's folder."""
+        """Load the networks of a run that starts: all from the model's folder."""
         dtype, checkpointing = getattr(torch, model.dtype), model.gradient_checkpointing
 
         def engine(

@@ -1,9 +1,10 @@
 """Passes over a batch: annotation without gradients, and the optimizer steps of the policy and of the critic.
 
-The training loop calls them on every rank. Each pass cuts its part of the batch into microbatches. Every rank makes the
-same number of microbatches, because all ranks gather the sharded parameters together: a rank that needs fewer cuts
-smaller ones, and a rank with too few trajectories repeats a microbatch as padding, with weight 0. Between microbatches
-all ranks together can abandon a pass. An abandoned pass leaves gradients behind, so its process must not train on.
+The training loop calls the passes on every rank. Each pass cuts its part of the batch into microbatches. Every rank
+makes the same number of microbatches, because all ranks gather the sharded parameters together: a rank that needs fewer
+makes smaller ones, and a rank with too few trajectories repeats a microbatch as padding, with weight 0. Between
+microbatches all ranks together can abandon a pass. An abandoned pass leaves gradients behind, so its process must not
+train on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class PassAbandonedError(Exception):
 
 
 def never() -> bool:
-    """The default: a pass is not abandoned."""
+    """Return False: by default a pass is not abandoned."""
     return False
 
 
@@ -46,7 +47,7 @@ class Annotations:
     proximal_logprobs: Tensor | None
     ref_logprobs: Tensor | None
     kl_coef: float | None = None
-    """The KL coefficient of the step; None: the algorithm's own."""
+    """The KL coefficient of the step; None: the algorithm's `kl_coef`."""
 
 
 @torch.no_grad()
@@ -56,11 +57,13 @@ def score_batch(
     tokens_per_microbatch: int,
     stopping: Stopping = never,
 ) -> Tensor:
-    """[M] float32 outputs of `network` on all scored tokens: log-probabilities of a policy, values of a critic.
+    """Return the outputs of `network` on all scored tokens, [M] float32.
+
+    The outputs are the log-probabilities of a policy, or the values of a critic.
 
     Args:
-        network: a training engine, through which every rank makes equally many passes, or a module of this rank alone.
-        batch: this rank's share.
+        network: a training engine, which makes equally many passes on every rank, or a module of this rank alone.
+        batch: this rank's shard.
         tokens_per_microbatch: packed tokens of one forward pass.
         stopping: called between microbatches; a pass through a module of this rank alone is not abandoned.
 
@@ -167,7 +170,7 @@ def _microbatches(
     *,
     synchronize_ranks: bool,
 ) -> Iterator[tuple[MicroBatch, bool, bool]]:
-    """(microbatch, whether it is padding, whether it is the last) in turn.
+    """Yield (microbatch, whether it is padding, whether it is the last).
 
     With `synchronize_ranks` every rank yields the same number, and all ranks stop before the same microbatch.
     """
@@ -183,7 +186,10 @@ def _microbatches(
 
 
 def _token_weights(algorithm: Algorithm, batch: TrainingBatch, part: range) -> Tensor:
-    """[M] weight of each token in the loss of this optimizer step, which all ranks share; 0 outside `part`."""
+    """Return the weight of each token in the loss of this optimizer step, [M]; 0 outside `part`.
+
+    The counts behind the weights are summed over all ranks.
+    """
     loss_mask = torch.zeros(batch.num_scored_tokens, dtype=torch.bool, device=batch.device)
     loss_mask[batch.scored_slice(part)] = True
     counts = all_reduce_sum(batch_counts(loss_mask, batch.sequence_index)).tolist()

@@ -11,7 +11,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 def learning_rate(
     step: int, *, base: float, warmup_steps: int, total_steps: int, schedule: Schedule, min_lr_ratio: float = 0.0
 ) -> float:
-    """The rate for the optimizer step that makes version `step` + 1.
+    """Return the rate for the optimizer step that makes version `step` + 1.
 
     Args:
         step: optimizer steps done so far, from 0; from `total_steps` on the rate stays at its final value.

@@ -1,4 +1,4 @@
-"""Supervised training of a small model on pairs of prompt and completion. The launcher makes its embedded models so.
+"""Supervised training of a small model on prompt and completion pairs. The launcher makes its embedded models with it.
 
 `python -m learner.sft SETTINGS.json` builds a tokenizer and a Qwen2-architecture model with random weights, trains the
 model on the completions, and writes a Hugging Face folder that is either complete or absent. It prints its progress to
@@ -56,7 +56,7 @@ class SftSettings:
 
 
 def character_tokenizer(alphabet: str) -> Tokenizer:
-    """One token per character; an unknown character becomes the padding token."""
+    """Make a tokenizer with one token per character; an unknown character becomes the padding token."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *sorted(set(alphabet))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[\\s\\S]"), "isolated")
@@ -65,7 +65,7 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
 
 
 def bpe_tokenizer(texts: Iterator[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE trained on `texts`; it can encode any text."""
+    """Train a byte-level BPE on `texts`; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,7 +120,7 @@ def _build(settings: SftSettings, tokenizer: PreTrainedTokenizerFast) -> Qwen2Fo
 def _encode(
     pairs: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerFast, max_tokens: int
 ) -> list[tuple[list[int], int]]:
-    """(token ids with the end token, length of the prompt) of every pair that fits the context."""
+    """Return (token ids with the end token, length of the prompt) for every pair that fits the context."""
     prompts = tokenizer([pair["prompt"] for pair in pairs], add_special_tokens=False)["input_ids"]
     completions = tokenizer([pair["completion"] for pair in pairs], add_special_tokens=False)["input_ids"]
     encoded = [
@@ -147,7 +147,7 @@ def _fit(policy: PolicyModel, examples: list[tuple[list[int], int]], settings: S
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # Pairs are taken in the order of the file and then from its start again: their order may be a curriculum.
+        # Take pairs in the order of the file, then from its start again: their order may be a curriculum.
         first = step * settings.batch_size
         chosen = [examples[index % len(examples)] for index in range(first, first + settings.batch_size)]
         logprobs, _ = policy(*_pack(chosen))
@@ -163,7 +163,7 @@ def _fit(policy: PolicyModel, examples: list[tuple[list[int], int]], settings: S
 
 
 def _pack(examples: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, tuple[int, ...], Tensor]:
-    """The arguments of `PolicyModel.forward` for these examples in one pack; the tokens of completions are scored."""
+    """Pack examples into the arguments of `PolicyModel.forward`; the tokens of completions are scored."""
     token_ids: list[int] = []
     positions: list[int] = []
     targets: list[int] = []
@@ -177,7 +177,7 @@ def _pack(examples: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, tu
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Entry point. Returns the exit status."""
+    """Run the program. Returns the exit status."""
     settings: dict[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
         train(SftSettings(**settings))

@@ -173,7 +173,7 @@ class Trainer:
     # --- one batch ---------------------------------------------------------------------------------------------------
 
     def _next_batch(self) -> TrainingBatch | None:
-        """This rank's share of the next batch, or None when the run is to end.
+        """Return this rank's shard of the next batch, or None when the run is about to end.
 
         Waits for: a full batch in the buffer. Unblocked by: actors that deliver groups, or `stopping`. Gives up after:
         `batch_timeout_seconds`.
@@ -280,5 +280,5 @@ class Trainer:
         self.observer.say_goodbye(self.version)
 
     def _is_due(self, every: int) -> bool:
-        """Whether the last batch made a version that is a multiple of `every`."""
+        """Return whether the last batch made a version that is a multiple of `every`."""
         return every > 0 and self.version // every != (self.version - self.config.updates_per_batch) // every

@@ -48,7 +48,7 @@ class FusedSiluAndMul(SiluAndMul):
     """silu(x[..., :d]) * x[..., d:] in one pass."""
 
     def forward_cpu(self, x: Tensor) -> Tensor:
-        """x: [..., 2 d]. Returns [..., d]."""
+        """Map x [..., 2 d] to [..., d]."""
         d = x.shape[-1] // 2
         if d % ELEMENTS:
             return silu(x[..., :d]).mul_(x[..., d:])

@@ -51,7 +51,7 @@ class SampledCompletion:
     logprobs: NDArray[np.float32]
     """[T] float32: behavior log-probabilities (log mu)."""
     versions: tuple[VersionSpan, ...]
-    """Runs of (start, version); starts are positions in `token_ids`."""
+    """(start, version) spans; starts are positions in `token_ids`."""
     finish_reason: FinishReason
 
 
@@ -121,7 +121,7 @@ class Engine:
         stop_token_ids: Sequence[int] = (),
         seed: int | None = None,
     ) -> list[SampledCompletion]:
-        """`num_samples` completions of one prompt. Waits for: the end of the last one."""
+        """Sample `num_samples` completions of one prompt. Waits for: the end of the last one."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         parameters = SamplingParams(
@@ -143,7 +143,7 @@ class Engine:
         return [_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index)]
 
     async def load(self, weights: FetchedVersion) -> None:
-        """Replace the weights in the middle of generation; tokens that are sampled already keep their version.
+        """Replace the weights in the middle of generation; tokens that are already sampled keep their version.
 
         Requests in flight are paused, not aborted, and continue with the new weights. With `actor.kv_cache=keep` they
         continue with their old key-value cache; with `recompute`, the new weights compute the cache again.
@@ -168,7 +168,7 @@ class Engine:
         self._thread.thaw(llm)
 
     def _join(self, llm: LLMEngine, group: dict[str, Any] | None) -> None:
-        """Join `group` and leave an earlier one. Does nothing if `group` is joined already. None: no group."""
+        """Join `group` and leave an earlier one. Does nothing if the engine is already in `group`. None: no group."""
         if group == self._joined:
             return
         if self._joined is not None:
@@ -178,7 +178,7 @@ class Engine:
 
     @asynccontextmanager
     async def _rendezvous_timeout(self, weights: FetchedVersion) -> AsyncIterator[None]:
-        """With an NCCL group, give up the load after `rendezvous_seconds`; without a group, no limit."""
+        """Give up the load after `rendezvous_seconds` if there is an NCCL group; without a group there is no limit."""
         if weights.init_info() is None:
             yield
             return
@@ -202,7 +202,7 @@ class Engine:
         self._thread.thaw(llm)
 
     async def checksums(self) -> dict[str, str]:
-        """Digest of every parameter in the engine, by name, over all workers."""
+        """Return the digest of every parameter in the engine, by name, over all workers."""
         found: list[dict[str, str]] = await self._thread.call(
             lambda llm: llm.collective_rpc("compute_weight_checksums")
         )

@@ -73,7 +73,7 @@ class HeldOutputs:
     def process_outputs(
         self, outputs: list[EngineCoreOutput], *, weight_version: str | None = None, **named: Any
     ) -> OutputProcessorOutput:
-        """Replaces `OutputProcessor.process_outputs`."""
+        """Hold outputs back, or pass them on; replaces `OutputProcessor.process_outputs`."""
         if weight_version != self._version:
             # No held output ends its sequence or needs a search for stop strings, so the processor returns nothing.
             self._process([_joined(parts) for parts in self._held.values()], weight_version=self._version, **named)

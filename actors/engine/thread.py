@@ -57,7 +57,7 @@ class EngineThread:
         self._thread.start()
 
     async def call(self, work: Callable[[LLMEngine], T]) -> T:
-        """The result of `work`, which runs between two engine steps.
+        """Return the result of `work`, which runs between two engine steps.
 
         Waits for: the step under way, and earlier work.
 
@@ -69,7 +69,7 @@ class EngineThread:
         return await asyncio.wrap_future(future)
 
     async def generate(self, request_id: str, prompt_ids: Sequence[int], parameters: SamplingParams) -> RequestOutput:
-        """The final output of a request. Cancelling the call aborts the request.
+        """Generate the final output of a request. Cancelling the call aborts the request.
 
         Args:
             request_id: unique among the requests in flight.

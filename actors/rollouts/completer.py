@@ -56,7 +56,7 @@ class Completer:
         max_new_tokens: int,
         seeded: bool,
     ) -> list[tuple[Completion, Score]]:
-        """Completions of one prompt with their scores.
+        """Sample completions of one prompt and score them.
 
         A single-turn task samples all completions in one request and grades them. A multi-turn task runs an episode per
         completion.
@@ -120,7 +120,7 @@ class Completer:
         max_new_tokens: int,
         seed: int | None,
     ) -> list[SampledCompletion]:
-        """Completions of one prompt from the engine.
+        """Sample completions of one prompt with the engine.
 
         Waits for: the engine. Gives up after: `sample_timeout_seconds`, with a TimeoutError that ends the actor.
         """
@@ -142,7 +142,7 @@ class Completer:
                 raise TimeoutError(f"the engine did not finish request {request_id} within {seconds:.0f} s") from error
 
     def _seed(self, seed_key: str, *parts: int) -> int:
-        """A seed from `seed_key` and `parts`.
+        """Derive a seed from `seed_key` and `parts`.
 
         Of a group id OCCURRENCE.ATTEMPT only the occurrence counts, so another attempt gets the same seed.
         """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from actors.engine.engine import SampledCompletion
 
 Sample = Callable[[Sequence[int], int], Awaitable["SampledCompletion"]]
-"""Samples one turn: (token ids so far, index of the turn from 0) to the turn's tokens."""
+"""A function that samples one turn: from (token ids so far, index of the turn from 0) to the turn's tokens."""
 
 
 async def run_episode(
@@ -70,7 +70,11 @@ async def run_episode(
 
 
 def score_episode(episode: Episode, steps: Sequence[Step], finish_reason: FinishReason) -> Score:
-    """The return (sum of all rewards), its parts, and the verdict: correct when the environment says solved."""
+    """Return the score of an episode.
+
+    The reward is the return (sum of all rewards), with its parts. The verdict is correct when the environment says
+    solved.
+    """
     invalid = sum(not step.valid for step in steps)
     parts = {
         "environment": sum(step.reward for step in steps if step.valid),

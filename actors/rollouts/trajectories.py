@@ -27,13 +27,13 @@ class TextTokenizer(Protocol):
     """The part of a Hugging Face tokenizer that a rollout uses."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`."""
+        """Return the token ids of `text`."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of `token_ids`."""
+        """Return the text of `token_ids`."""
 
     def get_added_vocab(self) -> dict[str, int]:
-        """Ids of the special and added tokens, by their text."""
+        """Return the ids of the special and added tokens, by their text."""
 
 
 class Completion:
@@ -46,7 +46,7 @@ class Completion:
         self.logprobs: list[float] = []
         """Behavior log-probability (log mu) of each sampled token; 0 on observations."""
         self.versions: list[VersionSpan] = []
-        """Runs of (start, version): starts are positions in `token_ids`, and neighbors differ in version."""
+        """(start, version) spans: starts are positions in `token_ids`, and neighbors differ in version."""
         self.finish_reason = FinishReason.STOP
         """Finish reason of the last turn; LENGTH also when the context has no room for another turn."""
         self.num_turns = 0
@@ -81,7 +81,7 @@ class Completion:
 
 
 def single_turn(choice: SampledCompletion) -> Completion:
-    """A completion of one turn."""
+    """Make a completion of one turn."""
     completion = Completion()
     completion.append_turn(choice)
     return completion
@@ -90,7 +90,7 @@ def single_turn(choice: SampledCompletion) -> Completion:
 def completions_to_score(
     problem: Problem, sampled: Sequence[SampledCompletion], tokenizer: TextTokenizer, prefill: str = ""
 ) -> list[verifier.base.Completion]:
-    """The verifier's view of completions: text without special tokens, the gold, and whether the text is truncated.
+    """Return completions as the verifier reads them: text without special tokens, gold, whether the text is truncated.
 
     The text begins with `prefill`, the part of the template that starts every answer.
     """
@@ -113,7 +113,7 @@ def build_group(
     scores: Sequence[Score],
     actor_id: str,
 ) -> TrajectoryGroup:
-    """The group to deliver. The loss mask is False on prompt and observations; log mu is 0 there."""
+    """Build the group to deliver. The loss mask is False on prompt and observations; log mu is 0 there."""
     now = time.time()
     return TrajectoryGroup(
         group_id,
@@ -141,7 +141,10 @@ def build_group(
 
 
 def split_stops(stop: Sequence[str], tokenizer: TextTokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """(stop strings, stop token ids): special tokens stop by id, because they do not appear in the decoded text."""
+    """Split `stop` into (stop strings, stop token ids).
+
+    Special tokens stop by id, because they do not appear in the decoded text.
+    """
     special = tokenizer.get_added_vocab()
     return (
         tuple(text for text in stop if text not in special),
@@ -150,7 +153,7 @@ def split_stops(stop: Sequence[str], tokenizer: TextTokenizer) -> tuple[tuple[st
 
 
 def _spans(versions: Sequence[VersionSpan], offset: int) -> tuple[VersionSpan, ...]:
-    """Spans with starts counted from the start of the prompt and versions that never decrease.
+    """Return spans with starts counted from the start of the prompt and versions that never decrease.
 
     After a rollback of the learner, a completion continues with an older version. The earlier tokens then get the older
     version too, so that staleness is never understated.
@@ -202,5 +205,8 @@ def _check_any_fits(
 
 
 def task_prompt_ids(task: Task, problem: Problem, tokenizer: TextTokenizer) -> list[int]:
-    """Token ids of the prompt. The tokenizer adds no special tokens, because templates contain them as text."""
+    """Encode the prompt as token ids.
+
+    The tokenizer adds no special tokens, because templates contain them as text.
+    """
     return tokenizer.encode(task.prompt(problem), add_special_tokens=False)

@@ -65,8 +65,8 @@ class TaskConfig:
     question_field: str = "problem"
     answer_field: str = "answer"
     level_field: str = ""
-    """Field with a number, the problem's level ("Level 5" is 5); empty: no levels. All three fields may be nested
-    names, such as `answer.value`."""
+    """Field with a number, the problem's level ("Level 5" is 5); empty: no levels. The names of all three fields may be
+    nested, such as `answer.value`."""
     answer_pattern: str = ""
     r"""Regular expression with one group; the group's last match in the answer field is the gold. `boxed`: the content
     of the last \boxed{}. Empty: the whole answer."""
@@ -97,7 +97,7 @@ class TaskConfig:
             )
 
     def trains_on(self, level: int) -> bool:
-        """Whether problems of this level are trained on."""
+        """Return whether problems of this level are trained on."""
         return self.min_level <= level <= (self.max_level or level)
 
 
@@ -108,16 +108,16 @@ class Environment(Protocol):
     """Every character that a teacher trace can contain."""
 
     def problems(self, config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-        """(training, held-out) problems. Equal configs give equal problems, and no key is on both sides."""
+        """Return (training, held-out) problems. Equal configs give equal problems, and no key is on both sides."""
         ...
 
     def teacher_trace(self, problem: Problem, rng: random.Random, error_rate: float) -> str:
-        """The completion of a noisy teacher; always correct with `error_rate` 0."""
+        """Write the completion of a noisy teacher; always correct with `error_rate` 0."""
         ...
 
 
 def read_options(config: TaskConfig, defaults: Mapping[str, tuple[int, int, int]]) -> dict[str, int]:
-    """The task's options with their defaults filled in.
+    """Return the task's options with their defaults filled in.
 
     Args:
         config: its `options` are read.
@@ -138,7 +138,7 @@ def read_options(config: TaskConfig, defaults: Mapping[str, tuple[int, int, int]
 
 
 def read_range(options: Mapping[str, int], low: str, high: str) -> tuple[int, int]:
-    """The values of the options `low` and `high`.
+    """Return the values of the options `low` and `high`.
 
     Raises:
         ValueError: `low` is above `high`.
@@ -152,12 +152,12 @@ def read_range(options: Mapping[str, int], low: str, high: str) -> tuple[int, in
 
 
 def is_held_out(key: str) -> bool:
-    """Whether problems with this key are held out."""
+    """Return whether problems with this key are held out."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % HELD_OUT_SHARE == 0
 
 
 def draw_problems(config: TaskConfig, draw: Draw) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems: distinct problems, drawn until both sides are full.
+    """Draw distinct (training, held-out) problems until both sides are full.
 
     Raises:
         ValueError: `num_train` is 0, or there are too few distinct problems.
@@ -167,7 +167,7 @@ def draw_problems(config: TaskConfig, draw: Draw) -> tuple[list[Problem], list[P
     rng = random.Random(f"{config.name} {config.seed}")
     train: list[Drawn] = []
     held_out: list[Drawn] = []
-    # Equal questions with different golds are different problems: a bandit's question does not show its payoffs.
+    # Equal questions with different gold answers are different problems: a bandit's question does not show its payoffs.
     seen: set[tuple[str, str]] = set()
     unproductive = 0
     while len(train) < config.num_train or len(held_out) < config.num_held_out:

@@ -1,4 +1,4 @@
-"""Tasks: prompts to sample from, golds to score against, and a teacher's traces to pretrain a small model on.
+"""Tasks: prompts to sample from, gold answers to score against, and a teacher's traces to pretrain a small model on.
 
 Every process that loads a task from the same config gets the same problems. `Task.fingerprint` proves it, so a lease
 names a prompt by its number. Training and held-out problems never overlap.
@@ -56,7 +56,7 @@ class Task:
         return self.name in MULTI_TURN
 
     def episode(self, problem: Problem, seed: int) -> Episode:
-        """A new episode of a multi-turn task's problem, with the randomness of `seed`."""
+        """Make a new episode of a multi-turn task's problem, with the randomness of `seed`."""
         return MULTI_TURN[self.name].episode(problem, seed)
 
     @property
@@ -65,7 +65,7 @@ class Task:
         return self.template.stop
 
     def prompt(self, problem: Problem) -> str:
-        """The text that the model continues."""
+        """Return the text that the model continues."""
         return self.template.render(problem.question)
 
     @cached_property
@@ -75,7 +75,10 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of a SHA-256 over all prompts, golds and levels, and over what separates turns."""
+        """16 hexadecimal digits of a SHA-256 over all prompts, gold answers, levels and turn settings.
+
+        The turn settings are the template's `between` and `stop`, and `max_turns`.
+        """
         digest = hashlib.sha256(json.dumps([self.template.between, self.template.stop, self.max_turns]).encode())
         for side in (self.train, self.held_out):
             digest.update(json.dumps([[self.prompt(p), p.gold, p.level] for p in side]).encode())
@@ -85,7 +88,7 @@ class Task:
     def alphabet(self) -> str:
         """The characters that a character tokenizer needs, sorted: those of all prompts and of all teacher traces.
 
-        A task from a data set has no teacher. Its alphabet is the characters of its prompts and golds.
+        A task from a data set has no teacher. Its alphabet is the characters of its prompts and gold answers.
         """
         texts: Iterable[str] = (text for p in (*self.train, *self.held_out) for text in (self.prompt(p), p.gold))
         if self.name in _GENERATORS:
@@ -155,7 +158,10 @@ def write_traces(
 
 
 def _teach(task: Task, problem: Problem, rng: random.Random, error_rate: float) -> Iterator[tuple[str, str]]:
-    """(prompt, completion) pairs of a noisy teacher: in an episode one per turn, with earlier turns in the prompt."""
+    """Yield (prompt, completion) pairs of a noisy teacher.
+
+    An episode gives one pair per turn, with the earlier turns in the prompt.
+    """
     prompt = task.prompt(problem)
     if not task.is_multi_turn:
         yield prompt, GENERATED[task.name].teacher_trace(problem, rng, error_rate)

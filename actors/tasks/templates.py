@@ -41,23 +41,23 @@ class Template:
                 )
 
     def render(self, question: str) -> str:
-        """The prompt for this question."""
+        """Return the prompt for this question."""
         before, _, after = self.text.partition(QUESTION)
         return f"{before}{question}{after}{self.prefill}"
 
     def next_turn(self, observation: str) -> str:
-        """The text between a turn of the model and its next turn."""
+        """Return the text between a turn of the model and its next turn."""
         before, _, after = self.between.partition(OBSERVATION)
         return f"{before}{observation}{after}{self.prefill}"
 
 
 def template_names() -> list[str]:
-    """The named templates, sorted."""
+    """List the named templates, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_template(name: str) -> Template:
-    """The template with this name, or in the file with this path.
+    """Load the template with this name, or in the file with this path.
 
     Raises:
         ValueError: there is no such template and no such file, or the file is not a template.

@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def tensor_at(array: NDArray[np.uint8], dtype_name: str, shape: Iterable[int], offset: int) -> Tensor:
-    """The tensor at byte `offset` of `array`; the tensor shares the array's memory."""
+    """Return the tensor at byte `offset` of `array`; the tensor shares the array's memory."""
     dtype, shape = getattr(torch, dtype_name), tuple(shape)
     flat = torch.from_numpy(array[offset : offset + math.prod(shape) * dtype.itemsize])
     tensor: Tensor = flat.view(dtype).view(shape)
@@ -37,7 +37,7 @@ def tensor_at(array: NDArray[np.uint8], dtype_name: str, shape: Iterable[int], o
 
 
 def base_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a Hugging Face folder of safetensors files, memory-mapped.
+    """Return every tensor of a Hugging Face folder of safetensors files, memory-mapped.
 
     Raises:
         RuntimeError: a file is missing or cannot be read.
@@ -71,7 +71,7 @@ class Merger:
         """Where each tensor lies in the copy."""
 
     def whole(self, weights: LocalWeights) -> LocalWeights:
-        """`weights` itself when it holds no adapters; otherwise the merged weights, and `weights` is released.
+        """Return `weights` itself when it holds no adapters; otherwise release `weights` and return the merged weights.
 
         Raises:
             RuntimeError: an adapter belongs to no layer of the base, or has another shape.
@@ -117,7 +117,7 @@ class Merger:
 
 
 def merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """W + B A, computed in float32, in the dtype of W."""
+    """Return W + B A, computed in float32, in the dtype of W."""
     # With B = 0 the weight must keep every bit, but adding 0 would turn -0 into 0.
     return (weight.float() + up @ down).to(weight.dtype) if up.any() else weight
 

@@ -1,7 +1,7 @@
 """Fetches published weights to this host while generation goes on (`weights.transport=file`).
 
 The file of the learner, or of a relay, is memory-mapped when it is on this host; otherwise the weights are pulled over
-the network. The checksum of every tensor is compared in both cases. `actors/weights/vllm_loader.py` loads the result.
+the network. The checksum of every tensor is checked in both cases. `actors/weights/vllm_loader.py` loads the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from buffer.weights.shared_memory import hold, let_go
 logger = logging.getLogger(__name__)
 
 RELAY_SECONDS = 30.0
-"""Longest wait until a relay has a version; then the actor asks the learner's store."""
+"""Longest wait until a relay has a version, in seconds. After that the actor asks the learner's store."""
 
 
 class WeightClient:
@@ -65,7 +65,7 @@ class WeightClient:
         return self._puller.pulled_bytes
 
     async def wait_for_new(self, known_publication: str, wait_seconds: float) -> Manifest | None:
-        """The newest manifest; None when it is still `known_publication` after `wait_seconds`.
+        """Wait for a manifest other than `known_publication`; None when there is none after `wait_seconds`.
 
         Waits for: the learner's next publication. Unblocked by: the learner. Gives up after: `wait_seconds`, with a
         TimeoutError when the store has not answered in that time and a minute more.
@@ -118,7 +118,7 @@ class WeightClient:
         return mapped or await self._puller.pull(manifest, self._relay)
 
     async def _mapped_file(self, manifest: Manifest) -> LocalWeights | None:
-        """The manifest's file, mapped. None when it is on another host, outside the allowed folders, or gone."""
+        """Map the manifest's file. None when the file is on another host, outside the allowed folders, or gone."""
         folders = [self._published, *(self._relays.iterdir() if self._relays and self._relays.is_dir() else ())]
         path = Path(manifest.path).resolve()
         if manifest.host_id != self._host_id or not any(path.is_relative_to(folder.resolve()) for folder in folders):

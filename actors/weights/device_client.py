@@ -41,7 +41,7 @@ class DeviceWeights:
         return False
 
     def update_info(self) -> dict[str, Any]:
-        """ipc: the argument of `IpcTransferEngine`. nccl: the argument of vLLM's own engine."""
+        """Return, for ipc, the argument of `IpcTransferEngine`; for nccl, the argument of vLLM's own engine."""
         tensors = self.manifest.tensors
         info = {
             "names": [entry.name for entry in tensors],
@@ -53,7 +53,7 @@ class DeviceWeights:
         return info
 
     def init_info(self) -> dict[str, Any] | None:
-        """nccl: the group to join; every start of the learner opens another one. ipc: None."""
+        """Return, for nccl, the group to join, which every start of the learner opens anew; for ipc, None."""
         if not isinstance(self.record, Rendezvous):
             return None
         return asdict(self.record) | {"rank_offset": self.rank_offset, "packed": False}
@@ -83,7 +83,7 @@ class DeviceClient:
         return 0
 
     async def wait_for_new(self, known_publication: str, wait_seconds: float) -> Manifest | None:
-        """The newest manifest; None when it is still `known_publication` after `wait_seconds`.
+        """Wait for a manifest other than `known_publication`; None when there is none after `wait_seconds`.
 
         Waits for: the learner's next publication. Unblocked by: the learner. Gives up after: `wait_seconds`, with a
         TimeoutError when the store has not answered in that time and a minute more.
@@ -115,11 +115,13 @@ class DeviceClient:
             raise
 
     def close(self) -> None:
-        """Nothing to close: the connection belongs to the caller."""
+        """Do nothing: the connection belongs to the caller."""
 
 
 def rank_offset(name: str, workers_per_actor: int, group_size: int) -> int:
-    """The rank of an actor's first worker in the NCCL group: the learner has rank 0, the workers of actor-0 follow.
+    """Return the rank of an actor's first worker in the NCCL group.
+
+    The learner has rank 0, and the workers of actor-0 follow.
 
     Raises:
         ValueError: the group has no place for an actor of this name.

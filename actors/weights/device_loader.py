@@ -31,7 +31,7 @@ class HandleUpdateInfo(WeightTransferUpdateInfo):
     """The fields of a `DeviceHandle`."""
 
     def for_vllm(self) -> IPCWeightTransferUpdateInfo:
-        """The argument of vLLM's engine: per tensor, the arguments of torch's `rebuild_cuda_tensor`."""
+        """Return the argument of vLLM's engine: per tensor, the arguments of torch's `rebuild_cuda_tensor`."""
         handle = DeviceHandle(**self.handle)
         places = zip(self.dtype_names, self.shapes, self.offsets, strict=True)
         return IPCWeightTransferUpdateInfo(

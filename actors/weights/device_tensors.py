@@ -10,7 +10,7 @@ from buffer.weights.device_handle import DeviceHandle
 
 
 def rebuild_arguments(handle: DeviceHandle, dtype_name: str, shape: list[int], offset: int) -> tuple[Any, ...]:
-    """Arguments of torch's `rebuild_cuda_tensor`. The seventh is the reader's device index, here 0.
+    """Return the arguments of torch's `rebuild_cuda_tensor`. The seventh is the reader's device index, here 0.
 
     Args:
         handle: describes the learner's buffer.

@@ -1,4 +1,4 @@
-"""What the actor and its engine call on published weights, whichever `weights.transport` brings them.
+"""The interface of published weights that the actor and its engine call, the same for every `weights.transport`.
 
 `file`: `WeightClient` in `actors/weights/client.py`, whose versions are `LocalWeights`. `ipc` and `nccl`:
 `DeviceClient` in `actors/weights/device_client.py`, whose versions are `DeviceWeights`.
@@ -23,10 +23,10 @@ class FetchedVersion(Protocol):
         """Whether this process can read the bytes; False while they stay on the learner's CUDA device."""
 
     def update_info(self) -> dict[str, Any]:
-        """Argument of the `update_weights` call of vLLM's weight-transfer engine, in plain types."""
+        """Return the argument of the `update_weights` call of vLLM's weight-transfer engine, in plain types."""
 
     def init_info(self) -> dict[str, Any] | None:
-        """Argument of vLLM's `init_weight_transfer_engine`: the NCCL group to join. None: no group."""
+        """Return the argument of vLLM's `init_weight_transfer_engine`: the NCCL group to join. None: no group."""
 
     def release(self) -> None:
         """Allow the learner to reuse the memory. Call after the load, or when the version is not needed."""
@@ -40,7 +40,7 @@ class VersionClient(Protocol):
         """Bytes received over the network so far."""
 
     async def wait_for_new(self, known_publication: str, wait_seconds: float) -> Manifest | None:
-        """The newest manifest; None when it is still `known_publication` after `wait_seconds`."""
+        """Wait for a manifest other than `known_publication`; None when there is none after `wait_seconds`."""
 
     async def fetch(self, manifest: Manifest) -> FetchedVersion:
         """Make a version available to the engine.

@@ -17,7 +17,7 @@ from buffer.transport.messages import Manifest
 from buffer.weights.shared_memory import let_go
 
 MAX_MAPPINGS = 8
-"""Largest number of mappings that are kept. Then all are dropped, because some may belong to deleted files."""
+"""Largest number of mappings that are kept. When it is reached, all are dropped: some may belong to deleted files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class LocalWeights:
         return self.manifest.policy_version
 
     def update_info(self) -> dict[str, Any]:
-        """The fields of `FileUpdateInfo` in `actors/weights/vllm_loader.py`, in plain types."""
+        """Return the fields of `FileUpdateInfo` in `actors/weights/vllm_loader.py`, in plain types."""
         tensors = self.manifest.tensors
         return {
             "path": str(self.path),
@@ -46,7 +46,7 @@ class LocalWeights:
         }
 
     def init_info(self) -> dict[str, Any] | None:
-        """None: a file needs no group."""
+        """Return None: a file needs no group."""
         return None
 
     @property
@@ -96,7 +96,7 @@ class Mappings:
         self._store = ""
 
     def of(self, file: BinaryIO, manifest: Manifest) -> NDArray[np.uint8]:
-        """[num_bytes] uint8: the contents of `file`, which the caller holds."""
+        """Return the contents of `file`, which the caller holds locked, as [num_bytes] uint8."""
         store, inode = manifest.publication.partition(":")[0], os.fstat(file.fileno()).st_ino
         if store != self._store or len(self._arrays) >= MAX_MAPPINGS:
             self._arrays, self._store = {}, store
@@ -126,7 +126,7 @@ class TensorCheck:
         self._wrong: list[str] = []
 
     def advance(self, num_bytes: int) -> None:
-        """Continue with the bytes before `num_bytes`, which have arrived and do not change."""
+        """Hash the bytes before `num_bytes`, which have arrived and do not change."""
         self.num_bytes = num_bytes
         while self._unread:
             entry = self._unread[0]

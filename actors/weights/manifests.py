@@ -17,7 +17,7 @@ NUMBER_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 async def wait_for_manifest(
     connection: Connection, known_publication: str, wait_seconds: float, *, host_id: str = ""
 ) -> Manifest | None:
-    """The newest manifest of the store or relay at `connection`; None when there is none but `known_publication`.
+    """Wait for a manifest other than `known_publication` from a store or relay; None when there is none in time.
 
     Waits for: the next publication. Unblocked by: the learner. Gives up after: `wait_seconds`, with a TimeoutError
     when the store has not answered in that time and a minute more.
@@ -42,7 +42,7 @@ async def wait_for_manifest(
 
 
 def unexpected(reply: Message, wanted: str) -> RuntimeError:
-    """The error for a store or relay that answers with another type of message than was asked for."""
+    """Make the error for a store or relay that answers with another type of message than was asked for."""
     return RuntimeError(f"the weight store answered {type(reply).__name__} to a request for {wanted}")
 
 

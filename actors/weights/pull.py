@@ -1,4 +1,4 @@
-"""Pulls a version over the network into this host's copy: a delta when it is smaller, else all chunks.
+"""Pulls a version over the network into this host's copy: a delta when a delta is smaller, else all chunks.
 
 A publication has the same bytes in the learner's store and in every relay. A pull that was interrupted at one of them
 is therefore resumed at another.
@@ -75,7 +75,7 @@ class Puller:
         return LocalWeights(manifest, copy.path)
 
     async def _pull_delta(self, manifest: Manifest, copy: HostCopy, connection: Connection) -> bool:
-        """Update the copy's version to `manifest` with a delta. False: pull the whole version."""
+        """Update the copy's version to `manifest` with a delta. Returns False when the whole version must be pulled."""
         base = copy.manifest
         if not self._deltas or base is None or layout_of(base.tensors) != layout_of(manifest.tensors):
             return False
@@ -131,7 +131,7 @@ class Puller:
                 answer.cancel()
 
     async def _chunk(self, source: Source, offset: int, size: int, answer: asyncio.Future[Message]) -> Frame:
-        """The bytes of one chunk. Damaged bytes are requested again, `MAX_ATTEMPTS` times in all.
+        """Return the bytes of one chunk. Damaged bytes are requested again, `MAX_ATTEMPTS` times in all.
 
         Raises:
             RuntimeError: every attempt arrived damaged.

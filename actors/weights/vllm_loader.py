@@ -55,7 +55,7 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     """Bytes from the start of the file."""
 
     def map_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, tensor) pairs; the tensors share the mapped file's memory."""
+        """Return (name, tensor) pairs; the tensors share the mapped file's memory."""
         # Copy on write: torch needs writable memory, but the learner's file must not change.
         mapped = np.memmap(self.path, dtype=np.uint8, mode="c")
         places = zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True)
@@ -69,10 +69,10 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     update_info_cls = FileUpdateInfo
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """Nothing to do: a file needs no group."""
+        """Do nothing: a file needs no group."""
 
     def start_weight_update(self) -> None:
-        """Return the layers to their checkpoint layout, because vLLM repacks a layer after loading it."""
+        """Put the layers back into their checkpoint layout, because vLLM repacks a layer after loading it."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
@@ -107,11 +107,11 @@ class FileTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         _repack_tied_head(self.model)
 
     def shutdown(self) -> None:
-        """Nothing to do: no resource is held between updates."""
+        """Do nothing: no resource is held between updates."""
 
 
 def _tied_parameters(model: torch.nn.Module) -> set[str]:
-    """Names of the parameters that share another parameter's storage by the model's configuration."""
+    """Return the names of the parameters that share another parameter's storage by the model's configuration."""
     return {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
 
 

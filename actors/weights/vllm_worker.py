@@ -51,9 +51,10 @@ def register_engines() -> None:
 
 
 def is_unexpected(record: logging.LogRecord) -> bool:
-    """Log filter: False for vLLM's warning about rotary tables and tied heads, for which no weights are published.
+    """Filter log records: False for vLLM's warning about rotary tables and tied heads.
 
-    Every load would cause the warning. `FileTransferEngine.receive_weights` checks the other parameters.
+    No weights are published for these, so every load would cause the warning. `FileTransferEngine.receive_weights`
+    checks the other parameters.
     """
     text = record.getMessage()
     return not (text.endswith("Failed to load weights") and ("RotaryEmbedding" in text or "LMHead" in text))

@@ -1,4 +1,4 @@
-"""The admission rule: how many groups may be leased, and when a batch may be cut, so that no group gets too stale.
+"""The admission rule: how many groups may be leased and when a batch may be handed out, so that no group is too stale.
 
 Pure functions of group counts per version, called on every change of the ledger. Their cost grows with max_staleness
 and not with the number of groups.
@@ -51,12 +51,12 @@ class Limits:
 
 
 def slot(oldest_version: int, next_version: int, limits: Limits) -> int:
-    """The last batch that a group may be in: 0 is the next batch; negative when even that is too late."""
+    """Return the last batch that a group may be in: 0 is the next batch; negative when even that is too late."""
     return (oldest_version + limits.max_staleness - next_version) // limits.updates_per_batch
 
 
 def _slack(outstanding: Mapping[int, int], next_version: int, limits: Limits) -> list[int]:
-    """For every slot k, how many more groups with a slot <= k fit: (k + 1) * B minus the present ones."""
+    """Return, for every slot k, how many more groups with a slot <= k fit: (k + 1) * B minus the present ones."""
     counts = [0] * limits.num_slots
     for version, count in outstanding.items():
         counts[min(max(slot(version, next_version, limits), 0), limits.num_slots - 1)] += count
@@ -68,12 +68,15 @@ def _slack(outstanding: Mapping[int, int], next_version: int, limits: Limits) ->
 
 
 def is_schedulable(outstanding: Mapping[int, int], next_version: int, limits: Limits) -> bool:
-    """Whether every outstanding group can be in a batch in time. `outstanding` counts groups by oldest version."""
+    """Return whether every outstanding group can be in a batch in time.
+
+    `outstanding` counts groups by oldest version.
+    """
     return min(_slack(outstanding, next_version, limits)) >= 0
 
 
 def room(outstanding: Mapping[int, int], policy_version: int, next_version: int, limits: Limits) -> int:
-    """Number of groups that an actor may start now; 0 when its weights are too old or all slots are full.
+    """Return the number of groups that an actor may start now; 0 when its weights are too old or all slots are full.
 
     Args:
         outstanding: number of leased and ready groups by oldest version; a leased group counts by its actor's version.
@@ -95,11 +98,11 @@ def wanted(
     limits: Limits,
     ahead: int,
 ) -> int:
-    """Number of new groups that the next `ahead` batches need, if every group is used as often as possible.
+    """Return the number of new groups that the next `ahead` batches need, if every group is used as often as possible.
 
     Three bounds apply: as many as `Limits.for_first_uses` has room for; at least as many as the next batch lacks; and
     no more than fill the next `ahead` batches, given all uses still possible. No group can have more than `ahead` uses,
-    so the last bound is never below what the next batch lacks, and the learner cannot wait for ever.
+    so the last bound is never below what the next batch lacks, and the learner cannot wait forever.
 
     Args:
         outstanding: number of leased and ready groups by oldest version.
@@ -113,7 +116,7 @@ def wanted(
         return 0
 
     def batches(version: int) -> int:
-        """Number of batches that a group of this version can still be in."""
+        """Return the number of batches that a group of this version can still be in."""
         return min(max(slot(version, next_version, limits), 0) + 1, ahead)
 
     uses = sum(count * min(limits.max_uses, batches(version)) for version, count in outstanding.items())
@@ -129,14 +132,14 @@ def wanted(
 
 
 def in_time(outstanding: Mapping[int, int], next_version: int, limits: Limits) -> Counter[int]:
-    """The part of `outstanding`, counts by oldest version, that is not too stale for the batch for `next_version`."""
+    """Return the part of `outstanding` that is not too stale for the batch for `next_version`, by oldest version."""
     return Counter({version: n for version, n in outstanding.items() if slot(version, next_version, limits) >= 0})
 
 
 def leaves_the_rest_in_time(
     leased: Mapping[int, int], ready: Mapping[int, int], picked: Sequence[int], next_version: int, limits: Limits
 ) -> bool:
-    """Whether all other outstanding groups can be in later batches in time if `picked` are in the next one.
+    """Return whether all other outstanding groups can be in later batches in time if `picked` are in the next one.
 
     Args:
         leased: number of leased groups by the version of the actor's weights.
@@ -156,12 +159,12 @@ def leaves_the_rest_in_time(
 def must_wait(
     leased: Mapping[int, int], ready: Mapping[int, int], picked: Sequence[int], next_version: int, limits: Limits
 ) -> bool:
-    """Whether the batch must wait, because handing out `picked` now would make another group too stale.
+    """Return whether the batch must wait, because handing out `picked` now would make another group too stale.
 
     True when `leaves_the_rest_in_time` is false and a leased group could improve the choice: the leased group is due
     before one of `picked`, or would take the place of a group used before. Waits for: that leased group. Unblocked by:
-    its delivery, or the end of its lease. Without such a leased group waiting would gain nothing, so the batch is cut
-    and the learner never waits for ever. Arguments as in `leaves_the_rest_in_time`.
+    its delivery, or the end of its lease. Without such a leased group waiting would gain nothing, so the batch is
+    handed out and the learner never waits forever. Arguments as in `leaves_the_rest_in_time`.
     """
     all_new = len(picked) == limits.groups_per_batch
     if not any(not all_new or version < max(picked) for version, count in leased.items() if count):

@@ -30,7 +30,7 @@ class BatchRow:
     """Sum of the trajectories' squared numbers of tokens."""
 
     def cost(self, attention_crossover_tokens: float) -> float:
-        """Cost of training on the group, in tokens (`BatchRequest` in `buffer/transport/messages.py`)."""
+        """Return the cost of training on the group, in tokens (`BatchRequest` in `buffer/transport/messages.py`)."""
         return self.num_tokens + (
             self.num_tokens_squared / attention_crossover_tokens if attention_crossover_tokens > 0 else 0.0
         )
@@ -56,12 +56,12 @@ class Batches:
             self.reusable = Counter({(version, uses): number for version, uses, number in rows})
 
     def num_reusable(self, policy_version: int) -> int:
-        """Number of used groups that may be in the batch for `policy_version`."""
+        """Return the number of used groups that may be in the batch for `policy_version`."""
         oldest = policy_version - self._config.max_staleness
         return sum(number for (version, _), number in self.reusable.items() if version >= oldest)
 
     def candidates(self, policy_version: int) -> list[Candidate]:
-        """Used groups that may be in the batch for `policy_version`."""
+        """Return the used groups that may be in the batch for `policy_version`."""
         if not self.num_reusable(policy_version):
             return []
         rows = self._file.rows(
@@ -78,7 +78,10 @@ class Batches:
         self._file.write("INSERT OR FAIL INTO uses SELECT ?, key, value FROM json_each(?)", policy_version, occurrences)
 
     def batch(self, policy_version: int) -> list[BatchRow]:
-        """The groups of the batch for `policy_version`, in order; empty if there is none or contents are deleted."""
+        """Return the groups of the batch for `policy_version`, in order.
+
+        Empty if there is none or contents are deleted.
+        """
         rows = self._file.rows(
             "SELECT occurrence, oldest_version, num_tokens, num_tokens_squared, state"
             " FROM uses CROSS JOIN occurrences USING (occurrence) WHERE used_version = ? ORDER BY batch_order",
@@ -89,7 +92,7 @@ class Batches:
         return [BatchRow(occurrence, policy_version - oldest, *lengths) for occurrence, oldest, *lengths, _ in rows]
 
     def finished(self, policy_version: int, next_version: int, *, is_over: bool) -> tuple[list[int], int]:
-        """Used groups that only batches before `policy_version` used, and that no batch from `next_version` on can use.
+        """Find used groups that only batches before `policy_version` used and no batch from `next_version` on can use.
 
         Args:
             policy_version: version of the checkpoint.

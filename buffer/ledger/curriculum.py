@@ -5,7 +5,7 @@ any moment continues with the same prompt. The table `stages` has one row per st
 current epoch and the prompts left out of it. `occurrences` holds the number of correct completions of every group.
 
 A stage draws its prompts in epochs. An epoch draws every prompt of the stage once, except those that the difficulty
-filter passes over; the filter decides when the epoch begins. A stage ends in the transaction that cuts a batch.
+filter passes over; the filter decides when the epoch begins. A stage ends in the transaction that hands out a batch.
 Occurrences drawn before that keep their stage. A rollback of the learner undoes neither stages nor draws.
 """
 
@@ -77,13 +77,13 @@ class Curriculum:
         self._recent = RecentGroups(len(self._levels), self._num_recent, groups)
 
     def draw(self, occurrence: int) -> int:
-        """The prompt of a new occurrence. Occurrences must be drawn one after another, without a gap."""
+        """Draw the prompt of a new occurrence. Occurrences must be drawn one after another, without a gap."""
         if occurrence - self._epoch_first >= len(self._order):
             self._begin_epoch(occurrence)
         return int(self._order[occurrence - self._epoch_first])
 
     def stage_of(self, occurrence: int) -> Stage:
-        """The stage that drew the occurrence."""
+        """Return the stage that drew the occurrence."""
         return self._stages[bisect_right(self._firsts, occurrence) - 1]
 
     def delivered(self, occurrence: int, prompt_id: int, success: float) -> None:
@@ -92,7 +92,10 @@ class Curriculum:
             self._recent.add(occurrence, prompt_id, success)
 
     def advance(self, next_version: int) -> None:
-        """Begin the next stage if the current one is over. Called after a cut; the next batch is for `next_version`."""
+        """Begin the next stage if the current one is over.
+
+        Called after a batch is handed out; the next batch is for `next_version`.
+        """
         while self._number < len(self._stages) and self._stage.ends(
             next_version, self._began_version, self._successes()
         ):
@@ -104,14 +107,14 @@ class Curriculum:
             )
 
     def status(self) -> StageStatus:
-        """The state for the terminal display and TensorBoard."""
+        """Return the state for the terminal display and TensorBoard."""
         successes = self._successes()
         groups = len(successes)
         success = sum(successes) / groups if groups else 0.0
         return StageStatus(self._number, len(self._stages), success, groups, self._num_passed_over)
 
     def _successes(self) -> list[float]:
-        """Shares of correct completions of the stage's latest groups, newest first.
+        """Return the shares of correct completions of the stage's latest groups, newest first.
 
         Groups count that the learner has used or that were dropped because their rewards were all equal. Without the
         latter a stage whose prompts are all solved would never end.
@@ -152,7 +155,7 @@ class Curriculum:
         self._set_epoch(prompts, skipped)
 
     def _filter(self, prompts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Mask of the stage's prompts that the beginning epoch passes over."""
+        """Return a mask of the stage's prompts that the new epoch passes over."""
         config = self._config
         if not self._num_recent or (config.revisit_epochs and self._epoch % config.revisit_epochs == 0):
             return np.zeros(len(prompts), np.bool_)

@@ -37,7 +37,7 @@ class Evaluations:
         return int(version)
 
     def taken(self, holder: str, request_number: int) -> int:
-        """The running evaluation that this lease request was assigned; -1 when there is none."""
+        """Return the running evaluation that this lease request was assigned; -1 when there is none."""
         version = self._file.one(
             "SELECT requested_version FROM evaluations WHERE state = 'running' AND holder = ? AND request_number = ?",
             holder,
@@ -46,7 +46,7 @@ class Evaluations:
         return -1 if version is None else int(version)
 
     def report(self, report: EvaluationReport) -> bool:
-        """Store a report. False when the evaluation is reported already or was rolled back."""
+        """Store a report. Returns False when the evaluation is already reported or was rolled back."""
         return bool(
             self._file.write(
                 "UPDATE evaluations SET state = 'reported', report = ?"
@@ -57,7 +57,7 @@ class Evaluations:
         )
 
     def reports(self, since_version: int = 0) -> tuple[EvaluationReport, ...]:
-        """Reports with requested_version >= `since_version`, oldest first."""
+        """Return the reports with requested_version >= `since_version`, oldest first."""
         rows = self._file.rows(
             "SELECT report FROM evaluations WHERE state = 'reported' AND requested_version >= ?"
             " ORDER BY requested_version",
@@ -67,11 +67,11 @@ class Evaluations:
         return tuple(message for message in messages if isinstance(message, EvaluationReport))
 
     def num_unfinished(self) -> int:
-        """Number of evaluations without a report."""
+        """Return the number of evaluations without a report."""
         return int(self._file.one("SELECT COUNT(*) FROM evaluations WHERE state != 'reported'"))
 
     def holders(self) -> set[str]:
-        """Names of the holders that run evaluations."""
+        """Return the names of the holders that run evaluations."""
         return {row[0] for row in self._file.rows("SELECT DISTINCT holder FROM evaluations WHERE state = 'running'")}
 
     def release(self, holder: str) -> int:

@@ -129,7 +129,7 @@ class Ledger:
                 yield
         except BaseException:
             self._load()
-            # Extended deadlines stay extended. A holder whose release was undone has its old deadline again.
+            # Extended deadlines stay extended. A holder whose release was undone gets its old deadline back.
             self._deadlines = deadlines | self._deadlines
             raise
 
@@ -171,7 +171,7 @@ class Ledger:
         return f"{occurrence}.{attempt}", prompt_id
 
     def leases_of(self, holder: Holder) -> list[tuple[str, int]]:
-        """The leases granted to this request that are still held, as (group_id, prompt_id)."""
+        """Return the leases granted to this request that are still held, as (group_id, prompt_id)."""
         rows = self.file.rows(
             "SELECT occurrence || '.' || attempt, prompt_id FROM occurrences"
             " WHERE state = 'leased' AND holder = ? AND request_number = ? ORDER BY occurrence",
@@ -228,7 +228,10 @@ class Ledger:
         return outcome
 
     def give_back(self, group_id: str, reason: str) -> bool:
-        """End a lease: its occurrence is pending again, or dropped if a `reason` is given. False when it has ended."""
+        """End a lease. Returns False when the lease has already ended.
+
+        The occurrence becomes pending again, or is dropped if a `reason` is given.
+        """
         row = self._find(group_id)
         if row is None or row.is_older_attempt or row.state != "leased":
             return False
@@ -248,20 +251,20 @@ class Ledger:
         return len(rows) + self.evaluations.release(holder_name)
 
     def extend_deadline(self, holder_name: str, now: float) -> None:
-        """Extend the holder's deadline, because it is alive."""
+        """Extend the holder's deadline, because the holder is alive."""
         if holder_name in self._deadlines:
             self._deadlines[holder_name] = now + self._config.lease_seconds
 
     def start_deadline(self, holder_name: str, now: float) -> None:
-        """Start the holder's deadline, because it was granted a lease or an evaluation."""
+        """Start the holder's deadline, because the holder was granted a lease or an evaluation."""
         self._deadlines[holder_name] = now + self._config.lease_seconds
 
     def silent_holders(self, now: float) -> list[str]:
-        """Holders whose deadline has passed."""
+        """Return the holders whose deadline has passed."""
         return [name for name, deadline in self._deadlines.items() if deadline <= now]
 
     def other_holders(self, holder_name: str, actor_id: str) -> list[str]:
-        """Other holders that have leases of the same actor."""
+        """Return the other holders that have leases of the same actor."""
         rows = self.file.rows(
             "SELECT DISTINCT holder FROM occurrences WHERE state = 'leased' AND actor_id = ? AND holder != ?",
             actor_id,
@@ -270,14 +273,17 @@ class Ledger:
         return [row[0] for row in rows]
 
     def leased_by_actor(self) -> dict[str, int]:
-        """Number of leases by actor."""
+        """Return the number of leases by actor."""
         sql = "SELECT actor_id, COUNT(*) FROM occurrences WHERE state = 'leased' GROUP BY actor_id ORDER BY actor_id"
         return dict(self.file.rows(sql))
 
     # Batches.
 
     def candidates(self, policy_version: int) -> list[Candidate]:
-        """Candidates for the batch for `policy_version`, for fifo only the first ready ones; empty when too few."""
+        """Return candidates for the batch for `policy_version`; empty when too few.
+
+        For fifo, only the first ready groups.
+        """
         size = self._config.groups_per_batch
         if self.ready.total() + self.batches.num_reusable(policy_version) < size:
             return []
@@ -303,7 +309,7 @@ class Ledger:
         self.batches.load()
 
     def payload(self, occurrence: int) -> PackedGroup:
-        """The contents of a ready or used group."""
+        """Return the contents of a ready or used group."""
         frames = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
         header = self._headers.pop(occurrence, None)
         return read_group_header(*frames) if header is None else PackedGroup(header, *frames)
@@ -346,8 +352,8 @@ class Ledger:
     def roll_back(self, policy_version: int) -> int:
         """Undo all batches from `policy_version` on, because the learner restarts there. Returns the undone uses.
 
-        Used groups without an earlier use become ready again. Done groups, which exist if the learner went back behind
-        a committed checkpoint, have no contents any more; their prompts become pending, so that none is skipped.
+        Used groups without an earlier use become ready again. Done groups, which exist if the learner restarts before a
+        committed checkpoint, have no contents any more; their prompts become pending, so that none is skipped.
         """
         undone = "occurrence IN (SELECT occurrence FROM uses WHERE used_version >= ?)"
         only_use = undone + " AND NOT EXISTS (SELECT 1 FROM uses WHERE uses.occurrence = occurrences.occurrence"
@@ -397,7 +403,10 @@ class Ledger:
         _decrement(self.leased, version)
 
     def _count_stale(self, occurrence: int) -> str:
-        """Count a too stale group of the occurrence. Returns the reason to drop it, or "" to sample it again."""
+        """Count a group of the occurrence as too stale.
+
+        Returns the reason to drop the occurrence, or "" to sample its prompt again.
+        """
         num_stale = self.file.one("SELECT num_stale FROM occurrences WHERE occurrence = ?", occurrence) + 1
         self.file.write("UPDATE OR FAIL occurrences SET num_stale = ? WHERE occurrence = ?", num_stale, occurrence)
         self.file.count(STALE)
@@ -416,7 +425,7 @@ class _Row:
     state: str
     oldest_version: int
     is_judged: bool
-    """Whether the current attempt was delivered, even if it was then dropped for its rewards."""
+    """Whether the current attempt was delivered, even if the group was then dropped for its rewards."""
 
 
 def _count_key(state: str, reason: str) -> str:
@@ -424,13 +433,13 @@ def _count_key(state: str, reason: str) -> str:
 
 
 def _spread(rewards: Sequence[float]) -> float:
-    """Mean |reward - mean reward|, which is the mean |advantage| with the group's mean reward as the baseline."""
+    """Return the mean |reward - mean reward|: the mean |advantage| with the group's mean reward as the baseline."""
     mean = sum(rewards) / len(rewards)
     return sum(abs(reward - mean) for reward in rewards) / len(rewards)
 
 
 def _decrement(counts: Counter[int], version: int) -> None:
-    """Count one group less. Versions without groups are removed, so that a counter never outgrows max_staleness."""
+    """Subtract one group. Versions without groups are removed, so that a counter never outgrows max_staleness."""
     counts[version] -= 1
     if not counts[version]:
         del counts[version]

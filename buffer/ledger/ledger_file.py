@@ -208,16 +208,16 @@ class LedgerFile:
         return self._db.execute(sql, arguments).rowcount
 
     def rows(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
-        """All rows of a query."""
+        """Return all rows of a query."""
         return self._db.execute(sql, arguments).fetchall()
 
     def one(self, sql: str, *arguments: Any) -> Any:
-        """The first value of the first row; None without rows."""
+        """Return the first value of the first row; None without rows."""
         row = self._db.execute(sql, arguments).fetchone()
         return None if row is None else row[0]
 
     def meta(self, key: str, default: Any) -> Any:
-        """The run's value for `key`, or `default`."""
+        """Return the run's value for `key`, or `default`."""
         value = self.one("SELECT value FROM meta WHERE key = ?", key)
         return default if value is None else value
 
@@ -231,7 +231,7 @@ class LedgerFile:
         self.write(sql, name, number)
 
     def counters(self) -> dict[str, int]:
-        """All counters: late, duplicate and unknown deliveries, reissued and rolled back groups, and others."""
+        """Return all counters: late, duplicate and unknown deliveries, reissued and rolled back groups, and others."""
         return dict(self.rows("SELECT name, value FROM counters ORDER BY name"))
 
     def close(self) -> None:
@@ -241,5 +241,5 @@ class LedgerFile:
 
 
 def is_out_of_space(error: sqlite3.Error) -> bool:
-    """Whether the file system is full. The transaction was rolled back then, and may succeed later."""
+    """Return whether the file system is full. The transaction was rolled back then, and may succeed later."""
     return getattr(error, "sqlite_errorcode", 0) in _OUT_OF_SPACE

@@ -14,7 +14,7 @@ from buffer.curriculum_config import Skip
 
 
 def epoch_order(prompts: NDArray[np.int64], *, shuffle: bool, seed: int, stage: int, epoch: int) -> NDArray[np.int64]:
-    """The prompts of one epoch in the order in which they are drawn, each once.
+    """Return the prompts of one epoch in the order in which they are drawn, each once.
 
     Args:
         prompts: [num_prompts] prompt ids, ascending.
@@ -55,7 +55,7 @@ class RecentGroups:
                 kept[place - 1] = new
 
     def teach_nothing(self, prompts: NDArray[np.int64], skip_solved: Skip, skip_unsolved: Skip) -> NDArray[np.bool_]:
-        """[len(prompts)] bool: True for prompts that were solved, or failed, in each of their latest groups.
+        """Return True for prompts that were solved, or failed, in each of their latest groups, [len(prompts)] bool.
 
         Args:
             prompts: prompt ids.

@@ -31,29 +31,29 @@ class Candidate:
 
 
 Sampler = Callable[[Sequence[Candidate], np.random.Generator], list[Candidate]]
-"""Orders the candidates, which are given by (oldest_version, occurrence). The batch takes the first ones."""
+"""A function that orders the candidates, given by (oldest_version, occurrence). The batch takes the first ones."""
 
 
 def fifo(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """Oldest version first; among equals in the order in which prompts were drawn."""
+    """Put the oldest versions first; keep the order in which prompts were drawn among equals."""
     return list(candidates)
 
 
 def uniform(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """All with the same probability, without replacement."""
+    """Draw all candidates with the same probability, without replacement."""
     return [candidates[index] for index in rng.permutation(len(candidates))]
 
 
 def freshest(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """Newest version first; among equals in the order in which prompts were drawn."""
+    """Put the newest versions first; keep the order in which prompts were drawn among equals."""
     return sorted(candidates, key=lambda group: -group.oldest_version)
 
 
 def prioritized(candidates: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
-    """With probability proportional to `reward_spread`, without replacement (Efraimidis and Spirakis 2006).
+    """Draw candidates with probability proportional to `reward_spread` (Efraimidis and Spirakis 2006).
 
-    `reward_spread` is the mean |advantage| with the group's mean reward as the baseline. Groups with a spread of 0 come
-    last.
+    The draw is without replacement. `reward_spread` is the mean |advantage| with the group's mean reward as the
+    baseline. Groups with a spread of 0 come last.
     """
     spreads = np.array([group.reward_spread for group in candidates])
     # log(x ** (1 / weight)) with x in (0, 1]; a weight may be 0.
@@ -77,7 +77,7 @@ def next_batch(
     seed: int = 0,
     waits: bool = True,
 ) -> list[int]:
-    """The occurrences of the next batch in ascending order; empty when the learner has to wait.
+    """Choose the occurrences of the next batch, in ascending order; empty when the learner has to wait.
 
     The learner waits for: groups_per_batch candidates and, with `waits`, leased groups that would otherwise become too
     stale. Unblocked by: deliveries and ends of leases.
@@ -113,7 +113,7 @@ def next_batch(
 
 
 def _first_uses(groups: Sequence[Candidate]) -> list[int]:
-    """Oldest versions of the groups that were never used."""
+    """Return the oldest versions of the groups that were never used."""
     return [group.oldest_version for group in groups if not group.num_uses]
 
 

@@ -11,7 +11,9 @@ from buffer.transport.packed_group import PackedGroup, pack_group, unpack_group
 
 
 def newest_sampled_version(packed: PackedGroup) -> int:
-    """The highest version of any token in the group's loss masks. Masking only older tokens leaves this one.
+    """Return the highest version of any token in the group's loss masks.
+
+    Masking only older tokens leaves at least one token of this version.
 
     Raises:
         WireError: when the contents break a rule of `Trajectory`.

@@ -25,7 +25,7 @@ TRANSITIONS = {
 
 
 def enforcing_triggers() -> str:
-    """SQL triggers that refuse every change of state not in `TRANSITIONS`.
+    """Return SQL triggers that refuse every change of state that is not in `TRANSITIONS`.
 
     The triggers, like the ledger's statements, use FAIL and not ABORT. The whole transaction is rolled back anyway, and
     ABORT would make SQLite copy pages so that it can undo a single statement.

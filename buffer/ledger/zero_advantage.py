@@ -1,7 +1,7 @@
 """Zero-advantage groups: all rewards are equal, so the learner can learn nothing from them.
 
 Owned by `buffer/ledger/ledger.py`, written inside its transactions. With buffer.drop_no_signal such groups are dropped
-on delivery, and buffer.max_no_signal of them in a row end the run. The decision to end the run holds until the learner
+on delivery, and buffer.max_no_signal consecutive ones end the run. The decision to end the run holds until the learner
 starts again, because every rank must get the same answer.
 """
 
@@ -27,7 +27,7 @@ class ZeroAdvantageGroups:
         self._solved: int = self._file.meta("no_signal_solved", 0)
 
     def drops(self, header: GroupHeader) -> bool:
-        """Count a delivered group. True when the group must be dropped."""
+        """Count a delivered group. Returns True when the group must be dropped."""
         if not self._config.drop_no_signal:
             return False
         all_equal = min(header.rewards) == max(header.rewards)

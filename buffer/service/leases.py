@@ -128,7 +128,7 @@ class Leases:
         return outgoing
 
     def waits(self, now: float) -> list[messages.Wait]:
-        """The actors that wait for leases, and what each one waits for."""
+        """Return the actors that wait for leases, and what each one waits for."""
         waiting = [c for c in self._clients.values() if c.parked and now - c.heard <= PRESUMED_DEAD_SECONDS]
         return [
             messages.Wait(c.actor_id, self._what_a_lease_lacks(c.policy_version), now - c.parked_since) for c in waiting
@@ -161,25 +161,25 @@ class Leases:
         return None
 
     def _admissible(self, policy_version: int) -> int:
-        """Number of groups that an actor at `policy_version` may start now."""
+        """Return the number of groups that an actor at `policy_version` may start now."""
         number = room(self._outstanding(), policy_version, self._progress.next_version, self._limits)
         return min(number, self._wanted(policy_version)) if number else 0
 
     def _outstanding(self) -> Counter[int]:
-        """Number of leased and ready groups by oldest version, without leased groups that no batch waits for."""
+        """Count leased and ready groups by oldest version, without leased groups that no batch waits for."""
         leased = self._ledger.leased
         if self._config.on_stale != "wait":
             leased = in_time(leased, self._progress.next_version, self._limits)
         return leased + self._ledger.ready
 
     def _wanted(self, policy_version: int) -> int:
-        """Number of new groups that the batches ahead need."""
+        """Return the number of new groups that the batches ahead need."""
         outstanding, reusable = self._outstanding(), self._ledger.batches.reusable
         where = policy_version, self._progress.next_version, self._limits, self._batches_ahead()
         return wanted(outstanding, reusable, *where)
 
     def _batches_ahead(self) -> int:
-        """Number of batches to sample for: the slots, but at most the batches that the run still needs."""
+        """Return the number of batches to sample for: the slots, but at most the batches that the run still needs."""
         done = self._progress.next_version // self._limits.updates_per_batch
         left = self._config.num_batches - done if self._config.num_batches else self._limits.num_slots
         return max(0, min(left, self._limits.num_slots))
@@ -187,7 +187,10 @@ class Leases:
     def _granted_before(
         self, identity: bytes, request: messages.LeaseRequest, number: int
     ) -> messages.LeaseReply | None:
-        """The answer to a resent request that was granted before a restart of the buffer; None if it was not."""
+        """Return the answer to a resent request that was granted before a restart of the buffer.
+
+        None if the request was not granted then.
+        """
         holder = Holder(holder_name(identity), request.actor_id, number)
         leases = self._ledger.leases_of(holder)
         version = self._ledger.evaluations.taken(holder.name, number)
@@ -221,5 +224,5 @@ class Leases:
 
 
 def holder_name(identity: bytes) -> str:
-    """A connection's name in the ledger and the logs."""
+    """Return a connection's name in the ledger and the logs."""
     return identity.decode("utf-8", "backslashreplace")

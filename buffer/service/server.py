@@ -93,7 +93,7 @@ class Server:
             save_waits(Path(self._config.run_dir), self._service.waits(now))
 
     def _carry_out(self, messages: Sequence[Incoming], more_waiting: bool, now: float) -> list[Outgoing]:
-        """Handle one turn's messages in one transaction. Returns the answers, to be sent now that it is committed."""
+        """Handle one turn's messages in one transaction. Returns the answers, to be sent now."""
         outgoing: list[Outgoing] = []
         num_changes = self._ledger.file.num_changes
         with self._ledger.transaction():

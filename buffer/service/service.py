@@ -93,7 +93,7 @@ class Service:
         return outgoing + self._leases.grant(now)
 
     def status(self, now: float) -> messages.Status:
-        """The answer to a `StatusRequest`."""
+        """Answer a `StatusRequest`."""
         ledger, progress = self._ledger, self._progress
         counts = dict.fromkeys(("pending", "leased", "ready", "used", "done"), 0)
         counts |= ledger.counts
@@ -107,7 +107,7 @@ class Service:
         return messages.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage)
 
     def waits(self, now: float) -> tuple[messages.Wait, ...]:
-        """All waits, longest first: those of parked requests, and those that heartbeats of other processes report."""
+        """Return all waits, longest first: of parked requests, and those that heartbeats of other processes report."""
         waits = self._leases.waits(now)
         for parked in self._batches.values():
             who, for_what = f"learner-{parked.request.rank}", self._what_a_batch_lacks(parked.request)
@@ -172,12 +172,15 @@ class Service:
     # Batches.
 
     def _since(self, identity: bytes, request: messages.BatchRequest, now: float) -> float:
-        """When the rank first sent this request. A resend does not restart the wait."""
+        """Return when the rank first sent this request. A resend does not restart the wait."""
         parked = self._batches.get((identity, request.rank))
         return parked.since if parked and parked.request == request else now
 
     def _shard(self, request: messages.BatchRequest, waited_seconds: float) -> messages.Message | None:
-        """The rank's shard, cut from a new batch for the first rank that asks. None while the learner has to wait."""
+        """Return the rank's shard of the batch, which is formed for the first rank that asks.
+
+        None while the learner has to wait.
+        """
         version, world_size = request.policy_version, request.world_size
         if not 0 <= request.rank < world_size or self._limits.groups_per_batch % world_size:
             return messages.Refused(
@@ -197,7 +200,7 @@ class Service:
         return messages.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
 
     def _contents(self, row: BatchRow, version: int) -> PackedGroup:
-        """The group's contents; with on_stale=mask, without too stale tokens in the loss masks."""
+        """Return the group's contents; with on_stale=mask, the loss masks leave out tokens that are too stale."""
         packed, most = self._ledger.payload(row.occurrence), self._config.max_staleness
         masks = self._config.on_stale == "mask" and row.staleness > most
         return mask_older_tokens(packed, version - most) if masks else packed
@@ -216,7 +219,7 @@ class Service:
         return None
 
     def _cut(self, version: int, waited_seconds: float) -> bool:
-        """Cut the batch for `version`. False when the learner has to wait."""
+        """Form the batch for `version` and hand it out. Returns False when the learner has to wait."""
         ledger, config = self._ledger, self._config
         candidates = ledger.candidates(version)
         waits = config.on_stale == "wait"

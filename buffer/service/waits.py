@@ -36,7 +36,7 @@ def save_waits(run_dir: Path, waits: Sequence[Wait]) -> None:
 
 
 def load_waits(run_dir: Path) -> SavedWaits | None:
-    """The file's contents; None when it cannot be read."""
+    """Read the file's contents; None when the file cannot be read."""
     try:
         saved = json.loads((run_dir / FILE_NAME).read_text())
         waits = tuple(Wait(str(w["who"]), str(w["for_what"]), float(w["seconds"])) for w in saved["waits"])

@@ -143,7 +143,7 @@ class _Handshakes:
 
 
 def _address(descriptor: int) -> str:
-    """The peer's IP address; `GONE` when the connection is closed already."""
+    """Return the peer's IP address; `GONE` when the connection is already closed."""
     try:
         with sockets.socket(fileno=os.dup(descriptor)) as peer:
             name = peer.getpeername()

@@ -1,4 +1,4 @@
-"""Peers that send invalid messages: each is logged at most once a minute, and ignored for a while if it goes on.
+"""Peers that send invalid messages: each is logged at most once a minute, and ignored for a while if it sends more.
 
 Owned by `buffer/transport/router.py`. `now` is seconds of a monotonic clock. Memory is bounded, even when a peer
 connects under ever new names.
@@ -38,7 +38,7 @@ class BanList:
         self._num_lines = 0
 
     def is_ignored(self, identity: bytes, now: float) -> bool:
-        """Whether to drop this peer's messages unread."""
+        """Return whether to drop this peer's messages unread."""
         peer = self._peers.get(identity)
         return peer is not None and now < peer.ignored_until
 
@@ -65,5 +65,5 @@ class BanList:
 
 
 def _text(identity: bytes) -> str:
-    """A peer's name for the log: shortened, on one line, without control characters."""
+    """Return a peer's name for the log: shortened, on one line, without control characters."""
     return repr(identity[:80])[2:-1]

@@ -32,7 +32,7 @@ from buffer.transport.schema import Frame, Frames, WireError, check_name
 log = logging.getLogger(__name__)
 
 MAX_QUEUED_MESSAGES = 1_000
-"""Messages that ZeroMQ queues for a slow peer, on either side. Messages beyond are lost and sent again."""
+"""Messages that ZeroMQ queues for a slow peer, on either side. Further messages are lost and sent again."""
 LARGE_FRAME_BYTES = 1 << 18
 """Received frames of at least this size are passed on as views of ZeroMQ's memory, not copied."""
 SILENT_RESENDS = 15
@@ -46,7 +46,7 @@ _TURNED_AWAY = {
 
 
 class RequestRefused(RuntimeError):
-    """The server will never grant the request. The text is the server's reason."""
+    """The server will never grant the request. The error's text is the server's reason."""
 
 
 @dataclass(slots=True)
@@ -186,7 +186,7 @@ class Connection:
                 self._finish(entry, ConnectionError(f"{self.address} was closed before it answered {entry.kind}"))
 
     def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        """A socket that connects to the server, and a socket that reports its handshakes."""
+        """Return a socket that connects to the server, and a socket that reports the first one's handshakes."""
         socket = bounded_socket(self._context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._identity)
         # Queue nothing while the server is away, because resent requests would pile up and arrive all at once.
@@ -217,7 +217,7 @@ class Connection:
                 self._turned_away = turned_away
 
     def _send_due(self, socket: zmq.Socket[bytes]) -> bool:
-        """Send the requests that are new or due again. True when the socket's queue is full."""
+        """Send the requests that are new or due again. Returns True when the socket's queue is full."""
         now = time.monotonic()
         for entry in self._snapshot():
             if entry.next_send > now:
@@ -245,7 +245,7 @@ class Connection:
         self._watch(handshakes)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> bool:
-        """Give all received answers to their futures. True when any message arrived."""
+        """Give all received answers to their futures. Returns True when any message arrived."""
         heard = False
         while True:
             try:
@@ -295,12 +295,12 @@ def _contents(frame: zmq.Frame) -> Frame:
 
 
 def host_id() -> str:
-    """An id of the running kernel. Processes with equal ids can share files and memory."""
+    """Return an id of the running kernel. Processes with equal ids can share files and memory."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    """An unconnected socket with the options that clients and servers share.
+    """Return an unconnected socket with the options that clients and servers share.
 
     Closing discards unsent messages. A peer cannot make the socket hold an unbounded amount of memory.
     """

@@ -51,12 +51,12 @@ class Credentials:
 
     @classmethod
     def plain(cls, run_id: str) -> Credentials:
-        """Credentials without keys: no encryption and no authentication."""
+        """Make credentials without keys: no encryption and no authentication."""
         return cls(run_id)
 
     @classmethod
     def new(cls, run_id: str) -> Credentials:
-        """Credentials with new keys for the server and for all clients."""
+        """Make credentials with new keys for the server and for all clients."""
         server_public, server_secret = zmq.curve_keypair()
         client_public, client_secret = zmq.curve_keypair()
         return cls(run_id, server_public, client_public, client_secret, server_secret)
@@ -67,7 +67,7 @@ class Credentials:
         return bool(self.server_public)
 
     def for_client(self) -> Credentials:
-        """These credentials without the server's secret key."""
+        """Return these credentials without the server's secret key."""
         return replace(self, server_secret=b"")
 
     def check_address(self, address: str) -> None:
@@ -84,10 +84,12 @@ class Credentials:
 
 
 def ensure_credentials(run_dir: Path | str, *, encrypted: bool = True) -> Credentials:
-    """The server's credentials of the run in `run_dir`, created if absent. Several processes may call this at once.
+    """Load the server's credentials of the run in `run_dir`, created if absent.
+
+    Several processes may call this at once.
 
     Raises:
-        ValueError: when the files cannot be written or read, other users can read them, or they are encrypted and
+        ValueError: when the files cannot be written or read, other users can read them, or they have keys and
             `encrypted` is False, or the reverse.
     """
     folder = Path(run_dir) / FOLDER
@@ -107,7 +109,7 @@ def ensure_credentials(run_dir: Path | str, *, encrypted: bool = True) -> Creden
 
 
 def server_credentials(run_dir: Path | str) -> Credentials:
-    """The server's credentials of the run in `run_dir`, created with encryption if absent.
+    """Load the server's credentials of the run in `run_dir`, created with encryption if absent.
 
     Raises:
         ValueError: when the files cannot be written or read, or other users can read them.
@@ -117,7 +119,7 @@ def server_credentials(run_dir: Path | str) -> Credentials:
 
 
 def client_credentials(run_dir: Path | str) -> Credentials:
-    """A client's credentials, from the folder that `SLIPSTREAM_KEYS` names, else from `run_dir`/keys.
+    """Load a client's credentials, from the folder that `SLIPSTREAM_KEYS` names, else from `run_dir`/keys.
 
     Raises:
         ValueError: when the files cannot be read, or other users can read them.

@@ -5,8 +5,8 @@ Each message is one multipart ZeroMQ message. Its first frame is a msgpack heade
 (`buffer/transport/packed_group.py`) and one per field of type `Frame`. Nothing is ever pickled.
 
 `decode` checks sizes, schema, types and lengths before it builds a value. An invalid message raises `WireError` and no
-other exception. A reply carries the request number of its request. A client resends a request, with the same number,
-until the reply arrives, so the server must answer every request idempotently.
+other exception. An answer carries the request number of its request. A client resends a request, with the same number,
+until the answer arrives, so the server must answer every request idempotently.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ForeignRunError(WireError):
     """A well-formed message of another run."""
 
 
-# Actor -> buffer, and the replies.
+# Actor -> buffer, and the answers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ class LeaseReply:
 
 @dataclass(frozen=True, slots=True)
 class GroupDelivery:
-    """Deliver one scored group. The reply is a `GroupReceipt`."""
+    """Deliver one scored group. The answer is a `GroupReceipt`."""
 
     actor_id: Name
     group: PackedGroup
@@ -180,7 +180,7 @@ class Refused:
     reason: Line
 
 
-# Learner -> buffer, and the replies.
+# Learner -> buffer, and the answers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +274,7 @@ class Close:
     """The learner needs no more groups. The buffer grants no more leases; pending evaluations still run."""
 
 
-# Any process -> buffer, and the replies.
+# Any process -> buffer, and the answers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +338,7 @@ class Status:
     stage: StageStatus = StageStatus()
 
 
-# Actor or relay -> weight server, and the replies.
+# Actor or relay -> weight server, and the answers.
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +482,7 @@ Message = (
 
 
 def encode(message: Message, request_number: int, run_id: str) -> Frames:
-    """The frames of `message`: a header, then two per packed group and one per `Frame` field, in field order."""
+    """Return the frames of `message`: a header, then two per packed group and one per `Frame` field, in field order."""
     frames: Frames = [b""]
     fields = [_pack(getattr(message, name), frames) for name in _field_names(type(message))]
     frames[0] = msgpack.packb([SCHEMA, run_id, type(message).__name__, request_number, fields], use_bin_type=True)
@@ -490,7 +490,7 @@ def encode(message: Message, request_number: int, run_id: str) -> Frames:
 
 
 def decode(frames: Sequence[Frame], run_id: str) -> tuple[Message, int]:
-    """The message of run `run_id`, and its request number.
+    """Decode the message of run `run_id`, and its request number.
 
     Raises:
         ForeignRunError: when the message belongs to another run.
@@ -555,7 +555,7 @@ _FIELDS: dict[type[Any], tuple[str, ...]] = {}
 
 
 def _field_names(cls: type[Any]) -> tuple[str, ...]:
-    """The fields of a dataclass, looked up once per class."""
+    """Return the fields of a dataclass, looked up once per class."""
     if cls not in _FIELDS:
         _FIELDS[cls] = tuple(field_types(cls))
     return _FIELDS[cls]

@@ -171,7 +171,7 @@ def check_group(packed: PackedGroup) -> None:
 
 
 def _arrays(packed: PackedGroup) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32]]:
-    """Views of token_ids, loss_mask and behavior_logprobs, concatenated over the group.
+    """Return views of token_ids, loss_mask and behavior_logprobs, concatenated over the group.
 
     Raises:
         WireError: when the loss mask holds another value than 0 and 1.

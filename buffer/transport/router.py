@@ -121,7 +121,10 @@ class Router:
         return valid, True
 
     def _frames(self) -> tuple[bytes, list[bytes]]:
-        """The identity and frames of the next message. An oversized message is cut so that `decode` refuses it."""
+        """Receive the identity and frames of the next message.
+
+        An oversized message is cut so that `decode` refuses it.
+        """
         identity = self.socket.recv(zmq.NOBLOCK)
         frames: list[bytes] = []
         num_bytes = 0
@@ -139,7 +142,7 @@ class Router:
         self.socket.send_multipart([identity, *frames], copy=small)
 
     def take_counts(self) -> dict[str, int]:
-        """What was refused since the last call, by name.
+        """Return how many messages and connections were refused since the last call, by name.
 
         wire_errors: invalid messages; foreign_run: messages of other runs; ignored: messages of ignored peers;
         rejected: connections.

@@ -21,7 +21,7 @@ MAX_INTEGER = (1 << 63) - 1
 """Largest integer that SQLite stores. msgpack also accepts larger, unsigned ones."""
 MAX_VERSION = 1 << 40
 MAX_ITEMS = 1 << 16
-"""Entries of a list or map."""
+"""Largest number of entries of a list or map."""
 
 Frame = bytes | memoryview
 """A large frame is a memoryview of the memory that ZeroMQ received it in, which lives as long as the view."""
@@ -77,7 +77,7 @@ def check_name(name: str, what: str) -> None:
 
 
 def unpack_header(frame: bytes) -> Any:
-    """The msgpack value in `frame`.
+    """Decode the msgpack value in `frame`.
 
     Raises:
         WireError: when the frame is too large or is not exactly one msgpack value.
@@ -85,7 +85,7 @@ def unpack_header(frame: bytes) -> Any:
     if len(frame) > MAX_HEADER_BYTES:
         raise WireError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
     try:
-        # A first pass skips through the value without building it, so that the second meets no false length.
+        # A first pass skips through the value without building it, so that no false length reaches the second pass.
         walker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES)
         walker.feed(frame)
         walker.skip()
@@ -96,7 +96,10 @@ def unpack_header(frame: bytes) -> Any:
 
 
 def reader(wanted: Any, special: dict[Any, Reader]) -> Reader:
-    """A function that checks and builds a value of type `wanted`; `special` has the readers of types sent as frames."""
+    """Return a function that checks and builds a value of type `wanted`.
+
+    `special` has the readers of types that are sent as frames.
+    """
     if wanted in special:
         return special[wanted]
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
@@ -120,13 +123,13 @@ def reader(wanted: Any, special: dict[Any, Reader]) -> Reader:
 
 
 def record(cls: type[Any], special: dict[Any, Reader]) -> Reader:
-    """A function that checks and builds the dataclass `cls` from a list of its field values."""
+    """Return a function that checks and builds the dataclass `cls` from a list of its field values."""
     kinds = field_types(cls).values()
     return _record(lambda values: cls(*values), cls.__name__, [reader(kind, special) for kind in kinds])
 
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
-    """The resolved annotation of every field, by name and in order."""
+    """Return the resolved annotation of every field, by name and in order."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -186,7 +189,7 @@ def _number(wanted: type[Any], limit: Within) -> Reader:
 
 
 def _float(value: Any, rest: Frames) -> float:
-    """Any float, also NaN and infinity: measurements may be either."""
+    """Accept any float, also NaN and infinity: measurements may be either."""
     if type(value) not in (int, float):
         raise WireError(f"expected float, got {type(value).__name__}")
     return float(value)

@@ -32,9 +32,11 @@ class WeightsConfig:
     deltas: bool = True
     """Whether an actor that has one of the kept versions pulls the delta from that version where a delta is smaller."""
     rendezvous_seconds: float = 300.0
-    """nccl: timeout for the rendezvous of the group's members; at the first one engines are still starting."""
+    """nccl: timeout of the rendezvous of the NCCL group's members; at the first rendezvous, engines are still
+    starting."""
     group_size: int = 0
-    """nccl: the group's members, which are the learner's rank 0 and all workers of all actors; set by the launcher."""
+    """nccl: number of members of the NCCL group: the learner's rank 0 and all workers of all actors; set by the
+    launcher."""
 
     def __post_init__(self) -> None:
         if self.keep_versions < 1:

@@ -40,7 +40,7 @@ class DeltaError(ValueError):
 
 
 def encode(old: Bytes, new: Bytes, layout: Layout, limit: int) -> bytes:
-    """The delta that turns `old` into `new`; empty when the delta would be larger than `limit` bytes.
+    """Compute the delta that turns `old` into `new`; empty when the delta would be larger than `limit` bytes.
 
     Args:
         old: [num_bytes] uint8, the base.
@@ -104,14 +104,14 @@ def _encode_block(old: NDArray[np.unsignedinteger[Any]], new: NDArray[np.unsigne
 
 
 def _planes(numbers: NDArray[np.unsignedinteger[Any]]) -> list[bytes]:
-    """The lowest byte of every number, then the next byte of every number, up to the highest byte in use."""
+    """Return the lowest byte of every number, then the next byte of every number, up to the highest byte in use."""
     used = max(1, (int(numbers.max()).bit_length() + 7) // 8)
     columns = numbers.view(np.uint8).reshape(len(numbers), -1)
     return [columns[:, index].tobytes() for index in range(used)]
 
 
 def _apply_block(block: NDArray[np.unsignedinteger[Any]], rest: memoryview) -> memoryview:
-    """Apply the first block of the delta `rest`; returns what follows that block."""
+    """Apply the first block of the delta `rest`. Returns what follows that block."""
     count, num_gaps, num_steps = HEAD.unpack_from(rest)
     rest = rest[HEAD.size :]
     if not count:
@@ -130,7 +130,7 @@ def _apply_block(block: NDArray[np.unsignedinteger[Any]], rest: memoryview) -> m
 def _numbers(
     rest: memoryview, count: int, num_planes: int, dtype: np.dtype[Any]
 ) -> tuple[NDArray[np.unsignedinteger[Any]], memoryview]:
-    """Decode `count` numbers from their planes; returns them and what follows the planes."""
+    """Decode `count` numbers from their planes. Returns the numbers and what follows the planes."""
     columns = np.zeros((count, dtype.itemsize), np.uint8)
     unpacker = zstandard.ZstdDecompressor()
     for index in range(num_planes):

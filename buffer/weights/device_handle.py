@@ -46,12 +46,12 @@ KINDS = {kind.__name__: kind for kind in (DeviceHandle, Rendezvous)}
 
 
 def pack_record(record: Record) -> bytes:
-    """The record as the contents of a version's file, RECORD_BYTES bytes."""
+    """Encode the record as the contents of a version's file, RECORD_BYTES bytes."""
     return json.dumps({"kind": type(record).__name__, **asdict(record)}).encode().ljust(RECORD_BYTES)
 
 
 def unpack_record(data: bytes) -> Record:
-    """The record in the contents of a version's file.
+    """Decode the record in the contents of a version's file.
 
     Raises:
         RuntimeError: when the bytes are not a record, as when learner and actor differ in `weights.transport`.

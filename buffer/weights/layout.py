@@ -18,12 +18,12 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
 def checksum(data: bytes | memoryview | NDArray[np.uint8]) -> str:
-    """XXH3 of the bytes, 16 hexadecimal digits. As fast as memory; detects damage, not forgery."""
+    """Return the XXH3 of the bytes, 16 hexadecimal digits. As fast as memory; detects damage, not forgery."""
     return xxhash.xxh3_64_hexdigest(data.data if isinstance(data, np.ndarray) else data)
 
 
 def layout_of(tensors: tuple[TensorEntry, ...]) -> Layout:
-    """The ranges of a version's file that hold numbers of one size, each with the padding between its tensors."""
+    """Return the ranges of a version's file that hold numbers of one size, with the padding between the tensors."""
     runs: list[tuple[int, int, int]] = []
     for entry in tensors:
         number_bytes = entry.num_bytes // max(1, math.prod(entry.shape))

@@ -32,7 +32,7 @@ class RelayTree:
         return list(self._relays.values())[place // self._fanout - 1][0]
 
     def at(self, host_id: str, now: float) -> str:
-        """The address of the relay on a host; empty: the host has no living relay."""
+        """Return the address of the relay on a host; empty: the host has no living relay."""
         self._discard_silent(now)
         return self._relays.get(host_id, ("", now))[0]
 

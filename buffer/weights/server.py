@@ -116,7 +116,10 @@ class WeightServer:
     # The methods below run in the server's thread.
 
     def _serve(self) -> None:
-        """Waits for: a message, a publication, a finished delta, a parked request's timeout, or the rate limit."""
+        """Serve until `close`.
+
+        Waits for: a message, a publication, a finished delta, a parked request's timeout, or the rate limit.
+        """
         poller = zmq.Poller()
         poller.register(self._router.socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)

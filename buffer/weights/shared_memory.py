@@ -25,7 +25,10 @@ SPARE_SEGMENTS = 2
 
 
 def max_segments(keep_versions: int) -> int:
-    """Largest number of a writer's segments: the kept versions, the next one, and retired ones still being read."""
+    """Return the largest number of a writer's segments.
+
+    They hold the kept versions, the next one, and retired ones that are still being read.
+    """
     return keep_versions + 1 + SPARE_SEGMENTS
 
 
@@ -59,7 +62,7 @@ class Segment:
         return self.path
 
     def reclaim(self) -> bool:
-        """Lock the segment for writing again. False when a reader still holds it."""
+        """Lock the segment for writing again. Returns False when a reader still holds it."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -90,7 +93,7 @@ class SegmentPool:
             leftover.unlink()
 
     def take(self, num_bytes: int) -> Segment:
-        """A segment to write to: a retired one of this size that no reader holds, or a new one.
+        """Return a segment to write to: a retired one of this size that no reader holds, or a new one.
 
         Raises:
             OSError: when there is not enough space for a new one.

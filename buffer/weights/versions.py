@@ -69,12 +69,12 @@ class KeptVersions:
             return [segment for segment in retired if segment not in self._retiring]
 
     def newest(self) -> Manifest | None:
-        """The manifest that was added last; None before the first."""
+        """Return the manifest that was added last; None before the first."""
         with self._lock:
             return next(reversed(self._kept.values()), (None, None))[0]
 
     def chunk(self, request: ChunkRequest, requester: Requester) -> Chunk | Refused | None:
-        """The requested bytes. Their segment is not reused as long as the chunk exists.
+        """Return the requested bytes. Their segment is not reused as long as the chunk exists.
 
         Returns None when a chunk for this request is still being sent. Such a resend means that the link is slow, and a
         second answer would slow it further.
@@ -103,7 +103,7 @@ class KeptVersions:
         return piece.data
 
     def delta(self, base: str, publication: str) -> Future[bytes]:
-        """The delta between two kept versions, computed once; an empty one when either is not kept."""
+        """Return the delta between two kept versions, computed once; an empty one when either is not kept."""
         key = base, publication
         with self._lock:
             if key not in self._deltas:
@@ -127,7 +127,7 @@ def _lower_priority() -> None:
 
 
 def _compare(old: Manifest, new: Manifest) -> bytes:
-    """The delta between two published files; empty when it would be too large or a file is gone."""
+    """Compute the delta between two published files; empty when it would be too large or a file is gone."""
     if layout_of(old.tensors) != layout_of(new.tensors) or old.num_bytes != new.num_bytes:
         return b""
     files: list[BinaryIO] = []

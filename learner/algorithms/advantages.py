@@ -1,7 +1,7 @@
 """Advantages from rewards: pure functions without gradient or configuration.
 
 The algorithms call them once per batch. Token tensors are padded [B, T] (or one trajectory, [T]) with a `loss_mask`, or
-packed [N] over scored tokens. `sequence_index` [N] int64 is the trajectory of each packed token; trajectories are
+packed [M] over scored tokens. `sequence_index` [M] int64 is the trajectory of each packed token; trajectories are
 contiguous and in order. Results are 0 where `loss_mask` is False.
 
 Symbols: r_t reward, V_t value, gamma discount, lam the lambda of GAE, G the size of a group.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over the learner's ranks and returns it; None with one rank."""
+"""A function that sums a tensor over the learner's ranks and returns the sum; None in its place with one rank."""
 
 _STD_EPSILON = 1e-6
 _VARIANCE_FLOOR = 1e-8
@@ -23,7 +23,7 @@ _VARIANCE_FLOOR = 1e-8
 
 @torch.no_grad()
 def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman et al. 2016, equation 16) over the tokens the policy sampled.
+    """Return the generalized advantage estimate (Schulman et al. 2016, equation 16) over the tokens the policy sampled.
 
     delta_t = r_t + gamma V_next(t) - V_t and A_t = delta_t + gamma lam A_next(t), where next(t) is the next token with
     `loss_mask` True. Observation tokens in between are not steps of the policy; their rewards and values are ignored.
@@ -49,9 +49,9 @@ def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, *, gamma: float, lam
 
 @torch.no_grad()
 def group_relative(rewards: Tensor, group_index: Tensor, *, normalize_std: bool) -> Tensor:
-    """A_i = r_i - mean(r of its group), divided by the group's standard deviation + 1e-6 if `normalize_std` (GRPO).
+    """Return A_i = r_i - mean(r of its group) (GRPO); 0 in a group of one.
 
-    The sample standard deviation is used (divided by G - 1). The advantage in a group of one is 0.
+    With `normalize_std`, A_i is divided by the group's sample standard deviation (divisor G - 1) + 1e-6.
 
     Args:
         rewards: [num_sequences] float.
@@ -73,7 +73,7 @@ def group_relative(rewards: Tensor, group_index: Tensor, *, normalize_std: bool)
 
 @torch.no_grad()
 def leave_one_out(rewards: Tensor, group_index: Tensor) -> Tensor:
-    """A_i = r_i - mean(r of the others in its group) (RLOO); 0 in a group of one.
+    """Return A_i = r_i - mean(r of the others in its group) (RLOO); 0 in a group of one.
 
     Args:
         rewards: [num_sequences] float.
@@ -90,7 +90,9 @@ def leave_one_out(rewards: Tensor, group_index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whiten(advantages: Tensor, loss_mask: Tensor, *, reduce: Reduce | None = None) -> Tensor:
-    """(A - mean) / sqrt(max(variance, 1e-8)) with mean and population variance over the unmasked tokens of all ranks.
+    """Return (A - mean) / sqrt(max(variance, 1e-8)).
+
+    Mean and population variance are those of the unmasked tokens of all ranks.
 
     Args:
         advantages, loss_mask: both of the same shape.
@@ -109,14 +111,14 @@ def whiten(advantages: Tensor, loss_mask: Tensor, *, reduce: Reduce | None = Non
 
 
 def shape_rewards(rewards: Tensor, *, scale: float, shift: float, clip: float | None) -> Tensor:
-    """clip(scale r + shift, -clip, clip); with `clip` None no clip."""
+    """Return clip(scale r + shift, -clip, clip); with `clip` None, scale r + shift."""
     shaped = scale * rewards + shift
     return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
 @torch.no_grad()
 def terminal_rewards(rewards: Tensor, sequence_index: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """[N] rewards of `dtype`: each trajectory's reward [num_sequences] at its last scored token, 0 elsewhere."""
+    """Return each trajectory's reward [num_sequences] at its last scored token, 0 elsewhere: [M] of `dtype`."""
     ends = sequence_lengths(sequence_index, len(rewards)).cumsum(0) - 1
     token_rewards = torch.zeros(len(sequence_index), dtype=dtype, device=rewards.device)
     token_rewards[ends] = rewards.to(dtype)
@@ -124,7 +126,7 @@ def terminal_rewards(rewards: Tensor, sequence_index: Tensor, *, dtype: torch.dt
 
 
 def sequence_lengths(sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """[num_sequences] int64: number of scored tokens of each trajectory.
+    """Return the number of scored tokens of each trajectory, [num_sequences] int64.
 
     Raises:
         ValueError: when trajectories are not contiguous and in order, or one has no token.
@@ -141,7 +143,7 @@ def sequence_lengths(sequence_index: Tensor, num_sequences: int) -> Tensor:
 
 
 def pad_mask(sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """[num_sequences, longest] bool: the places of the packed tokens in a padded tensor.
+    """Return a mask [num_sequences, longest] bool: True where a padded tensor holds a packed token.
 
     `pad(packed, mask)` pads, `padded[mask]` packs again in the same order.
     """
@@ -151,12 +153,12 @@ def pad_mask(sequence_index: Tensor, num_sequences: int) -> Tensor:
 
 
 def pad(packed: Tensor, mask: Tensor) -> Tensor:
-    """Pad [N] to [num_sequences, longest] with 0; `mask` is from `pad_mask`."""
+    """Pad [M] to [num_sequences, longest] with 0; `mask` is from `pad_mask`."""
     return torch.zeros(mask.shape, dtype=packed.dtype, device=packed.device).masked_scatter(mask, packed)
 
 
 def _group_sums(values: Tensor, group_index: Tensor) -> tuple[Tensor, Tensor]:
-    """(sizes, sums) of the groups, both [num_groups] float64; a group index without members has size 0."""
+    """Return (sizes, sums) of the groups, both [num_groups] float64; a group index without members has size 0."""
     num_groups = int(group_index.max()) + 1 if len(group_index) else 0
     zeros = torch.zeros(num_groups, dtype=torch.float64, device=values.device)
     return zeros.index_add(0, group_index, torch.ones_like(values)), zeros.index_add(0, group_index, values)

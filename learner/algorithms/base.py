@@ -1,8 +1,9 @@
 """The base class of the algorithms: advantages once per batch, a loss once per microbatch, and the inputs of both.
 
-An algorithm is one frozen class, chosen by Hydra's `_target_` and called by the training loop, which never asks for its
-name. It owns coefficients and no state, and calls neither models nor other processes. All token tensors are packed over
-scored tokens [N]. Advantages get a rank's whole batch, losses a microbatch of whole sequences.
+An algorithm is one frozen class, selected by Hydra's `_target_`. The training loop calls every algorithm in the same
+way and never asks for its name. An algorithm owns coefficients and no state, and calls neither models nor other
+processes. All token tensors are packed over scored tokens [M]. Advantages get a rank's whole batch, losses a microbatch
+of whole sequences.
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ class AdvantageInputs:
     group_index: Tensor
     """[num_sequences] int64: the group of each trajectory."""
     sequence_index: Tensor
-    """[N] int64: the trajectory of each scored token. Contiguous and in order; no trajectory is left out."""
+    """[M] int64: the trajectory of each scored token. Contiguous and in order; no trajectory is left out."""
     behavior_logprobs: Tensor
-    """[N] log mu."""
+    """[M] log mu."""
     values: Tensor | None = None
-    """[N] from the critic, if the algorithm needs one."""
+    """[M] from the critic, if the algorithm needs one."""
     proximal_logprobs: Tensor | None = None
-    """[N] log pi_prox; None when a batch gets one optimizer step, without an extra forward pass."""
+    """[M] log pi_prox; None with one optimizer step per batch, to save a forward pass, unless
+    `Algorithm.needs_proximal`."""
     ref_logprobs: Tensor | None = None
-    """[N] from the reference, if the algorithm needs one."""
+    """[M] from the reference, if the algorithm needs one."""
     kl_coef: float | None = None
     """The KL coefficient of this batch; None: the algorithm's `kl_coef`."""
     reduce: Reduce | None = None
@@ -61,11 +63,11 @@ class AdvantageOutputs:
     """The result of `Algorithm.advantages`; no gradient."""
 
     advantages: Tensor
-    """[N]."""
+    """[M]."""
     returns: Tensor | None
-    """[N] targets of the critic; None without a critic."""
+    """[M] targets of the critic; None without a critic."""
     token_rewards: Tensor
-    """[N] the reward at each trajectory's last token, minus the KL penalty if `kl=reward`."""
+    """[M] the reward at each trajectory's last token, minus the KL penalty if `kl=reward`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,21 +75,21 @@ class LossInputs:
     """One microbatch of the policy. Only `logprobs` and `entropy` carry a gradient."""
 
     logprobs: Tensor
-    """[N] log pi."""
+    """[M] log pi."""
     entropy: Tensor
-    """[N] in nats, of the distribution that each token was sampled from."""
+    """[M] in nats, of the distribution that each token was sampled from."""
     behavior_logprobs: Tensor
-    """[N] log mu."""
+    """[M] log mu."""
     advantages: Tensor
-    """[N]."""
+    """[M]."""
     token_weights: Tensor
-    """[N] from `Algorithm.token_weights`; 0 masks a token."""
+    """[M] from `Algorithm.token_weights`; 0 masks a token."""
     sequence_index: Tensor
-    """[N] int64: the trajectory of each token; trajectories are whole."""
+    """[M] int64: the trajectory of each token; trajectories are whole."""
     proximal_logprobs: Tensor | None = None
-    """[N] log pi_prox; None with one optimizer step per batch, where pi_prox = sg(pi)."""
+    """[M] log pi_prox; None with one optimizer step per batch, where pi_prox = sg(pi)."""
     ref_logprobs: Tensor | None = None
-    """[N] from the reference; required with `kl=loss`, otherwise only for metrics."""
+    """[M] from the reference; required with `kl=loss`, otherwise only for metrics."""
     kl_coef: float | None = None
     """The KL coefficient of this step; None: the algorithm's `kl_coef`."""
 
@@ -97,13 +99,13 @@ class ValueLossInputs:
     """One microbatch of the critic. Only `values` carries a gradient."""
 
     values: Tensor
-    """[N] under the weights being trained."""
+    """[M] under the weights being trained."""
     old_values: Tensor
-    """[N] from before the first optimizer step of the batch."""
+    """[M] from before the first optimizer step of the batch."""
     returns: Tensor
-    """[N] targets."""
+    """[M] targets."""
     token_weights: Tensor
-    """[N] from `Algorithm.token_weights`; 0 masks a token."""
+    """[M] from `Algorithm.token_weights`; 0 masks a token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +127,7 @@ class Algorithm(ABC):
 
     needs_critic: ClassVar[bool] = False
     min_group_size: ClassVar[int] = 1
-    """With fewer completions per prompt every advantage would be 0."""
+    """Smallest number of completions per prompt; with fewer, every advantage would be 0."""
 
     correction: Correction = field(default_factory=ClippedTIS)
     clip_low: float = 0.2
@@ -147,19 +149,20 @@ class Algorithm(ABC):
     kl_kind: KLKind | None = None
     """The estimator. None: k3 in the loss, k1 in the reward, which takes no other."""
     kl_coef: float = 0.0
-    """The coefficient; with a schedule the first one."""
+    """The KL coefficient; with a schedule, its first value."""
     kl_schedule: ScheduleKind = "fixed"
     """fixed | linear (to `kl_final_coef`) | adaptive (towards `kl_target`)."""
     kl_final_coef: float = 0.0
     """linear: the coefficient after `kl_schedule_steps`."""
     kl_schedule_steps: int = 0
-    """linear: versions from the first coefficient to the last."""
+    """linear: number of versions from the first coefficient to the last."""
     kl_target: float = 6.0
-    """adaptive: nats per completion, summed over its tokens."""
+    """adaptive: target of the KL, in nats per completion, summed over its tokens."""
     kl_horizon: float = 10_000.0
-    """adaptive: completions over which an error of 20 % or more changes the coefficient by about 20 %."""
+    """adaptive: number of completions over which an error of 20 % or more changes the coefficient by about 20 %."""
     reference_refresh_every: int = 0
-    """Versions after which the trained policy becomes the reference; 0: the initial policy stays the reference."""
+    """Number of versions after which the trained policy becomes the reference; 0: the initial policy stays the
+    reference."""
 
     def __post_init__(self) -> None:
         self._check_kl()
@@ -242,16 +245,19 @@ class Algorithm(ABC):
 
     @abstractmethod
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """Advantages and returns from rewards. Waits for: the other ranks, if it calls `reduce`."""
+        """Return advantages and returns from rewards. Waits for: the other ranks, if the algorithm calls `reduce`."""
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutputs:
-        """The critic's loss of one microbatch, for the critic's optimizer; only where `needs_critic`."""
+        """Return the critic's loss of one microbatch, for the critic's optimizer; only where `needs_critic`."""
         raise TypeError(f"{type(self).__name__} has no critic, so it has no value loss")
 
     def token_weights(
         self, loss_mask: Tensor, sequence_index: Tensor, *, num_tokens: float, num_sequences: float
     ) -> Tensor:
-        """[N] weight of each token in the loss; the counts are `losses.batch_counts` of the step, over all ranks."""
+        """Return the weight of each token in the loss, [M].
+
+        The counts are `losses.batch_counts` of the optimizer step, summed over all ranks.
+        """
         return token_weights(
             loss_mask,
             sequence_index,
@@ -262,7 +268,7 @@ class Algorithm(ABC):
         )
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        """policy_loss + kl_coef * KL (if `kl=loss`) - entropy_coef * entropy, of one microbatch."""
+        """Return policy_loss + kl_coef * KL (if `kl=loss`) - entropy_coef * entropy, of one microbatch."""
         mask = inputs.token_weights > 0
         proximal = inputs.logprobs.detach() if inputs.proximal_logprobs is None else inputs.proximal_logprobs
         distance = Distance(proximal, inputs.behavior_logprobs, inputs.advantages, mask, inputs.sequence_index)
@@ -292,11 +298,11 @@ class Algorithm(ABC):
         return LossOutputs(total, metrics + terms)
 
     def denominator(self, logprobs: Tensor, distance: Distance) -> Tensor:
-        """[N] log of the denominator of the clipped ratio u; no gradient."""
+        """Return the log of the denominator of the clipped ratio u, [M]; no gradient."""
         return distance.behavior_logprobs if self.correction.clips_behavior else distance.proximal_logprobs
 
     def policy_term(self, inputs: LossInputs, denominator: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-        """Scalar: the clipped policy loss."""
+        """Return the clipped policy loss, a scalar."""
         return policy_loss(
             inputs.logprobs,
             denominator,
@@ -309,9 +315,10 @@ class Algorithm(ABC):
         )
 
     def token_rewards(self, batch: AdvantageInputs) -> Tensor:
-        """[N] each trajectory's shaped reward at its last token, minus kl_coef * k1 at every token if `kl=reward`.
+        """Return the reward at each token, [M].
 
-        The KL is that of pi_prox, or of mu if the batch has no `proximal_logprobs`.
+        The last token of a trajectory gets the trajectory's shaped reward. With `kl=reward`, kl_coef * k1 is subtracted
+        at every token. The KL is that of pi_prox, or of mu if the batch has no `proximal_logprobs`.
         """
         logprobs = batch.behavior_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
         shaped = shape_rewards(batch.rewards, scale=self.reward_scale, shift=self.reward_shift, clip=self.reward_clip)
@@ -322,7 +329,7 @@ class Algorithm(ABC):
         return rewards
 
     def whitened(self, advantages: Tensor, batch: AdvantageInputs) -> Tensor:
-        """[N] the advantages of all tokens, whitened over all ranks if `whiten_advantages`."""
+        """Return the advantages of all tokens, [M], whitened over all ranks if `whiten_advantages`."""
         if not self.whiten_advantages:
             return advantages
         return whiten(advantages, torch.ones_like(advantages, dtype=torch.bool), reduce=batch.reduce)
@@ -331,7 +338,7 @@ class Algorithm(ABC):
         return self.kl_coef if given is None else given
 
     def _reference_kl(self, inputs: LossInputs, mask: Tensor) -> tuple[Tensor, MetricSums]:
-        """(KL term of the loss, 0 unless `kl=loss`; sums of the KL to the reference for the metrics)."""
+        """Return (KL term of the loss, 0 unless `kl=loss`; sums of the KL to the reference for the metrics)."""
         # Mask before subtracting: the gradient of e^NaN is NaN even where its value is not summed.
         reference = torch.where(mask, self._given(inputs.ref_logprobs, "ref_logprobs"), 0.0)
         logprobs = torch.where(mask, inputs.logprobs, 0.0)

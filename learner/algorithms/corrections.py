@@ -1,8 +1,8 @@
 """The off-policy corrections: how the ratio pi_prox/mu enters the loss `sg(w) * min(u A, clip(u) A)`.
 
-Each correction is a frozen class, chosen by Hydra's `_target_` and called by the algorithm. Ratios and shapes are those
-of `learner/algorithms/importance.py`. Class attributes state what a correction needs; an algorithm that cannot provide
-it raises an error.
+Each correction is a frozen class, selected by Hydra's `_target_` and called by the algorithm. Ratios and shapes are
+those of `learner/algorithms/importance.py`. Class attributes state what a correction needs; an algorithm that cannot
+provide it raises an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from learner.algorithms.importance import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Distance:
-    """The inputs of a correction: one microbatch of whole sequences, [N] or [B, T]; no gradient."""
+    """The inputs of a correction: one microbatch of whole sequences, [M] or [B, T]; no gradient."""
 
     proximal_logprobs: Tensor
     """log pi_prox."""
@@ -39,23 +39,23 @@ class Distance:
     loss_mask: Tensor
     """bool."""
     sequence_index: Tensor | None = None
-    """[N] int64: the sequence of each packed token; None: every row is a sequence."""
+    """[M] int64: the sequence of each packed token; None: every row is a sequence."""
 
     def ratios(self) -> Tensor:
-        """pi_prox/mu of each token; 1 where the mask is False."""
+        """Return pi_prox/mu of each token; 1 where the mask is False."""
         return ratio(self.proximal_logprobs, self.behavior_logprobs, self.loss_mask)
 
     def sequence_ratios(self, kind: SequenceRatio) -> Tensor:
-        """pi_prox/mu of the whole sequence, at each of its tokens; 1 where the mask is False."""
+        """Return pi_prox/mu of the whole sequence, at each of its tokens; 1 where the mask is False."""
         logs = self.proximal_logprobs, self.behavior_logprobs
         return sequence_log_ratio(*logs, self.loss_mask, self.sequence_index, kind=kind).exp()
 
     def ones(self) -> Tensor:
-        """1 at each token, 0 where the mask is False, in the dtype of the ratios."""
+        """Return 1 at each token, 0 where the mask is False, in the dtype of the ratios."""
         return self.loss_mask.to(self.ratios().dtype)
 
     def truncated(self, cap: float) -> Tensor:
-        """min(pi_prox/mu, cap) of each token; 0 where the mask is False."""
+        """Return min(pi_prox/mu, cap) of each token; 0 where the mask is False."""
         logs = self.proximal_logprobs, self.behavior_logprobs
         return truncated_weights(*logs, self.loss_mask, max_importance_weight=cap)
 
@@ -64,18 +64,20 @@ class Correction(ABC):
     """How the ratio pi_prox/mu enters the loss."""
 
     corrects_targets: ClassVar[bool] = False
-    """Whether it corrects the critic's targets, for which pi_prox must be known before the advantages."""
+    """Whether the correction changes the critic's targets. pi_prox must then be known before the advantages are
+    computed."""
     judges_completions: ClassVar[bool] = False
-    """Whether it asks if a whole completion was good. A critic's advantages, which differ per token, do not tell."""
+    """Whether w depends on whether the whole completion was good. A critic's advantages, which differ per token, cannot
+    tell."""
     clips_behavior: ClassVar[bool] = False
     """Whether the clipped ratio u is pi/mu instead of pi/pi_prox."""
 
     @abstractmethod
     def weights(self, distance: Distance) -> Tensor:
-        """The importance weight w of every token, without gradient; 0 where the mask is False."""
+        """Return the importance weight w of every token, without gradient; 0 where the mask is False."""
 
     def ratios(self, distance: Distance) -> Tensor:
-        """The ratios before truncation or masking: pi_prox/mu of each token, or of its sequence."""
+        """Return the ratios before truncation or masking: pi_prox/mu of each token, or of its sequence."""
         return distance.ratios()
 
     @property
@@ -94,7 +96,7 @@ class Correction(ABC):
         proximal_logprobs: Tensor | None,
         behavior_logprobs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """(advantages, targets of the critic), padded [B, T], by GAE; a correction of targets overrides this."""
+        """Return (advantages, targets of the critic), padded [B, T], by GAE; a correction of targets overrides this."""
         return gae(rewards, values, loss_mask, gamma=gamma, lam=lam)
 
 
@@ -109,7 +111,7 @@ class DecoupledTIS(Correction):
         _check_cap("decoupled_tis", "max_importance_weight", self.max_importance_weight)
 
     def weights(self, distance: Distance) -> Tensor:
-        """min(pi_prox/mu, C)."""
+        """Return min(pi_prox/mu, C)."""
         return distance.truncated(self.max_importance_weight)
 
     @property
@@ -136,7 +138,7 @@ class ClippedTIS(Correction):
         _check_cap("clipped_tis", "max_importance_weight", self.max_importance_weight)
 
     def weights(self, distance: Distance) -> Tensor:
-        """min(pi_prox/mu, C), or 0."""
+        """Return min(pi_prox/mu, C), or 0."""
         ratios = distance.ratios()
         arrived = torch.where(distance.advantages < 0, ratios < self.low, ratios > self.high)
         return distance.truncated(self.max_importance_weight) * ~arrived
@@ -158,18 +160,18 @@ class TokenMask(Correction):
         _check_interval("token_mask", self.low, self.high)
 
     def weights(self, distance: Distance) -> Tensor:
-        """pi_prox/mu where it lies in [low, high], else 0."""
+        """Return pi_prox/mu where it lies in [low, high], else 0."""
         return _inside(self.ratios(distance), self.low, self.high) * distance.loss_mask
 
 
 @dataclass(frozen=True, slots=True)
 class PPOBehavior(Correction):
-    """Textbook PPO on stale data: u = pi/mu is clipped, w = 1. The trust region is then around old policies."""
+    """Textbook PPO on stale data: u = pi/mu is clipped, w = 1. The trust region is then around the behavior policy."""
 
     clips_behavior: ClassVar[bool] = True
 
     def weights(self, distance: Distance) -> Tensor:
-        """1 at every unmasked token."""
+        """Return 1 at every unmasked token."""
         return distance.ones()
 
 
@@ -178,7 +180,7 @@ class NoCorrection(Correction):
     """Treat data as if pi_prox had sampled it: w = 1, u = pi/pi_prox. The metrics still show the ratio pi_prox/mu."""
 
     def weights(self, distance: Distance) -> Tensor:
-        """1 at every unmasked token."""
+        """Return 1 at every unmasked token."""
         return distance.ones()
 
 
@@ -186,7 +188,7 @@ class NoCorrection(Correction):
 class SequenceMask(Correction):
     """w = pi_prox/mu of the whole sequence where it lies in [low, high], 0 for other sequences. u = pi/pi_prox.
 
-    The product moves away from 1 with the length of the sequence; the geometric mean does not depend on the length.
+    The product moves away from 1 as the sequence gets longer; the geometric mean does not depend on the length.
     """
 
     ratio: SequenceRatio = "geometric"
@@ -198,11 +200,11 @@ class SequenceMask(Correction):
         _check_interval("sequence_mask", self.low, self.high)
 
     def weights(self, distance: Distance) -> Tensor:
-        """The sequence's ratio where it lies in [low, high], else 0."""
+        """Return the sequence's ratio where it lies in [low, high], else 0."""
         return _inside(self.ratios(distance), self.low, self.high) * distance.loss_mask
 
     def ratios(self, distance: Distance) -> Tensor:
-        """pi_prox/mu of the whole sequence."""
+        """Return pi_prox/mu of the whole sequence."""
         return distance.sequence_ratios(self.ratio)
 
 
@@ -219,11 +221,11 @@ class SequenceTIS(Correction):
         _check_cap("sequence_tis", "max_importance_weight", self.max_importance_weight)
 
     def weights(self, distance: Distance) -> Tensor:
-        """min(C, the sequence's ratio)."""
+        """Return min(C, the sequence's ratio)."""
         return self.ratios(distance).clamp(max=self.max_importance_weight) * distance.loss_mask
 
     def ratios(self, distance: Distance) -> Tensor:
-        """pi_prox/mu of the whole sequence."""
+        """Return pi_prox/mu of the whole sequence."""
         return distance.sequence_ratios(self.ratio)
 
     @property
@@ -236,21 +238,22 @@ class SequenceTIS(Correction):
 class TOPR(Correction):
     """Tapered off-policy REINFORCE: w = 1 for good completions, min(1, pi_prox/mu of the whole sequence) for bad ones.
 
-    A completion is good when its advantages sum to 0 or more. The policy imitates a good completion however unlikely it
-    has become, and is pushed away from a bad one only as far as it would still sample it.
+    A completion is good when its advantages sum to 0 or more. The policy imitates a good completion even after that
+    completion has become unlikely. The policy is pushed away from a bad completion only as far as it would still sample
+    it.
     """
 
     judges_completions: ClassVar[bool] = True
 
     def weights(self, distance: Distance) -> Tensor:
-        """1 or min(1, the sequence's product ratio)."""
+        """Return 1 for a good completion, or min(1, the sequence's product ratio) for a bad one."""
         mask, index = distance.loss_mask, distance.sequence_index
         sums = sum_per_sequence(torch.where(mask, distance.advantages, 0.0), index)
         tapered = self.ratios(distance).clamp(max=1.0)
         return torch.where(to_tokens(sums >= 0, index), torch.ones_like(tapered), tapered) * mask
 
     def ratios(self, distance: Distance) -> Tensor:
-        """pi_prox/mu of the whole sequence."""
+        """Return pi_prox/mu of the whole sequence."""
         return distance.sequence_ratios("product")
 
     @property
@@ -278,7 +281,7 @@ class VTrace(Correction):
             )
 
     def weights(self, distance: Distance) -> Tensor:
-        """min(pi_prox/mu, rho_bar)."""
+        """Return min(pi_prox/mu, rho_bar)."""
         return distance.truncated(self.rho_bar)
 
     @property
@@ -297,7 +300,7 @@ class VTrace(Correction):
         proximal_logprobs: Tensor | None,
         behavior_logprobs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """V-trace's advantages and targets."""
+        """Return V-trace's (advantages, targets)."""
         if proximal_logprobs is None:
             raise ValueError("correction vtrace needs proximal_logprobs, but the batch was not annotated with them")
         coefficients = {"gamma": gamma, "lam": lam, "rho_bar": self.rho_bar, "c_bar": self.c_bar}

@@ -42,7 +42,7 @@ class GRPO(Algorithm):
 
     @torch.no_grad()
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """From the total reward of each completion, which includes the KL penalty if `kl=reward`."""
+        """Compute advantages from the total reward of each completion, which includes the KL penalty if `kl=reward`."""
         token_rewards = self.token_rewards(batch)
         totals = sum_per_sequence(token_rewards, batch.sequence_index)
         if self.baseline == "leave_one_out":

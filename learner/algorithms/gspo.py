@@ -13,7 +13,7 @@ from learner.algorithms.losses import sequence_denominator
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(GRPO):
-    """The ratio u is the geometric mean over the completion's tokens, clipped close to 1 for all of them at once."""
+    """The ratio u is the geometric mean of the completion's token ratios. One clip, close to 1, applies to all."""
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
@@ -28,5 +28,5 @@ class GSPO(GRPO):
             )
 
     def denominator(self, logprobs: Tensor, distance: Distance) -> Tensor:
-        """[N] log d, such that pi/d is the completion's ratio to pi_prox."""
+        """Return log d, [M], such that pi/d is the completion's ratio to pi_prox."""
         return sequence_denominator(logprobs, distance.proximal_logprobs, distance.loss_mask, distance.sequence_index)

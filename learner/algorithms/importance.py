@@ -1,8 +1,8 @@
 """Ratios of two policies, per token and per sequence, and the V-trace targets made from them.
 
 Pure functions, called by the corrections, the losses and the metrics. Every log-ratio between policies is computed
-here, clamped to +-MAX_LOG_RATIO, in float32 (float64 stays float64). Token tensors are packed [N] or padded [B, T].
-`sequence_index` [N] int64 is the sequence of each packed token; None: every row is a sequence. Values where `loss_mask`
+here, clamped to +-MAX_LOG_RATIO, in float32 (float64 stays float64). Token tensors are packed [M] or padded [B, T].
+`sequence_index` [M] int64 is the sequence of each packed token; None: every row is a sequence. Values where `loss_mask`
 is False, even NaN, have no effect on any result.
 
 Symbols: mu the behavior policy, pi_prox the proximal policy, pi the policy being trained.
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Largest |log-ratio|: e^20 squared still fits float32, so neither a loss nor a sum of squares overflows."""
+"""Largest |log-ratio|. e^20 squared still fits float32, so neither a loss nor a sum of squares overflows."""
 
 SequenceRatio = Literal["product", "geometric"]
 """How the ratios of a sequence's tokens become one: their product, or their geometric mean."""
 
 
 def log_ratio(numerator: Tensor, denominator: Tensor, loss_mask: Tensor) -> Tensor:
-    """log(numerator/denominator) of two log-probability tensors, clamped; 0 where `loss_mask` is False."""
+    """Return log(numerator/denominator) of two log-probability tensors, clamped; 0 where `loss_mask` is False."""
     promoted = torch.promote_types(numerator.dtype, denominator.dtype)
     dtype = torch.float64 if promoted == torch.float64 else torch.float32
     difference = (numerator.to(dtype) - denominator.to(dtype)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -31,7 +31,7 @@ def log_ratio(numerator: Tensor, denominator: Tensor, loss_mask: Tensor) -> Tens
 
 
 def ratio(numerator: Tensor, denominator: Tensor, loss_mask: Tensor) -> Tensor:
-    """numerator/denominator of two log-probability tensors; 1 where `loss_mask` is False."""
+    """Return numerator/denominator of two log-probability tensors; 1 where `loss_mask` is False."""
     return log_ratio(numerator, denominator, loss_mask).exp()
 
 
@@ -43,7 +43,7 @@ def sequence_log_ratio(
     *,
     kind: SequenceRatio,
 ) -> Tensor:
-    """The log-ratio of a whole sequence, repeated at each of its tokens; clamped; 0 where `loss_mask` is False.
+    """Return the log-ratio of a whole sequence, repeated at each of its tokens; clamped; 0 where `loss_mask` is False.
 
     product: the sum of log(numerator_t/denominator_t) over the unmasked tokens. geometric: their mean (GSPO,
     equation 7). Sequences must be whole.
@@ -64,7 +64,7 @@ def sequence_log_ratio(
 def truncated_weights(
     proximal_logprobs: Tensor, behavior_logprobs: Tensor, loss_mask: Tensor, *, max_importance_weight: float
 ) -> Tensor:
-    """Truncated importance weights w = min(pi_prox/mu, C), without gradient; 0 where `loss_mask` is False."""
+    """Return truncated importance weights w = min(pi_prox/mu, C), without gradient; 0 where `loss_mask` is False."""
     weights = ratio(proximal_logprobs.detach(), behavior_logprobs.detach(), loss_mask)
     return weights.clamp(max=max_importance_weight) * loss_mask
 
@@ -82,7 +82,7 @@ def vtrace(
     rho_bar: float = 1.0,
     c_bar: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """V-trace (IMPALA, equation 1 in the recursive form of remark 1) over the tokens the policy sampled.
+    """Compute V-trace (IMPALA, equation 1 in the recursive form of remark 1) over the tokens the policy sampled.
 
     delta_t = rho_t (r_t + gamma V_next(t) - V_t), rho_t = min(pi_prox/mu, rho_bar), c_t = lam min(pi_prox/mu, c_bar),
     v_t = V_t + delta_t + gamma c_t (v_next(t) - V_next(t)), A_t = r_t + gamma v_next(t) - V_t, where next(t) is the
@@ -93,8 +93,8 @@ def vtrace(
         loss_mask: the same shape, bool.
         gamma: discount.
         lam: 1 in the paper's equations; below 1 as in its remark 2.
-        rho_bar: cap of rho_t. It selects whose values are learned: of pi_prox when infinite, of mu near 0.
-        c_bar: cap of the trace coefficients, which carry differences back in time; at most `rho_bar`.
+        rho_bar: cap of rho_t. It decides whose values are learned: those of pi_prox when infinite, those of mu near 0.
+        c_bar: cap of the trace coefficients c_t, which carry later deltas back to earlier tokens; at most `rho_bar`.
 
     Returns:
         (targets v, advantages A) of the inputs' shape, 0 where `loss_mask` is False. A does not include the factor
@@ -116,7 +116,7 @@ def vtrace(
 
 
 def sum_per_sequence(per_token: Tensor, sequence_index: Tensor | None) -> Tensor:
-    """[num_sequences] sums over the tokens of each sequence."""
+    """Return the sum over the tokens of each sequence, [num_sequences]."""
     if sequence_index is None:
         return per_token.sum(-1)
     num_sequences = int(sequence_index.max()) + 1 if len(sequence_index) else 0
@@ -125,5 +125,5 @@ def sum_per_sequence(per_token: Tensor, sequence_index: Tensor | None) -> Tensor
 
 
 def to_tokens(per_sequence: Tensor, sequence_index: Tensor | None) -> Tensor:
-    """Repeat the value of each sequence at its tokens: [N], or [B, 1] for rows, which broadcasts."""
+    """Repeat the value of each sequence at its tokens: [M], or [B, 1] for rows, which broadcasts."""
     return per_sequence.unsqueeze(-1) if sequence_index is None else per_sequence[sequence_index]

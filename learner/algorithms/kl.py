@@ -51,7 +51,10 @@ class KLSchedule:
         return self.coef > 0 or (self.kind == "linear" and self.final_coef > 0)
 
     def at(self, policy_version: int, adapted: float) -> float:
-        """The coefficient of the step that starts at `policy_version`; `adapted` is the last result of `adapt`."""
+        """Return the coefficient of the step that starts at `policy_version`.
+
+        `adapted` is the last result of `adapt`.
+        """
         if self.kind == "adaptive":
             return adapted
         if self.kind == "fixed":
@@ -60,7 +63,7 @@ class KLSchedule:
         return self.coef + (self.final_coef - self.coef) * progress
 
     def adapt(self, coefficient: float, kl_per_sequence: float, num_sequences: float) -> float:
-        """The adaptive coefficient after a step with a KL of `kl_per_sequence` nats over `num_sequences`.
+        """Return the adaptive coefficient after a step with a KL of `kl_per_sequence` nats over `num_sequences`.
 
         beta <- beta (1 + e num_sequences/horizon), e = clip(KL/target - 1, -0.2, 0.2) (Ziegler et al. 2019, section
         2.2, whose K is num_sequences/horizon). A KL that is not finite changes nothing: its step was skipped.

@@ -1,11 +1,12 @@
 """The terms of the loss: pure functions from tensors to one scalar, with keyword-only coefficients.
 
-The algorithms call them once per microbatch. Tensors are packed [N] or padded [B, T], all of the same shape. Values
+The algorithms call them once per microbatch. Tensors are packed [M] or padded [B, T], all of the same shape. Values
 where the mask is False, even NaN, change neither a result nor a gradient.
 
-Every term is a weighted sum over tokens. The weights are computed once per optimizer step from counts over all ranks.
-So the terms of all microbatches of all ranks add up to the same loss, however the batch was cut. (An engine that
-averages gradients over ranks or accumulation steps must undo that by a factor.)
+Every term is a weighted sum over tokens. The weights are computed once per optimizer step, from counts over all ranks.
+The terms of all microbatches of all ranks therefore add up to the same loss, however the batch is cut into
+microbatches. (An engine that averages gradients over ranks or accumulation steps must multiply the loss by
+their number.)
 
 Symbols: mu behavior, pi_prox proximal, pi trained policy, m_t mask, w_t importance weight, u_t ratio, A_t advantage.
 """
@@ -30,7 +31,10 @@ KLKind = Literal["k1", "k2", "k3"]
 
 
 def batch_counts(loss_mask: Tensor, sequence_index: Tensor | None = None) -> Tensor:
-    """[2] float64: number of unmasked tokens, and of sequences with at least one. Sum over ranks for global counts."""
+    """Return the numbers of unmasked tokens and of sequences with at least one, [2] float64.
+
+    Their sums over ranks are the global counts.
+    """
     per_sequence = sum_per_sequence(loss_mask.long(), sequence_index)
     return torch.stack([loss_mask.sum().double(), (per_sequence > 0).sum().double()])
 
@@ -44,14 +48,14 @@ def token_weights(
     num_sequences: float,
     constant_length: int = 0,
 ) -> Tensor:
-    """The weight m_t / N of each token in the loss, for one of three N.
+    """Return the weight m_t / N of each token in the loss. The aggregation defines N.
 
     token_mean: N = num_tokens. sequence_mean: N = (tokens of the sequence) * num_sequences, a mean over tokens, then
     over sequences. constant: N = num_sequences * constant_length, which does not depend on the completions' lengths.
 
     Args:
-        loss_mask: [N] or [B, T] bool.
-        sequence_index: [N] int64 for packed tokens of whole sequences; None: every row is a sequence.
+        loss_mask: [M] or [B, T] bool.
+        sequence_index: [M] int64 for packed tokens of whole sequences; None: every row is a sequence.
         num_tokens, num_sequences: `batch_counts` of this optimizer step, summed over ranks.
         constant_length: tokens; only for `constant`.
 
@@ -87,7 +91,7 @@ def policy_loss(
     importance_weights: Tensor,
     token_weights: Tensor,
 ) -> Tensor:
-    """The decoupled clipped policy loss.
+    """Compute the decoupled clipped policy loss.
 
     L = - sum_t m_t sg(w_t) min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t) / N, u = pi/pi_prox.
 
@@ -120,7 +124,7 @@ def cispo_loss(
     importance_weights: Tensor,
     token_weights: Tensor,
 ) -> Tensor:
-    """REINFORCE with a clipped, constant ratio (CISPO, MiniMax-M1 2025, equations 4 and 5).
+    """Compute REINFORCE with a clipped, constant ratio (CISPO, MiniMax-M1 2025, equations 4 and 5).
 
     L = - sum_t m_t sg(w_t) sg(clip(u_t, 1 - clip_low, 1 + clip_high)) A_t log pi_t / N, u = pi/pi_prox: a
     clipped token keeps its gradient.
@@ -147,7 +151,7 @@ def cispo_loss(
 def sequence_denominator(
     logprobs: Tensor, denominator_logprobs: Tensor, loss_mask: Tensor, sequence_index: Tensor | None = None
 ) -> Tensor:
-    """The denominator d that makes pi_t/d_t the sequence's ratio s_i = (prod_t pi_t/pi_prox_t)^(1/|i|).
+    """Return the denominator d that makes pi_t/d_t the sequence's ratio s_i = (prod_t pi_t/pi_prox_t)^(1/|i|).
 
     This is GSPO-token (GSPO, equation 14): pi_t/d_t = sg(s_i) pi_t/sg(pi_t) has the value s_i and the gradient of token
     t, so weights may differ between the tokens of a sequence. With equal weights it is GSPO's equation 5.
@@ -174,7 +178,7 @@ def value_loss(
     value_clip: float | None,
     token_weights: Tensor,
 ) -> Tensor:
-    """sum_t m_t/N * 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2).
+    """Compute sum_t m_t/N * 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2).
 
     Args:
         values: V, the only input that gets a gradient.
@@ -200,7 +204,7 @@ def value_loss(
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
-    """An estimate of KL(pi||ref) at each token, from the one token sampled from pi (Schulman 2020).
+    """Estimate KL(pi||ref) at each token, from the one token sampled from pi (Schulman 2020).
 
     With d = log ref - log pi: k1 = -d is unbiased and of any sign. k2 = d^2/2 is biased, but its gradient is unbiased.
     k3 = e^d - 1 - d is unbiased and never below 0; for k3 d is clamped to +-MAX_LOG_RATIO.
@@ -222,6 +226,6 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: KLKind) -> Tensor:
 
 
 def weighted_sum(per_token: Tensor, loss_mask: Tensor, token_weights: Tensor) -> Tensor:
-    """sum_t m_t weight_t x_t."""
+    """Return sum_t m_t weight_t x_t."""
     # `where` instead of a product: NaN * 0 is NaN.
     return (torch.where(loss_mask, per_token, 0.0) * token_weights.to(per_token.dtype)).sum()

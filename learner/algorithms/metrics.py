@@ -1,9 +1,9 @@
 """The metrics of an optimizer step, collected as sums over microbatches and ranks.
 
 The algorithms make one `MetricSums` per microbatch; its tensors stay on the device. The training loop adds them up.
-Once per optimizer step it reduces them over the ranks, sums and maxima separately, and copies them to the host.
-`summarize` then computes the named metrics. The metrics of off-policy distance use the untruncated ratio pi_prox/mu,
-whatever the correction.
+Once per optimizer step the loop reduces the total over the ranks, sums and maxima separately, and copies it to the
+host. `summarize` then computes the named metrics. The metrics of off-policy distance use the untruncated ratio
+pi_prox/mu, whatever the correction.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MetricSums:
         return MetricSums(sums, maxima)
 
     def totals(self, *, reduce_sum: Reduce | None = None, reduce_max: Reduce | None = None) -> dict[str, float]:
-        """Floats by name, over all ranks.
+        """Return the totals over all ranks, as floats by name.
 
         Args:
             reduce_sum, reduce_max: reduce a 1-D float64 tensor over the ranks; None with one rank. Wait for: the call
@@ -67,7 +67,7 @@ def policy_metrics(
     clip_low: float,
     clip_high: float,
 ) -> MetricSums:
-    """The sums over the unmasked tokens of one microbatch of the policy.
+    """Sum the metrics over the unmasked tokens of one microbatch of the policy.
 
     Args:
         logprobs, proximal_logprobs, behavior_logprobs: log pi, log pi_prox, log mu.
@@ -107,7 +107,7 @@ def policy_metrics(
 def value_metrics(
     *, values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, value_clip: float | None
 ) -> MetricSums:
-    """The sums over the unmasked tokens of one microbatch of the critic."""
+    """Sum the metrics over the unmasked tokens of one microbatch of the critic."""
     values, old_values, returns = values.double(), old_values.double(), returns.double()
     moved = (values - old_values).abs()
     clipped = moved > value_clip if value_clip is not None and value_clip > 0 else torch.zeros_like(loss_mask)
@@ -129,7 +129,7 @@ def value_metrics(
 
 
 def summarize(totals: Mapping[str, float]) -> dict[str, float]:
-    """The named metrics of one optimizer step from `MetricSums.totals`.
+    """Compute the named metrics of one optimizer step from `MetricSums.totals`.
 
     Policy metrics and value metrics are left out when no tokens were counted for them.
     `importance/effective_sample_size` is (sum w)^2 / (N sum w^2), in (0, 1]. If all returns are equal,
@@ -140,7 +140,7 @@ def summarize(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 def importance_weights(totals: Mapping[str, float]) -> ImportanceWeights | None:
-    """Statistics of pi_prox/mu from `MetricSums.totals`; None without a step of the policy."""
+    """Return statistics of pi_prox/mu from `MetricSums.totals`; None without a step of the policy."""
     count = totals.get("num_tokens", 0)
     if not count:
         return None
@@ -153,7 +153,10 @@ def importance_weights(totals: Mapping[str, float]) -> ImportanceWeights | None:
 
 
 def reference_kl(totals: Mapping[str, float]) -> ReferenceKL | None:
-    """The KL to the reference from `MetricSums.totals`; None without a step of the policy, or without a reference."""
+    """Return the KL to the reference from `MetricSums.totals`.
+
+    None without a step of the policy, or without a reference.
+    """
     if not totals.get("num_tokens", 0) or "reference_kl_k1" not in totals:
         return None
     num_sequences = totals["num_sequences"]
@@ -211,12 +214,12 @@ def _summarize_values(totals: Mapping[str, float]) -> dict[str, float]:
 
 
 def _std(mean_square: float, mean: float) -> float:
-    """Population standard deviation; 0 where the variance is only rounding error."""
+    """Return the population standard deviation; 0 where the variance is only rounding error."""
     variance = mean_square - mean * mean
     return math.sqrt(variance) if variance > 1e-14 * mean_square else 0.0
 
 
 def _largest(per_token: Tensor, loss_mask: Tensor) -> Tensor:
-    """The largest unmasked value; -inf when all are masked."""
+    """Return the largest unmasked value; -inf when all are masked."""
     lowest = torch.full((1,), -math.inf, dtype=per_token.dtype, device=per_token.device)
     return torch.cat([torch.where(loss_mask, per_token, -math.inf).flatten(), lowest]).amax()

@@ -18,7 +18,7 @@ from learner.algorithms.metrics import MetricSums, value_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(Algorithm):
-    """Every token is a step, and the critic's value is its baseline."""
+    """Every token is one step of the episode, with the critic's value as its baseline."""
 
     needs_critic: ClassVar[bool] = True
 
@@ -36,7 +36,7 @@ class PPO(Algorithm):
 
     @torch.no_grad()
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """GAE or V-trace per trajectory. The advantages may be whitened over all ranks, the returns never are."""
+        """Compute GAE or V-trace per trajectory. Whitening over all ranks changes the advantages, never the returns."""
         token_rewards = self.token_rewards(batch)
         mask = pad_mask(batch.sequence_index, len(batch.rewards))
         proximal = batch.proximal_logprobs
@@ -52,7 +52,7 @@ class PPO(Algorithm):
         return AdvantageOutputs(self.whitened(advantages[mask], batch), returns[mask], token_rewards)
 
     def value_loss(self, inputs: ValueLossInputs) -> LossOutputs:
-        """0.5 max((V - R)^2, (clipped V - R)^2), with the token weights of the policy loss."""
+        """Compute 0.5 max((V - R)^2, (clipped V - R)^2), with the token weights of the policy loss."""
         mask = inputs.token_weights > 0
         loss = value_loss(
             inputs.values,

@@ -27,7 +27,7 @@ class ReinforcePP(Algorithm):
 
     @torch.no_grad()
     def advantages(self, batch: AdvantageInputs) -> AdvantageOutputs:
-        """A_t = sum_{k >= t} gamma^(k - t) r_k, then whitened over all ranks."""
+        """Compute A_t = sum_{k >= t} gamma^(k - t) r_k, then whiten A over all ranks."""
         token_rewards = self.token_rewards(batch)
         mask = pad_mask(batch.sequence_index, len(batch.rewards))
         rewards = pad(token_rewards, mask)

@@ -1,9 +1,9 @@
 """A rank's shard of a batch as flat tensors, and how it is cut into minibatches and microbatches.
 
 The scored tokens (`loss_mask` True) of all trajectories are on one axis [M], in trajectory order. All per-token
-tensors (log-probabilities, advantages, values) are on this axis. A microbatch is a run of whole trajectories within a
-token budget, so its scored tokens are a slice of [M]. Cuts are computed from lengths on the host, without waiting for
-the device.
+tensors (log-probabilities, advantages, values) are on this axis. A microbatch holds consecutive whole trajectories
+within a token budget, so its scored tokens are a slice of [M]. Cuts are computed from lengths on the host, without
+waiting for the device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """One rank's share of a batch: whole groups, in issue order."""
+    """One rank's shard of a batch: whole groups, in the order of the `Shard` message."""
 
     policy_version: int
     trajectories: tuple[Trajectory, ...]
@@ -110,27 +110,30 @@ class TrainingBatch:
 
     @property
     def num_scored_tokens(self) -> int:
-        """M."""
+        """Number of scored tokens, M."""
         return len(self.sequence_index)
 
     def split(self, num_parts: int) -> list[range]:
-        """The trajectories of `num_parts` minibatches with equally many groups."""
+        """Return the trajectories of each of `num_parts` minibatches with equally many groups."""
         per_part = len(self.staleness) // num_parts
         return [range(*self.group_offsets[i * per_part :: per_part][:2]) for i in range(num_parts)]
 
     def num_microbatches(self, part: range, tokens_per_microbatch: int) -> int:
-        """The smallest number of microbatches for the trajectories in `part`; one above the budget is a microbatch."""
+        """Return the smallest number of microbatches for `part`.
+
+        A trajectory above the budget is a microbatch of its own.
+        """
         return fewest_parts(*self._lengths(part), tokens_per_microbatch)
 
     def microbatches(
         self, part: range, tokens_per_microbatch: int, at_least: int = 1, attention_crossover_tokens: float = math.inf
     ) -> list[MicroBatch]:
-        """The trajectories in `part`, in order, packed into few microbatches of about equal cost.
+        """Pack the trajectories in `part`, in order, into few microbatches of about equal cost.
 
         Args:
-            part: trajectories.
-            tokens_per_microbatch: budget of computed tokens.
-            at_least: smallest number of microbatches, up to one per trajectory.
+            part: the trajectories of a minibatch.
+            tokens_per_microbatch: budget of computed tokens per microbatch.
+            at_least: lower bound on the number of microbatches, up to one per trajectory.
             attention_crossover_tokens: as in `even_cuts`; infinite: the cost is the number of tokens.
         """
         lengths, shared = self._lengths(part)
@@ -139,18 +142,18 @@ class TrainingBatch:
         return [self._pack(range(part.start + start, part.start + stop)) for start, stop in pairwise(cuts)]
 
     def scored_slice(self, part: range) -> slice:
-        """The slice of [M] with the scored tokens of the trajectories in `part`."""
+        """Return the slice of [M] with the scored tokens of the trajectories in `part`."""
         return slice(self.scored_offsets[part.start], self.scored_offsets[part.stop])
 
     @property
     def device(self) -> torch.device:
-        """Of the tensors."""
+        """The device of the tensors."""
         return self.sequence_index.device
 
     def _lengths(self, part: range) -> tuple[list[int], Sequence[int]]:
-        """Tokens of each trajectory, and how many of them cost nothing after the previous trajectory."""
+        """Return the tokens of each trajectory, and how many of them cost nothing after the previous trajectory."""
         lengths = [trajectory.num_tokens for trajectory in self.trajectories[part.start : part.stop]]
-        # On CUDA attention needs memory for every token of every sequence, also for shared prefixes.
+        # On CUDA attention needs memory for every token of every sequence, also for the tokens of shared prefixes.
         if self.device.type == "cpu" and is_worthwhile(sum(self.shared_prefix_lengths), self.num_tokens):
             return lengths, self.shared_prefix_lengths[part.start : part.stop]
         return lengths, [0] * len(lengths)
@@ -181,7 +184,7 @@ def _num_computed(trajectory: Trajectory) -> int:
 
 
 def occurrence_ranges(groups: Sequence[TrajectoryGroup]) -> str:
-    """The prompt occurrences of `groups` for a log, such as `3-5,9`: the numbers before the dot of each group_id."""
+    """List the prompt occurrences of `groups` for a log, as in `3-5,9`: the number before the dot of each group_id."""
     numbers = {int(group.group_id.partition(".")[0]) for group in groups}
     starts = sorted(number for number in numbers if number - 1 not in numbers)
     ends = sorted(number for number in numbers if number + 1 not in numbers)

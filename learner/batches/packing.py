@@ -1,8 +1,8 @@
-"""Where a run of sequences is cut into microbatches: few, within a token budget, and of about equal cost.
+"""Cuts a list of sequences into microbatches: few, within a token budget, and of about equal cost.
 
 Pure functions over lengths, called by `learner/batches/batch.py`. Sequences stay whole and in order, so the scored
 tokens of a microbatch are one slice. With sharded parameters all ranks run equally many microbatches side by side, and
-a rank with a cheap one waits for the others. Hence the equal costs.
+a rank with a cheap microbatch waits for the others. Equal costs keep that wait short.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ _ROUNDS = 30
 
 
 def fewest_parts(lengths: Sequence[int], shared_prefix_lengths: Sequence[int], budget: int) -> int:
-    """The smallest number of runs of at most `budget` computed tokens; a longer sequence is a run of its own.
+    """Return the smallest number of microbatches of at most `budget` computed tokens each.
+
+    A sequence of more tokens is a microbatch of its own.
 
     Args:
         lengths: tokens of each sequence.
         shared_prefix_lengths: for each sequence, the leading tokens that cost nothing when the previous sequence is in
-            the same run.
-        budget: computed tokens of a run.
+            the same microbatch.
+        budget: computed tokens of a microbatch.
     """
     tokens = _Costs(lengths, shared_prefix_lengths)
     return len(_fill(tokens, budget, tokens, budget)) - 1
@@ -35,7 +37,7 @@ def even_cuts(
     num_parts: int,
     attention_crossover_tokens: float,
 ) -> list[int]:
-    """Bounds [num_parts + 1] of runs within `budget` tokens, with the smallest possible largest cost.
+    """Return bounds [num_parts + 1] of microbatches within `budget` tokens, with the smallest possible largest cost.
 
     A sequence of T tokens costs T (1 + T / attention_crossover_tokens): T for its linear layers, the rest for its
     attention, which costs the same at T = attention_crossover_tokens. A shared prefix of C tokens saves
@@ -44,8 +46,8 @@ def even_cuts(
     Args:
         lengths: tokens of each sequence; at least one sequence.
         shared_prefix_lengths: as in `fewest_parts`.
-        budget: computed tokens of a run; a longer sequence is a run of its own.
-        num_parts: at least `fewest_parts`. With fewer sequences, each is a run.
+        budget: computed tokens of a microbatch; a longer sequence is a microbatch of its own.
+        num_parts: at least `fewest_parts`. With fewer sequences, each is a microbatch.
         attention_crossover_tokens: sequence length at which attention costs as much as the linear layers.
     """
     tokens = _Costs(lengths, shared_prefix_lengths)
@@ -63,17 +65,18 @@ def even_cuts(
         low = high
     cuts = _fill(costs, low, tokens, budget)
     while len(cuts) - 1 < min(num_parts, len(lengths)):
-        # One long sequence sets the limit, and the others fill too few runs: halve the run with the most sequences.
+        # One long sequence sets the limit, and the others fill too few microbatches: halve the one with the most
+        # sequences.
         start, stop = max(pairwise(cuts), key=lambda part: part[1] - part[0])
         cuts = sorted([*cuts, (start + stop) // 2])
     return cuts
 
 
 class _Costs:
-    """The costs of runs of sequences.
+    """The costs of microbatches.
 
     Args:
-        alone: cost of each sequence as the first of its run.
+        alone: cost of each sequence as the first of its microbatch.
         saved: what each sequence costs less after the previous one.
     """
 
@@ -82,19 +85,19 @@ class _Costs:
         self._saved, self._before = saved, [0.0, *accumulate(following)]
         self.num_sequences = len(following)
         self.largest = max(following)
-        """Of one sequence after the previous one."""
+        """Largest cost of one sequence after the previous one."""
         self.total = self._before[-1] + saved[0]
-        """Of all sequences as one run."""
+        """Cost of all sequences as one microbatch."""
 
     def end(self, first: int, limit: float) -> int:
-        """The end of the longest run from sequence `first` on that costs at most `limit`."""
+        """Return the end of the longest microbatch from sequence `first` on that costs at most `limit`."""
         most = self._before[first] - self._saved[first] + limit
-        # The tolerance keeps rounding errors in the sums from adding a run.
+        # The tolerance keeps rounding errors in the sums from adding a microbatch.
         return bisect_right(self._before, most + 1e-12 * self._before[-1]) - 1
 
 
 def _fill(costs: _Costs, cost: float, tokens: _Costs, budget: float) -> list[int]:
-    """Bounds of runs, each filled up to both limits before the next begins; every run has at least one sequence."""
+    """Return bounds of microbatches, each filled up to both limits before the next begins; none is empty."""
     cuts = [0]
     while cuts[-1] < costs.num_sequences:
         first = cuts[-1]

@@ -1,8 +1,8 @@
-"""Requests, receives, decodes and flattens the next batch while the training loop does something else.
+"""Requests, receives, decodes and flattens the next batch while the training loop is busy.
 
-The training loop owns one `Prefetch` per rank. It asks for the batch of a version as soon as the version exists, before
-it publishes, reports and saves. Not earlier: the buffer treats the request as the announcement of the version, and
-limits how far ahead actors may work by the batches it has sent.
+The training loop owns one `Prefetch` per rank. The loop asks for the batch of a version as soon as the version exists,
+before the loop publishes, reports and saves. Not earlier: the buffer treats the request as the announcement of the
+version, and the number of batches that the buffer has sent limits how far ahead actors may work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from learner.batches.batch import TrainingBatch, occurrence_ranges
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """The shard for one version."""
+    """This rank's shard for one version."""
 
     shard: Shard
     batch: TrainingBatch
@@ -56,7 +56,7 @@ class Prefetch:
         self._asked: tuple[int, Future[Received | NoMoreBatches]] | None = None
 
     def ask(self, policy_version: int) -> Future[Received | NoMoreBatches]:
-        """The batch for `policy_version`. Repeated calls for one version send one request.
+        """Request the batch for `policy_version`. Repeated calls for one version send one request.
 
         The future raises TimeoutError when the buffer does not answer in time, RequestRefused when it refuses, and
         ConnectionError when the connection is closed.
@@ -90,5 +90,5 @@ class Prefetch:
         return Received(answer, batch, occurrence_ranges(groups))
 
     def close(self) -> None:
-        """Drop the batch under way."""
+        """Drop the batch that is being received."""
         self._worker.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,6 @@
 """Which tokens of packed sequences run through the network.
 
-A prefix that a sequence shares with the one before it, such as the prompt of a group, is computed once. Tokens at the
+A prefix that a sequence shares with the previous one, such as the prompt of a group, is computed once. Tokens at the
 end that no score depends on are not computed at all.
 
 ```
@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 WORTHWHILE_SHARE = 1 / 16
-"""Smallest share of shared tokens: repeating their keys and values for attention has a cost too."""
+"""Smallest share of shared tokens for which sharing pays off: repeating keys and values for attention has a cost
+too."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrefixes:
-    """The K computed tokens among N packed ones, and where the others find their state."""
+    """The K computed tokens among N packed tokens, and the computed token whose state stands for each of the N."""
 
     computed: Tensor
     """[K] int64: indices into N."""
@@ -48,13 +49,13 @@ class SharedPrefixes:
         shared_prefix_lengths: Sequence[int],
         device: torch.device,
     ) -> SharedPrefixes | None:
-        """The sharing between packed sequences; None when too few tokens are shared to pay.
+        """Find the sharing between packed sequences; None when too few tokens are shared to pay off.
 
         Args:
             lengths: tokens of each sequence.
             num_computed: for each sequence, the number of leading tokens that scores depend on.
-            shared_prefix_lengths: from `find_shared_prefix_lengths`; the first is ignored, because the sequence before
-                may not be in this pack.
+            shared_prefix_lengths: from `find_shared_prefix_lengths`; the first is ignored, because the previous
+                sequence may be in another microbatch.
             device: of the tensors.
         """
         sources: list[NDArray[np.int64]] = []
@@ -80,14 +81,14 @@ class SharedPrefixes:
 
 
 def is_worthwhile(num_shared: int, num_tokens: int) -> bool:
-    """Whether it pays to compute `num_shared` of `num_tokens` packed tokens only once."""
+    """Return whether it pays off to compute `num_shared` of `num_tokens` packed tokens only once."""
     return num_shared >= WORTHWHILE_SHARE * num_tokens
 
 
 def find_shared_prefix_lengths(sequences: Sequence[NDArray[np.integer]], num_computed: Sequence[int]) -> list[int]:
-    """Length of the prefix that each sequence shares with the previous one, within the computed tokens of both.
+    """Return the length of the prefix that each sequence shares with the previous one; 0 for the first sequence.
 
-    0 for the first sequence.
+    The prefix lies within the computed tokens of both.
     """
     lengths = [0]
     for index in range(1, len(sequences)):

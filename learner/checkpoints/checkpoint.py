@@ -38,21 +38,21 @@ INCOMPLETE, BROKEN = ".incomplete", ".broken"
 
 
 class CheckpointError(ValueError):
-    """There are checkpoints, but this learner can resume from none of them."""
+    """There are checkpoints, but the learner can resume from none of them."""
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint was written on no rank; older checkpoints are untouched."""
+    """At least one rank could not write its part, so there is no new checkpoint; older checkpoints are untouched."""
 
 
 def sound_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; None before the first checkpoint.
+    """Return the newest checkpoint whose files are as they were written; None before the first checkpoint.
 
     Newer broken checkpoints are reported and renamed to VERSION.broken; unfinished ones are removed. Only one rank may
     call this.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is sound; starting at policy 0 would lose the run's progress.
+        CheckpointError: there are checkpoints, but none is sound; starting at version 0 would lose the run's progress.
     """
     for leftover in directory.glob(f"*{INCOMPLETE}"):
         shutil.rmtree(leftover)
@@ -75,7 +75,7 @@ def sound_checkpoint(directory: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The `state` that `save_checkpoint` was given, with `policy_version` and `num_ranks`."""
+    """Return the `state` that `save_checkpoint` was given, with `policy_version` and `num_ranks`."""
     state: dict[str, Any] = json.loads((checkpoint / "learner.json").read_text())
     return state
 
@@ -123,7 +123,7 @@ def save_checkpoint(
         try:
             _flush_one(directory)
         except OSError:
-            # The rename may not survive a power cut, so the checkpoint is discarded.
+            # If the rename is not durable, discard the checkpoint.
             shutil.rmtree(final, ignore_errors=True)
             raise
 

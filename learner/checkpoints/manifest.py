@@ -1,7 +1,7 @@
-"""Finds checkpoints, and lists the files of each with size and digest: written last, checked before loading.
+"""Finds checkpoints, and writes and checks the manifest of each: size and digest of every file.
 
-The check finds files that a failing disk or an interrupted copy damaged. It does not prove who wrote them: anyone who
-can write to the folder can write the manifest too.
+The manifest is written last and checked before loading. The check finds files that a failing disk or an interrupted
+copy damaged. It does not prove who wrote them: anyone who can write to the folder can write the manifest too.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ FILE_NAME = "manifest.json"
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
-    """The folders of the complete checkpoints in RUN_DIR/checkpoints, the newest first. Their files are not read."""
+    """Return the folders of the complete checkpoints in RUN_DIR/checkpoints, newest first. Their files are not read."""
     numbered = [path for path in directory.glob("*") if path.name.isdigit()]
     return sorted(numbered, key=lambda path: int(path.name), reverse=True)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The complete checkpoint with the highest version in RUN_DIR/checkpoints; None before the first."""
+    """Return the complete checkpoint with the highest version in RUN_DIR/checkpoints; None before the first."""
     return next(iter(complete_checkpoints(directory)), None)
 
 
@@ -36,7 +36,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def defect(folder: Path) -> str | None:
-    """What is wrong with the first damaged or missing file; None when every file is as it was written."""
+    """Describe the first damaged or missing file; None when every file is as it was written."""
     try:
         entries: dict[str, tuple[int, str]] = json.loads((folder / FILE_NAME).read_text())
         for name, (num_bytes, digest) in entries.items():

@@ -1,8 +1,8 @@
 """One network under DeepSpeed: packed forward passes, gradient accumulation, optimizer step, gather, save and load.
 
 No other file imports DeepSpeed. Losses arrive divided by counts over all ranks, so gradients are summed, never
-averaged, over microbatches and ranks: how a batch is cut does not change the step. A loss that is not finite makes the
-gradient of every rank not finite, and all ranks skip such a step.
+averaged, over microbatches and ranks: how a batch is cut into microbatches does not change the step. A loss that is not
+finite makes the gradient of every rank not finite, and all ranks skip such a step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from learner.models.policy import PolicyModel, ValueModel
 GATHER_ELEMENTS = 1 << 26
 """Parameter elements gathered at a time when weights are collected from ZeRO-3 shards."""
 PERSISTENT_ELEMENTS = 1 << 14
-"""Under ZeRO-3, parameters of at most this many elements stay whole from one step to the next: norms and biases."""
+"""Under ZeRO-3, parameters of at most this many elements (norms and biases) stay gathered between steps."""
 STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 """Classes that DeepSpeed's saved state may hold besides tensors and plain containers."""
 
@@ -69,7 +69,7 @@ class TrainingEngine:
         zero_stage: 0 (replicated; in bfloat16 the same as 1) to 3 (parameters sharded).
         bfloat16: parameters in bfloat16 with float32 master weights.
         cpu_offload: optimizer state in host memory.
-        device: where the network lives.
+        device: device of the network.
         full_base: loads the full-precision base weights if the network holds them in four bits; None otherwise.
     """
 
@@ -114,7 +114,7 @@ class TrainingEngine:
         return self._zero_stage > 0
 
     def forward(self, micro: MicroBatch) -> Any:
-        """The network's outputs on the scored tokens of one microbatch."""
+        """Return the network's outputs on the scored tokens of one microbatch."""
         outputs = self._engine(*micro.inputs)
         if self._zero_stage == 3 and not torch.is_grad_enabled():
             self._discard_unfinished_trace()
@@ -134,7 +134,8 @@ class TrainingEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of `loss`, which is this rank's share of a sum over ranks. `last` ends the accumulation."""
         self._engine.set_gradient_accumulation_boundary(last)
-        # An infinite loss may have a finite gradient. Multiplied by NaN it reaches every rank through the reduction.
+        # An infinite loss may have a finite gradient. The factor NaN makes that gradient NaN, and the reduction makes
+        # it NaN on every rank.
         factor = torch.where(torch.isfinite(loss.detach()), float(self.world_size), math.nan)
         # DeepSpeed averages over ranks, but the losses are shares of one sum.
         self._engine.backward(loss * factor, scale_wrt_gas=False)
@@ -157,7 +158,7 @@ class TrainingEngine:
         total = nn.utils.get_total_norm([p.grad for p in trained])
         norm = float(total)
         if math.isfinite(norm):
-            # Clipped here, because DeepSpeed would compute the norm a second time.
+            # Clip here, because DeepSpeed would compute the norm a second time.
             if self._max_grad_norm:
                 nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, total)
             self._engine.step()
@@ -166,7 +167,7 @@ class TrainingEngine:
         return norm
 
     def gather(self, dtype: torch.dtype, *, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Like `gathered`, but yields copies in `dtype` in host memory."""
+        """Yield what `gathered` yields, as copies in `dtype` in host memory."""
         for name, tensor in self.gathered(adapters=adapters):
             yield name, tensor.to("cpu", dtype, copy=True)
 
@@ -188,7 +189,7 @@ class TrainingEngine:
                 targets[tensor.name].copy_(tensor.value())
 
     def _whole(self, *, adapters: bool = False) -> Iterator[NamedTensor]:
-        """The network's tensors; each is yielded while its parameters are gathered on every rank."""
+        """Yield the network's tensors, each while its parameters are gathered on every rank."""
         for bucket in self._buckets(adapters):
             parameters = [parameter for tensor in bucket for parameter in tensor.parameters]
             with deepspeed.zero.GatheredParameters(parameters, enabled=self._zero_stage == 3):
@@ -232,7 +233,7 @@ class TrainingEngine:
                 try:
                     write(*arguments, **named)
                 except OSError as error:
-                    # Only the text: the error's traceback would keep the file open and its disk space in use.
+                    # Keep only the text: the error's traceback would keep the file open and its disk space in use.
                     self._write_problem = str(error)
 
             return attempt
@@ -266,9 +267,9 @@ def _deepspeed_config(
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage == 3:
         # DeepSpeed's other defaults suit microbatches. A parameter that is used again within 1e9 elements stays
-        # gathered, so a model of up to half as many parameters gathers each once per microbatch and a larger model up
-        # to twice; 5e7 elements are prefetched. Larger parameters than this threshold are released after each backward
-        # pass, because keeping them would put the whole model on every device.
+        # gathered. A model of up to half as many parameters therefore gathers each parameter once per microbatch, a
+        # larger model up to twice; 5e7 elements are prefetched. Parameters above this threshold are released after each
+        # backward pass, because keeping them would put the whole model on every device.
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
     if cpu_offload:
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -1,7 +1,7 @@
 """`python -m learner.distributed.ranks NUM_RANKS RUN_DIR` runs the learner's ranks and exits with their status.
 
 torchrun starts and ends the ranks, but exits with status 1 for any failed rank. The supervisor needs the rank's own
-status to tell a user's mistake, after which it must not restart the learner, from a crash.
+status: it restarts the learner after a crash, and must not after a user's mistake.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes tensors and training state to files and reads them back without unpickling arbitrary objects.
 
-All such files of the learner go through here. Reading creates tensors, plain containers and the classes that the caller
-allows, and refuses everything else that a file names.
+The learner writes and reads all such files with this module. Reading creates tensors, plain containers and the classes
+that the caller allows, and refuses everything else that a file names.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Causal attention within each packed sequence, as an attention function for transformers.
 
 On CUDA in half precision, one variable-length kernel computes all sequences. On a CPU, short sequences are computed as
-plain matrix products, and long ones in blocks of queries, which skips most scores that the causal mask hides. There the
-queries of a shared prefix are computed once, and only its keys and values are repeated. All sequences together are one
-autograd node there.
+plain matrix products, and long ones in blocks of queries, which skips most scores that the causal mask hides. Also on a
+CPU, the queries of a shared prefix are computed once, only its keys and values are repeated, and all sequences together
+are one autograd node.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def packed_attention(
     shared: SharedPrefixes | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence, called by transformers' attention layers.
+    """Compute causal attention within each packed sequence; called by transformers' attention layers.
 
     Args:
         module: the attention layer; unused, part of transformers' signature.
@@ -62,7 +62,7 @@ def packed_attention(
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         ranges = shared.computed_ranges if shared else [range(end - start) for start, end in pairwise(boundaries)]
         ranges = [positions for positions in ranges if positions]
-        # Scaling the query is cheaper than scaling the scores: there are more of those.
+        # Scale the query instead of the scores, which are more numerous.
         query = query * (1 / math.sqrt(query.shape[-1]) if scaling is None else scaling)
         output: Tensor = _SequenceAttention.apply(  # type: ignore[no-untyped-call]
             query, key, value, shared.keys if shared else None, ranges
@@ -88,7 +88,10 @@ def packed_attention(
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
-    """The tokens at `indices` of [1, N, heads, head_dim]. Whole rows are several times as fast as an index on dim 2."""
+    """Return the tokens at `indices` of [1, N, heads, head_dim].
+
+    Indexing whole rows is several times as fast as indexing dim 2.
+    """
     return tensor.reshape(tensor.shape[1], -1).index_select(0, indices).view(1, len(indices), *tensor.shape[2:])
 
 
@@ -156,7 +159,7 @@ def _split(
 
 
 def _method(query: Tensor, key: Tensor) -> type[_Products] | type[_Blocks]:
-    """Matrix products for a short sequence, blocks for a long one or in half precision."""
+    """Choose matrix products for a short sequence, blocks for a long one or in half precision."""
     short = key.shape[1] <= QUERIES_PER_BLOCK and query.dtype in (torch.float32, torch.float64)
     return _Products if short else _Blocks
 
@@ -177,10 +180,10 @@ class _Products:
 
     @staticmethod
     def backward(sequence: _Sequence, weights: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The gradients.
+        """Compute the gradients of query, key and value.
 
         Returns:
-            (that of the query in parts [tokens, heads, head_dim], those of key and value in the inputs' shape).
+            (gradient of the query in parts [tokens, heads, head_dim], gradients of key and value in the inputs' shape).
         """
         grad_output, _, query, key, value = sequence
         shape, query, grad_output = query.shape, _stacked(query, key), _stacked(grad_output, key)
@@ -191,7 +194,10 @@ class _Products:
 
 
 def _stacked(tensor: Tensor, key: Tensor) -> Tensor:
-    """[heads, n, head_dim] as [key_value_heads, heads / key_value_heads x n, head_dim], with the heads of `key`."""
+    """View [heads, n, head_dim] as [key_value_heads, heads / key_value_heads x n, head_dim].
+
+    key_value_heads is the number of heads of `key`.
+    """
     return tensor if tensor.shape[0] == key.shape[0] else tensor.reshape(key.shape[0], -1, tensor.shape[2])
 
 
@@ -203,7 +209,7 @@ class _Blocks:
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], Tensor]:
-        """As in `_Products`; the backward pass needs the log-sum-exp of the scores."""
+        """Attend as in `_Products`; the backward pass needs the log-sum-exp of the scores."""
         outputs, sums = [], []
         for first, size, end in _blocks(query.shape[1], key.shape[1]):
             output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -220,7 +226,7 @@ class _Blocks:
 
     @staticmethod
     def backward(sequence: _Sequence, sums: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """As in `_Products`."""
+        """Compute the gradients as in `_Products`."""
         grad_output, output, query, key, value = sequence
         grad_query, grad_key, grad_value = [], torch.zeros_like(key), torch.zeros_like(value)
         for first, size, end in _blocks(query.shape[1], key.shape[1]):
@@ -243,19 +249,22 @@ class _Blocks:
 
 
 def _blocks(num_queries: int, num_keys: int) -> Iterable[tuple[int, int, int]]:
-    """(first query, number of queries, number of keys) of each block; the queries are the last tokens of the keys."""
+    """Yield (first query, number of queries, number of keys) of each block.
+
+    The queries are the last tokens of the keys.
+    """
     for first in range(0, num_queries, QUERIES_PER_BLOCK):
         size = min(QUERIES_PER_BLOCK, num_queries - first)
         yield first, size, num_keys - num_queries + first + size
 
 
 def _repeated(tensor: Tensor, places: Tensor | None) -> Tensor:
-    """The rows of [heads, K, head_dim] at `places`: shared prefixes repeated for every sequence."""
+    """Return the rows of [heads, K, head_dim] at `places`: shared prefixes repeated for every sequence."""
     return tensor if places is None else _rows(tensor.transpose(0, 1).unsqueeze(0), places)[0].transpose(0, 1)
 
 
 def _summed(tensor: Tensor, places: Tensor | None, num_computed: int) -> Tensor:
-    """The backward pass of `_repeated`, tokens first: a gradient for every place is summed to [K, heads, head_dim]."""
+    """Sum a gradient for every place to [K, heads, head_dim]: the backward pass of `_repeated`, tokens first."""
     if places is None:
         return tensor
     rows = tensor.flatten(1)
@@ -265,28 +274,29 @@ def _summed(tensor: Tensor, places: Tensor | None, num_computed: int) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _mask(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor | None:
-    """[num_queries, num_keys] causal mask of 0 and minus infinity, aligned at the last query and key.
+    """Return a causal mask [num_queries, num_keys] of 0 and minus infinity, aligned at the last query and key.
 
-    None when there are as many queries as keys: then the kernel's own causal mask is the same.
+    None when there are as many queries as keys: the kernel's own causal mask is then the same.
     """
     return None if num_queries == num_keys else _corner(num_queries, num_keys, dtype)
 
 
 @lru_cache(maxsize=1024)
 def _repeated_mask(num_queries: int, num_keys: int, times: int, dtype: torch.dtype) -> Tensor:
-    """[times x num_queries, num_keys]: the mask repeated for the heads of one key-value head."""
+    """Return the mask repeated for the heads of one key-value head, [times x num_queries, num_keys]."""
     mask = _corner(num_queries, num_keys, dtype)
     return mask if times == 1 else mask.repeat(times, 1)
 
 
 def _corner(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
-    # Cut from cached masks whose sizes are powers of 2, so together they need twice the memory of the largest.
+    # The mask is cut from cached masks whose sizes are powers of 2. All of these together need twice the memory of the
+    # largest.
     return _band(1 << (num_keys - 1).bit_length(), dtype)[-num_queries:, -num_keys:]
 
 
 @lru_cache
 def _band(num_keys: int, dtype: torch.dtype) -> Tensor:
-    """[QUERIES_PER_BLOCK, num_keys]: the mask for up to `num_keys` keys is its lower right corner."""
+    """Return a mask [QUERIES_PER_BLOCK, num_keys], whose lower right corners are the masks for fewer keys."""
     later = torch.full((QUERIES_PER_BLOCK, num_keys), -math.inf, dtype=dtype)
     return later.triu(num_keys - QUERIES_PER_BLOCK + 1)
 
@@ -294,7 +304,7 @@ def _band(num_keys: int, dtype: torch.dtype) -> Tensor:
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, boundaries: Sequence[int], grouped: bool
 ) -> Tensor:
-    """All sequences in one variable-length flash kernel; CUDA in half precision only."""
+    """Compute all sequences in one variable-length flash kernel; CUDA in half precision only."""
     from torch.nn.attention.varlen import varlen_attn
 
     offsets = torch.tensor(boundaries, dtype=torch.int32, device=query.device)

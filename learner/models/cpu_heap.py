@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 
 KEPT_BYTES = 256 << 20
-"""Free memory at the end of the heap that is not returned."""
+"""Free memory at the end of the heap that glibc keeps, in bytes."""
 POOLED_BYTES = 32 << 20
-"""Largest block that comes from the heap, as much as glibc allows; each larger block is mapped separately."""
+"""Largest block taken from the heap, in bytes: the most that glibc allows. Each larger block is mapped separately."""
 _VARIABLE = "GLIBC_TUNABLES"
 
 
 def heap_environment() -> dict[str, str]:
-    """Environment variables to start a process with; glibc reads them before the program runs.
+    """Return the environment variables to start a process with; glibc reads them before the program runs.
 
     Other C libraries ignore them. Huge pages need glibc 2.35 or later, and a system with `transparent_hugepage` at
     `madvise` or `always`. Tunables that this process was started with come last and take precedence.

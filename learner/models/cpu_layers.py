@@ -38,7 +38,7 @@ def patch_for_cpu(network: nn.Module) -> None:
 
 
 def _is_supported(states: Tensor) -> bool:
-    """Whether the subclasses compute `states`: float32 or float64 on a CPU.
+    """Return whether the subclasses compute `states`: float32 or float64 on a CPU.
 
     Lower precisions must be rounded where transformers rounds them, and what is fast on CUDA may be slow on a CPU.
     """
@@ -52,7 +52,7 @@ class _Norm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """As in the class that this one is mixed into."""
+        """Compute what the class that this one is mixed into computes."""
         if not _is_supported(hidden_states) or hidden_states.dtype != self.weight.dtype:
             states: Tensor = super().forward(hidden_states)
             return states
@@ -72,7 +72,7 @@ class _RootMeanSquareNorm(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         factors = norms.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
-        # A reference instead of a saved tensor: ZeRO-3 frees the storage of the parameter between the two passes.
+        # Keep a reference instead of a saved tensor: ZeRO-3 frees the storage of the parameter between the two passes.
         ctx.weight = weight
         ctx.save_for_backward(states, factors)
         return (states * factors).mul_(weight)
@@ -98,7 +98,7 @@ class _Angles:
         self._spread: tuple[Tensor, Tensor]
 
     def spread(self, cosines: Tensor, sines: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-        """Repeat both for every head.
+        """Repeat cosines and sines for every head.
 
         Args:
             cosines, sines: [1, K, head_dim].
@@ -109,7 +109,7 @@ class _Angles:
         """
         if self._made_of is not cosines:
             half = sines[..., : sines.shape[-1] // 2]
-            # Repeated in memory: reading the row of all heads at once is twice as fast as reading each head.
+            # Repeat in memory: reading the row of all heads at once is twice as fast as reading each head.
             cosines_of_all, sines_of_all = (
                 angles.unsqueeze(2).expand(-1, -1, num_heads, -1).contiguous() for angles in (cosines, half)
             )
@@ -163,7 +163,7 @@ class _Attention(nn.Module):
         past_key_values: Any = None,
         **named: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in the class that this one is mixed into."""
+        """Compute what the class that this one is mixed into computes."""
         packed = self.config._attn_implementation == PACKED_ATTENTION and past_key_values is None
         if not packed or not _is_supported(hidden_states):
             outputs: tuple[Tensor, Tensor | None] = super().forward(
@@ -201,7 +201,7 @@ class _FeedForward(nn.Module):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """As in the class that this one is mixed into."""
+        """Compute what the class that this one is mixed into computes."""
         layers = self.gate_proj, self.up_proj, self.down_proj
         if not _is_supported(x) or self.config.hidden_act != "silu" or not all(_is_plain(layer, x) for layer in layers):
             states: Tensor = super().forward(x)
@@ -211,7 +211,7 @@ class _FeedForward(nn.Module):
 
 
 def _is_plain(layer: nn.Module, states: Tensor) -> bool:
-    """Whether a layer only multiplies by its weight: no adapter, no bias, and no hooks, such as those of shards."""
+    """Return whether a layer only multiplies by its weight: no adapter, no bias, no hooks, such as those of shards."""
     hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
     return type(layer) is nn.Linear and layer.bias is None and layer.weight.dtype == states.dtype and not any(hooks)
 

@@ -19,17 +19,21 @@ from torch import Tensor
 
 HOPPER = (9, 0)
 HIDDEN_MULTIPLE = 64
-"""Other hidden sizes make the kernel pad a copy of the weight, which a sharded weight must not have."""
+"""The hidden size must be a multiple of this. Otherwise the kernel pads a copy of the weight, which a sharded weight
+must not have."""
 
 
 @cache
 def is_installed() -> bool:
-    """Whether the library and the compiler of its Hopper kernel are installed; without the compiler it uses torch."""
+    """Return whether the library and the compiler of its Hopper kernel are installed.
+
+    Without the compiler the library would use torch.
+    """
     return find_spec("liger_kernel") is not None and find_spec("cutlass") is not None
 
 
 def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the kernel supports these inputs: bfloat16 on a Hopper device, no bias."""
+    """Return whether the kernel supports these inputs: bfloat16 on a Hopper device, no bias."""
     return (
         hidden.is_cuda
         and hidden.dtype == weight.dtype == torch.bfloat16
@@ -42,7 +46,7 @@ def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def fused_scores(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """As `ScoringHead.forward`: log-probabilities [M] and entropies [M], both float32."""
+    """Score as `ScoringHead.forward` does: log-probabilities [M] and entropies [M], both float32."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     # -100 is the token id to ignore, which no vocabulary has; the 1 after it has no effect.

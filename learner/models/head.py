@@ -1,9 +1,9 @@
 """The language-model head that scores given tokens, without holding all [tokens x vocabulary] logits.
 
 `learner/models/policy.py` puts it in the place of a causal model's output layer, with the same weights. Logits are
-computed for a chunk of tokens at a time, and again in the backward pass unless one chunk holds all tokens. One call
-gathers a sharded weight once in each direction. Sums over the vocabulary and the weight's gradient are float32 (float64
-for float64 parameters). On CUDA a fused kernel may do all of this: `learner/models/fused_head.py`.
+computed for a chunk of tokens at a time, and again in the backward pass unless one chunk holds all tokens. A sharded
+weight is gathered once in the forward and once in the backward pass. Sums over the vocabulary and the weight's gradient
+are float32 (float64 for float64 parameters). On CUDA a fused kernel may do all of this: `learner/models/fused_head.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ScoringHead(nn.Linear):
 
     @classmethod
     def of(cls, layer: nn.Linear) -> ScoringHead:
-        """A head that holds the parameters of `layer` themselves, so tied weights stay tied."""
+        """Return a head that holds the parameters of `layer` themselves, so tied weights stay tied."""
         head = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         head.weight, head.bias = layer.weight, layer.bias
         return head
@@ -72,7 +72,7 @@ class _Scores(torch.autograd.Function):
             # Free this chunk before the next one is computed.
             del logs
         logprobs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
-        # References instead of saved tensors: ZeRO-3 frees the storage of parameters between the two passes.
+        # Keep references instead of saved tensors: ZeRO-3 frees the storage of parameters between the two passes.
         ctx.weight, ctx.bias, ctx.temperature = weight, bias, temperature
         ctx.save_for_backward(hidden, tokens, entropies, *kept)
         ctx.set_materialize_grads(False)
@@ -117,13 +117,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[m, vocabulary] in float32 or float64."""
+    """Return the log-probabilities of all tokens of the vocabulary, [m, vocabulary] in float32 or float64."""
     logits = linear(hidden, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return log_softmax(logits.div_(temperature) if temperature != 1 else logits, dim=-1)
 
 
 def _cuts(num_rows: int, vocabulary: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of rows with at most `LOGITS_PER_CHUNK` logits, or of one row."""
+    """Return (start, stop) of chunks of rows with at most `LOGITS_PER_CHUNK` logits, or of one row."""
     rows = max(LOGITS_PER_CHUNK // vocabulary, 1)
     return list(pairwise([*range(0, num_rows, rows), num_rows])) or [(0, 0)]

@@ -48,7 +48,7 @@ def add_adapters(causal_lm: nn.Module, lora: LoraConfig) -> None:
 
 
 def four_bit_base() -> Any:
-    """Settings of transformers for a base model in four bits: NF4, quantized scales, products in bfloat16."""
+    """Return transformers' settings for a base model in four bits: NF4, quantized scales, products in bfloat16."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -60,7 +60,7 @@ def four_bit_base() -> Any:
 
 
 def whole_tensors(network: nn.Module, base: nn.Module | None = None) -> Iterator[NamedTensor]:
-    """Every weight of `network`, with adapters merged into the weights beside them.
+    """Yield every weight of `network`, with adapters merged into the weights beside them.
 
     Args:
         network: with or without adapters.
@@ -80,7 +80,10 @@ def whole_tensors(network: nn.Module, base: nn.Module | None = None) -> Iterator
 
 
 def adapter_tensors(network: nn.Module) -> Iterator[NamedTensor]:
-    """`LAYER.lora_A.weight` and `LAYER.lora_B.weight` in float32, with s multiplied into B; none without adapters."""
+    """Yield `LAYER.lora_A.weight` and `LAYER.lora_B.weight` in float32, with s multiplied into B.
+
+    Yields nothing without adapters.
+    """
     for name, layer in _adapted_layers(network).items():
         down, up = _pair(layer)
         yield NamedTensor(name + LORA_A, (down,), partial(_narrow, layer))
@@ -139,7 +142,7 @@ def _scaled(layer: Any) -> Tensor:
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:
-    """W + s B A, added in float32, returned in the dtype of W."""
+    """Return W + s B A, added in float32, in the dtype of W."""
     weight, up = weight.detach(), _scaled(layer)
     # While B is 0 every bit of W must stay: adding 0 would turn -0 into 0.
     if not up.any():

@@ -38,7 +38,7 @@ class ScoredDecoder(nn.Module):
         targets: Tensor,
         shared: SharedPrefixes | None = None,
     ) -> Any:
-        """The head's outputs for the scored tokens; `_outputs` of the subclass says which.
+        """Return the head's outputs for the scored tokens; `_outputs` of the subclass says which.
 
         Args:
             token_ids: [N] int64 packed sequences.
@@ -67,7 +67,7 @@ class ScoredDecoder(nn.Module):
         raise NotImplementedError
 
     def _outputs(self, states: Tensor, scored: Tensor) -> Any:
-        """The outputs for [M, hidden_size] states and the [M] int64 tokens sampled from them."""
+        """Return the outputs for [M, hidden_size] states and the [M] int64 tokens sampled from them."""
         raise NotImplementedError
 
 
@@ -92,7 +92,7 @@ class PolicyModel(ScoredDecoder):
         checkpointing: bool,
         lora: LoraConfig | None = None,
     ) -> PolicyModel:
-        """The policy in the Hugging Face folder `path`; `temperature` is the actors' sampling temperature."""
+        """Load the policy from the Hugging Face folder `path`; `temperature` is the actors' sampling temperature."""
         lora = lora or LoraConfig()
         policy = cls(_load(AutoModelForCausalLM, path, dtype, checkpointing, base_4bit=lora.base_4bit), temperature)
         if lora.rank:
@@ -104,7 +104,7 @@ class PolicyModel(ScoredDecoder):
         return decoder
 
     def _outputs(self, states: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the scored tokens, and entropies of the distributions they were sampled from.
+        """Return log-probabilities of the scored tokens, and entropies of the distributions they were sampled from.
 
         Returns:
             logprobs [M] float32 and entropy [M] float32 in nats.
@@ -128,7 +128,7 @@ class ValueModel(ScoredDecoder):
 
     @classmethod
     def load(cls, path: str | Path, *, dtype: torch.dtype, checkpointing: bool) -> ValueModel:
-        """A critic whose decoder starts from the policy's folder `path`."""
+        """Load a critic whose decoder starts from the policy's folder `path`."""
         decoder = _load(AutoModel, path, dtype, checkpointing)
         return cls(decoder, decoder.config.hidden_size).to(dtype)
 
@@ -136,7 +136,7 @@ class ValueModel(ScoredDecoder):
         return self.decoder
 
     def _outputs(self, states: Tensor, scored: Tensor) -> Tensor:
-        """Values [M] float32 of the states before the scored tokens."""
+        """Return values [M] float32 of the states before the scored tokens."""
         values: Tensor = self.value_head(states).squeeze(-1)
         return values.float()
 
@@ -155,7 +155,7 @@ def _load(kind: Any, path: str | Path, dtype: torch.dtype, checkpointing: bool, 
 
 
 def _attention_crossover_tokens(decoder: Any) -> float:
-    """Sequence length at which attention costs as many operations as the linear layers.
+    """Compute the sequence length at which attention costs as many operations as the linear layers.
 
     Operations per token and layer: 2 for each parameter, against 4 x hidden_size x length for scores and weighted
     values, halved by the causal mask.

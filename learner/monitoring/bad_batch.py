@@ -23,7 +23,7 @@ SAVED = "saved batch"
 
 
 def save_bad_batch(directory: Path, rank: int, shard: Shard, metrics: Mapping[str, float]) -> Path:
-    """Write this rank's share of a batch and the metrics of its last step. Returns the path of the batch's file."""
+    """Write this rank's shard of a batch and the metrics of its last step. Returns the path of the batch's file."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{shard.policy_version:08d}-rank-{rank}.msgpack"
     path.write_bytes(msgpack.packb(encode(shard, 0, SAVED)))
@@ -49,7 +49,7 @@ def load_bad_batch(path: Path) -> tuple[Shard, list[TrajectoryGroup]]:
 
 
 def describe(shard: Shard, groups: Sequence[TrajectoryGroup]) -> str:
-    """A readable table with one line per trajectory."""
+    """Format a batch as a table with one line per trajectory."""
     lines = [f"batch for policy {shard.policy_version}: {len(groups)} of its {shard.num_groups_in_batch} groups"]
     lines.append(f"{'trajectory':<20}{'tokens':>8}{'reward':>10}{'lowest log mu':>16}  versions, verdict")
     for group in groups:

@@ -38,18 +38,18 @@ class OlderGroups:
         self._number, self._newest_version = number, newest_version
 
     def may_come(self, policy_version: int) -> bool:
-        """Whether a group may come from other weights than those that this learner calls `policy_version`."""
+        """Return whether a group may come from other weights than those that this learner calls `policy_version`."""
         return self._number > 0 or policy_version <= self._newest_version
 
     def use(self, num_groups: int) -> None:
-        """Count the `num_groups` groups of a batch that was trained on as older ones that have arrived."""
+        """Count the `num_groups` groups of a trained batch as older groups that have arrived."""
         self._number -= num_groups
 
 
 def say_hello(
     buffer: Connection, policy_version: int, updates_per_batch: int, device: torch.device, rank: int
 ) -> OlderGroups:
-    """Rank 0 tells the buffer the version that the learner starts at. Returns, on every rank, the older groups.
+    """Tell the buffer, on rank 0, the version that the learner starts at. Returns, on every rank, the older groups.
 
     Also a barrier.
 

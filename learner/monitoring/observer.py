@@ -1,6 +1,7 @@
-"""What one learner rank reports: heartbeats on every rank; event files, status and evaluations on rank 0.
+"""Reports of one learner rank: heartbeats on every rank; event files, status and evaluations on rank 0.
 
-The training loop owns it. The buffer's answers are collected one step later, so that no step waits for them.
+The training loop owns the `Observer`. The buffer's answers are collected one step later, so that no step waits for
+them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Observer:
         self._shown: dict[str, float] = {}
 
     def heartbeat(self, policy_version: int, waiting_for: str = "") -> Future[Message]:
-        """Tell the buffer that this rank is alive at `policy_version`, and what it waits for (empty: it works)."""
+        """Tell the buffer that this rank is alive at `policy_version`, and what the rank waits for (empty: nothing)."""
         heartbeat = Heartbeat("learner", f"learner-{self._rank}", policy_version, waiting_for, self._shown)
         return self._buffer.request(heartbeat, timeout_seconds=60.0)
 

@@ -37,7 +37,7 @@ NO_JUDGEMENT = frozenset({"timeout", "crash", "error"})
 
 
 class RunStoppedError(RuntimeError):
-    """A stop condition ended the run: exit status 3, after which the supervisor does not restart the learner."""
+    """A stop condition ended the run. The exit status is 3, after which the supervisor does not restart the learner."""
 
 
 class BadStepsError(RunStoppedError):
@@ -92,8 +92,9 @@ class DistanceWatch:
     def see(self, policy_version: int, weights: ImportanceWeights | None) -> dict[str, float]:
         """Check the weights of the last step that led to `policy_version`. Returns metrics to display.
 
-        These are the number of bounds crossed, the number of batches so far that crossed one, and the bounds themselves
-        as lines beside the curves; nothing for a step of the critic alone, which has no importance weights.
+        The metrics are the number of bounds crossed, the number of batches so far that crossed one, and the bounds
+        themselves as lines beside the curves. There are none for a step of the critic alone, which has no importance
+        weights.
         """
         if weights is None:
             return {}
@@ -114,7 +115,7 @@ class DistanceWatch:
 
 
 def bounds_crossed(weights: ImportanceWeights) -> list[str]:
-    """One phrase per bound that the weights pi_prox/mu of a batch exceed."""
+    """Return one phrase per bound that the weights pi_prox/mu of a batch exceed."""
     sample_size, mean, std = weights.effective_sample_size, weights.mean, weights.std
     low, high = WEIGHT_MEAN_BOUNDS
     crossed = []
@@ -131,8 +132,8 @@ class SignalWatch:
     """Counts consecutive batches that teach nothing: all rewards are equal, or no completion was judged.
 
     Args:
-        compares_groups: whether the algorithm compares rewards only within a group. If so, a batch
-            of zero-advantage groups teaches nothing; if not, only a batch whose rewards are all equal does.
+        compares_groups: whether the algorithm compares rewards only within a group. If so, a batch of zero-advantage
+            groups teaches nothing; if not, only a batch whose rewards are all equal does.
         max_batches: number of consecutive such batches that ends the run; 0: never.
     """
 

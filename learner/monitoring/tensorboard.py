@@ -1,4 +1,4 @@
-"""TensorBoard scalars by policy version, the metrics of a batch, and the rates that the live display shows."""
+"""TensorBoard scalars by policy version, the metrics of a batch, and the rates for the live display."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Reporter:
         self._waits(status, policy_version)
 
     def _waits(self, status: Status, policy_version: int) -> None:
-        """Write the longest wait of every process as a curve, and a page of text that says what it waits for."""
+        """Write the longest wait of every process as a curve, and what each process waits for as a page of text."""
         longest: dict[str, float] = {}
         for wait in status.waits:
             longest[wait.who] = max(wait.seconds, longest.get(wait.who, 0.0))
@@ -128,7 +128,7 @@ class Reporter:
 
 
 def batch_metrics(batch: TrainingBatch) -> dict[str, float]:
-    """Metrics of rewards, verdicts, lengths and staleness of this rank's share of a batch."""
+    """Return metrics of rewards, verdicts, lengths and staleness of this rank's shard of a batch."""
     trajectories = batch.trajectories
     rewards = np.array([t.reward for t in trajectories])
     scored = np.diff(batch.scored_offsets)
@@ -162,7 +162,7 @@ def _verdicts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def _staleness_parts(batch: TrainingBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Per trajectory: versions published while it was sampled, and while it waited in the buffer."""
+    """Return, per trajectory, the numbers of versions published during its sampling and its wait in the buffer."""
     in_flight = [t.newest_version - t.oldest_version for t in batch.trajectories]
     queued = [max(batch.policy_version - t.newest_version, 0) for t in batch.trajectories]
     return np.array(in_flight), np.array(queued)
@@ -198,7 +198,7 @@ class StepClock:
         self._seconds = now - self._started
 
     def summary(self) -> dict[str, float]:
-        """Rates per second and the share of time spent waiting for batches; empty before the second batch."""
+        """Return rates per second and the share of time spent waiting for batches; empty before the second batch."""
         if not self._seconds:
             return {}
         return {

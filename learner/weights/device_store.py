@@ -1,8 +1,8 @@
 """Versions that stay on the learner's CUDA device, for `weights.transport=ipc` and `nccl`.
 
 `ipc`: actors on the same host and device map the learner's buffers. `nccl`: the learner's rank 0 broadcasts every
-version to a fixed group of actors. Announcements and locks are those of the weight store, but the file of a version
-holds a record instead of weights: how to map the buffer, or where the group meets.
+version to a fixed NCCL group of actors. Announcements and locks are those of the weight store, but the file of a
+version holds a record instead of weights: a `DeviceHandle` to map the buffer, or the `Rendezvous` of the group.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Join = Callable[[Rendezvous, torch.device, Version], Send]
 
 
 def export_handle(buffer: Tensor) -> DeviceHandle:
-    """What another process needs to map `buffer`, a whole tensor [num_bytes] uint8 on a CUDA device.
+    """Describe `buffer`, a whole tensor [num_bytes] uint8 on a CUDA device, so that another process can map it.
 
     Call it once per buffer: torch adds a reader count to the storage with every export.
     """
     _, arguments = reduce_tensor(buffer)  # type: ignore[no-untyped-call]
-    # The arguments of torch's `rebuild_cuda_tensor`, in order; the reader knows the others without being told.
+    # The arguments of torch's `rebuild_cuda_tensor`, in order; the reader knows the other arguments already.
     storage_handle, storage_bytes, storage_offset, _, counter, counter_offset, event, waits = arguments[7:15]
     return DeviceHandle(
         device_uuid=str(torch.cuda.get_device_properties(buffer.device).uuid),
@@ -48,7 +48,7 @@ def export_handle(buffer: Tensor) -> DeviceHandle:
 
 
 class DeviceMemory:
-    """Buffers on a device; the segment of each is a file that holds a record.
+    """Buffers on a device, each with a segment: a file that holds a record.
 
     Args:
         directory: as in `HostMemory`, like `shared_memory`.
@@ -73,7 +73,7 @@ class DeviceMemory:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def take(self, num_bytes: int) -> Segment:
-        """A segment with its buffer of `num_bytes`.
+        """Return a segment with its buffer of `num_bytes`.
 
         Raises:
             OSError: when there is no room for the record.
@@ -85,7 +85,7 @@ class DeviceMemory:
         return segment
 
     def tensor(self, segment: Segment, entry: TensorEntry) -> Tensor:
-        """A view of the buffer."""
+        """Return a view of one tensor in the buffer of `segment`."""
         flat = self._buffers[segment][entry.offset : entry.offset + entry.num_bytes]
         return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
 
@@ -95,7 +95,7 @@ class DeviceMemory:
             self._event.record()
 
     def seal(self, segment: Segment, layout: tuple[TensorEntry, ...]) -> tuple[TensorEntry, ...]:
-        """`layout` unchanged: the bytes never reach the host, so there are no checksums.
+        """Return `layout` unchanged: the bytes never reach the host, so there are no checksums.
 
         Waits for: the device's copies, but not for the next optimizer step.
         """
@@ -116,10 +116,10 @@ class GroupBroadcast:
     """`nccl`: broadcasts every version to the actors' workers, in the background of the learner's next step.
 
     A late worker delays the learner's following publication. A missing one ends the learner: the supervisor restarts
-    it, and a new group meets at a new port.
+    it, and a new NCCL group forms at a new port.
 
     Args:
-        config: `group_size` members, which wait for each other up to `rendezvous_seconds`.
+        config: `group_size` members, which wait for each other for up to `rendezvous_seconds`.
         device: where the versions are.
         join: opens the group as rank 0 once all members are there, and returns the function that broadcasts a version.
     """
@@ -133,7 +133,7 @@ class GroupBroadcast:
         """NCCL cannot be told to give up, so it runs in a thread that can be abandoned."""
 
     def describe(self, buffer: Tensor) -> Rendezvous:
-        """The record of every version: where the group meets."""
+        """Return the record of every version: the rendezvous of the group."""
         return self._rendezvous
 
     def send(self, policy_version: int, version: Version) -> None:
@@ -171,7 +171,7 @@ def _free_port(host: str) -> int:
 def open_store(
     directory: Path, config: WeightsConfig, credentials: Credentials, shared_memory: Path | None, device: torch.device
 ) -> WeightStore:
-    """The store for `config.transport`; the other arguments as in `HostMemory` and `WeightStore`.
+    """Open the store for `config.transport`; the other arguments are those of `HostMemory` and `WeightStore`.
 
     Raises:
         ValueError: as `WeightStore` does.

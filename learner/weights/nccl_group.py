@@ -20,16 +20,16 @@ class SelfDrivenActors:
     """A `VLLMWeightSyncClient` of vLLM whose remote calls do nothing, because the actors drive their engines."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Done by the actor, with the rendezvous in the record of its first version."""
+        """Do nothing: the actor does this, with the rendezvous in the record of its first version."""
 
     def start_weight_update(self) -> None:
-        """Done by the actor."""
+        """Do nothing: the actor does this."""
 
     def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Done by the actor, from the manifest."""
+        """Do nothing: the actor does this, from the manifest."""
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Done by the actor, which sets the version number."""
+        """Do nothing: the actor does this and sets the version number."""
 
 
 class VersionSource:
@@ -39,7 +39,7 @@ class VersionSource:
         self.version, self._describe = version, describe
 
     def metadata(self) -> list[Any]:
-        """A `ParamMeta` of vLLM for every tensor, in order."""
+        """Return a `ParamMeta` of vLLM for every tensor, in order."""
         return [self._describe(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.version]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -57,8 +57,8 @@ def join(rendezvous: Rendezvous, device: torch.device, version: Version) -> Call
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-    # For this thread, which is not the training thread. A stream of its own keeps the next optimizer step from waiting
-    # for actors.
+    # Set the device of this thread, which is not the training thread. A separate stream keeps the next optimizer step
+    # from waiting for actors.
     torch.cuda.set_device(device)
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     source = VersionSource(version, ParamMeta)

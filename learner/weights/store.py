@@ -47,20 +47,20 @@ class VersionMemory(Protocol):
     """The memory that versions are written to: one segment each."""
 
     def take(self, num_bytes: int) -> Segment:
-        """A segment for a version of `num_bytes`.
+        """Return a segment for a version of `num_bytes`.
 
         Raises:
             OSError: when there is no room.
         """
 
     def tensor(self, segment: Segment, entry: TensorEntry) -> Tensor:
-        """A view of one tensor of the version in `segment`."""
+        """Return a view of one tensor of the version in `segment`."""
 
     def copied(self) -> None:
-        """Called by the thread that trains, when it has issued all copies of a version."""
+        """Note that all copies of a version are issued; called by the training thread."""
 
     def seal(self, segment: Segment, layout: tuple[TensorEntry, ...]) -> tuple[TensorEntry, ...]:
-        """`layout` with checksums, if this memory has any. Waits for: the copies, but not for later work."""
+        """Return `layout` with checksums, if this memory has any. Waits for: the copies, but not for later work."""
 
     def retire(self, segment: Segment) -> None:
         """Free `segment` for a later version, once its readers have finished."""
@@ -70,7 +70,7 @@ class VersionMemory(Protocol):
 
 
 class Broadcast(Protocol):
-    """How a version reaches actors that do not read it by themselves."""
+    """Sends versions to actors that do not read versions by themselves."""
 
     def send(self, policy_version: int, version: Version) -> None:
         """Send an announced version.
@@ -80,7 +80,7 @@ class Broadcast(Protocol):
         """
 
     def close(self) -> None:
-        """End it."""
+        """End the broadcast."""
 
 
 class HostMemory:
@@ -96,7 +96,7 @@ class HostMemory:
         self._segments = SegmentPool(link_folder(directory, shared_memory))
 
     def take(self, num_bytes: int) -> Segment:
-        """A file of `num_bytes`.
+        """Return a file of `num_bytes`.
 
         Raises:
             OSError: when there is no room.
@@ -104,14 +104,14 @@ class HostMemory:
         return self._segments.take(num_bytes)
 
     def tensor(self, segment: Segment, entry: TensorEntry) -> Tensor:
-        """A view of the mapped file."""
+        """Return a view of one tensor in the mapped file."""
         return torch.from_numpy(_bytes_of(segment, entry)).view(getattr(torch, entry.dtype)).view(entry.shape)
 
     def copied(self) -> None:
-        """Nothing: a copy to the host has finished when it returns."""
+        """Do nothing: a copy to the host has finished when it returns."""
 
     def seal(self, segment: Segment, layout: tuple[TensorEntry, ...]) -> tuple[TensorEntry, ...]:
-        """`layout` with a checksum for every tensor."""
+        """Return `layout` with a checksum for every tensor."""
         return tuple(replace(entry, checksum=checksum(_bytes_of(segment, entry))) for entry in layout)
 
     def retire(self, segment: Segment) -> None:
@@ -250,7 +250,7 @@ class WeightStore:
 
 
 def _lay_out(tensors: Version) -> tuple[TensorEntry, ...]:
-    """The offset of each tensor in a version; without checksums."""
+    """Compute the offset of each tensor in a version; without checksums."""
     entries, offset = [], 0
     for name, tensor in tensors:
         offset += -offset % ALIGNMENT_BYTES
@@ -262,5 +262,5 @@ def _lay_out(tensors: Version) -> tuple[TensorEntry, ...]:
 
 
 def _bytes_of(segment: Segment, entry: TensorEntry) -> NDArray[np.uint8]:
-    """[num_bytes] uint8 view of one tensor in `segment`."""
+    """Return a view of one tensor in `segment`, [num_bytes] uint8."""
     return segment.array[entry.offset : entry.offset + entry.num_bytes]

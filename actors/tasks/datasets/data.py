@@ -1,8 +1,9 @@
 r"""The task `data`: questions and answers from the named fields of a data set.
 
-The gold is a text. A list of texts or numbers is a list of alternatives, any of which is correct. It becomes the JSON
-text `["1/2", "0.5"]`, or the gold itself if there is only one. An object, or a list of anything else, becomes JSON text
-unchanged, for a reward that reads it. Dollar signs around mathematics are removed from a gold.
+The gold is a text. A list of texts or numbers is a list of alternatives, any of which is correct. The gold is then a
+JSON text such as `["1/2", "0.5"]`, or the alternative itself if there is only one. An object, or a list of anything
+else, becomes JSON text unchanged, for a reward that reads JSON. Dollar signs around mathematics are removed from a
+gold.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HIGHEST_LEVEL = 1_000_000
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems, in the order of their sources.
+    """Read (training, held-out) problems, in the order of their sources.
 
     Raises:
         ValueError: the errors of `read_problems`; a missing field, an empty question, an answer without a match of
@@ -107,12 +108,15 @@ def _text(value: Any, where: str, field: str) -> str:
 
 
 def _without_dollars(text: str) -> str:
-    """The text without dollar signs. An odd number of them stays: a sign without a partner means money."""
+    """Return the text without dollar signs.
+
+    An odd number of dollar signs stays: a sign without a partner means money.
+    """
     return _DOLLAR.sub("", text).strip() if len(_DOLLAR.findall(text)) % 2 == 0 else text
 
 
 def _level(config: TaskConfig, row: Row) -> int:
-    """The first number in the level field. 0 if there is none, because evaluation sets often have no levels."""
+    """Return the first number in the level field. 0 if there is none, because evaluation sets often have no levels."""
     if not config.level_field:
         return 0
     try:

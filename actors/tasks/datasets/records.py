@@ -24,12 +24,12 @@ _IGNORED = re.compile(r"[\s$]+")
 
 
 def comparable(question: str) -> str:
-    """A key that is equal for questions that differ only in letter case, spaces and dollar signs."""
+    """Return a key that is equal for questions that differ only in letter case, spaces and dollar signs."""
     return _IGNORED.sub("", question).casefold()
 
 
 def read_problems(config: TaskConfig, read: Reader) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems, in the order of their sources.
+    """Read (training, held-out) problems, in the order of their sources.
 
     Raises:
         ValueError: a source is missing, unreadable or empty, `read` refuses a row, or there are too few records.

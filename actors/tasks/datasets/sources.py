@@ -24,7 +24,9 @@ class Row:
     fields: dict[str, Any]
 
     def field(self, path: str, setting: str = "") -> Any:
-        """The value of a field. A nested field is names and list positions joined by dots, as in `answer.value`.
+        """Return the value of a field.
+
+        The path of a nested field is names and list positions joined by dots, as in `answer.value`.
 
         Raises:
             ValueError: there is no such field; the message names `setting` as the way out.
@@ -45,7 +47,7 @@ class Row:
 
 
 def read_rows(source: str, *, subset: str, split: str) -> list[Row]:
-    """All rows, in their order.
+    """Read all rows, in their order.
 
     Args:
         source: `hf:OWNER/NAME`, a folder (one saved by `datasets`, or one of data files), or a file.
@@ -141,6 +143,6 @@ def _load_data_set(source: str, path: Path, subset: str, split: str) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of the error's message, and in parentheses that of its cause, which often says more."""
+    """Return the first line of the error's message, and in parentheses that of its cause, which often says more."""
     said = (str(error) or type(error).__name__).splitlines()[0]
     return f"{said} ({_first_line(error.__cause__)})" if isinstance(error.__cause__, Exception) else said

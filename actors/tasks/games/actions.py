@@ -18,7 +18,7 @@ MAX_CHARACTERS = 200
 
 
 def read_actions(text: str, names: Mapping[str, str], at_most: int) -> list[str] | None:
-    """The actions of a turn, in order. None unless it has exactly one tagged list of 1 to `at_most` known actions.
+    """Read the actions of a turn, in order. None unless it has exactly one tagged list of 1 to `at_most` known actions.
 
     The text before the last `</think>` is ignored. A turn with an open `<think>` has no answer.
 
@@ -40,10 +40,10 @@ def read_actions(text: str, names: Mapping[str, str], at_most: int) -> list[str]
 
 
 def write_actions(actions: Sequence[str]) -> str:
-    """The turn with these actions."""
+    """Write a turn with these actions."""
     return f"{OPEN}{SEPARATOR.join(actions)}{CLOSE}"
 
 
 def noisy(action: str, actions: Sequence[str], rng: random.Random, error_rate: float) -> str:
-    """`action`, or with probability `error_rate` a uniformly random one of `actions`."""
+    """Return `action`, or with probability `error_rate` a uniformly random one of `actions`."""
     return rng.choice(actions) if rng.random() < error_rate else action

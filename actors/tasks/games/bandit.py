@@ -32,7 +32,7 @@ RULES = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. Problems with the same probabilities are on the same side of the split.
+    """Draw (training, held-out) problems. Problems with the same probabilities are on the same side of the split.
 
     Raises:
         ValueError: an unknown option, a value out of range, more pulls than turns, or too few problems.
@@ -72,7 +72,7 @@ def _question(listed: list[str], options: dict[str, int]) -> str:
 
 
 def episode(problem: Problem, seed: int) -> BanditEpisode:
-    """An episode of `problem` with the payoffs of `seed`."""
+    """Make an episode of `problem` with the payoffs of `seed`."""
     return BanditEpisode(json.loads(problem.gold), seed)
 
 

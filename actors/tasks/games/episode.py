@@ -45,7 +45,7 @@ class Episode(Protocol):
         ...
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:
-        """The turn of a noisy teacher in this state. Each action is random with probability `error_rate`."""
+        """Write the turn of a noisy teacher in this state. Each action is random with probability `error_rate`."""
         ...
 
 
@@ -56,9 +56,12 @@ class MultiTurnEnvironment(Protocol):
     """Every character that a teacher's turn or a later observation can contain."""
 
     def problems(self, config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-        """As `Environment.problems`. The gold is a JSON object from which an episode can be created."""
+        """Return problems as `Environment.problems` does.
+
+        The gold is a JSON object from which an episode can be created.
+        """
         ...
 
     def episode(self, problem: Problem, seed: int) -> Episode:
-        """A new episode of `problem`, not yet reset. `seed` alone determines its randomness."""
+        """Make a new episode of `problem`, not yet reset. `seed` alone determines its randomness."""
         ...

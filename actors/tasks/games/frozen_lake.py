@@ -1,7 +1,7 @@
 """Frozen lake: reach the goal over slippery ice without falling into a hole. Reward: +1 at the goal, 0 otherwise.
 
 A move succeeds with probability 1 - `slip`/100; otherwise it goes to one of its two sides, with equal probability. The
-episode's seed decides the slips, so the completions of one prompt meet different slips. A turn without a readable
+episode's seed decides the slips, so the completions of one prompt get different slips. A turn without a readable
 action has the reward -1 and does not move the player.
 
 Symbols: `P` player, `_` ice, `O` hole, `G` goal, `X` player in a hole, `V` player on the goal. Every start has a path
@@ -56,7 +56,7 @@ RULES = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. Rotated and mirrored lakes are on the same side of the split.
+    """Draw (training, held-out) problems. Rotated and mirrored lakes are on the same side of the split.
 
     The level is the number of moves of the shortest path.
 
@@ -93,7 +93,7 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
 
 @lru_cache(maxsize=4096)
 def moves_to_goal(rows: tuple[str, ...]) -> dict[Cell, int]:
-    """Length of the shortest path to the goal around the holes, for every cell that has a path."""
+    """Return the length of the shortest path to the goal around the holes, for every cell that has a path."""
     goals = list(cells_of(list(rows), "GV"))
     free = cells_of(list(rows), "P_GV")
     found = dict.fromkeys(goals, 0)
@@ -109,7 +109,7 @@ def moves_to_goal(rows: tuple[str, ...]) -> dict[Cell, int]:
 
 
 def chances(cell: Cell, move: str, size: int, slip: int) -> dict[Cell, float]:
-    """The cells where a move may end, with their probabilities. A move off the board stays in its cell."""
+    """Return the cells where a move may end, with their probabilities. A move off the board stays in its cell."""
     found: dict[Cell, float] = {}
     for direction, chance in ((move, 1 - slip / 100), *((side, slip / 200) for side in sideways(move))):
         to = _within(step_to(cell, direction), size)
@@ -138,7 +138,7 @@ def _question(rows: list[str], options: dict[str, int]) -> str:
 
 
 def episode(problem: Problem, seed: int) -> FrozenLakeEpisode:
-    """An episode of `problem` with the slips of `seed`."""
+    """Make an episode of `problem` with the slips of `seed`."""
     return FrozenLakeEpisode(json.loads(problem.gold), seed)
 
 
@@ -190,11 +190,11 @@ class FrozenLakeEpisode:
         return "\n".join([notice, *rows]) if self._options["words"] else listed(rows, LISTED)
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:
-        """The next moves of the shortest path, planned without slips. Each is random with probability `error_rate`.
+        """Write the next moves of the shortest path, planned without slips.
 
-        Without words the turn begins with a thought, which a small model can learn step by step. The thought lists the
-        moves towards the goal that are not on a shortest path (`D10n`: down leads to row 1, column 0, a hole or a
-        detour), then the best move (`R01y`).
+        Each move is random with probability `error_rate`. Without words the turn begins with a thought, which a small
+        model can learn step by step. The thought lists the moves towards the goal that are not on a shortest path
+        (`D10n`: down leads to row 1, column 0, a hole or a detour), then the best move (`R01y`).
         """
         known = moves_to_goal(tuple(self._first))
         cell, moves = self._player, list[str]()
@@ -215,7 +215,7 @@ class FrozenLakeEpisode:
         return "".join(f"{m[0]}{written[m][0]}{written[m][1]}{'y' if m == best else 'n'}" for m in ordered)
 
     def _nears(self, move: str) -> bool:
-        """Whether a move reduces the distance to the goal but is not on a shortest path, because of a hole."""
+        """Return whether a move reduces the distance to the goal but is not on a shortest path, because of a hole."""
         known, to = moves_to_goal(tuple(self._first)), step_to(self._player, move)
         towards = sum(abs(a - b) for a, b in zip(to, self._goal, strict=True))
         here = sum(abs(a - b) for a, b in zip(self._player, self._goal, strict=True))

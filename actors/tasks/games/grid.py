@@ -15,22 +15,22 @@ LETTER_ALPHABET = "".join(name[0] for name in MOVES) + ALPHABET + "0123456789:"
 
 
 def step_to(cell: Cell, move: str) -> Cell:
-    """The neighboring cell in the direction of a move."""
+    """Return the neighboring cell in the direction of a move."""
     return cell[0] + MOVES[move][0], cell[1] + MOVES[move][1]
 
 
 def sideways(move: str) -> tuple[str, str]:
-    """The two moves at a right angle to `move`."""
+    """Return the two moves at a right angle to `move`."""
     return ("Left", "Right") if MOVES[move][0] else ("Up", "Down")
 
 
 def cells_of(rows: list[str], symbols: str) -> frozenset[Cell]:
-    """The cells that contain one of `symbols`."""
+    """Return the cells that contain one of `symbols`."""
     return frozenset((r, c) for r, row in enumerate(rows) for c, symbol in enumerate(row) if symbol in symbols)
 
 
 def listed(rows: list[str], symbols: str) -> str:
-    """The board as a list of symbols with row and column, ordered by `symbols`: `P11O23G33:`.
+    """Write the board as a list of symbols with row and column, ordered by `symbols`: `P11O23G33:`.
 
     A small model reads positions from the list directly, instead of counting cells of a drawn board. Rows and columns
     start at 0 and have one digit, so a board has at most 10 rows.
@@ -40,7 +40,7 @@ def listed(rows: list[str], symbols: str) -> str:
 
 
 def canonical(rows: list[str]) -> str:
-    """A text that is equal for the eight rotated and mirrored images of a board."""
+    """Return a text that is equal for the eight rotated and mirrored images of a board."""
     images = []
     for _ in range(4):
         rows = ["".join(column) for column in zip(*reversed(rows), strict=True)]

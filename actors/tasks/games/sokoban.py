@@ -45,7 +45,7 @@ RULES = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. Rotated and mirrored boards are on the same side of the split.
+    """Draw (training, held-out) problems. Rotated and mirrored boards are on the same side of the split.
 
     The level is the fewest moves to the solution.
 
@@ -115,7 +115,7 @@ _known_to_teacher = lru_cache(maxsize=256)(moves_to_solution)
 
 
 def episode(problem: Problem, seed: int) -> SokobanEpisode:
-    """An episode of `problem`. Nothing in it is random."""
+    """Make an episode of `problem`. Nothing in the episode is random."""
     return SokobanEpisode(json.loads(problem.gold))
 
 
@@ -139,7 +139,7 @@ class SokobanEpisode:
         return self._state.boxes == self._board.targets
 
     def reset(self) -> str:
-        """Return to the first position. Returns the question."""
+        """Go back to the first position. Returns the question."""
         self._state = self._start
         return _question(self._board, self._state, self._options)
 
@@ -164,7 +164,7 @@ class SokobanEpisode:
         return _question(self._board, self._state, self._options)
 
     def teacher_turn(self, rng: random.Random, error_rate: float) -> str:
-        """The next moves of a shortest solution. Each is random with probability `error_rate`.
+        """Write the next moves of a shortest solution. Each is random with probability `error_rate`.
 
         Every move is planned from the state after the move before it. Without words the turn begins with the
         next push of the plan, `D11`: down, from row 1 and column 1. A small model learns the path to the push step by
@@ -184,7 +184,7 @@ class SokobanEpisode:
         return min(MOVES, key=lambda move: known.get(self._board.after(state, move), len(known)))
 
     def _next_push(self, known: dict[State, int]) -> str:
-        """The first push of the plan, with the player's row and column before it. Empty if no plan is known."""
+        """Return the first push of the plan, with the player's row and column before it. Empty if no plan is known."""
         state = self._state
         while known.get(state):
             move = self._best_move(state, known)

@@ -25,7 +25,7 @@ class Board:
     targets: frozenset[Cell]
 
     def after(self, state: State, move: str) -> State:
-        """The state after a move; unchanged if a wall or a second box is in the way."""
+        """Return the state after a move; unchanged if a wall or a second box is in the way."""
         to = step_to(state.player, move)
         if to in self.walls:
             return state
@@ -37,7 +37,7 @@ class Board:
         return State(to, state.boxes - {to} | {beyond})
 
     def rows(self, state: State) -> list[str]:
-        """The board as text, with the outer walls."""
+        """Write the board as text, with the outer walls."""
 
         def symbol(cell: Cell) -> str:
             if cell in self.walls:
@@ -53,14 +53,17 @@ class Board:
 
 
 def read_board(rows: list[str]) -> tuple[Board, State]:
-    """Board and state of a board as text; the inverse of `Board.rows`."""
+    """Read a board and its state from text; the inverse of `Board.rows`."""
     board = Board(len(rows), cells_of(rows, "#"), cells_of(rows, "OVS"))
     [player] = cells_of(rows, "PS")
     return board, State(player, cells_of(rows, "XV"))
 
 
 def moves_to_solution(board: Board, limit: int) -> dict[State, int]:
-    """Fewest moves to the solution for every state with at most `limit`, by a breadth-first search backwards."""
+    """Find the fewest moves to the solution for every state with at most `limit`.
+
+    The search is breadth-first, backwards from the solution.
+    """
     ends = [State(cell, board.targets) for cell in _floor(board) if cell not in board.targets]
     found = dict.fromkeys(ends, 0)
     queue = deque(ends)
@@ -76,7 +79,7 @@ def moves_to_solution(board: Board, limit: int) -> dict[State, int]:
 
 
 def _before(board: Board, state: State) -> list[State]:
-    """The states from which one move leads to `state`: a step, or a push of the box ahead of the player."""
+    """Return the states from which one move leads to `state`: a step, or a push of the box ahead of the player."""
     found = []
     for down, right in MOVES.values():
         r, c = state.player

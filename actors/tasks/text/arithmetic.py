@@ -17,7 +17,7 @@ LARGEST_TOTAL = 19
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. `a+b=` and `b+a=` are on the same side of the split.
+    """Draw (training, held-out) problems. `a+b=` and `b+a=` are on the same side of the split.
 
     Raises:
         ValueError: an unknown option, a value out of range, or too few distinct problems.
@@ -33,7 +33,10 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """The column steps and the boxed sum. Each step is wrong with probability `error_rate`; later ones build on it."""
+    """Write the column steps and the boxed sum.
+
+    Each step is wrong with probability `error_rate`; later steps build on the wrong one.
+    """
     first, second = problem.question.rstrip("=").split("+")
     steps: list[str] = []
     written = ""

@@ -38,7 +38,7 @@ MAX_MISSES = 5
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A number on the table: its value, its expression, and the step that made it."""
+    """A number on the table: its value, its expression, and the step that made the number."""
 
     value: int
     text: str
@@ -52,7 +52,7 @@ class Term:
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. All targets of the same numbers are on the same side of the split.
+    """Draw or read (training, held-out) problems. All targets of the same numbers are on the same side of the split.
 
     The gold is a JSON object: {"numbers": [int, ...], "target": int}.
 
@@ -96,12 +96,12 @@ def _read_row(row: Row, words: int) -> Drawn:
 
 
 def given(numbers: list[int]) -> list[Term]:
-    """The table before the first step."""
+    """Return the table before the first step."""
     return [Term(number, str(number)) for number in numbers]
 
 
 def moves(table: list[Term]) -> Iterator[list[Term]]:
-    """Every table after one more step. The new term comes last."""
+    """Yield every table after one more step. The new term comes last."""
     for i, j in combinations(range(len(table)), 2):
         rest = [term for k, term in enumerate(table) if k not in (i, j)]
         # A computed term comes first, so that a chain of steps continues from its last result.
@@ -118,7 +118,7 @@ def moves(table: list[Term]) -> Iterator[list[Term]]:
 
 
 def solve(numbers: list[int], target: int, rng: random.Random) -> list[Term] | None:
-    """The terms of a random solution, step by step, or None if there is no solution."""
+    """Find the terms of a random solution, step by step; None if there is no solution."""
 
     def search(table: list[Term]) -> list[Term] | None:
         if len(table) == 1:
@@ -135,7 +135,10 @@ def solve(numbers: list[int], target: int, rng: random.Random) -> list[Term] | N
 
 
 def miss(numbers: list[int], target: int, rng: random.Random) -> list[Term]:
-    """The terms of a try that misses: random steps, then the step that comes closest without hitting the target."""
+    """Draw the terms of a try that misses.
+
+    The steps are random, except the last: it comes closest without hitting the target.
+    """
     for attempt in range(10):
         table, made = given(numbers), list[Term]()
         while len(table) > 2:
@@ -149,9 +152,10 @@ def miss(numbers: list[int], target: int, rng: random.Random) -> list[Term]:
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """Up to `MAX_MISSES` misses, then the solution. After each miss the teacher gives up with probability `error_rate`.
+    """Write up to `MAX_MISSES` misses, then the solution.
 
-    The tagged answer is the last try, so it is wrong exactly when the teacher gave up.
+    After each miss the teacher gives up with probability `error_rate`. The tagged answer is the last try, so it is
+    wrong exactly when the teacher gave up.
     """
     gold = json.loads(problem.gold)
     numbers, target = gold["numbers"], gold["target"]
@@ -170,12 +174,12 @@ def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> st
 
 
 def _write_try(terms: list[Term], target: int) -> str:
-    """The steps, the target again, and the verdict beside it: small models cannot compare distant numbers."""
+    """Write the steps, the target again, and the verdict beside it: small models cannot compare distant numbers."""
     return f"{','.join(term.step for term in terms)}?{target}{'y' if terms[-1].value == target else 'n'}"
 
 
 def _fresh_miss(numbers: list[int], target: int, rng: random.Random, known: set[str]) -> list[Term]:
-    """A miss that is not in `known`, or any miss if ten draws find no new one."""
+    """Draw a miss that is not in `known`, or any miss if ten draws find no new one."""
     for _ in range(9):
         terms = miss(numbers, target, rng)
         if terms[-1].text not in known:

@@ -51,7 +51,9 @@ SPEECH = (
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. Puzzles that differ only in names and order are on the same side of the split.
+    """Draw or read (training, held-out) problems.
+
+    Puzzles that differ only in names and order are on the same side of the split.
 
     The gold is a JSON object: {"names": [text, ...], "is_knight": [bool, ...]}.
 
@@ -98,7 +100,7 @@ def _read_row(row: Row) -> Drawn:
 
 
 def tell(puzzle: Sequence[Statement], names: Sequence[str], rng: random.Random) -> str:
-    """The puzzle as a story."""
+    """Tell the puzzle as a story."""
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
     said = " ".join(
         rng.choice(SPEECH).format(name=name, statement=_phrase(statement, names))
@@ -135,7 +137,7 @@ def _kind(is_knight: bool) -> str:
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """The worlds up to the first that seems to fit, and that world as the answer. If none seems to fit, it is the last.
+    """Write the worlds up to the first that seems to fit, and that world as the answer; if none does, the last world.
 
     Each check of a statement is wrong with probability `error_rate`.
 
@@ -158,9 +160,10 @@ def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> st
 
 
 def _check(puzzle: Sequence[Statement], world: World, rng: random.Random, error_rate: float) -> tuple[str, bool]:
-    """(checks, whether all are y). A check is the truth of a statement's claims, then y if it fits its speaker, else n.
+    """Return (checks, whether all are y).
 
-    The checks end with the first n.
+    A check is the truth of a statement's claims, then y if the statement fits its speaker, else n. The checks end with
+    the first n.
     """
     checks = ""
     for statement, is_knight in zip(puzzle, world, strict=True):
@@ -175,6 +178,6 @@ def _check(puzzle: Sequence[Statement], world: World, rng: random.Random, error_
 
 
 def answer(names: Sequence[str], world: World) -> str:
-    r"""`(1) Ada is a knight\n(2) Boris is a knave`."""
+    r"""Write the answer: `(1) Ada is a knight\n(2) Boris is a knave`."""
     kinds = (f"{name} is a {_kind(is_knight)}" for name, is_knight in zip(names, world, strict=False))
     return "\n".join(f"({number}) {kind}" for number, kind in enumerate(kinds, start=1))

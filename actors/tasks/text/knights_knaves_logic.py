@@ -26,7 +26,7 @@ class Claim:
     is_knight: bool
 
     def holds(self, world: World) -> bool:
-        """Whether the claim is true in `world`."""
+        """Return whether the claim is true in `world`."""
         return world[self.person] is self.is_knight
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Statement:
     claims: tuple[Claim, ...]
 
     def holds(self, world: World) -> bool:
-        """Whether the statement is true in `world`."""
+        """Return whether the statement is true in `world`."""
         first, last = self.claims[0].holds(world), self.claims[-1].holds(world)
         match self.form:
             case "is":
@@ -62,27 +62,27 @@ class Statement:
 
 
 def written(form: str, parts: Sequence[str]) -> str:
-    """The parts of a statement joined by its sign: `B+&C-`, `!B+`, `B+`."""
+    """Join the parts of a statement by its sign: `B+&C-`, `!B+`, `B+`."""
     return f"{SIGNS[form]}{parts[0]}" if form == "not" else SIGNS.get(form, "").join(parts)
 
 
 def fits(puzzle: Sequence[Statement], world: World) -> bool:
-    """Whether exactly the statements of the knights are true."""
+    """Return whether exactly the statements of the knights are true."""
     return all(statement.holds(world) is is_knight for statement, is_knight in zip(puzzle, world, strict=True))
 
 
 def solutions(puzzle: Sequence[Statement]) -> list[World]:
-    """Every world that fits the puzzle, out of all 2^n."""
+    """Return every world that fits the puzzle, out of all 2^n."""
     return [world for world in worlds(len(puzzle)) if fits(puzzle, world)]
 
 
 def worlds(num_people: int) -> list[World]:
-    """All worlds, from all knights to all knaves."""
+    """Return all worlds, from all knights to all knaves."""
     return list(product((True, False), repeat=num_people))
 
 
 def draw_puzzle(num_people: int, rng: random.Random) -> tuple[list[Statement], World]:
-    """A random puzzle with exactly one solution, and that solution."""
+    """Draw a random puzzle with exactly one solution. Returns the puzzle and its solution."""
     while True:
         puzzle = [_draw_statement(speaker, num_people, rng) for speaker in range(num_people)]
         found = solutions(puzzle)
@@ -101,7 +101,7 @@ def _draw_statement(speaker: int, num_people: int, rng: random.Random) -> Statem
 
 
 def shape(puzzle: Sequence[Statement]) -> str:
-    """A key that is equal for puzzles that differ only in the people's order or names."""
+    """Return a key that is equal for puzzles that differ only in the people's order or names."""
 
     def of_one(speaker: int, statement: Statement) -> str:
         parts = [f"{'me' if c.person == speaker else 'other'}{'+' if c.is_knight else '-'}" for c in statement.claims]
@@ -112,12 +112,12 @@ def shape(puzzle: Sequence[Statement]) -> str:
 
 
 def write_puzzle(puzzle: Sequence[Statement]) -> str:
-    """The puzzle in the short notation: `A:B-;B:A+&C-;C:!A+?`."""
+    """Write the puzzle in the short notation: `A:B-;B:A+&C-;C:!A+?`."""
     return ";".join(f"{LETTERS[i]}:{statement}" for i, statement in enumerate(puzzle)) + "?"
 
 
 def parse_puzzle(text: str) -> list[Statement]:
-    """The inverse of `write_puzzle`.
+    """Read a puzzle in the short notation; the inverse of `write_puzzle`.
 
     Raises:
         ValueError: the text is not in the short notation.

@@ -16,7 +16,7 @@ COMPLETION_ALPHABET = "0123456789+*=;<answer>/"
 
 
 def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
-    """(training, held-out) problems. `a*b=` and `b*a=` are on the same side of the split.
+    """Draw (training, held-out) problems. `a*b=` and `b*a=` are on the same side of the split.
 
     Raises:
         ValueError: an unknown option, a value out of range, or too few distinct problems.
@@ -36,7 +36,10 @@ def problems(config: TaskConfig) -> tuple[list[Problem], list[Problem]]:
 
 
 def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> str:
-    """Partial products, running sums and the tagged answer. Each number may be wrong (`error_rate`)."""
+    """Write partial products, running sums and the tagged answer.
+
+    Each computed number gets one wrong digit with probability `error_rate`.
+    """
     first, second = re.findall(r"\d+", problem.question)
 
     def compute(right: int) -> int:
@@ -54,7 +57,7 @@ def teacher_trace(problem: Problem, rng: random.Random, error_rate: float) -> st
 
 
 def slip(right: int, rng: random.Random) -> int:
-    """`right` with one digit changed; the number of digits stays."""
+    """Change one digit of `right`; the number of digits stays."""
     digits = list(str(right))
     place = rng.randrange(len(digits))
     # A leading zero would make the number shorter.
