@@ -390,7 +390,7 @@ class BufferMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         """Let time pass. Two or three calls end the leases of a silent holder."""
         self.now += seconds
-        self.granted = {}  # How long the buffer remembers the connection of a silent actor is not modelled.
+        self.granted = {}  # How long the buffer remembers the connection of a silent actor is not modeled.
         self.tell(b"nobody-0", wire.StatusRequest())
 
     # The learner.
