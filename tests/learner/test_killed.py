@@ -29,7 +29,7 @@ LINES = {
     "weights/store.py": 1200,
     "passes.py": 900,
 }
-"""About the number of lines of each file that one life executes until shortly after its second checkpoint."""
+"""Approximate number of lines of each file that one life executes until shortly after its second checkpoint."""
 
 
 @pytest.fixture
