@@ -31,7 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# This file has the name of the package that it measures.
+# The root of the project comes first, because this file has the name of a package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import msgpack

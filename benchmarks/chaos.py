@@ -186,8 +186,8 @@ class FaultInjector:
 def lineage(learner_log: str) -> dict[int, list[int]]:
     """Returns the occurrences that the final weights were trained on, by the version that trained on them.
 
-    A restarted learner trains versions after its checkpoint again. So the last line about a version counts, and every
-    line removes what stood before it about later versions.
+    A restarted learner trains the versions after its checkpoint again. So the last line about a version counts, and
+    every line invalidates earlier lines about later versions.
     """
     records: dict[int, list[int]] = {}
     for match in TRAINED.finditer(learner_log):

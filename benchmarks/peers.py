@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.console import Console
 
-# Before this folder, which has files with the names of packages.
+# The root of the project comes before this folder, where some files have the names of packages.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.parts.figures import command, machine, versions, wide_console, write

@@ -4,7 +4,7 @@ Every grader gets the same items, from three sources:
 
 - own solutions: every gold of the data sets in `--data` must equal the answer in its own solution;
 - rewritings: a gold must equal generated rewritings of itself, and differ from changed ones;
-- cases: the completions of `tests/verifier/mathematics/cases.jsonl`, which are labelled by hand.
+- cases: the completions of `tests/verifier/mathematics/cases.jsonl`, which are labeled by hand.
 
 Measured for every grader: agreement with the labels (%), false positives and negatives, answers per second of processor
 time, latency (p50 and p99 in ms), and the numbers of hangs, exceptions and executed payloads. For ours also: whether
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# This file has the name of the package that it measures.
+# The root of the project comes first, because this file has the name of a package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -48,7 +48,7 @@ Parts = dict[str, list[Item]]
 
 
 def labelled_cases(path: Path) -> list[Item]:
-    """Reads the cases that are labelled by hand."""
+    """Reads the cases that are labeled by hand."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     golds = [row["gold"] if isinstance(row["gold"], list) else [row["gold"]] for row in rows]
     return [

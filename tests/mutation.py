@@ -218,7 +218,7 @@ def run_tests(folder: Path, first: str) -> int:
 
     class Quick:
         def pytest_collection(self) -> None:
-            # This hook runs after conftest.py has loaded its profile. A failure is enough, so it is not shrunk.
+            # This hook runs after conftest.py has loaded its profile. Any failing example is enough: do not shrink it.
             phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
             hypothesis.settings.register_profile(
                 "mutants", phases=phases, max_examples=40, deadline=None, database=None

@@ -286,5 +286,5 @@ def test_contributing_states_the_rules_that_are_kept():
     libraries = contributing_table("| library | only in |")
     for library, folders in libraries.items():
         assert folders == {name if name.endswith("/") else f"{Path(name).parent}/" for name in ONLY_IN[library]}
-    # What is not in the table may be imported nowhere.
+    # A library that is not in the table may be imported nowhere.
     assert {library for library, places in ONLY_IN.items() if places} == set(libraries)

@@ -42,7 +42,7 @@ class Completion:
     truncated: bool = False
     """Whether the length limit ended the completion."""
     num_tokens: int | None = None
-    """Number of sampled tokens without observations; None where only the text is known."""
+    """Number of sampled tokens, so without observation tokens; None where only the text is known."""
     verdict: Verdict | None = None
     """The grader's verdict, for the rewards that run after the grader; None while the grader runs."""
 
@@ -75,9 +75,9 @@ class Grader:
     judge: Callable[[Completion], Verdict]
     """Returns correct, wrong or no_answer."""
     rewards: Mapping[Verdict, float]
-    """The rewards of correct, wrong and no_answer. Every other verdict is paid like one of these three."""
+    """The rewards of correct, wrong and no_answer. Every other verdict gets the reward of one of these three."""
     prepare: Callable[[], None] = _nothing_to_prepare
-    """Loads the libraries that `judge` needs. A scoring process calls it once, before any deadline runs."""
+    """Loads the libraries that `judge` needs. A scoring process calls this function once, before any deadline runs."""
     explain: Callable[[Completion], str] | None = None
     """Returns the name of the rule that decides a completion, for the tables of `python -m verifier check`; None for a
     grader without named rules."""

@@ -45,12 +45,12 @@ class Row:
     """One line of the file."""
 
     line: int
-    """Its number, from 1."""
+    """Number of the line, from 1."""
     completion: Completion
     expected: bool | None
     """The label: whether the completion is correct; None without a label."""
     kind: str
-    """Group of the tables; empty without one."""
+    """Kind of the completion, by which the tables group; empty when the line has none."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Disagreement:
     rule: str
     gold: str
     completion: str
-    """Its last SHOWN_CHARACTERS characters."""
+    """The last SHOWN_CHARACTERS characters of the completion."""
 
 
 @dataclass

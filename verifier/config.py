@@ -32,7 +32,7 @@ class VerifierConfig:
     on_error: str = "wrong"
     """Treatment of a completion whose scoring process crashed or whose reward raised; the same values."""
     max_retries: int = 1
-    """How often `retry` scores a completion again."""
+    """Largest number of times that `retry` scores a completion again."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:

@@ -1,8 +1,8 @@
 """Mutated real messages against the real service: `python -m tests.buffer.fuzz --minutes 30 [--seed N]`.
 
-Every message there is, with the ids and versions of a living ledger, is encoded, broken in one or two ways and read as
-a server reads it. Only WireError may come out of reading; what is still sound goes to the service, whose answers a
-client must be able to read. In the end the ledger's audit must hold and a good actor and learner must get on.
+Messages of every kind, with the ids and versions of a real ledger, are encoded, mutated once or twice and decoded as by
+a server. Decoding may raise only WireError. Messages that are still valid go to the service, and a client must be able
+to decode its answers. At the end the ledger's audit must hold, and a correct actor and learner must be served.
 """
 
 import argparse
@@ -227,7 +227,7 @@ def change_value(frames: Frames, other: Frames, chance: random.Random) -> None:
         value = msgpack.unpackb(frames[at], strict_map_key=False)
         frames[at] = msgpack.packb(_changed(value, chance), unicode_errors="surrogatepass")
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException):
-        pass  # What an earlier mutation left is no msgpack, or the changed value is none: the frame stays as it is.
+        pass  # The frame is no msgpack after an earlier mutation, or the new value cannot be packed: nothing changes.
 
 
 def _changed(value: Any, chance: random.Random) -> Any:

@@ -93,14 +93,14 @@ def v1_quota(folder: str, quota: int) -> dict[str, object]:
         ("/", "/", v1_quota("", 200_000), 2),
         ("/a/b", "/", v1_quota("a/b/", -1) | v1_quota("a/", 350_000), 3),
         ("/docker/c1", "/docker/c1", v1_quota("", 200_000), 2),
-        # Of another controller.
+        # The file of a controller that does not apply.
         ("/a", "/", {"cpuset/a/cpu.cfs_quota_us": 100_000, "cpuset/a/cpu.cfs_period_us": 100_000}, 64),
     ],
 )
 def test_a_quota_of_version_1_limits_the_cores(
     tree: MakeTree, path: str, mounted: str, files: Mapping[str, object], cores: int
 ):
-    # Beside it a hierarchy of version 2 that has no controllers.
+    # The last entry is a hierarchy of cgroup v2 without controllers.
     groups = f"9:cpuset:{path}\n4:cpu,cpuacct:{path}\n1:name=systemd:/\n0::/"
     mounts = f"{V1_CPU.format(mounted=mounted)}\n{V2.format(mounted='/').replace('cgroup rw', 'cgroup/unified rw', 1)}"
     assert num_usable_cores(tree(groups, mounts, files)) == cores
@@ -125,7 +125,7 @@ def test_without_cgroups_the_machine_is_all_there_is(tmp_path: Path):
 
 
 def memory(folder: str, limit: object, usage: int, inactive: int = 0) -> dict[str, object]:
-    """Of version 2."""
+    """The memory files of a cgroup v2."""
     return {
         f"{folder}memory.max": limit,
         f"{folder}memory.current": usage,

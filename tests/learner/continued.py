@@ -1,7 +1,8 @@
-"""Trains policy and critic on from the newest checkpoint: `continued.py MODEL CHECKPOINTS STAGE STEP...`.
+"""Continues the training of policy and critic at the newest checkpoint: `continued.py MODEL CHECKPOINTS STAGE STEP...`.
 
-Started by torchrun. Trains to each STEP in turn, leaving a checkpoint there. What a step trains on depends on its
-number and on the random generators, so a run that went on from a checkpoint must have everything back to be the same.
+torchrun starts this script, which trains to each STEP in turn and saves a checkpoint there. The data of a step depends
+on the step's number and on the random generators. So a continued run equals an uninterrupted one only if all state is
+restored.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.learner.samples import CPU, make_batch, make_group
 
 TOTAL_STEPS = 4
 REFRESH_EVERY = 1
-"""With 1, the step after a checkpoint uses the checkpoint's policy as the reference."""
+"""With 1, the step after a checkpoint has the checkpoint's policy as the reference."""
 BUDGET = 60
 OPTIMIZER = OptimizerConfig(1e-2, schedule="cosine", warmup_steps=1)
 

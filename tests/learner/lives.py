@@ -1,8 +1,8 @@
 """`python tests/learner/lives.py RUN_DIR SOCKETS MODEL TOTAL_STEPS` runs learner processes that kill themselves.
 
-Each line on standard input, `FILE NUMBER` or `. 0`, is a life: a process forked from this one, which has imported
-everything already, trains until it has executed NUMBER lines of learner/FILE and then kills itself with SIGKILL, or
-until the end. Its exit status follows on standard output, negative for the signal. The log goes to RUN_DIR/learner.log.
+For each line on standard input this process, which has imported everything already, forks one learner (a *life*). With
+`FILE NUMBER` the learner kills itself with SIGKILL after it has executed NUMBER lines of learner/FILE; with `. 0` it
+trains to the end. Its exit status, negative for a signal, is printed. The log is RUN_DIR/learner.log.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A few optimizer steps of policy and critic on fixed groups: in this process, or on several ranks as a script.
 
-`torchrun --nproc-per-node 2 tests/learner/ranks.py MODEL OUTPUT` trains under every ZeRO stage in turn; rank 0 leaves
+`torchrun --nproc-per-node 2 tests/learner/ranks.py MODEL OUTPUT` trains under every ZeRO stage in turn. Rank 0 writes
 {"outcomes": {stage: Outcome as a dict}, "skipped": {stage: whether one rank's infinite loss made all skip the step}}
-in OUTPUT.
+to OUTPUT.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def critic_engine(
 def _engine(
     model: torch.nn.Module, optimizer: OptimizerConfig, stage: int, dtype: torch.dtype, offload: bool
 ) -> TrainingEngine:
-    # In so small a model every parameter would be kept whole.
+    # With the default every parameter of so small a model would stay gathered.
     learner.distributed.deepspeed_engine.PERSISTENT_ELEMENTS = 0
     bfloat16 = dtype == torch.bfloat16
     return TrainingEngine(model, optimizer, zero_stage=stage, bfloat16=bfloat16, cpu_offload=offload, device=CPU)

@@ -1,4 +1,4 @@
-"""Tiny models, synthetic groups, and log-probabilities the plain way: one sequence at a time, by transformers."""
+"""Tiny models, synthetic groups, and reference log-probabilities: by transformers, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_trajectory(
     versions: Sequence[tuple[int, int]] = ((0, 0),),
     logprobs: Sequence[float] | None = None,
 ) -> Trajectory:
-    """`logprobs` [T] are read where `mask` is True; without them they are -1, -2, ... by position / 8."""
+    """`logprobs` [T] are read where `mask` is True; the default is -1, -2, ... divided by 8."""
     scored = np.array(mask, dtype=np.bool_)
     behavior = -np.arange(1, len(token_ids) + 1) / 8 if logprobs is None else np.asarray(logprobs)
     return Trajectory(

@@ -1,7 +1,7 @@
 """A run without vLLM: the real buffer, the real weight store and the real trainer, and an actor that samples at random.
 
-The actor loads every version from the weight store into a plain transformers model and scores its random completions
-with it, so that its behavior log-probabilities are those of the version it names.
+The actor loads every version from the weight store into a plain transformers model. The model scores the actor's random
+completions, so the behavior log-probabilities are those of the version that the completions name.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class RecordingStore:
 
     @property
     def manifests(self) -> list[Manifest]:
-        """What was published, in order."""
+        """The manifests of all published versions, in order."""
         return [publication.result(10) for publication in self.published]
 
     def close(self) -> None:
@@ -86,13 +86,13 @@ class ScriptedActor:
         self._temperature, self._shift, self._sizes = temperature, shift, sizes
         self._version, self._publication = -1, ""
         self.loaded: list[int] = []
-        """Versions in the order they were loaded."""
+        """Versions in the order in which they were loaded."""
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; leases under way are abandoned, as by a killed actor."""
+        """End the thread. Its leases are abandoned, as by a killed actor."""
         self._stopping.set()
         self._thread.join()
         self._buffer.close()
@@ -121,7 +121,7 @@ class ScriptedActor:
                     whole = self._merger.whole(LocalWeights(reply, Path(reply.path)))
                     data = np.fromfile(whole.path, dtype=np.uint8)
             except FileNotFoundError:
-                # A learner that was started again has removed the versions of the one before.
+                # A restarted learner has removed the versions of its predecessor.
                 return
             state = {
                 entry.name: tensor_at(data, entry.dtype, entry.shape, entry.offset) for entry in whole.manifest.tensors
@@ -160,7 +160,7 @@ def learn(
     on_publish: Callable[[int], None] = lambda _: None,
     **settings: object,
 ) -> tuple[Trainer, list[Manifest]]:
-    """One learner of a run whose buffer listens in `sockets`: (the trainer, every version it published)."""
+    """Run one learner against the buffer that listens in `sockets`. Returns (trainer, all versions it published)."""
     defaults: dict[str, object] = {
         "optimizer": OptimizerConfig(1e-3),
         "critic_optimizer": OptimizerConfig(1e-3),
@@ -232,7 +232,7 @@ class ScriptedRun:
     def start_actor(
         self, *, temperature: float = 1.0, shift: float = 0.0, sizes: Sequence[int] = (4,)
     ) -> ScriptedActor:
-        """One actor that stays until the run is closed; its groups have `sizes` in turn."""
+        """Start an actor that runs until the run is closed; its groups have `sizes` in turn."""
         weights = f"ipc://{self._sockets}/weights"
         self._actor = ScriptedActor(self._folder, self._address, weights, temperature, shift, sizes)
         return self._actor
@@ -245,7 +245,7 @@ class ScriptedRun:
         on_publish: Callable[[int], None] = lambda _: None,
         **settings: object,
     ) -> tuple[Trainer, list[Manifest]]:
-        """One learner from its start to its end: (the trainer, every version it published)."""
+        """Run one learner from start to end. Returns (trainer, all versions it published)."""
         return learn(
             self.directory,
             self._sockets,

@@ -55,7 +55,7 @@ def test_two_steps_and_two_more_in_new_processes_are_four(
     run_ranks("continued.py", num_ranks, model_folder, resumed, stage, 4)
     expected, before = contents(straight / "00000004"), contents(straight / "00000002")
     assert differing(expected, contents(resumed / "00000004")) == set()
-    # Weights and optimizers of both networks and the generators of each rank have moved; they are what was compared.
+    # All compared states have changed since the checkpoint: weights and optimizers of both networks, every generator.
     moved = differing(expected, before)
     assert {"model.safetensors", *(f"rng/rank-{rank}.pt" for rank in range(num_ranks))} < moved
     assert {name.partition("/")[0] for name in moved} >= {"policy_state", "critic_state", "reference.pt"}

@@ -29,7 +29,7 @@ LINES = {
     "weights/store.py": 1200,
     "passes.py": 900,
 }
-"""About the number of lines of each file that one life executes until shortly after its second checkpoint."""
+"""Approximate number of lines of each file that one life executes until shortly after its second checkpoint."""
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def occurrences(ranges: str) -> set[int]:
 
 
 class Lineage:
-    """The groups that the present weights were trained on, by version, read from the learners' log."""
+    """The groups that the current weights were trained on, by version, read from the learners' log."""
 
     def __init__(self, log: Path) -> None:
         self._log, self._read = log, 0
@@ -56,7 +56,7 @@ class Lineage:
         self.started_at: list[int] = []
 
     def follow(self) -> None:
-        """Read what the last life wrote."""
+        """Read the lines that the last life wrote."""
         with self._log.open() as file:
             file.seek(self._read)
             text = file.read()
@@ -74,7 +74,7 @@ class Lineage:
 
 
 def done(run_dir: Path) -> dict[int, set[int]]:
-    """The ledger's own account: occurrences by the version they were used for."""
+    """The done occurrences in the ledger, by the version whose batch they were in."""
     with closing(sqlite3.connect(run_dir / FILE_NAME)) as ledger:
         sql = "SELECT used_version, occurrence FROM uses JOIN occurrences USING (occurrence) WHERE state = 'done'"
         rows = ledger.execute(sql).fetchall()
@@ -113,11 +113,11 @@ def test_killed_at_any_line_nothing_is_lost_and_nothing_trained_twice(
         lives.stdin.close()
     assert statuses[-1] == 0 and len(statuses) > 6, statuses
     assert len(set(lineage.started_at)) > 3, lineage.started_at
-    # Every version of the final lineage was made from groups of its own, and the ledger says the same of each.
+    # The versions of the final lineage were trained on different groups, and on the same ones as the ledger says.
     assert set(lineage.trained) == set(range(TOTAL_STEPS))
     assert sum(map(len, lineage.trained.values())) == TOTAL_STEPS * GROUPS_PER_BATCH
     assert len(set().union(*lineage.trained.values())) == TOTAL_STEPS * GROUPS_PER_BATCH
     assert done(tmp_path) == lineage.trained
-    # The actor followed back to the version of each checkpoint, and forward again.
+    # After a restart the actor loaded the older version of the checkpoint, and then newer ones again.
     assert actor.loaded[-1] == TOTAL_STEPS
     assert any(later < earlier for earlier, later in zip(actor.loaded, actor.loaded[1:], strict=False))

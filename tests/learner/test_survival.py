@@ -1,4 +1,4 @@
-"""What the training loop does when something is wrong: skips, stops, abandons, retries, goes back. A real buffer."""
+"""The training loop under failures, with a real buffer: steps skipped, runs ended, batches abandoned, rollbacks."""
 
 import errno
 import itertools
@@ -34,7 +34,7 @@ Event = Callable[[str], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Watched(PPO):
-    """PPO that asks `event` before each loss, by the network's name; True makes that loss NaN."""
+    """PPO that calls `event` with the network's name before each loss; True makes that loss NaN."""
 
     event: Event
 
@@ -50,7 +50,7 @@ class Watched(PPO):
 
 
 class Published:
-    """The version being trained; give it to `learn` as `on_publish`."""
+    """Records the version that is being trained; pass it to `learn` as `on_publish`."""
 
     version = 0
 
@@ -71,7 +71,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_the_run_goes_on(start_run: Run
     assert trainer.version == 4
     assert_trained_once(run, 4, max_staleness=2)
     weights = published_weights(manifests)
-    # The version has a number of its own and the weights of the one before it.
+    # After a skipped step the version number goes up and the weights stay the same.
     assert (weights[3] == weights[2]) is (network == "policy")
     assert len({weights[0], weights[1], weights[2], weights[4]}) == 4
     assert scalars(run, f"{network}/skipped") == {1: 0, 2: 0, 3: 1, 4: 0}
@@ -88,7 +88,7 @@ def test_too_many_of_them_in_a_row_end_the_run_with_the_batch_on_disk(start_run:
         run.learn(algorithm, 9, on_publish=published, max_bad_steps=2, checkpoint_every=2)
     shard, groups = load_bad_batch(run.directory / "bad_batches" / "00000003-rank-0.msgpack")
     assert shard.policy_version == 3 and len(groups) == GROUPS_PER_BATCH
-    # Once the reason is gone the run goes on from its last checkpoint.
+    # Without the faulty loss the run continues from its last checkpoint.
     run.learn(PPO(), 5, checkpoint_every=2)
     assert run.audit().problems == () and run.audit().counts["done"] == 5 * GROUPS_PER_BATCH
 
@@ -125,7 +125,7 @@ def test_an_interrupt_in_the_middle_of_a_step_abandons_it(start_run: Runs):
         return False
 
     trainer, _ = run.learn(Watched(event=interrupt), 5, on_publish=published, tokens_per_microbatch=30)
-    # One microbatch of the critic and no more, of a batch of sixteen trajectories.
+    # The batch of sixteen trajectories was abandoned after one microbatch of the critic.
     assert trainer.version == 2 and next(asked) == 1
     assert newest_checkpoint(run.directory / "checkpoints") == run.directory / "checkpoints" / "00000002"
     run.stopping.clear()
@@ -135,7 +135,7 @@ def test_an_interrupt_in_the_middle_of_a_step_abandons_it(start_run: Runs):
 
 
 def test_a_batch_that_has_had_an_effect_is_finished_before_the_end(start_run: Runs):
-    """The critic has made its step when the policy's pass begins; abandoned there, the critic would train twice."""
+    """The critic has made its step when the policy's pass begins. If abandoned then, the critic would train twice."""
     run, published = start_run(updates=2, max_staleness=2), Published()
     run.start_actor()
 
@@ -152,7 +152,7 @@ def test_a_batch_that_has_had_an_effect_is_finished_before_the_end(start_run: Ru
 
 
 def fail_first(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The first `number` checkpoints find the disk full."""
+    """Make the first `number` checkpoints fail as on a full disk."""
     write, calls = learner.checkpoints.checkpoint.write_manifest, itertools.count()
 
     def write_manifest(folder: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_checkpoint_that_cannot_be_written_is_tried_again_and_nothing_counts_a
         done[version] = run.audit().counts["done"]
 
     run.learn(GRPO(), 6, checkpoint_every=2, on_publish=look)
-    # Due at 2, tried at 2, 3 and 4; then due at 6.
+    # The checkpoint due at version 2 is tried at 2, 3 and 4; the next one is due at 6.
     assert [done[version] for version in (3, 4, 5, 6)] == [0, 0, 4 * GROUPS_PER_BATCH, 4 * GROUPS_PER_BATCH]
     assert scalars(run, "learner/failed_checkpoints") == {1: 0, 2: 0, 3: 1, 4: 2, 5: 0, 6: 0}
     assert sorted(path.name for path in (run.directory / "checkpoints").iterdir()) == ["00000004", "00000006"]
@@ -194,7 +194,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(start_run: Runs, m
 
 
 def test_behind_a_broken_checkpoint_its_groups_are_sampled_again(start_run: Runs):
-    """These groups are done and their contents deleted: the prompts are leased once more, and none is skipped."""
+    """The groups were done and their contents deleted. Their prompts are leased once more, and none is skipped."""
     run = start_run()
     run.start_actor()
     run.learn(GRPO(), 4, checkpoint_every=2)

@@ -51,7 +51,7 @@ def event_file(run: ScriptedRun) -> EventAccumulator:
 
 
 def assert_trained_once(run: ScriptedRun, num_batches: int, max_staleness: int) -> None:
-    """Every batch was trained, each group once and in time, and the last checkpoint made them done."""
+    """Assert that every batch was trained on, each group once and within the bound, and that all groups are done."""
     ledger = run.audit()
     assert ledger.problems == ()
     assert (ledger.counts["used"], ledger.counts["done"]) == (0, num_batches * GROUPS_PER_BATCH)
@@ -104,7 +104,7 @@ def test_several_updates_per_batch_with_a_reference(start_run: Runs, monkeypatch
         on_publish=lambda version: events.append(f"publish {version}"),
     )
     assert trainer.version == 6
-    # A batch is asked for once its version exists and before that is published.
+    # The learner asks for a batch after its version exists and before that version is published.
     assert list(dict.fromkeys(events)) == [
         *("publish 0", "ask 0", "ask 2", "publish 2", "ask 4", "publish 4", "publish 6"),
     ]
@@ -118,7 +118,7 @@ def test_several_updates_per_batch_with_a_reference(start_run: Runs, monkeypatch
 
 @pytest.mark.parametrize("algorithm", [GRPO(), PPO(correction=VTrace())], ids=["grpo", "ppo-vtrace"])
 def test_a_batch_of_groups_of_two_sizes_trains(start_run: Runs, algorithm: Algorithm):
-    """As where the curriculum's next stage samples larger groups."""
+    """Such batches occur when the curriculum's next stage samples larger groups."""
     run = start_run(max_staleness=2, updates=2)
     run.start_actor(sizes=(2, 5))
     run.learn(algorithm, 2)
@@ -184,7 +184,7 @@ def test_a_finished_run_that_is_started_again_only_ends(start_run: Runs):
 
 
 def test_an_adaptive_penalty_and_a_moving_reference_go_on_where_they_stopped(start_run: Runs):
-    """Strictly in turn the same seed gives the same weights, also for a run that stopped at 3: all state is saved."""
+    """In turns, a seed determines the weights. A run that stops at version 3 and resumes ends with the same weights."""
     algorithm = PPO(
         **{"kl": "loss", "kl_coef": 0.1, "kl_schedule": "adaptive", "kl_target": 1e-4, "kl_horizon": 100.0},
         reference_refresh_every=2,

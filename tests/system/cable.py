@@ -1,7 +1,7 @@
 """A simulated network cable between two network namespaces that can delay frames, lose frames, or be cut.
 
 Each end is a TAP interface inside its namespace. A thread of this process carries the Ethernet frames from one end to
-the other. This works like the kernel's netem, and also on kernels without netem.
+the other. This replaces the kernel's netem, which some kernels lack.
 """
 
 from __future__ import annotations

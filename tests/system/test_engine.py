@@ -162,7 +162,7 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
 
 
 async def _check_recomputed(engine: Engine, model: PreTrainedModel, update: Any, version: int) -> None:
-    """With `_recomputes` the new version samples the rest as if it had computed the cache of the beginning itself."""
+    """With `_recomputes` the tokens after an update are sampled as if the new version had also computed the cache."""
     engine._recomputes = True
     running = asyncio.gather(*(sample(engine, f"recomputed-{i}", 4, 200) for i in range(16)))
     await asyncio.sleep(0.1)

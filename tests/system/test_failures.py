@@ -155,9 +155,9 @@ def contributions(run_dir: Path, actor: str) -> int:
 
 
 def freeze_at_work(process: psutil.Process, actor: str, run_dir: Path) -> bool:
-    """Halts an actor; goes on where it held no leases, of which there would be nothing to see."""
+    """Freezes an actor. If it holds no leases, the test would show nothing: resumes it and returns False."""
     process.suspend()
-    # What it has sent is on its way.
+    # Messages that the actor has sent may still be on their way.
     time.sleep(0.3)
     with closing(sqlite3.connect(f"file:{run_dir}/ledger.sqlite?mode=ro", uri=True)) as db:
         leased = "SELECT count(*) FROM occurrences WHERE state = 'leased' AND holder LIKE ?"
@@ -172,7 +172,7 @@ def test_a_removed_run_directory_ends_everything_with_one_sentence(launch: Launc
     run = Run(launch(run_dir, *SMALL_AND_QUICK, "total_steps=100000"), run_dir)
     run.until_trained(2)
     traces = Traces.of(run.processes)
-    # Somebody may be writing a new file into a folder that is being removed.
+    # Renamed and not deleted: a process may be writing a new file into the folder at that moment.
     run_dir.rename(tmp_path / "removed")
     output, _ = run.process.communicate(timeout=60)
     assert run.process.returncode == 1, output

@@ -141,7 +141,7 @@ def test_ctrl_c_ends_everything_with_a_checkpoint(launch: Launch, tmp_path: Path
 def wait_for_versions(
     process: subprocess.Popen[str], run_dir: Path, at_least: int, within_seconds: float = 240.0
 ) -> list[psutil.Process]:
-    """Waits for: version `at_least`. Returns the launcher's descendants."""
+    """Waits for: policy version `at_least`. Returns the launcher's descendants."""
     deadline = time.monotonic() + within_seconds
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[0]

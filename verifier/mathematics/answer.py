@@ -129,7 +129,7 @@ def _judge_answer(answer: str, gold: str) -> Judgement:
 
 
 class _Comparison:
-    """One run of the layers. It bounds the number of comparisons, so that long lists of hard items end soon too."""
+    """One run of the layers. The number of comparisons is bounded, so that long lists of hard items end soon too."""
 
     def __init__(self) -> None:
         self.comparisons_left = MAX_COMPARISONS

@@ -174,7 +174,7 @@ def _agree_at_points(first: Node, second: Node, symbols: frozenset[str], numeric
 
 
 def _values(first: Node, second: Node, symbols: frozenset[str], numeric: Numeric) -> Iterator[tuple[Any, Any]]:
-    """Yields both values at random points where both are defined: `NUM_POINTS`, or three times as many with kinks."""
+    """Yields both values at random points where both are defined: at `NUM_POINTS`, or thrice as many with kinks."""
     names = sorted(symbols)
     has_kinks = _has_kinks(first) or _has_kinks(second)
     whole = whole_symbols(first) | whole_symbols(second)

@@ -30,8 +30,8 @@ _SCALED = re.compile(r"(\\?\$?[\d.,]*\d)\s*(?:\\text\s*\{\s*)?(" + "|".join(_ZER
 _COUNTED_PARTS = re.compile(r"(-?\d+)[\s-]+(?:\\text\s*\{\s*)?(" + "|".join(_PARTS) + r")\s*\}?", re.IGNORECASE)
 """`3 eighths`"""
 NUMBER_WORDS = frozenset((*_SMALL, *_TENS, *_SCALES, *_PARTS, "hundred")) - {"quarter", "quarters"}
-"""Words that change the value of the number before them, as in `3 thousand`. So they are not units; a quarter may be a
-coin."""
+"""Words that change the value of the number before them, as in `3 thousand`, and therefore are not units. `quarter` is
+not one of them, because it may be a coin."""
 
 
 def spell_numbers(text: str) -> str:

@@ -75,7 +75,7 @@ def same_numeral(prediction: str, gold: str) -> bool | None:
 
 
 def same_rounded(prediction: str, gold: str) -> bool | None:
-    """Whether the prediction rounds to the gold; None where that does not decide, as for a gold without a precision."""
+    """Whether the prediction rounds to the gold; None where rounding does not decide: the gold states no precision."""
     if "." not in gold and "approx" not in gold and "about" not in gold and " to " not in gold:
         return None
     gold_is_rounded = _ROUNDED.fullmatch(gold)

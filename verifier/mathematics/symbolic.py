@@ -2,8 +2,8 @@ r"""The last layer: compares sums, products, limits and integrals with latex2sym
 
 Text reaches sympy's LaTeX parser only when every token is on the whitelist below and the text keeps every bound: its
 length and nesting, the size of integers, no power inside an exponent, factorials only of short arguments. The bounds
-keep everything that sympy evaluates small; sums and integrals stay unevaluated. The deadline of the scoring pool limits
-whatever takes long all the same.
+keep everything that sympy evaluates small; sums and integrals stay unevaluated. If a comparison takes long all the
+same, the deadline of the scoring pool ends it.
 """
 
 from __future__ import annotations

@@ -23,12 +23,11 @@ from verifier.mathematics.unit_table import unit_sizes
 
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _NO_UNIT = frozenset(("unit", "units", "total", "in total", "exactly", "approx", "approximately", "only", "ways"))
-# Words behind a value that are not a counted thing:
-# they change the value, as `5 squared` does,
+# Words behind a value that are not a counted thing: words that change the value, as in `5 squared`,
 _OTHER_NUMBER = NUMBER_WORDS | FUNCTIONS | _POWERS.keys() | {"factorial"}
-# or they deny it, as `5 incorrect` does,
+# words that deny the value, as in `5 incorrect`,
 _DENIALS = frozenset(("plus", "minus", "not", "or", "but", "wrong", "incorrect"))
-# or they are variables: a word that is a stretch of the alphabet, as `xyz`.
+# and variables: a word of letters that follow each other in the alphabet, such as `xyz`.
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 _CURRENCY = re.compile(
@@ -129,7 +128,7 @@ def _split_trailing(text: str) -> tuple[str, Unit]:
 
 
 def _first_trailing(text: str) -> re.Match[str] | None:
-    """The longest ending of `text` that can be a unit, with a value in front of it."""
+    """The match of the longest ending of `text` that can be a unit and has a value in front of it."""
     if not re.search(r"[a-zA-Z%}¢]\s*\.?$|degree\s*$|\^\s*\{?-?\d\}?$|\\Omega", text):
         return None
     for match in _TRAILING.finditer(text):

@@ -43,8 +43,8 @@ def cosine(
 ) -> RewardFunction:
     """open-r1: the reward follows half a cosine from the `_short` value at length 0 to the `_long` value.
 
-    It reaches the `_long` value at `max_characters` and stays there; the full cosine would turn back. By default a
-    short completion is best when correct, and worst when wrong.
+    The reward reaches the `_long` value at `max_characters` and stays there; a full cosine would turn back. By default
+    a short completion is best when correct, and worst when wrong.
     """
     _check_positive("max_characters", max_characters)
 

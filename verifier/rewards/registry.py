@@ -1,8 +1,8 @@
 """The registry of rewards: maps a name to the factory that makes the reward.
 
-A factory takes the options of its `RewardSpec` and returns a `Grader` or a plain reward function. A factory enters the
-registry by a call of `register` and in no other way; importing this module registers nothing. `answer.py`, `format.py`
-and `length.py` register the built-in rewards; `verifier.scoring.scorer` imports them.
+A factory takes the options of its `RewardSpec` and returns a `Grader` or a plain reward function. Only a call of
+`register` adds a factory to the registry; importing this module registers nothing. `answer.py`, `format.py` and
+`length.py` register the built-in rewards; `verifier.scoring.scorer` imports them.
 
 A user's reward stands in any Python file and is named `FILE.py:NAME`, registered or not. Every process that scores
 loads the file once.

@@ -38,9 +38,9 @@ class _Group:
     completions: list[Completion]
     scores: list[Score | None]
     num_missing: int
-    """Number of completions without a score."""
+    """Number of completions that have no score yet."""
     future: Future[list[Score]] = field(default_factory=Future)
-    """Gets all scores once none is missing."""
+    """Completed with all scores once none is missing."""
 
 
 class ScoringPool:
@@ -55,7 +55,7 @@ class ScoringPool:
             of that verdict. `skip`: its score is marked as skipped. `retry`: it is scored again in a new process, and
             counts as wrong when that fails too.
         on_error: treatment of a completion whose worker crashed or whose reward raised; the same values.
-        max_retries: how often `retry` scores a completion again.
+        max_retries: largest number of times that `retry` scores a completion again.
 
     Waits for: the first worker to be ready; gives up after 60 seconds.
 

@@ -54,7 +54,7 @@ class Scorer:
 
         Args:
             verdict: timeout, crash or error.
-            treated_as: the verdict whose reward the grader pays.
+            treated_as: the verdict whose reward the completion gets.
             skipped: whether the completion must not be trained on.
         """
         part = float(self.grader.rewards[treated_as])

@@ -29,7 +29,7 @@ START_SECONDS = 60.0
 NUM_START_TRIES = 3
 START_PAUSE_SECONDS = 0.2
 NUM_OUTSIDE_KILLS = 3
-"""Most attempts at a completion whose process is killed from outside, for example by the out-of-memory killer."""
+"""Largest number of attempts at a completion whose process is killed from outside, as by the out-of-memory killer."""
 _OUTSIDE = (-signal.SIGKILL, 255)
 """Exit statuses of a kill from outside: no limit causes them. multiprocessing reports 255 when its fork server died."""
 
@@ -109,7 +109,7 @@ class Worker:
             problem = self._start_once()
             if problem is None:
                 break
-            # A process that another program killed while it started says nothing about the next one.
+            # The next process may start although another program killed this one during its start.
             if not problem.from_outside or not tries_left:
                 self.close()
                 raise WorkerStartError(problem.reason)
@@ -154,7 +154,7 @@ class Worker:
     def _score_once(self, completion: Completion, fresh: bool) -> Score | Failure:
         if self._current is not None and self._current.wait(0)[1]:
             with _processes:
-                # Dead since the last completion. Not killed again: its process id may belong to another process.
+                # Died after the last completion. It is not killed again: its id may belong to another process already.
                 self._reap_current()
         if fresh or self._current is None:
             self.start()
@@ -187,7 +187,7 @@ class Worker:
             with theirs:
                 try:
                     process.start()
-                # A fork server that is just dying refuses; the next try starts a new fork server.
+                # A fork server that is about to end refuses; the next try starts a new fork server.
                 except (OSError, EOFError) as error:
                     ours.close()
                     if not tries_left:

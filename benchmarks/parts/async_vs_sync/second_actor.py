@@ -1,8 +1,8 @@
 """The gain of a second actor where generation is the bottleneck: `benchmarks/async_vs_sync.py --actors`.
 
 Two cores are used. Few completions are in flight, so that generating a batch takes several times as long as training on
-it. With one actor, core 0 generates and core 1 has all other processes, which leave it mostly idle. The second actor
-runs on core 1 too.
+the batch. With one actor, core 0 generates, and core 1 runs all other processes and is mostly idle. The second actor
+also runs on core 1.
 
 The gain, in groups trained per second, has a limit. With one actor, let the actor use a cores and all other processes u
 cores. Two cores can do at most 2 / (a + u) times that work, and two actors at most twice the work of one. So the limit

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# This file has a neighbor with the name of the package that it needs.
+# The root of the project comes first, because a file in this folder has the name of a package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import msgpack

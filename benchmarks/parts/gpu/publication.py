@@ -53,7 +53,7 @@ def _copy_to_host(meter: Meter, tensors: Tensors, repeats: int) -> list[float]:
 
 
 def _over(transport: str, meter: Meter, tensors: Tensors, repeats: int) -> dict[str, Any]:
-    """The learner's store, `repeats` versions after the first two, which go to memory that is fresh."""
+    """Measures `repeats` versions of the learner's store, after two that are written to new memory and not measured."""
     from buffer.transport.credentials import Credentials
     from buffer.weights.config import WeightsConfig
     from learner.weights.device_store import open_store

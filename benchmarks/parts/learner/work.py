@@ -47,7 +47,7 @@ class Work:
 
     @property
     def num_groups(self) -> int:
-        """Number of groups, which is that of prompts."""
+        """Number of groups; each has one prompt."""
         return self.num_sequences // GROUP_SIZE
 
     @classmethod

@@ -67,7 +67,7 @@ class Generator:
         self._manifest: Manifest | None = None
 
     def load(self, manifest: Manifest) -> None:
-        """Sample from this version from here on. Its weights are loaded when they are first needed."""
+        """Sample with this version from now on. Its weights are loaded when they are first needed."""
         self._manifest = manifest
 
     def groups(self, first_occurrence: int) -> tuple[PackedGroup, ...]:

@@ -37,7 +37,7 @@ class Sampler(Protocol):
     """The actor's side, as the stand-in for the buffer uses it."""
 
     def load(self, manifest: Manifest) -> None:
-        """Sample from this version from here on."""
+        """Sample with this version from now on."""
 
     def groups(self, first_occurrence: int) -> tuple[PackedGroup, ...]:
         """Sample and score one batch: the prompts from `first_occurrence` on."""

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before this folder, which has files with the names of packages.
+# The root of the project comes before this folder, where some files have the names of packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch

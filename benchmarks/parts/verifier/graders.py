@@ -27,10 +27,10 @@ Grader = Callable[[str, str, str], bool]
 
 def ours() -> tuple[str, Grader]:
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-    # Without this file's folder, whose modules could hide those of libraries.
+    # Remove this file's folder, whose modules could hide those of libraries.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     judge = importlib.import_module("verifier.mathematics.answer").judge
-    # mpmath and sympy use gmpy2 when it is installed; the release says which arithmetic this run had.
+    # mpmath and sympy use gmpy2 when it is installed, so the arithmetic backend is reported in place of a version.
     backend = str(importlib.import_module("mpmath.libmp").BACKEND)
     return backend, lambda completion, gold, form: judge(completion, gold, format=form).verdict == "correct"
 
@@ -149,7 +149,7 @@ def _without_init(*packages: str) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of the helpers that a grader started and has awaited."""
+    """Processor time of this process, and of the child processes that a grader has started and waited for."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -166,7 +166,7 @@ def main() -> None:
         answers.write(f"{type(error).__name__}: {error}\n")
         return
     os.dup2(silence, 2)
-    # Not measured: the first answer includes the imports that some graders make late.
+    # This answer is not measured, because some graders import modules with the first answer.
     grade("So the answer is $\\boxed{\\frac{x+1}{2}}$.", "\\frac{1+x}{2}", "boxed")
     answers.write(f"ready {release}\n")
     for line in items.read_text(encoding="utf-8").splitlines()[start:]:

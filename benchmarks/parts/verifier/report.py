@@ -115,7 +115,7 @@ def _show_all(everything: dict[str, Any], console: Console) -> None:
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
-    """Draw the agreement on the labelled cases by kind, with a dot for each grader."""
+    """Draw the agreement on the labeled cases by kind, with a dot for each grader."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -241,7 +241,7 @@ REWRITINGS: dict[str, Rule] = {
     "decimal as fraction": _as_fraction,
     "more zeros": _zeros,
 }
-"""Rules by name. Their results are labelled correct."""
+"""Rules by name. Their results are labeled correct."""
 CHANGES: dict[str, Rule] = {
     "another digit": _digit,
     "another sign": _sign,
@@ -253,4 +253,4 @@ CHANGES: dict[str, Rule] = {
     "a hundredfold": _hundredfold,
     "rounded": _rounded,
 }
-"""Rules by name. Their results are labelled wrong."""
+"""Rules by name. Their results are labeled wrong."""

@@ -83,7 +83,7 @@ def same_verdicts(items: Sequence[Item], deadline_seconds: float, gmpy2: Path | 
 
 
 def in_threads(items: Sequence[Item], num_threads: int) -> list[bool | None]:
-    """Judges every item in several threads at once; returns each verdict, or None where the threads differ."""
+    """Judges every item in several threads at once; returns the verdicts, with None where the threads differ."""
     verdicts: list[list[bool]] = [[] for _ in range(num_threads)]
 
     def run(answers: list[bool]) -> None:

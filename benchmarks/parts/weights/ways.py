@@ -64,7 +64,7 @@ class Sender(Protocol):
     """The learner's side."""
 
     def send(self, version: int, tensors: Tensors) -> Callable[[], None]:
-        """Publish a version; returns when the learner may go on. The function that it returns waits for the rest."""
+        """Publish a version. Returns when the learner may continue; the returned function waits until all is done."""
 
     def close(self) -> None:
         """Free everything."""

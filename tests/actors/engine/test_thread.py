@@ -24,7 +24,7 @@ class Output:
 
 @dataclass
 class Counting:
-    """As vLLM's: requests need three steps each; with `ahead`, a batch is under way when another is scheduled."""
+    """A stand-in for vLLM's engine. A request needs three steps; `ahead`: a batch is scheduled while another runs."""
 
     steps_of: dict[str, int] = field(default_factory=dict)
     ahead: bool = False

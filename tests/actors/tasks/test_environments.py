@@ -311,5 +311,5 @@ def test_a_slip_changes_exactly_one_digit(right: int) -> None:
     for wrong in drawn:
         assert len(wrong) == len(str(right))
         assert sum(a != b for a, b in zip(wrong, str(right), strict=True)) == 1
-    # Every other digit at every place, but no leading zero.
+    # Every digit was replaced by each of the nine others, except by a leading zero.
     assert len(drawn) == 9 * len(str(right)) - (len(str(right)) > 1)

@@ -183,7 +183,7 @@ def test_staleness_never_exceeds_its_bound_and_the_run_never_stops(limits: Limit
 @settings(max_examples=100, deadline=None)
 @given(LIMITS, st.integers(0, 2**32), st.integers(0, 6))
 def test_after_a_rollback_the_run_goes_on_and_is_strict_again(limits: Limits, seed: int, back: int):
-    """After a rollback groups are from versions ahead and leases are lost; the run continues without a deadlock."""
+    """After a rollback some groups are newer than the learner and all leases are lost; the run has no deadlock."""
     run = Run(limits, 2, seed)
     for _ in range(150):
         run.step()

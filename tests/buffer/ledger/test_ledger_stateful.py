@@ -390,7 +390,7 @@ class BufferMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         """Let time pass. Two or three calls end the leases of a silent holder."""
         self.now += seconds
-        self.granted = {}  # How long the buffer remembers the connection of a silent actor is not modelled.
+        self.granted = {}  # How long the buffer remembers the connection of a silent actor is not modeled.
         self.tell(b"nobody-0", wire.StatusRequest())
 
     # The learner.
@@ -532,7 +532,7 @@ class BufferMachine(RuleBasedStateMachine):
             self.directory.cleanup()
 
     def go_on(self) -> None:
-        """After any events the learner gets batches as long as one actor works."""
+        """Check that the learner gets batches as long as one actor works, whatever happened before."""
         self.now += 2 * LEASE_SECONDS
         self.tell(b"nobody-0", wire.StatusRequest())
         goal, turns = self.next_version + 3, 0

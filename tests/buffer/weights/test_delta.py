@@ -52,7 +52,7 @@ def test_several_sizes_of_numbers_and_more_than_a_block():
     middle = len(parts[0][0])
     layout: Layout = [(0, middle - 2, 2), (middle + 2, 4 * 99, 4)]
     made = encode(old, new, layout, WHOLE)
-    # About five bits say where a number changed, and one or two by how much; the few of 4 bytes cost three each.
+    # A changed number costs about five bits for its position and one or two for its change; 4-byte numbers cost more.
     assert len(made) < 0.05 * len(old)
     found = old.copy()
     apply(found, made, layout)

@@ -64,7 +64,7 @@ def test_chunks_are_copies_while_those_of_another_version_are_on_their_way(kept:
     assert add(kept, pool, 4)[1] == [second]
     second.array[:] = 9
     assert isinstance(copied, Chunk) and copied.data == bytes([2] * 100)
-    # Without a lent chunk the next one is lent again.
+    # Once no chunk is lent, the next one is lent again.
     del lent
     chunk = ask(kept, 4, 2)
     add(kept, pool, 5)
@@ -81,6 +81,6 @@ def test_a_request_that_is_repeated_while_its_answer_is_on_its_way_is_not_answer
     assert ask(kept, 1, 0) is None
     assert isinstance(ask(kept, 1, 1), Chunk)
     assert isinstance(chunk, Chunk)
-    # As when the connection is lost.
+    # ZeroMQ also releases a chunk when the connection is lost.
     del chunk
     assert isinstance(ask(kept, 1, 0), Chunk)

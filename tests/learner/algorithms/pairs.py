@@ -21,7 +21,7 @@ SENSIBLE = [(a, c) for a in ALGORITHMS for c in CORRECTIONS if (a, c) not in REF
 
 
 def algorithm_section(name: str) -> DictConfig:
-    """The settings in an algorithm's file, which may set some of other sections too."""
+    """The section `algorithm` of an algorithm's file; the file may set other sections too."""
     loaded = OmegaConf.load(CONFIGS / "algorithm" / f"{name}.yaml")
     section = loaded.get("algorithm", loaded)
     assert isinstance(section, DictConfig)
@@ -29,7 +29,7 @@ def algorithm_section(name: str) -> DictConfig:
 
 
 def build(algorithm: str, correction: str, **changes: object) -> Algorithm:
-    """The algorithm as a run with `max_new_tokens=64` would have it, with some settings changed."""
+    """The algorithm as in a run with `max_new_tokens=64`, with some settings changed."""
     config = OmegaConf.create(
         {
             "max_new_tokens": 64,

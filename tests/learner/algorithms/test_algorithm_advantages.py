@@ -139,7 +139,7 @@ def test_reinforce_pp_baseline_compares_within_groups_and_whitens_over_the_batch
     outputs = GRPO(normalize_std=False, whiten_advantages=True).advantages(advantage_inputs(batch))
     expected = group_advantages(rewards_of(batch), groups_of(batch), False)
     per_token = [a for a, length in zip(expected, batch.lengths, strict=True) for _ in range(length)]
-    # What is left of rounding, where every group has one member, is not blown up to a deviation of 1.
+    # If every group has one member, whitening must not scale the rounding errors up to a deviation of 1.
     assert outputs.advantages.tolist() == pytest.approx(whitened(per_token), rel=1e-8, abs=1e-8)
 
 

@@ -55,7 +55,7 @@ def build_fields(name: str) -> str:
 
 
 def row_of_correction(name: str) -> str:
-    """Importance weights of the example's tokens, with grpo's advantages, or ppo's where it takes a critic."""
+    """Importance weights of the example's tokens, with grpo, or with ppo where the correction needs a critic."""
     algorithm = build("ppo" if name == "vtrace" else "grpo", name)
     advantages, targets = annotated(algorithm)
     distance = Distance(PROXIMAL, MU, advantages, torch.ones(3, dtype=torch.bool), SEQUENCES)
@@ -78,7 +78,7 @@ def test_the_page_shows_what_the_correction_computes(name: str) -> None:
 
 
 def test_the_algorithm_that_the_contributors_page_adds_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its two files, as they stand there; of the group's three tokens two have reward 1."""
+    """Runs the two files of the page as they are. Two of the group's three tokens are of a completion of reward 1."""
     blocks = dict(re.findall(r"^```(yaml|python)\n(.*?)^```", CONTRIBUTING.read_text(), re.DOTALL | re.MULTILINE))
     module = ModuleType("learner.algorithms.opo")
     monkeypatch.setitem(sys.modules, "learner.algorithms.opo", module)

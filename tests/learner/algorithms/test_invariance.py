@@ -46,7 +46,7 @@ def differentiated(algorithm: Algorithm, inputs: LossInputs) -> tuple[float, Ten
 
 
 def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> None:
-    # Sums of float32 differ by their order; cancellation is measured against what was summed.
+    # Sums of float32 depend on the order. With cancellation the error is relative to the terms, not to the sum.
     scale = max(float(expected[1].abs().sum()), abs(expected[0]), 1e-3)
     assert found[0] == pytest.approx(expected[0], rel=1e-6, abs=1e-6 * scale)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-6 * scale)
@@ -87,7 +87,7 @@ def renumbered(index: Tensor) -> Tensor:
 @given(ragged_batches(), PAIRS, st.sets(st.integers(1, 4)))
 @settings(max_examples=60)
 def test_cuts_between_sequences_change_nothing(batch: RaggedBatch, pair: tuple[str, str], cuts: set[int]) -> None:
-    """The losses of the parts add up, and their gradients concatenate, for microbatches as for ranks."""
+    """The losses of the parts add up and their gradients concatenate. This holds for microbatches and for ranks."""
     algorithm = build(*pair, **PENALTY)
     inputs, index = loss_inputs(algorithm, batch), batch.sequence_index
     bounds = [0, *sorted(cut for cut in cuts if cut < len(batch.lengths)), len(batch.lengths)]

@@ -36,7 +36,7 @@ def engines(one_rank: None, model_folder: Path) -> tuple[TrainingEngine, Trainin
 
 @pytest.fixture(scope="module")
 def batch(engines: tuple[TrainingEngine, TrainingEngine]) -> TrainingBatch:
-    """As off-policy as from a stale actor: some ratios are beyond every cap and mask."""
+    """Off-policy as from a stale actor: some ratios are beyond every cap and mask."""
     made = make_batch(fixed_groups()[:2])
     logprobs = score_batch(engines[0], made, BUDGET)
     return replace(made, behavior_logprobs=logprobs + 0.3 * torch.sin(torch.arange(made.num_scored_tokens)))

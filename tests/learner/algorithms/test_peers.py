@@ -1,8 +1,8 @@
 """The same batch through other projects' loss functions: equal where the definitions are; see docs/algorithms.md.
 
-Skipped where they are not installed, which no part of this project asks for. In an environment of their own that has
-torch for the CPU: `pip install trl==1.16.0 verl==0.9.1 hypothesis pytest pytest-timeout`, then `python -m pytest
-tests/learner/algorithms/test_peers.py`. What differs is asserted too, so that the list of differences stays true.
+The tests are skipped where these projects are not installed; set-up does not install them. To run the tests, make an
+environment with torch for the CPU, `pip install trl==1.16.0 verl==0.9.1 hypothesis pytest pytest-timeout`, then `python
+-m pytest tests/learner/algorithms/test_peers.py`. The differences are asserted too, so that the page's list stays true.
 """
 
 from collections import defaultdict
@@ -234,7 +234,7 @@ def test_the_advantages_are_verls_but_for_the_denominator_of_the_variance() -> N
     index = GROUPS.numpy().astype(object)
 
     def first(values: tuple[Tensor, Tensor]) -> Tensor:
-        # Of each sequence the advantage at a token that is not masked: they are all the same.
+        # One advantage per sequence: all unmasked tokens of a sequence have the same.
         return values[0].abs().amax(1) * values[0].sum(1).sign()
 
     for normalize_std in (True, False):

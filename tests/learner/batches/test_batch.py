@@ -60,9 +60,9 @@ def test_a_microbatch_is_packed_with_restarting_positions():
     assert micro.boundaries == (0, 5, 7, 10)
     assert micro.targets.tolist() == [1, 2, 4, 6, 9]
     assert micro.scored == slice(0, 5)
-    # The second sequence begins as the first one does.
+    # The second sequence has a prefix in common with the first one.
     assert micro.shared is not None
-    # No score depends on the last tokens.
+    # No score depends on the last token of a sequence, so that token is not computed.
     assert micro.shared.computed.tolist() == [0, 1, 2, 3, 7, 8]
     assert micro.shared.source.tolist() == [0, 1, 2, 3, 0, 0, 0, 4, 5, 0]
 
@@ -85,11 +85,11 @@ def test_a_prompt_that_is_computed_once_takes_its_place_in_the_budget_once():
         groups.append(TrajectoryGroup(name, index, tuple(members)))
     batch = make_batch(groups)
     assert batch.shared_prefix_lengths == (0, 10, 10, 10, 0, 10, 10, 10)
-    # 12 + 3 x 2 for each group, and a part that begins inside a group computes its prompt again.
+    # A group has 12 + 3 x 2 computed tokens. A microbatch that begins inside a group computes the prompt again.
     assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 18)] == [4, 4]
     assert [len(m.boundaries) - 1 for m in batch.microbatches(range(0, 8), 16)] == [2, 2, 2, 2]
     assert batch.num_microbatches(range(1, 8), 16) == 3
-    # On a device attention holds the prompt of every trajectory.
+    # On a CUDA device attention holds the prompt once per trajectory.
     on_device = TrainingBatch.from_groups(groups, [0, 0], 0, torch.device("meta"))
     assert on_device.shared_prefix_lengths == batch.shared_prefix_lengths
     assert [len(m.boundaries) - 1 for m in on_device.microbatches(range(0, 8), 24)] == [2, 2, 2, 2]

@@ -15,7 +15,7 @@ from tests.learner.samples import CPU, make_batch, make_group
 
 
 class Buffer:
-    """Requests as they come, answered by the test."""
+    """Collects requests; the test answers them."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Message, Future[Message]]] = []

@@ -42,7 +42,7 @@ def test_every_token_that_matters_is_stood_for_by_one_with_the_same_beginning(
     stands_for = shared.computed[shared.source].tolist()
     assert len(stands_for) == starts[-1]
     assert [beginnings[stands_for[place]] for place in places] == [beginnings[place] for place in places]
-    # Whatever is computed matters and stands for itself, and no two neighbors have a beginning computed twice.
+    # Only needed tokens are computed, each is its own source, and neighbors compute no shared prefix twice.
     computed = shared.computed.tolist()
     assert set(computed) <= set(places) and len(computed) == len(places) - alike
     assert [stands_for[place] for place in computed] == computed

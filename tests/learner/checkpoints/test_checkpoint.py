@@ -177,7 +177,7 @@ def test_a_broken_checkpoint_is_reported_and_the_one_before_it_used(
     assert sound_checkpoint(directory) == directory / "00000001"
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert "00000002 is broken" in said and re.search(problem, said)
-    # Set aside, so that neither counting nor removing old ones can take it for the newest.
+    # The broken checkpoint is renamed, so that no search for the newest checkpoint finds it.
     assert sorted(path.name for path in directory.iterdir()) == ["00000001", "00000002.broken"]
 
 
@@ -204,7 +204,7 @@ def test_the_newest_sound_one_outlives_broken_ones_with_higher_numbers(model_fol
 
 
 def test_a_full_disk_leaves_the_checkpoints_there_are(model_folder: Path, tmp_path: Path):
-    """A real file system of a size that holds one checkpoint and not two."""
+    """Uses a real file system that holds one checkpoint but not two."""
     pair, disk = engines(model_folder), tmp_path / "disk"
     size = sum(path.stat().st_size for path in save(tmp_path / "measured", 1, pair, model_folder).rglob("*"))
     disk.mkdir()
@@ -254,7 +254,7 @@ WRITES = [
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
-    """The call number `moment` among all calls that write finds the disk full."""
+    """Makes one call fail as on a full disk: number `moment` among all calls that write."""
     calls = itertools.count()
 
     def guard(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -57,8 +57,8 @@ def test_packed_attention_has_the_output_and_the_gradient_of_one_sequence_at_a_t
     computed = torch.arange(boundaries[-1]) if prefixes is None else prefixes.computed
     assert len(computed) == boundaries[-1] - sum(common) - sum(behind)
     torch.manual_seed(0)
-    # As projections leave them: heads inside tokens.
-    # The kernel for blocks takes no values of another width than its keys.
+    # The memory layout of the projections: the heads of a token lie side by side.
+    # The kernel for blocks needs values as wide as the keys.
     shapes = [(4, 8), (key_value_heads, 8), (key_value_heads, 8 if by_blocks else 6)]
     inputs = [torch.randn(1, len(computed), *shape).double() for shape in shapes]
     for tensor in inputs:

@@ -39,10 +39,10 @@ def decoder(kind: type[PreTrainedConfig], dtype: torch.dtype = torch.float32, **
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_packed_attention())
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
-            # A weight of ones, or a bias of zeros, would hide that it is left out.
+            # With a weight of ones, or a bias of zeros, the test would not notice that it is left out.
             nn.init.uniform_(parameter, 0.5, 1.5)
     for layer in model.model.layers:
-        # Not what a kernel takes by itself.
+        # Different from a kernel's default.
         layer.self_attn.scaling = 0.3
     return model.model
 

@@ -37,7 +37,7 @@ def test_scores_and_gradients_are_those_of_the_whole_matrix(rows: int, bias: boo
     leaves = [hidden, *layer.parameters()]
     found, slopes = [], []
     for scores in (ScoringHead.of(layer)(hidden, tokens, TEMPERATURE), naive(layer, hidden, tokens)):
-        # Every token weighs differently, so that none can stand for another.
+        # Every token has another weight, so that the test notices swapped tokens.
         total = (scores[0] * torch.linspace(-1, 2, TOKENS)).sum()
         if by_entropy:
             total = total + by_entropy * (scores[1] * torch.linspace(2, 1, TOKENS)).sum()
@@ -60,7 +60,7 @@ def test_half_precision_is_summed_in_float32(rows: int):
     layer, hidden, tokens = given_layer(torch.bfloat16, False)
     logprobs, entropy = ScoringHead.of(layer)(hidden, tokens, TEMPERATURE)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    # The same numbers in float64, but for the rounding of the logits themselves.
+    # Computed in float64 from the same rounded logits.
     exact = (layer(hidden).double() / TEMPERATURE).log_softmax(-1)
     torch.testing.assert_close(logprobs.double(), exact.gather(-1, tokens[:, None]).squeeze(-1), rtol=1e-5, atol=1e-5)
     slopes = torch.autograd.grad(logprobs.sum(), [hidden, layer.weight])
@@ -111,7 +111,7 @@ def test_a_fused_kernel_scores_where_it_fits_and_nowhere_else(monkeypatch: pytes
     library = SimpleNamespace(LigerFusedLinearScaledCrossEntropyFunction=SimpleNamespace(apply=kernel))
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", library)
     monkeypatch.setattr(learner.models.fused_head, "is_installed", lambda: True)
-    # Not on a CPU, whatever is installed.
+    # On a CPU the kernel is not used, even if it is installed.
     ScoringHead.of(layer)(hidden, tokens, TEMPERATURE)
     assert asked == []
     monkeypatch.setattr(learner.models.head, "fits", lambda *_: True)

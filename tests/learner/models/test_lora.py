@@ -138,7 +138,7 @@ def test_without_names_all_linear_layers_of_the_decoder_train(model_folder: Path
 
 
 def test_weights_held_in_another_form_are_taken_from_the_full_ones(model_folder: Path, trained: TrainingEngine):
-    """As with a base in four bits: the frozen weights come from `full_base`, not from the network."""
+    """As with a base in four bits, the frozen weights come from `full_base` and not from the network."""
     other = train(engine(model_folder, full_base=partial(load, model_folder, None)))
     expected = whole(trained)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_a_resumed_run_continues_bit_for_bit(
 ):
     straight = train(engine(model_folder, stage, dtype))
     if stage:
-        # Whatever the stage, others are given the same.
+        # Every ZeRO stage publishes the same weights.
         assert_close(whole(straight), whole(trained))
         assert_close(adapters(straight), adapters(trained))
     how: dict[str, Any] = {"base_path": model_folder, "dtype": dtype, "lora": LORA, "state": {}, "keep": 1}
@@ -162,7 +162,7 @@ def test_a_resumed_run_continues_bit_for_bit(
     load_checkpoint(checkpoint, resumed, None)
     for one, other in zip(train(straight).gathered(), train(resumed).gathered(), strict=True):
         assert one[0] == other[0] and torch.equal(one[1], other[1]), one[0]
-    # Matrices, moments and names; the frozen weights alone would be more.
+    # The files contain the adapters, their optimizer state and names. The frozen weights alone would be larger.
     written = sum(path.stat().st_size for path in (checkpoint / "policy_state").rglob("*.pt"))
     assert written < 4 * sum(tensor.numel() for tensor in whole(resumed).values())
 
@@ -198,7 +198,7 @@ def test_a_run_publishes_adapters_agrees_with_its_actor_and_resumes(
         assert names == {*("q_proj", "k_proj", "v_proj", "o_proj"), *("gate_proj", "up_proj", "down_proj")}
         with pytest.raises(CheckpointError, match=r"rank=2, which learner.lora.rank=3 cannot"):
             run.learn(algorithm, 2, lora=replace(lora, rank=3), **settings)
-        # Its first batch compares the log-probabilities of policy 1 on both sides, to 1e-4; now whole weights go out.
+        # The run continues and publishes merged weights. Its first batch checks the actor's log-probabilities to 1e-4.
         trainer, manifests = run.learn(algorithm, 2, lora=replace(lora, publish="merged"), **settings)
         assert trainer.version == 2 and 1 in actor.loaded
         assert {entry.name for entry in manifests[-1].tensors} == set(

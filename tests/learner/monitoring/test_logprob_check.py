@@ -16,7 +16,7 @@ TOLERANCE = 0.02
 
 
 def batch(version: int, *, spanning: bool = False) -> TrainingBatch:
-    """Two groups sampled under `version` alone, or begun under the version before it."""
+    """Two groups sampled under `version` alone; with `spanning` their first tokens come from the version before."""
     made = make_batch([make_group(f"g{i}", i, version=version) for i in range(2)], version)
     return replace(made, of_one_version=torch.zeros_like(made.of_one_version)) if spanning else made
 
@@ -50,7 +50,7 @@ def test_tokens_of_other_weights_say_nothing(made: TrainingBatch):
 
 
 def test_a_learner_that_returned_only_reports_while_older_groups_may_come(caplog: pytest.LogCaptureFixture):
-    """Four groups were out, and an actor had version 6 of before: the first that must agree is that of 7."""
+    """Four groups were leased, and an actor had version 6 from before: the first batch that must agree is that of 7."""
     check = LogprobCheck(TOLERANCE, OlderGroups(4, newest_version=6))
     for version in (5, 6):
         check.compare(batch(version), shifted(batch(version), 0.5))
@@ -92,7 +92,7 @@ class Buffer:
 )
 def test_the_hello_finds_out_what_is_older(buffer: Buffer, last_tolerated: int):
     older = say_hello(buffer, 3, 2, CPU, rank=0)  # type: ignore[arg-type]
-    # The status of before the hello, which moves the buffer's version back.
+    # The status is requested before the hello, because the hello moves the buffer's version back.
     assert buffer.heard == [StatusRequest(), LearnerHello(3)]
     assert [version for version in range(20) if older.may_come(version)] == list(range(last_tolerated + 1))
 

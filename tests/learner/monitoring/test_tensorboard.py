@@ -12,7 +12,7 @@ from tests.learner.samples import CPU, make_trajectory
 
 
 def batch() -> TrainingBatch:
-    """At version 7: a group of rewards 1 and -0.5, and one of equal rewards."""
+    """A batch for version 7: one group with rewards 1 and -0.5, and one with equal rewards."""
     scored = [False, True, True, True]
     first = (
         make_trajectory(0, [5] * 4, scored, group="a", reward=1.0, verdict="correct", versions=((0, 3), (2, 6))),

@@ -28,7 +28,7 @@ def address(socket_folder: Path) -> str:
 
 @pytest.fixture
 def buffers() -> list[Tensor]:
-    """The buffers that were described, in order."""
+    """The buffers for which a record was made, in order."""
     return []
 
 
@@ -88,7 +88,7 @@ def test_a_version_is_read_where_the_record_says_and_stays_while_it_is_held(
         held.release()
         for number in range(6, 9):
             store.publish(number, version(number), torch.bfloat16).result(timeout=20)
-        # What was let go is written again, so the number of copies on the device stays what it is.
+        # The released buffer is reused, so the number of copies on the device does not grow.
         assert not torch.equal(buffer, before) and len(buffers) == 3
     finally:
         store.close()

@@ -130,7 +130,7 @@ def test_a_parked_request_wakes_when_a_version_is_published(
     store.publish(1, weights())
     manifest = waiting.result(10)
     assert isinstance(manifest, Manifest) and manifest.policy_version == 1
-    # Sooner than the next tick (3 s) and than the request is repeated (2 s): the publication itself wakes it.
+    # The answer comes before the next tick (3 s) and before the request is repeated (2 s): the publication causes it.
     assert time.monotonic() - started < 1.0
     following = actor.request(ManifestRequest(manifest.publication, 30.0))
     with pytest.raises(TimeoutError):
@@ -282,7 +282,7 @@ def test_a_stalled_reader_gets_what_it_asked_for_although_later_versions_are_pub
     stalled.setsockopt(zmq.IDENTITY, b"stalled")
     stalled.connect(address)
     for number in range(4):
-        # Repeated, as a request is that gets no answer for a while.
+        # A client repeats a request that gets no answer for a while.
         for _ in range(3):
             request = ChunkRequest(manifests[0].publication, "", number * size, size)
             stalled.send_multipart(encode(request, number, "test"))
@@ -300,7 +300,7 @@ def test_a_stalled_reader_gets_what_it_asked_for_although_later_versions_are_pub
         replies.append(decode(stalled.recv_multipart(), "test")[0])
     context.destroy(linger=0)
     assert all(isinstance(reply, Chunk) and bytes(reply.data) == bytes(size) for reply in replies)
-    # What had left before the repeat came is sent again; what waits is not.
+    # A chunk that was sent before the repetition arrived is sent again; a chunk that still waits is not.
     assert 4 <= len(replies) <= 8
     for version in range(5, 9):
         manifests.append(store.publish(version, [("w", torch.zeros(4 * size, dtype=torch.uint8))]).result(10))

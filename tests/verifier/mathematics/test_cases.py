@@ -1,4 +1,4 @@
-"""The judge against `cases.jsonl`: completions of every kind that are labelled by hand, about half of them near misses.
+"""The judge against `cases.jsonl`: completions of every kind that are labeled by hand, about half of them near misses.
 
 A line has the fields kind, completion, gold (a text, or a list of alternatives), correct, note, and sometimes format.
 """

@@ -62,7 +62,7 @@ def test_brute_force_solves_every_level_within_its_turns(options: dict[str, int]
     for problem in train + held_out:
         gold = json.loads(problem.gold)
         moves = shortest(gold["board"])
-        # The level of a problem is the number of moves it takes, and never more than was asked for.
+        # A problem's level is its fewest moves, and at most the depth that was asked for.
         assert 1 <= len(moves) == problem.level <= options.get("depth", 6) <= 4 * per_turn
         episode = sokoban.episode(problem, seed=0)
         episode.reset()

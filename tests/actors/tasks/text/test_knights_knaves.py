@@ -120,7 +120,7 @@ def test_the_teacher_errs_per_check_and_answers_with_what_it_took_or_tried_last(
     rng, right = random.Random(0), 0
     for problem in train:
         trace = knights_knaves.teacher_trace(problem, rng, 0.1)
-        # What the embedded model's context holds beside the prompt.
+        # The trace fits into the embedded model's context behind the prompt.
         assert len(trace) <= 220
         answer = trace.partition("<answer>")[2]
         last = re.findall(r"(?:[A-C][+-])+", trace.partition("</think>")[0])[-1]
