@@ -21,7 +21,7 @@ class CISPO(GRPO):
     aggregation: Aggregation = "token_mean"
 
     def policy_term(self, inputs: LossInputs, denominator: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-        """Return -sum m/N w clip(u) A log pi, a scalar."""
+        """Return -sum n w clip(u) A log pi, a scalar."""
         return cispo_loss(
             inputs.logprobs,
             denominator,

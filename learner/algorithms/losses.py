@@ -8,7 +8,8 @@ The terms of all microbatches of all ranks therefore add up to the same loss, ho
 microbatches. (An engine that averages gradients over ranks or accumulation steps must multiply the loss by
 their number.)
 
-Symbols: mu behavior, pi_prox proximal, pi trained policy, m_t mask, w_t importance weight, u_t ratio, A_t advantage.
+Symbols: mu behavior, pi_prox proximal, pi trained policy, m_t mask, n_t token weight, w_t importance weight, u_t ratio,
+A_t advantage.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def token_weights(
     num_sequences: float,
     constant_length: int = 0,
 ) -> Tensor:
-    """Return the weight m_t / N of each token in the loss. The aggregation defines N.
+    """Return the weight n_t = m_t / d of each token in the loss. The aggregation defines the divisor d.
 
-    token_mean: N = num_tokens. sequence_mean: N = (tokens of the sequence) * num_sequences, a mean over tokens, then
-    over sequences. constant: N = num_sequences * constant_length, which does not depend on the completions' lengths.
+    token_mean: d = num_tokens. sequence_mean: d = (tokens of the sequence) * num_sequences, a mean over tokens, then
+    over sequences. constant: d = num_sequences * constant_length, which does not depend on the completions' lengths.
 
     Args:
         loss_mask: [M] or [B, T] bool.
@@ -93,7 +94,7 @@ def policy_loss(
 ) -> Tensor:
     """Compute the decoupled clipped policy loss.
 
-    L = - sum_t m_t sg(w_t) min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t) / N, u = pi/pi_prox.
+    L = - sum_t n_t sg(w_t) min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t), u = pi/pi_prox.
 
     Args:
         logprobs: log pi, the only input that gets a gradient.
@@ -102,7 +103,7 @@ def policy_loss(
         loss_mask: m, bool.
         clip_low, clip_high: distances from 1 at which u is clipped.
         importance_weights: w of the correction.
-        token_weights: m/N from the function `token_weights`.
+        token_weights: n from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 when nothing is unmasked.
@@ -126,8 +127,8 @@ def cispo_loss(
 ) -> Tensor:
     """Compute REINFORCE with a clipped, constant ratio (CISPO, MiniMax-M1 2025, equations 4 and 5).
 
-    L = - sum_t m_t sg(w_t) sg(clip(u_t, 1 - clip_low, 1 + clip_high)) A_t log pi_t / N, u = pi/pi_prox: a
-    clipped token keeps its gradient.
+    L = - sum_t n_t sg(w_t) sg(clip(u_t, 1 - clip_low, 1 + clip_high)) A_t log pi_t, u = pi/pi_prox: a clipped token
+    keeps its gradient.
 
     Args:
         logprobs: log pi, the only input that gets a gradient.
@@ -136,7 +137,7 @@ def cispo_loss(
         loss_mask: m, bool.
         clip_low, clip_high: distances from 1 at which u is clipped; with `clip_low` 1 it has no lower bound.
         importance_weights: w of the correction.
-        token_weights: m/N from the function `token_weights`.
+        token_weights: n from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs); 0 when nothing is unmasked.
@@ -178,7 +179,7 @@ def value_loss(
     value_clip: float | None,
     token_weights: Tensor,
 ) -> Tensor:
-    """Compute sum_t m_t/N * 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2).
+    """Compute sum_t n_t * 0.5 max((V - R)^2, (clip(V, V_old - value_clip, V_old + value_clip) - R)^2).
 
     Args:
         values: V, the only input that gets a gradient.
@@ -186,7 +187,7 @@ def value_loss(
         returns: R.
         loss_mask: m, bool.
         value_clip: None or <= 0: no clip, the loss is 0.5 (V - R)^2.
-        token_weights: m/N from the function `token_weights`.
+        token_weights: n from the function `token_weights`.
 
     Returns:
         Scalar, float32 (float64 for float64 inputs).

@@ -132,7 +132,7 @@ def summarize(totals: Mapping[str, float]) -> dict[str, float]:
     """Compute the named metrics of one optimizer step from `MetricSums.totals`.
 
     Policy metrics and value metrics are left out when no tokens were counted for them.
-    `importance/effective_sample_size` is (sum w)^2 / (N sum w^2), in (0, 1]. If all returns are equal,
+    `importance/effective_sample_size` is (sum w)^2 / (M sum w^2), in (0, 1]. If all returns are equal,
     `value/explained_variance` is 0.
     """
     metrics = _summarize_policy(totals) if totals.get("num_tokens", 0) > 0 else {}
@@ -185,7 +185,7 @@ def _summarize_policy(totals: Mapping[str, float]) -> dict[str, float]:
         "importance/fraction_capped": totals["capped"] / count,
         "importance/fraction_masked": totals["masked"] / count,
     }
-    # The terms already include the weights m/N, so their sums over microbatches and ranks need no division.
+    # The terms already include the token weights n, so their sums over microbatches and ranks need no division.
     metrics |= {f"policy/{name}": totals[name] for name in ("policy_loss", "total_loss") if name in totals}
     if "kl_penalty" in totals:
         metrics["policy/kl_penalty"] = totals["kl_penalty"]

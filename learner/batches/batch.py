@@ -33,7 +33,7 @@ class MicroBatch:
     boundaries: tuple[int, ...]
     """Start offset of every sequence, and N."""
     targets: Tensor
-    """[m] int64: indices into N of the scored tokens."""
+    """[M] int64: indices into N of the scored tokens."""
     scored: slice
     """The same tokens on the batch's axis [M]."""
     shared: SharedPrefixes | None = None
