@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,30 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stdout)
     try:
         config = load_run_config(arguments.run_dir)
+        check_num_ranks(config, os.environ)
         credentials = server_credentials(arguments.run_dir)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return _train(arguments.run_dir, config, credentials)
+
+
+def check_num_ranks(run: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Check that as many ranks were started as the run is configured for.
+
+    Args:
+        run: the run's configuration.
+        environment: torchrun sets WORLD_SIZE in it; without, this is the only rank.
+
+    Raises:
+        ValueError: the numbers differ.
+    """
+    started, wanted = int(environment.get("WORLD_SIZE", "1")), run["learner"].get("num_ranks", 1)
+    if started != wanted:
+        raise ValueError(
+            f"{started} learner ranks were started, but learner.num_ranks={wanted}; start that many, with python -m"
+            f" learner.distributed.ranks {wanted} RUN_DIR"
+        )
 
 
 def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:

@@ -8,6 +8,7 @@ of whole sequences.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
@@ -178,16 +179,20 @@ class Algorithm(ABC):
                 f" critic of {name} judges every token by itself; choose an algorithm without critic, for example"
                 " algorithm=rloo, or correction=decoupled_tis"
             )
-        if not 0 <= self.clip_low <= 1 or self.clip_high < 0:
+        # Conditions are written so that nan fails them.
+        if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
             raise ValueError(
                 f"algorithm: clip_low={self.clip_low} must lie in [0, 1] and clip_high={self.clip_high} at or above 0;"
                 " 0.2 is usual for both"
             )
-        if self.reward_scale <= 0 or (self.reward_clip is not None and self.reward_clip <= 0):
+        if not (self.reward_scale > 0 and (self.reward_clip is None or self.reward_clip > 0)):
             raise ValueError(
                 f"algorithm: reward_scale={self.reward_scale} and reward_clip={self.reward_clip} must be above 0, or"
                 " good and bad completions look alike; leave reward_clip null to clip nothing"
             )
+        for name in ("reward_scale", "reward_shift", "entropy_coef"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"algorithm: {name}={getattr(self, name)} is no number; use a finite one")
         if self.aggregation not in get_args(Aggregation):
             raise ValueError(
                 f"algorithm: aggregation is {self.aggregation!r}; choose token_mean, sequence_mean or constant"

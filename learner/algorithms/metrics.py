@@ -132,7 +132,7 @@ def summarize(totals: Mapping[str, float]) -> dict[str, float]:
     """Compute the named metrics of one optimizer step from `MetricSums.totals`.
 
     Policy metrics and value metrics are left out when no tokens were counted for them.
-    `importance/effective_sample_size` is (sum w)^2 / (M sum w^2), in (0, 1]. If all returns are equal,
+    `importance/effective_sample_size` is (sum rho)^2 / (M sum rho^2), in (0, 1]. If all returns are equal,
     `value/explained_variance` is 0.
     """
     metrics = _summarize_policy(totals) if totals.get("num_tokens", 0) > 0 else {}

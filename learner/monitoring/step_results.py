@@ -26,10 +26,10 @@ class NetworkStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportanceWeights:
-    """Statistics of the untruncated weights w = pi_prox/mu over the M scored tokens of a step."""
+    """Statistics of the untruncated ratios rho = pi_prox/mu over the M scored tokens of a step."""
 
     effective_sample_size: float
-    """(sum w)^2 / (M sum w^2), in (0, 1]."""
+    """(sum rho)^2 / (M sum rho^2), in (0, 1]."""
     mean: float
     std: float
 

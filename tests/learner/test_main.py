@@ -1,10 +1,11 @@
-"""The number of PyTorch threads of `python -m learner` that no launcher started."""
+"""`python -m learner` started by hand: its PyTorch threads, and a wrong number of ranks."""
 
 import os
 import sys
 
 import pytest
 
+from learner.__main__ import check_num_ranks
 from tests.containers import limited, run
 
 CODE = """
@@ -25,3 +26,12 @@ def test_a_learner_started_by_hand_has_as_many_threads_as_its_quota_has_cores(gi
         pytest.skip("one core is one thread anyhow")
     with limited(cpu=1.0) as inside:
         assert run(["env", "-u", "OMP_NUM_THREADS", *given, *inside, sys.executable, "-c", CODE]) == f"{threads}\n"
+
+
+def test_another_number_of_ranks_than_configured_is_refused() -> None:
+    check_num_ranks({"learner": {}}, {})
+    check_num_ranks({"learner": {"num_ranks": 4}}, {"WORLD_SIZE": "4"})
+    with pytest.raises(ValueError, match=r"4 learner ranks were started, but learner\.num_ranks=1; start that many"):
+        check_num_ranks({"learner": {"num_ranks": 1}}, {"WORLD_SIZE": "4"})
+    with pytest.raises(ValueError, match=r"1 learner ranks were started, but learner\.num_ranks=2"):
+        check_num_ranks({"learner": {"num_ranks": 2}}, {})

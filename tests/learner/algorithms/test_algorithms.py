@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import Any
 
 import hydra.utils
@@ -278,6 +279,10 @@ def test_a_missing_annotation_is_named() -> None:
         ({"gamma": 1.01}, "gamma=1.01"),
         ({"lam": -0.5}, "lam=-0.5"),
         ({"reward_scale": 0.0}, "reward_scale=0.0"),
+        ({"clip_high": math.nan}, "clip_high=nan"),
+        ({"reward_scale": math.inf}, "reward_scale=inf"),
+        ({"reward_shift": math.nan}, "reward_shift=nan"),
+        ({"entropy_coef": math.nan}, "entropy_coef=nan"),
         ({"reward_clip": -1.0}, "reward_clip=-1.0"),
         ({"correction": TOPR()}, "TOPR asks whether a completion as a whole was good.*critic of PPO.*algorithm=rloo"),
     ],
