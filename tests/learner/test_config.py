@@ -27,7 +27,7 @@ def test_a_section_becomes_frozen_dataclasses_with_defaults():
     [
         ({"zero_stage": 4}, ["zero_stage=4", "0, 1, 2 or 3"]),
         ({"cpu_offload": True}, ["cpu_offload=true", "zero_stage=0", "1, 2 or 3"]),
-        ({"publish_dtype": "float16"}, ["publish_dtype=float16", "float32, bfloat16"]),
+        ({"publish_dtype": "float16"}, ["actor.dtype=float16", "learner.publish_dtype", "float32, bfloat16"]),
         ({"total_steps": 0}, ["total_steps=0", "at least 1"]),
         ({"num_ranks": 0}, ["num_ranks=0", "at least 1"]),
         ({"num_ranks": 3}, ["groups_per_batch=8", "num_ranks=3", "multiple of 3"]),

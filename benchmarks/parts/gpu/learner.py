@@ -71,10 +71,11 @@ def deepspeed_step(policy: PolicyModel, data: Sequences, budget: int, device: to
 def plain_step(policy: PolicyModel, data: Sequences, budget: int, device: torch.device) -> Callable[[], None]:
     """A step with the same batch, microbatches and loss, with torch's AdamW instead of DeepSpeed."""
     from learner.algorithms.base import AdvantageInputs, LossInputs
+    from learner.algorithms.corrections import DecoupledTIS
     from learner.algorithms.grpo import GRPO
     from learner.batches.batch import TrainingBatch
 
-    algorithm = GRPO()
+    algorithm = GRPO(correction=DecoupledTIS(), aggregation="token_mean")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     groups = trajectory_groups(data, [np.full(length, -1.0, np.float32) for length in completion_lengths(data)])
 

@@ -12,6 +12,7 @@ from benchmarks.parts.learner.groups import completion_lengths, split_by_complet
 from benchmarks.parts.learner.work import LEARNING_RATE, Sequences
 from buffer.transport.packed_group import pack_group, unpack_group
 from learner.algorithms.base import AdvantageInputs
+from learner.algorithms.corrections import DecoupledTIS
 from learner.algorithms.grpo import GRPO
 from learner.algorithms.metrics import summarize
 from learner.batches.batch import TrainingBatch
@@ -44,7 +45,8 @@ class OurStep:
         bfloat16: bool = False,
     ) -> None:
         init_distributed(device)
-        self._tokens_per_microbatch, self._device, self._algorithm = tokens_per_microbatch, device, GRPO()
+        self._tokens_per_microbatch, self._device = tokens_per_microbatch, device
+        self._algorithm = GRPO(correction=DecoupledTIS(), aggregation="token_mean")
         optimizer = OptimizerConfig(learning_rate=LEARNING_RATE)
         self.engine = TrainingEngine(
             policy, optimizer, zero_stage=0, bfloat16=bfloat16, cpu_offload=False, device=device
