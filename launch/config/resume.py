@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.config.compose import GROUPS, setting_path
-from launch.config.consistency import Sections, setting
+from launch.config.consistency import COPIES, Sections, setting
 from learner.checkpoints.manifest import newest_checkpoint
 
 CHANGEABLE = (
@@ -28,7 +28,6 @@ CHANGEABLE = (
     *("cluster.min_free_bytes", "model.gradient_checkpointing"),
 )
 """Settings that a resumed run may change: they do not change what it computes, except its length and evaluation."""
-ALSO_SET = {"total_steps": ("learner.total_steps",)}
 
 
 def new_overrides(sections: Sections, overrides: Sequence[str]) -> list[str]:
@@ -59,15 +58,16 @@ def apply_changes(sections: dict[str, Any], overrides: Sequence[str], wanted: Se
                 f"resume={run_dir} cannot change {path}, which is {has} there and {wants} here; start a new run with"
                 " it, or leave it out (docs/configuration.md lists what may change)"
             )
-        _check_steps(run_dir, path, wants)
-        for target in (path, *ALSO_SET.get(path, ())):
+        if path == "total_steps":
+            _check_steps(run_dir, wants)
+        for target in (path, *(copy for copy, source in COPIES.items() if source == path)):
             _set(sections, target, wants)
 
 
-def _check_steps(run_dir: Path, path: str, wants: Any) -> None:
+def _check_steps(run_dir: Path, wants: Any) -> None:
     newest = newest_checkpoint(run_dir / "checkpoints")
     done = int(newest.name) if newest else 0
-    if path == "total_steps" and isinstance(wants, int) and wants < done:
+    if isinstance(wants, int) and wants < done:
         raise ValueError(f"total_steps={wants} is below {done}, the steps that {run_dir} has done; use {done} or more")
 
 
