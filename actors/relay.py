@@ -154,7 +154,8 @@ def main() -> int:
             raise ValueError(f"weights={config.transport} sends nothing that could be relayed; use weights=file")
         own, others = client_credentials(arguments.run_dir), server_credentials(arguments.run_dir)
         address = arguments.address or own_address(config.address, config.relay_fanout)
-        server = WeightServer(address, others, keep_versions=config.keep_versions)
+        pulls = config.concurrent_pulls
+        server = WeightServer(address, others, keep_versions=config.keep_versions, concurrent_pulls=pulls)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

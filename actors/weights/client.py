@@ -22,6 +22,8 @@ from buffer.weights.shared_memory import hold, let_go
 
 logger = logging.getLogger(__name__)
 
+RELAY_RETRY_SECONDS = 300.0
+"""Time for which a relay that failed is not asked again."""
 RELAY_SECONDS = 30.0
 """Longest wait until a relay has a version, in seconds. After that the actor asks the learner's store."""
 
@@ -58,6 +60,8 @@ class WeightClient:
         self._puller = Puller(chunk_bytes, deltas)
         self._mapped = Mappings()
         self._relay: Connection | None = None
+        self._failed_relays: dict[str, float] = {}
+        """Event loop's time of the last failure, by address."""
 
     @property
     def pulled_bytes(self) -> int:
@@ -94,12 +98,22 @@ class WeightClient:
         mapped = await self._mapped_file(manifest)
         if mapped is not None:
             return mapped
-        if manifest.relay and self._connect is not None:
+        now = asyncio.get_running_loop().time()
+        failed_at = self._failed_relays.get(manifest.relay, -RELAY_RETRY_SECONDS)
+        if manifest.relay and self._connect is not None and now - failed_at >= RELAY_RETRY_SECONDS:
             try:
                 return await self._from_relay(manifest, self._connect)
-            # The relay may have ended, or may not have the version yet. The learner has every version it announces.
-            except (TimeoutError, RequestRefused, ConnectionError, RuntimeError) as error:
-                logger.warning("policy %d does not come from %s: %s", manifest.policy_version, manifest.relay, error)
+            # It has a newer version by now; so will the next manifest.
+            except RequestRefused as error:
+                logger.info("policy %d does not come from %s: %s", manifest.policy_version, manifest.relay, error)
+            # The relay may have ended, or be out of this actor's reach. The learner has every version it announces.
+            except (TimeoutError, ConnectionError, RuntimeError) as error:
+                reason = str(error) or f"it did not have the version within {RELAY_SECONDS:.0f} s"
+                logger.warning(
+                    "policy %d does not come from %s: %s; the relay is not asked again for %.0f s",
+                    *(manifest.policy_version, manifest.relay, reason, RELAY_RETRY_SECONDS),
+                )
+                self._failed_relays = {manifest.relay: asyncio.get_running_loop().time()}
         return await self._puller.pull(manifest, self._connection)
 
     async def _from_relay(self, manifest: Manifest, connect: Callable[[str], Connection]) -> LocalWeights:

@@ -15,6 +15,7 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgpack
@@ -45,6 +46,9 @@ SCHEMA = 5
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
+MAX_TENSORS = 1 << 17
+"""Largest number of tensors in a manifest: more than the experts of the largest models have, one by one."""
+MAX_TENSORS_BYTES = 1 << 25
 
 
 class ForeignRunError(WireError):
@@ -368,6 +372,20 @@ class TensorEntry:
     """XXH3 of the tensor's bytes, 16 hexadecimal digits."""
 
 
+class TensorEntries(tuple[TensorEntry, ...]):
+    """The tensors of one version. They are sent as one frame, which is packed once, however many readers ask."""
+
+    @cached_property
+    def frame(self) -> bytes:
+        """The entries as msgpack."""
+        frame: bytes = msgpack.packb([_pack(entry, []) for entry in self], use_bin_type=True)
+        if len(frame) > MAX_TENSORS_BYTES:
+            raise ValueError(
+                f"{len(self)} tensors take {len(frame)} bytes of a manifest; {MAX_TENSORS_BYTES} are allowed"
+            )
+        return frame
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """One published version of the weights."""
@@ -383,6 +401,10 @@ class Manifest:
     tensors: tuple[TensorEntry, ...]
     relay: Line = ""
     """Address of a relay on the requester's host, which has this version or is pulling it; empty: no relay."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensors, TensorEntries):
+            object.__setattr__(self, "tensors", TensorEntries(self.tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,6 +551,9 @@ def _pack(value: Any, frames: Frames) -> Any:
     if isinstance(value, Frame):
         frames.append(value)
         return None
+    if isinstance(value, TensorEntries):
+        frames.append(value.frame)
+        return None
     if isinstance(value, tuple):
         return [_pack(item, frames) for item in value]
     if dataclasses.is_dataclass(value):
@@ -548,7 +573,19 @@ def _take_frame(value: Any, rest: Frames) -> Frame:
     return rest.pop()
 
 
-_SPECIAL: dict[Any, Reader] = {PackedGroup: _take_group, Frame: _take_frame}
+def _take_tensors(value: Any, rest: Frames) -> TensorEntries:
+    entries = unpack_header(bytes(_take_frame(value, rest)), MAX_TENSORS_BYTES)
+    if type(entries) is not list or len(entries) > MAX_TENSORS:
+        raise WireError(f"a manifest's tensors are not a list of at most {MAX_TENSORS} entries")
+    return TensorEntries(_read_tensor(entry, []) for entry in entries)
+
+
+_read_tensor = record(TensorEntry, {})
+_SPECIAL: dict[Any, Reader] = {
+    PackedGroup: _take_group,
+    Frame: _take_frame,
+    tuple[TensorEntry, ...]: _take_tensors,
+}
 _KINDS: dict[str, Any] = {cls.__name__: cls for cls in typing.get_args(Message)}
 _READERS: dict[type[Any], Reader] = {cls: record(cls, _SPECIAL) for cls in _KINDS.values()}
 _FIELDS: dict[type[Any], tuple[str, ...]] = {}

@@ -76,17 +76,18 @@ def check_name(name: str, what: str) -> None:
         raise ValueError(f"{what} {name[:150]!r} is not made of 1 to 128 letters, digits and _.:@-; choose another")
 
 
-def unpack_header(frame: bytes) -> Any:
-    """Decode the msgpack value in `frame`.
+def unpack_header(frame: bytes, max_bytes: int | None = None) -> Any:
+    """Decode the msgpack value in `frame`, which may have `max_bytes` bytes; None: `MAX_HEADER_BYTES`.
 
     Raises:
         WireError: when the frame is too large or is not exactly one msgpack value.
     """
-    if len(frame) > MAX_HEADER_BYTES:
-        raise WireError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+    max_bytes = MAX_HEADER_BYTES if max_bytes is None else max_bytes
+    if len(frame) > max_bytes:
+        raise WireError(f"a header of {len(frame)} bytes; at most {max_bytes} are allowed")
     try:
         # A first pass skips through the value without building it, so that no false length reaches the second pass.
-        walker = msgpack.Unpacker(max_buffer_size=MAX_HEADER_BYTES)
+        walker = msgpack.Unpacker(max_buffer_size=max_bytes)
         walker.feed(frame)
         walker.skip()
         return msgpack.unpackb(frame, raw=False, strict_map_key=True)

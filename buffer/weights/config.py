@@ -29,6 +29,9 @@ class WeightsConfig:
     """Limit for bytes sent over the network, to all actors together; 0: no limit."""
     relay_fanout: int = 0
     """Relays that pull from the learner, and relays that pull from each relay; 0: all pull from the learner."""
+    concurrent_pulls: int = 4
+    """Pulls that a store or relay serves at the same time, each to its end; the others wait. Raise it when the link of
+    the learner is many times faster than those of the actors."""
     deltas: bool = True
     """Whether an actor that has one of the kept versions pulls the delta from that version where a delta is smaller."""
     rendezvous_seconds: float = 300.0
@@ -41,6 +44,8 @@ class WeightsConfig:
     def __post_init__(self) -> None:
         if self.keep_versions < 1:
             raise ValueError(f"weights.keep_versions={self.keep_versions} must be at least 1")
+        if self.concurrent_pulls < 1:
+            raise ValueError(f"weights.concurrent_pulls={self.concurrent_pulls} must be at least 1")
         if self.relay_fanout < 0:
             raise ValueError(f"weights.relay_fanout={self.relay_fanout} must be 0 (no tree) or above")
         if not self.bytes_per_second >= 0:

@@ -31,6 +31,7 @@ from buffer.transport.messages import (
 )
 from buffer.transport.router import Router
 from buffer.weights.layout import checksum
+from buffer.weights.pulls import PullQueue
 from buffer.weights.relay_tree import RelayTree
 from buffer.weights.shared_memory import Segment
 from buffer.weights.versions import KeptVersions, Requester
@@ -65,6 +66,7 @@ class WeightServer:
         keep_versions: number of versions served. A request for an older one is refused.
         bytes_per_second: limit for chunks, to all readers together; 0: no limit.
         relay_fanout: as in `RelayTree`.
+        concurrent_pulls: largest number of pulls that are served at the same time (`buffer/weights/pulls.py`).
 
     Raises:
         ValueError: when the address is in use or invalid, or is not local and the credentials have no keys.
@@ -78,11 +80,14 @@ class WeightServer:
         keep_versions: int,
         bytes_per_second: float = 0.0,
         relay_fanout: int = 0,
+        concurrent_pulls: int = 4,
     ) -> None:
         self._throttle = Throttle(bytes_per_second)
         self._relays = RelayTree(relay_fanout)
         self._parked: dict[bytes, tuple[int, ManifestRequest, float]] = {}
-        self._wanted_chunks: dict[Requester, ChunkRequest] = {}
+        self._pulls = PullQueue(concurrent_pulls)
+        self._chunks_left = False
+        """Whether requests for chunks were left over that can be answered as soon as the rate limit allows it."""
         self._wanted_deltas: dict[Requester, Future[bytes]] = {}
         self._router = Router(address, credentials)
         self.address = self._router.address
@@ -134,7 +139,7 @@ class WeightServer:
             self._answer_chunks()
 
     def _patience_milliseconds(self) -> int:
-        if not self._wanted_chunks:
+        if not self._chunks_left:
             return int(TICK_SECONDS * 1000)
         return int(1000 * min(max(self._throttle.free_at - time.monotonic() + 0.001, 0.0), TICK_SECONDS))
 
@@ -153,8 +158,7 @@ class WeightServer:
                 case RelayHello(address=address, host_id=host):
                     self._answer(requester, RelayPlace(self._relays.hear(host, address, now)))
                 case ChunkRequest() as request:
-                    # A resend of a request that is still queued is answered once.
-                    self._wanted_chunks[requester] = request
+                    self._pulls.add(*requester, request, now)
                 case DeltaRequest(publication=publication, base=base):
                     self._wanted_deltas[requester] = self._kept.delta(base, publication)
                 case other:
@@ -182,12 +186,20 @@ class WeightServer:
                 self._answer(requester, DeltaReply(len(delta.result()), checksum(delta.result())))
 
     def _answer_chunks(self) -> None:
-        now = time.monotonic()
-        for requester, request in list(self._wanted_chunks.items())[:MESSAGES_PER_TURN]:
-            if self._throttle.free_at > now:
+        now, versions = time.monotonic(), self._kept.versions()
+        for _ in range(MESSAGES_PER_TURN):
+            self._chunks_left = self._throttle.free_at > now
+            if self._chunks_left:
                 return
-            del self._wanted_chunks[requester]
-            reply = self._kept.chunk(request, requester)
-            self._throttle.take(request.num_bytes if isinstance(reply, Chunk) else 0, now)
+            due = self._pulls.take(versions, now)
+            if due is None:
+                return
+            identity, number, request = due
+            reply = self._kept.chunk(request, (identity, number))
+            if self._kept.is_last(request):
+                self._pulls.end(identity)
+            if isinstance(reply, Chunk):
+                self._throttle.take(request.num_bytes, now)
             if reply is not None:
-                self._answer(requester, reply)
+                self._answer((identity, number), reply)
+        self._chunks_left = True

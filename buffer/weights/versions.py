@@ -73,6 +73,27 @@ class KeptVersions:
         with self._lock:
             return next(reversed(self._kept.values()), (None, None))[0]
 
+    def versions(self) -> dict[str, int]:
+        """Return the policy version of every publication that is kept."""
+        with self._lock:
+            return {publication: manifest.policy_version for publication, (manifest, _) in self._kept.items()}
+
+    def is_last(self, request: ChunkRequest) -> bool:
+        """Return whether the requested bytes are the end of their publication or delta."""
+        with self._lock:
+            if request.publication not in self._kept:
+                return False
+            return request.offset + request.num_bytes == self._size(request)
+
+    def _size(self, request: ChunkRequest) -> int:
+        if not request.base:
+            return self._kept[request.publication][0].num_bytes
+        return len(self._delta(request))
+
+    def _delta(self, request: ChunkRequest) -> bytes:
+        delta = self._deltas.get((request.base, request.publication))
+        return delta.result() if delta is not None and delta.done() else b""
+
     def chunk(self, request: ChunkRequest, requester: Requester) -> Chunk | Refused | None:
         """Return the requested bytes. Their segment is not reused as long as the chunk exists.
 
@@ -84,14 +105,13 @@ class KeptVersions:
                 return None
             if request.publication not in self._kept:
                 return Refused(f"publication {request.publication} is not kept here; ask for the manifest again")
-            manifest, segment = self._kept[request.publication]
-            delta = self._deltas.get((request.base, request.publication))
-            made = delta.result() if delta is not None and delta.done() else b""
-            size = len(made) if request.base else manifest.num_bytes
-            start, end = request.offset, request.offset + request.num_bytes
+            size, start, end = self._size(request), request.offset, request.offset + request.num_bytes
             if not start < end <= size:
                 return Refused(f"bytes {request.offset}+{request.num_bytes} lie outside {size}")
-            data = memoryview(made)[start:end] if request.base else self._lend(segment, start, end, requester)
+            if request.base:
+                data: Frame = memoryview(self._delta(request))[start:end]
+            else:
+                data = self._lend(self._kept[request.publication][1], start, end, requester)
         return Chunk(start, checksum(data), data)
 
     def _lend(self, segment: Segment, start: int, end: int, requester: Requester) -> Frame:

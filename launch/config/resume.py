@@ -21,7 +21,10 @@ CHANGEABLE = (
     *(f"actor.evaluation_{name}" for name in ("prompts", "temperature", "max_new_tokens")),
     *(f"verifier.{name}" for name in ("num_workers", "deadline_seconds", "memory_bytes", "max_retries")),
     *(f"buffer.{name}" for name in ("lease_seconds", "durability", "max_no_signal", "max_reissues")),
-    *(f"weights.{name}" for name in ("shared_memory", "keep_versions", "bytes_per_second", "relay_fanout", "deltas")),
+    *(
+        f"weights.{name}"
+        for name in ("shared_memory", "keep_versions", "bytes_per_second", "concurrent_pulls", "relay_fanout", "deltas")
+    ),
     *(f"cluster.{name}" for name in ("num_actors", "relays", "host", "buffer_port", "weights_port", "pin_cores")),
     *(f"cluster.{name}" for name in ("learner_cores", "separate_devices", "max_restarts", "healthy_seconds")),
     *(f"cluster.{name}" for name in ("hung_seconds", "grace_seconds", "tensorboard", "tensorboard_port")),

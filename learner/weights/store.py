@@ -161,6 +161,7 @@ class WeightStore:
             keep_versions=config.keep_versions,
             bytes_per_second=config.bytes_per_second,
             relay_fanout=config.relay_fanout,
+            concurrent_pulls=config.concurrent_pulls,
         )
         self._background = ThreadPoolExecutor(1, thread_name_prefix="publish")
 

@@ -147,6 +147,33 @@ def test_where_the_relay_has_died_the_learner_is_asked(start, monkeypatch: pytes
     asyncio.run(check())
 
 
+def test_a_relay_that_failed_is_not_asked_again_for_some_minutes(start, monkeypatch: pytest.MonkeyPatch):
+    async def check() -> None:
+        async with start() as cluster:
+            await cluster.relay("far")
+            actor = cluster.client("far", maps=True)
+            actor._relays = None
+            asked: list[str] = []
+
+            def no_answer(address: str) -> Connection:
+                asked.append(address)
+                return Connection(f"{address}-unreachable", "lonely", CREDENTIALS)
+
+            actor._connect = no_answer
+            monkeypatch.setattr("actors.weights.client.RELAY_SECONDS", 0.1)
+            for version in (1, 2, 3):
+                await cluster.publish(version)
+                assert holds(await cluster.take(actor), version)
+            assert len(asked) == 1
+            actor.close()
+            monkeypatch.setattr("actors.weights.client.RELAY_RETRY_SECONDS", 0.0)
+            await cluster.publish(4)
+            assert holds(await cluster.take(actor), 4)
+            assert len(asked) == 2
+
+    asyncio.run(check())
+
+
 def test_a_relay_that_breaks_off_is_replaced_by_the_learner_at_that_chunk(start):
     async def check() -> None:
         async with start() as cluster:

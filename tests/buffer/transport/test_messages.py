@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import random
 import typing
 from typing import Any
@@ -225,3 +226,37 @@ def test_a_large_frame_stays_where_it_was_received():
     decoded, _ = messages.decode([header, received], "run")
     assert decoded == chunk
     assert isinstance(decoded, messages.Chunk) and decoded.data is received
+
+
+def entries(number: int) -> tuple[messages.TensorEntry, ...]:
+    return tuple(
+        messages.TensorEntry(
+            f"model.layers.{i}.mlp.experts.{i}.down_proj.weight", "bfloat16", (768, 2048), i, 1, "0" * 16
+        )
+        for i in range(number)
+    )
+
+
+def test_the_tensors_of_a_version_are_packed_once_for_all_readers(monkeypatch: pytest.MonkeyPatch):
+    manifest = messages.Manifest(3, "s:3", "/run/v3", "host", 100, entries(50))
+    frames = messages.encode(manifest, 1, "run")
+    packed, pack = [], msgpack.packb
+    monkeypatch.setattr(msgpack, "packb", lambda value, **how: packed.append(value) or pack(value, **how))
+    for number, relay in enumerate(("", "tcp://127.0.0.1:1")):
+        sent = messages.encode(dataclasses.replace(manifest, relay=relay), number, "run")
+        assert sent[1] is frames[1]
+        assert decode(sent) == (dataclasses.replace(manifest, relay=relay), number)
+    # Only the two headers, which do not hold the tensors.
+    assert len(packed) == 2
+
+
+def test_a_manifest_may_name_every_expert_of_a_large_model():
+    manifest = messages.Manifest(3, "s:3", "/run/v3", "host", 100, entries(45_000))
+    assert decode(messages.encode(manifest, 1, "run"))[0] == manifest
+
+
+def test_broken_tensors_of_a_manifest_are_refused():
+    header, packed = messages.encode(messages.Manifest(3, "s:3", "/run/v3", "host", 100, entries(2)), 1, "run")
+    for broken in (b"", packed[:-1], packed + packed, msgpack.packb({}), msgpack.packb([[1]]), msgpack.packb([[]])):
+        with pytest.raises(schema.WireError):
+            decode([header, broken])
