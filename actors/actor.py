@@ -17,6 +17,7 @@ import asyncio
 import errno
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,11 @@ class Actor:
         self._lateness = ""
         """What the actor waits for when the last version was fetched too slowly; empty: it was in time."""
         self._closing = False
-        self._leased = self._num_unscored = 0
+        self._num_unscored = 0
+        self._rollouts: dict[str, asyncio.Task[None]] = {}
+        """One per lease, from its grant to the receipt of its group, by group id."""
+        self._evaluating: list[int] = []
+        """Requested versions of the evaluations that are not reported yet."""
         self._room_changed = asyncio.Event()
         self._loading = asyncio.Lock()
 
@@ -134,21 +139,42 @@ class Actor:
         which the actor reports by heartbeat.
         """
         while True:
-            while self._leased >= self.config.max_groups_in_flight and not self._closing:
+            while len(self._rollouts) >= self.config.max_groups_in_flight and not self._closing:
                 self._room_changed.clear()
                 await self._room_changed.wait()
-            reply = await self._ask_for_leases(max(self.config.max_groups_in_flight - self._leased, 0))
+            reply = await self._ask_for_leases(max(self.config.max_groups_in_flight - len(self._rollouts), 0))
             self._closing = reply.closing
             for lease in reply.leases:
-                self._leased += 1
-                tasks.create_task(self._roll_out(lease))
+                self._start_rollout(lease, tasks)
             if reply.evaluate_version >= 0:
+                self._evaluating.append(reply.evaluate_version)
                 tasks.create_task(self._evaluate(reply.evaluate_version))
             elif self._closing and not reply.leases:
                 await asyncio.sleep(0.5)
 
+    def _start_rollout(self, lease: Lease, tasks: asyncio.TaskGroup) -> None:
+        """Start the rollout. When it has ended, for whatever reason, the actor no longer holds the lease."""
+
+        def ended(_: asyncio.Task[None]) -> None:
+            del self._rollouts[lease.group_id]
+            self._room_changed.set()
+
+        rollout = tasks.create_task(self._roll_out(lease))
+        self._rollouts[lease.group_id] = rollout
+        rollout.add_done_callback(ended)
+
+    def _stop_rollouts(self, ended: Sequence[str]) -> None:
+        """Stop the rollouts whose leases have ended, because their groups would be of no use."""
+        stopped = [group_id for group_id in ended if group_id in self._rollouts]
+        for group_id in stopped:
+            self._rollouts[group_id].cancel()
+        if stopped:
+            logger.warning("%d leases have ended, such as %s; their rollouts are stopped", len(stopped), stopped[0])
+
     async def _ask_for_leases(self, num_groups: int) -> LeaseReply:
-        reply = await self._call(LeaseRequest(self.actor_id, self.policy_version, num_groups, self.task.fingerprint))
+        held = tuple(self._rollouts), tuple(self._evaluating)
+        request = LeaseRequest(self.actor_id, self.policy_version, num_groups, self.task.fingerprint, *held)
+        reply = await self._call(request)
         if not isinstance(reply, LeaseReply):
             raise RuntimeError(f"the buffer answered {reply} to a lease request")
         return reply
@@ -164,8 +190,6 @@ class Actor:
             await self._call(LeaseReturn(self.actor_id, (lease.group_id,), "prompt_too_long"))
         else:
             await self._deliver(lease, problem, prompt_ids)
-        self._leased -= 1
-        self._room_changed.set()
 
     async def _deliver(self, lease: Lease, problem: Problem, prompt_ids: list[int]) -> None:
         completed = await self._completer.complete(
@@ -333,6 +357,7 @@ class Actor:
             seconds=time.monotonic() - started,
         )
         await self._call(report)
+        self._evaluating.remove(requested_version)
         logger.info("policy %d: pass@1 %.3f on %d held-out prompts", version, report.pass_at_1, report.num_prompts)
 
     async def _evaluate_one(self, problem: Problem, version: int) -> tuple[float, float, float]:
@@ -371,11 +396,13 @@ class Actor:
     async def _send_heartbeat(self, waiting_for: str) -> None:
         metrics = (
             self.meter.metrics()
-            | {"groups_leased": float(self._leased), "weight_pulled_bytes": float(self.weights.pulled_bytes)}
+            | {"groups_leased": float(len(self._rollouts)), "weight_pulled_bytes": float(self.weights.pulled_bytes)}
             | {f"verifier_{name}": number for name, number in (self.pool.counts() if self.pool else {}).items()}
         )
-        reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics))
+        held = tuple(self._rollouts)
+        reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics, held))
         if isinstance(reply, HeartbeatReply):
+            self._stop_rollouts(reply.ended)
             self._closing, self._learner_version = reply.closing, reply.policy_version
             self._room_changed.set()
 

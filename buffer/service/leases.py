@@ -208,12 +208,11 @@ class Leases:
             log.info("%s replaces %s: %d leases pending again", holder_name(identity), name, released)
 
     def _reply(self, leases: list[tuple[str, int]], evaluate_version: int) -> messages.LeaseReply:
-        seconds = self._config.lease_seconds
         granted = []
         for group_id, prompt_id in leases:
             stage = self._ledger.curriculum.stage_of(int(group_id.partition(".")[0]))
             how = stage.samples_per_group, stage.max_new_tokens
-            granted.append(messages.Lease(group_id, prompt_id, seconds, *how))
+            granted.append(messages.Lease(group_id, prompt_id, *how))
         return messages.LeaseReply(tuple(granted), evaluate_version, self._progress.closing)
 
     def _remember(self, identity: bytes, client: _Client, number: int, reply: messages.LeaseReply) -> Outgoing:

@@ -62,14 +62,14 @@ class ForeignRunError(WireError):
 class Lease:
     """Permission for one actor to sample one group for one prompt.
 
-    The lease ends when the group is delivered, when the actor returns the lease, or when the buffer has heard nothing
-    from the actor for `deadline_seconds`. Any message of the actor restarts that time.
+    The lease ends when the group is delivered, when the actor returns the lease, when the actor no longer says that it
+    has the lease (`LeaseRequest.held`), when another process takes the actor's name over, or when the buffer has heard
+    nothing from the actor for `buffer.lease_seconds`. `HeartbeatReply.ended` tells the actor. A lease that has ended
+    never comes back: the prompt's next lease has another group id.
     """
 
     group_id: Name
     prompt_id: Count
-    deadline_seconds: Seconds
-    """Seconds of silence after which the actor loses the lease."""
     samples_per_group: SmallCount = 0
     max_new_tokens: Count = 0
     """Limits of the curriculum's stage for this group; 0: use the actor's configuration."""
@@ -87,6 +87,11 @@ class LeaseRequest:
     policy_version: VersionOrNone
     num_groups: SmallCount
     data_fingerprint: Name
+    held: tuple[Name, ...] = ()
+    """Group ids that the actor works on, or whose receipt it has not got. All other leases that were granted to the
+    connection's earlier requests end."""
+    evaluating: tuple[Version, ...] = ()
+    """Requested versions of the evaluations that the actor works on. Its other evaluations become pending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,8 @@ class Heartbeat:
     """What the process waits for, in words that complete "waits for"; empty: it does not wait."""
     metrics: dict[Line, float]
     """Values for the terminal display and TensorBoard, by name."""
+    held: tuple[Name, ...] = ()
+    """An actor's groups, as in `LeaseRequest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,8 @@ class HeartbeatReply:
 
     policy_version: VersionOrNone
     closing: bool
+    ended: tuple[Name, ...] = ()
+    """Group ids in the heartbeat's `held` that are not leased to its sender. Work on them is wasted."""
 
 
 @dataclass(frozen=True, slots=True)

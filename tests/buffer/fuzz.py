@@ -135,7 +135,7 @@ class Buffer:
 
     def messages(self, chance: random.Random) -> list[wire.Message]:
         """One message of every kind, with ids and versions that are valid now."""
-        lease = chance.choice(self.leases) if self.leases else wire.Lease("0.0", 0, 5.0)
+        lease = chance.choice(self.leases) if self.leases else wire.Lease("0.0", 0)
         version = max(0, self.version - chance.randrange(3))
         group = group_of(lease.group_id, lease.prompt_id, version)
         report = wire.EvaluationReport("actor-0", version, version, 10, 0.5, 0.2, 12.0, 1.0)

@@ -185,7 +185,7 @@ def header(*fields: Any) -> list[bytes]:
         (header(messages.SCHEMA, "run", "LearnerHello", 0, ["3"]), "expected int, got str"),
         (header(messages.SCHEMA, "run", "LearnerHello", 0, [True]), "expected int, got bool"),
         (header(messages.SCHEMA, "run", "LearnerHello", 0, [2**63]), "is not between"),
-        (header(messages.SCHEMA, "run", "Heartbeat", 0, ["a", "b", 0, "", {"x": "y"}]), "expected"),
+        (header(messages.SCHEMA, "run", "Heartbeat", 0, ["a", "b", 0, "", {"x": "y"}, []]), "expected"),
         (header(messages.SCHEMA, "run", "GroupDelivery", 0, ["a", None]), "frames are missing"),
         (header(messages.SCHEMA, "run", "Chunk", 0, [1, "", None]), "frame of bytes is missing"),
     ],
