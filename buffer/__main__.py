@@ -1,6 +1,8 @@
 """`python -m buffer serve RUN_DIR` runs a run's buffer; `python -m buffer inspect RUN_DIR` checks a run's ledger.
 
-Exit status: 0 on success; 1 when `inspect` finds a broken invariant; 2, with one sentence, on a user error.
+Exit status: 0 on success; 1 when `inspect` finds a broken invariant, or on an error after serving began, after which a
+restart may help; 2, with one sentence, when a restart cannot help: on a mistake that is found before serving, and when
+the ledger was deleted.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any
 
 from buffer.config import BufferConfig, load_run_config, read_section
 from buffer.ledger.audit import Audit, StageRow, audit
-from buffer.service.server import serve
+from buffer.ledger.ledger_file import LedgerLostError
+from buffer.service.server import Server, open_server
 from buffer.service.waits import SavedWaits, load_waits
 
 
@@ -35,13 +38,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "inspect":
             return _inspect(options.run_dir, options.json)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        serve(read_buffer_config(options.run_dir))
+        server = open_server(read_buffer_config(options.run_dir))
     except ValueError as error:
         print(f"buffer: {error}", file=sys.stderr)
         return 2
     except sqlite3.DatabaseError as error:
         print(f"buffer: the ledger in {options.run_dir} cannot be used: {error}", file=sys.stderr)
         return 2
+    return _run(server)
+
+
+def _run(server: Server) -> int:
+    try:
+        server.run()
+    except LedgerLostError as error:
+        print(f"buffer: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        logging.getLogger("buffer").exception("the buffer cannot go on")
+        # The launcher shows the log's last line, so the last line names the error.
+        print(f"buffer: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import replace
 
-from buffer.transport.connection import Connection
+from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import ensure_credentials
 from buffer.transport.messages import Message, Status, StatusRequest
 from launch.config.plan import RunPlan
@@ -102,7 +102,12 @@ class Session:
         """The buffer's answer if it has arrived; the next request is then sent at once."""
         if not self._asked.done():
             return None
-        status, self._asked = self._asked.result(), self._ask()
+        answered, self._asked = self._asked, self._ask()
+        try:
+            status = answered.result()
+        except RequestRefused as error:
+            logger.warning("no status: %s", error)
+            return None
         assert isinstance(status, Status), status
         self._supervisor.progress(status.policy_version)
         # A restarted buffer has not heard of any process yet.

@@ -6,8 +6,11 @@ pending -> running -> reported. It becomes pending again when its actor falls si
 
 from __future__ import annotations
 
+import msgpack
+
 from buffer.ledger.ledger_file import LedgerFile
-from buffer.transport.messages import EvaluationReport, decode, encode
+from buffer.transport.messages import SCHEMA, EvaluationReport, Message, decode, encode
+from buffer.transport.schema import unpack_header
 
 
 class Evaluations:
@@ -63,7 +66,7 @@ class Evaluations:
             " ORDER BY requested_version",
             since_version,
         )
-        messages = (decode([row[0]], "")[0] for row in rows)
+        messages = (_stored(row[0]) for row in rows)
         return tuple(message for message in messages if isinstance(message, EvaluationReport))
 
     def num_unfinished(self) -> int:
@@ -83,3 +86,9 @@ class Evaluations:
     def roll_back(self, version: int) -> None:
         """Delete the evaluations of versions above `version`, because the learner will compute those versions again."""
         self._file.write("DELETE FROM evaluations WHERE requested_version > ?", version)
+
+
+def _stored(frame: bytes) -> Message:
+    """Decode a stored report. An older release wrote it under its own schema, with the same fields."""
+    _, *rest = unpack_header(frame)
+    return decode([msgpack.packb([SCHEMA, *rest], use_bin_type=True)], "")[0]

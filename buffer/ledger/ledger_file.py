@@ -17,10 +17,10 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from buffer.ledger.states import STATES, enforcing_triggers
 
@@ -33,7 +33,16 @@ LOCK_SECONDS = 10.0
 _LOCK_POLL_SECONDS = 0.05
 
 _OUT_OF_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
+_OF_A_STATEMENT = (
+    *(sqlite3.SQLITE_ERROR, sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH),
+    *(sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_RANGE),
+)
+"""Primary error codes whose cause is a statement or its values. Every other code is about the file."""
+_ABSENT = object()
 _SYNCHRONOUS = {"full": "FULL", "normal": "NORMAL", "memory": "OFF"}
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 SUCCESS = "CAST(num_correct AS REAL) / num_samples"
 """SQL: the share of correct completions in a group; NULL before the group is delivered."""
@@ -97,6 +106,10 @@ CREATE TABLE evaluations (
 {enforcing_triggers()}"""
 
 
+class LedgerLostError(ValueError):
+    """The file was deleted or replaced while in use. A restart would begin an empty ledger in its place."""
+
+
 class LedgerFile:
     """The only writing connection to a run's ledger.
 
@@ -109,6 +122,7 @@ class LedgerFile:
 
     def __init__(self, run_dir: Path, durability: str) -> None:
         self._path = run_dir / FILE_NAME
+        self._undo: list[Callable[[], None]] = []
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(run_dir / "ledger.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -163,14 +177,14 @@ class LedgerFile:
         """Check that the open file still exists under its path.
 
         Raises:
-            ValueError: when the file or its directory was deleted or replaced.
+            LedgerLostError: when the file or its directory was deleted or replaced.
         """
         try:
             present = self._path.stat().st_ino == self._inode
         except OSError:
             present = False
         if not present:
-            raise ValueError(
+            raise LedgerLostError(
                 f"{self._path} was deleted or replaced while in use; what it held is lost, start a new run"
             )
 
@@ -193,13 +207,34 @@ class LedgerFile:
     def transaction(self) -> Iterator[None]:
         """Commit all writes inside the block when it ends; undo all of them when it raises."""
         self._db.execute("BEGIN IMMEDIATE")
+        self._undo.clear()
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            for undo in reversed(self._undo):
+                undo()
             raise
+        finally:
+            self._undo.clear()
+
+    def on_undo(self, undo: Callable[[], None]) -> None:
+        """Call `undo` if the open transaction is undone, to restore what the caller keeps in memory."""
+        self._undo.append(undo)
+
+    def guard(self, mapping: MutableMapping[K, V], key: K) -> None:
+        """Restore `mapping[key]`, or its absence, if the open transaction is undone. Call before the change."""
+        before: Any = mapping.get(key, _ABSENT)
+
+        def undo() -> None:
+            if before is _ABSENT:
+                mapping.pop(key, None)
+            else:
+                mapping[key] = before
+
+        self._undo.append(undo)
 
     def write(self, sql: str, *arguments: Any) -> int:
         """Run one statement inside the open transaction. Returns the number of changed rows."""
@@ -240,6 +275,12 @@ class LedgerFile:
         os.close(self._lock)
 
 
-def is_out_of_space(error: sqlite3.Error) -> bool:
+def is_out_of_space(error: Exception) -> bool:
     """Return whether the file system is full. The transaction was rolled back then, and may succeed later."""
     return getattr(error, "sqlite_errorcode", 0) in _OUT_OF_SPACE
+
+
+def is_about_the_file(error: Exception) -> bool:
+    """Return whether SQLite cannot read or write the file, so that no message can be handled until that is repaired."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, sqlite3.Error) and code is not None and code & 0xFF not in _OF_A_STATEMENT

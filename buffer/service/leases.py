@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from buffer.config import BufferConfig
 from buffer.ledger.admission import in_time, room, slot, wanted
@@ -67,6 +67,8 @@ class Leases:
         self._progress = progress
         self._limits = config.limits
         self._clients: dict[bytes, _Client] = {}
+        self.handling: tuple[bytes, int] | None = None
+        """The parked request that `Service.wake` tries to answer now: identity and number."""
 
     def heard(self, identity: bytes, now: float) -> None:
         """Extend the sender's leases, because any message proves that the sender is alive."""
@@ -76,8 +78,9 @@ class Leases:
 
     def learn_version(self, identity: bytes, number: int, policy_version: int) -> None:
         """Note the version of the actor's weights, from its heartbeat `number`."""
-        if identity in self._clients:
-            self._clients[identity].learn(number, policy_version)
+        client = self._remembering(identity)
+        if client is not None:
+            client.learn(number, policy_version)
 
     def request(self, identity: bytes, request: messages.LeaseRequest, number: int, now: float) -> list[Outgoing]:
         """Park a new request for `grant`. A resent or refused request is answered at once."""
@@ -87,7 +90,7 @@ class Leases:
                 f" {self._config.data_fingerprint!r}; give every process the same data"
             )
             return [Outgoing(identity, number, messages.Refused(reason))]
-        client = self._clients.get(identity)
+        client = self._remembering(identity)
         known = self._granted_before(identity, request, number) if client is None else client.replies.get(number)
         if client is None:
             self._replace_predecessors(identity, request.actor_id)
@@ -112,6 +115,7 @@ class Leases:
             if released:
                 log.warning("%s was silent for %.0f s: %d leases pending again", name, seconds, released)
         for identity in [i for i, client in self._clients.items() if now - client.heard > seconds]:
+            self._remembering(identity)
             del self._clients[identity]
 
     def grant(self, now: float) -> list[Outgoing]:
@@ -121,11 +125,32 @@ class Leases:
             if client.parked is None or now - client.heard > PRESUMED_DEAD_SECONDS:
                 continue
             number, request = client.parked
+            self.handling = identity, number
             reply = self._try(Holder(holder_name(identity), request.actor_id, number), client, request, now)
             if reply is not None:
+                self._remembering(identity)
                 client.parked = None
                 outgoing.append(self._remember(identity, client, number, reply))
+        self.handling = None
         return outgoing
+
+    def withdraw(self, identity: bytes, number: int) -> bool:
+        """Forget a parked request, because it is refused. Returns False when there is none."""
+        client = self._clients.get(identity)
+        if client is None or client.parked is None or client.parked[0] != number:
+            return False
+        client.parked = None
+        return True
+
+    def _remembering(self, identity: bytes) -> _Client | None:
+        """Return the connection's state, to be changed: if the transaction is undone, the state is as it is now."""
+        client = self._clients.get(identity)
+        if client is None:
+            self._ledger.file.guard(self._clients, identity)
+        else:
+            kept = replace(client, replies=client.replies.copy())
+            self._ledger.file.on_undo(lambda: self._clients.update({identity: kept}))
+        return client
 
     def waits(self, now: float) -> list[messages.Wait]:
         """Return the actors that wait for leases, and what each one waits for."""
@@ -200,6 +225,7 @@ class Leases:
         """End the leases of the actor's previous process, because its new process does not sample those groups."""
         replaced = {i: c for i, c in self._clients.items() if c.actor_id == actor_id and i != identity}
         for old in replaced:
+            self._remembering(old)
             del self._clients[old]
         names = {holder_name(old) for old in replaced}
         names.update(self._ledger.other_holders(holder_name(identity), actor_id))

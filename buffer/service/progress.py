@@ -20,7 +20,9 @@ class Progress:
     def set(
         self, *, next_version: int | None = None, policy_version: int | None = None, closing: bool | None = None
     ) -> None:
-        """Change and store the given values."""
+        """Change and store the given values. They return to the former ones if the transaction is undone."""
+        for name in ("next_version", "policy_version", "closing"):
+            self._file.guard(self.__dict__, name)
         if next_version is not None:
             self.next_version = next_version
             self._file.set_meta("next_version", next_version)

@@ -1,40 +1,36 @@
 """The buffer's server loop: one ROUTER socket, one thread, many messages per transaction.
 
-Every turn takes the waiting messages, handles them inside one ledger transaction and sends the answers after the
-commit. An acknowledged group is therefore in the file. Waits for: messages. Gives up after: `TICK_SECONDS`, and starts
-the next turn. `buffer/transport/router.py` drops invalid messages; the ledger counts them. SIGTERM and SIGINT end the
-process after the current transaction.
+Every turn takes the waiting messages, handles them inside one ledger transaction (`buffer/service/turn.py`) and sends
+the answers after the commit. An acknowledged group is therefore in the file. Waits for: messages. Gives up after:
+`TICK_SECONDS`, and starts the next turn. `buffer/transport/router.py` drops invalid messages; the ledger counts them.
+SIGTERM and SIGINT end the process after the current transaction.
 
-If the disk is full, the transaction is rolled back and its requests stay unanswered; clients resend them until there is
-space. If the run directory is deleted, the process ends.
+An error while one message is handled refuses that message alone. If the disk is full, the transaction is rolled back
+and its requests stay unanswered; clients resend them until there is space. If the run directory is deleted, the process
+ends.
 """
 
 from __future__ import annotations
 
 import logging
 import signal
-import sqlite3
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from buffer.config import BufferConfig
 from buffer.ledger.ledger import Ledger
-from buffer.ledger.ledger_file import is_out_of_space
+from buffer.ledger.ledger_file import is_about_the_file
 from buffer.service.leases import Outgoing
-from buffer.service.service import Service
+from buffer.service.turn import PAUSE_SECONDS, Turns
 from buffer.service.waits import REFRESH_SECONDS, save_waits
 from buffer.transport.credentials import Credentials, server_credentials
-from buffer.transport.messages import StatusRequest
-from buffer.transport.router import Incoming, Router
+from buffer.transport.router import Router
 
 log = logging.getLogger(__name__)
 
 MESSAGES_PER_TURN = 256
 TICK_SECONDS = 0.2
 """Largest delay until the server notices the end of a lease, or a signal."""
-SPACE_SECONDS = 5.0
-"""The disk counts as having space again when no write has failed for this long."""
 
 
 class Server:
@@ -48,15 +44,14 @@ class Server:
     def __init__(self, config: BufferConfig, credentials: Credentials) -> None:
         self._config = config
         self._ledger = Ledger(config, time.monotonic())
-        self._service = Service(config, self._ledger)
         self._stopping = False
-        self._refused_space = -SPACE_SECONDS
         self._waits_saved = -REFRESH_SECONDS
         try:
             self._router = Router(config.address, credentials)
         except BaseException:
             self._ledger.close()
             raise
+        self._turns = Turns(config, self._ledger, self._router.note)
         self.address = self._router.address
         """The bound address, with the actual port where the configured one has a wildcard."""
 
@@ -80,53 +75,38 @@ class Server:
         now = time.monotonic()
         messages, more_waiting = self._router.receive(MESSAGES_PER_TURN, now)
         self._ledger.file.check_present()
-        try:
-            outgoing = self._carry_out(messages, more_waiting, now)
-        except sqlite3.OperationalError as error:
-            if not is_out_of_space(error):
-                raise
-            outgoing = self._out_of_space(messages, now)
-        for answer in outgoing:
-            self._router.send(answer.identity, answer.message, answer.request_number)
+        for answer in self._turns.carry_out(messages, more_waiting, now, self._router.take_counts()):
+            self._send(answer, now)
         if now - self._waits_saved >= REFRESH_SECONDS:
             self._waits_saved = now
-            save_waits(Path(self._config.run_dir), self._service.waits(now))
+            self._save_waits(now)
 
-    def _carry_out(self, messages: Sequence[Incoming], more_waiting: bool, now: float) -> list[Outgoing]:
-        """Handle one turn's messages in one transaction. Returns the answers, to be sent now."""
-        outgoing: list[Outgoing] = []
-        num_changes = self._ledger.file.num_changes
-        with self._ledger.transaction():
-            for name, number in self._router.take_counts().items():
-                self._ledger.file.count(name, number)
-            for incoming in messages:
-                outgoing += self._service.receive(incoming.identity, incoming.message, incoming.number, now)
-            # No lease expires while messages are waiting, because they may include a heartbeat of its actor.
-            outgoing += self._service.wake(now, may_expire=not more_waiting)
-        since, has_written = self._service.out_of_space_since, self._ledger.file.num_changes > num_changes
-        if since is not None and has_written and now - self._refused_space >= SPACE_SECONDS:
-            log.info("the ledger's disk has space again after %.0f s", now - since)
-            self._service.out_of_space_since = None
-        return outgoing
+    def _send(self, answer: Outgoing, now: float) -> None:
+        try:
+            self._router.send(answer.identity, answer.message, answer.request_number)
+        except (ValueError, TypeError, OverflowError) as error:
+            # An answer that cannot be encoded is an error of its request, and of no other.
+            what = f"the answer {type(answer.message).__name__}"
+            refused = self._turns.refuse(answer.identity, answer.request_number, what, error, now)
+            self._router.send(refused.identity, refused.message, refused.request_number)
 
-    def _out_of_space(self, messages: Sequence[Incoming], now: float) -> list[Outgoing]:
-        """Reload the state from the file, as after a restart, because this turn's changes are lost.
-
-        Only status requests are answered.
-        """
-        since = self._service.out_of_space_since
-        if since is None:
-            log.error("no space for the ledger in %s; nothing is acknowledged until there is", self._config.run_dir)
-        self._refused_space = now
-        self._service = Service(self._config, self._ledger)
-        self._service.out_of_space_since = now if since is None else since
-        asking = [incoming for incoming in messages if isinstance(incoming.message, StatusRequest)]
-        return [Outgoing(incoming.identity, incoming.number, self._service.status(now)) for incoming in asking]
+    def _save_waits(self, now: float) -> None:
+        try:
+            save_waits(Path(self._config.run_dir), self._turns.service.waits(now))
+        except Exception as error:
+            if is_about_the_file(error):
+                raise
+            self._waits_saved = now + PAUSE_SECONDS
+            self._turns.note_error("the list of waits", "all", error)
 
 
-def serve(config: BufferConfig) -> None:
-    """Run the buffer in this process until SIGTERM or SIGINT."""
+def open_server(config: BufferConfig) -> Server:
+    """Return the run's server, which SIGTERM and SIGINT stop. All that can be wrong with its settings raises here.
+
+    Raises:
+        ValueError: as for `Server`; or the run's keys cannot be read or written.
+    """
     server = Server(config, server_credentials(config.run_dir))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.stop())
-    server.run()
+    return server

@@ -56,7 +56,9 @@ class Service:
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
         self.out_of_space_since: float | None = None
-        """Monotonic time since when the ledger's disk is full; None: it is not. Set by the server."""
+        """Monotonic time since when the ledger's disk is full; None: it is not. Set by `Turns`."""
+        self.last_error = ""
+        """The last message that raised, in one sentence for the display; empty: none. Set by `Turns`."""
 
     def receive(self, identity: bytes, message: messages.Message, number: int, now: float) -> list[Outgoing]:
         """Handle `message`. Returns the answers that are due at once; `wake` answers parked requests."""
@@ -65,9 +67,9 @@ class Service:
             case messages.LeaseRequest():
                 return self._leases.request(identity, message, number, now)
             case messages.BatchRequest():
-                self._batches[identity, message.rank] = _ParkedBatch(
-                    number, message, self._since(identity, message, now)
-                )
+                since = self._since(identity, message, now)
+                self._ledger.file.guard(self._batches, (identity, message.rank))
+                self._batches[identity, message.rank] = _ParkedBatch(number, message, since)
                 self._set_policy_version(message.policy_version)
                 return []
             case messages.LearnerHello():
@@ -85,12 +87,28 @@ class Service:
         if may_expire:
             self._leases.expire(now)
         outgoing: list[Outgoing] = []
+        self._leases.handling = None
         for key, parked in list(self._batches.items()):
+            self._leases.handling = key[0], parked.request_number
             reply = self._shard(parked.request, now - parked.since)
             if reply is not None:
+                self._ledger.file.guard(self._batches, key)
                 del self._batches[key]
                 outgoing.append(Outgoing(key[0], parked.request_number, reply))
+        self._leases.handling = None
         return outgoing + self._leases.grant(now)
+
+    @property
+    def handling(self) -> tuple[bytes, int] | None:
+        """Identity and number of the parked request whose answer raised in `wake`; None: the error was elsewhere."""
+        return self._leases.handling
+
+    def withdraw(self, identity: bytes, number: int) -> bool:
+        """Forget a parked request, because it is refused. Returns False when there is none."""
+        keys = [key for key, p in self._batches.items() if (key[0], p.request_number) == (identity, number)]
+        for key in keys:
+            del self._batches[key]
+        return bool(keys) or self._leases.withdraw(identity, number)
 
     def status(self, now: float) -> messages.Status:
         """Answer a `StatusRequest`."""
@@ -104,7 +122,8 @@ class Service:
             shown = (beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
             peers.append(messages.Peer(*shown, waiting_seconds=peer.waiting_seconds(now)))
         reports, waits, stage = ledger.evaluations.reports(), self.waits(now), ledger.curriculum.status()
-        return messages.Status(counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage)
+        known = counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage
+        return messages.Status(*known, notes=(self.last_error,) if self.last_error else ())
 
     def waits(self, now: float) -> tuple[messages.Wait, ...]:
         """Return all waits, longest first: of parked requests, and those that heartbeats of other processes report."""
@@ -181,11 +200,12 @@ class Service:
 
         None while the learner has to wait.
         """
-        version, world_size = request.policy_version, request.world_size
-        if not 0 <= request.rank < world_size or self._limits.groups_per_batch % world_size:
+        version, world_size, limits = request.policy_version, request.world_size, self._limits
+        if not 0 <= request.rank < world_size or limits.groups_per_batch % (world_size * limits.updates_per_batch):
             return messages.Refused(
-                f"rank {request.rank} of {world_size} cannot have an equal share of {self._limits.groups_per_batch}"
-                " groups; make buffer.groups_per_batch a multiple of the number of learner ranks"
+                f"rank {request.rank} of {world_size} cannot have an equal share of {limits.groups_per_batch} groups in"
+                f" each of {limits.updates_per_batch} optimizer steps; make buffer.groups_per_batch a multiple of the"
+                " number of learner ranks times buffer.updates_per_batch"
             )
         rows = self._ledger.batches.batch(version)
         if not rows:
@@ -251,8 +271,16 @@ class Service:
         file, call = self._ledger.file, f"{holder_name(identity)} {number}"
         if file.meta("hello", "") == call:
             return messages.LearnerWelcome(file.meta("hello_rolled_back", 0), file.meta("hello_outstanding", 0))
-        version = hello.policy_version
+        version, next_version = hello.policy_version, self._progress.next_version
+        if version > next_version:
+            return messages.Refused(
+                f"the learner starts at policy {version}, but the ledger has handed out batches only up to policy"
+                f" {next_version}: it lost its latest transactions, as in a power failure, or belongs to another run;"
+                f" resume from a checkpoint of policy {next_version} or older, or start a new run_dir"
+            )
         rolled_back = self._ledger.roll_back(version)
+        for key in list(self._batches):
+            file.guard(self._batches, key)
         self._batches.clear()
         self._progress.set(next_version=version, policy_version=version, closing=False)
         file.set_meta("hello", call)
@@ -266,6 +294,7 @@ class Service:
         known = self._peers.get((heartbeat.role, heartbeat.name))
         unchanged = known is not None and known.heartbeat.waiting_for == heartbeat.waiting_for
         since = known.waiting_since if known is not None and unchanged else now
+        self._ledger.file.guard(self._peers, (heartbeat.role, heartbeat.name))
         self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now, since)
         if heartbeat.role == "learner":
             self._set_policy_version(heartbeat.policy_version)

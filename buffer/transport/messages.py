@@ -42,7 +42,7 @@ from buffer.transport.schema import (
     unpack_header,
 )
 
-SCHEMA = 5
+SCHEMA = 6
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
@@ -349,6 +349,8 @@ class Status:
     waits: tuple[Wait, ...] = ()
     """Longest wait first; from parked requests at the buffer, and from heartbeats of other processes."""
     stage: StageStatus = StageStatus()
+    notes: tuple[Line, ...] = ()
+    """Sentences for the user about what went wrong."""
 
 
 # Actor or relay -> weight server, and the answers.

@@ -141,6 +141,10 @@ class Router:
         small = max(len(frame) for frame in frames) < LARGE_FRAME_BYTES
         self.socket.send_multipart([identity, *frames], copy=small)
 
+    def note(self, identity: bytes, complaint: Exception, now: float) -> None:
+        """Count a valid message of a peer that could not be handled; with too many the peer is ignored for a while."""
+        self._ban_list.note(identity, complaint, now)
+
     def take_counts(self) -> dict[str, int]:
         """Return how many messages and connections were refused since the last call, by name.
 

@@ -91,7 +91,7 @@ class Display:
             if peer.role != "actor" or peer.name in started or peer.silent_seconds < FORGOTTEN_SECONDS
         ]
         status = replace(status, peers=tuple(shown))
-        notes = [*_warnings(status), *notes]
+        notes = [*status.notes, *_warnings(status), *notes]
         if self._console.is_terminal:
             self._progress.update(
                 self._bar, description="training", completed=status.policy_version, total=self._total_steps

@@ -79,6 +79,9 @@ class PipeRouter:
             received.append(self.socket.receive())
         return received, len(received) == limit
 
+    def note(self, identity: bytes, complaint: Exception, now: float) -> None:
+        raise complaint
+
     def take_counts(self) -> dict[str, int]:
         return {}
 

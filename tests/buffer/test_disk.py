@@ -183,7 +183,7 @@ def fill_and_free(config: BufferConfig, make_group: Any, free: Any, caplog: pyte
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("buffer.service.server.SPACE_SECONDS", 0.5)
+    monkeypatch.setattr("buffer.service.turn.SPACE_SECONDS", 0.5)
 
 
 @pytest.mark.usefixtures("quickly")

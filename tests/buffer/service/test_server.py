@@ -11,17 +11,22 @@ from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import zmq
 from omegaconf import OmegaConf
 
+from buffer.__main__ import main
 from buffer.ledger.audit import audit
+from buffer.ledger.ledger_file import LedgerLostError
 from buffer.service.server import Server
+from buffer.service.service import Service
 from buffer.transport import messages
-from buffer.transport.connection import Connection
+from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import Credentials, ensure_credentials
 from buffer.transport.packed_group import unpack_group
+from buffer.transport.router import Router
 
 ROOT = Path(__file__).parents[3]
 CREDENTIALS = Credentials.plain("test")
@@ -178,3 +183,23 @@ def test_sigint_closes_the_ledger_cleanly(run_dir: Path):
     process.communicate(timeout=10)
     assert process.returncode == 0
     assert not (run_dir / "ledger.sqlite-wal").exists()
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("boom"), 1), (LedgerLostError("it is gone"), 2)])
+def test_only_a_lost_ledger_forbids_a_restart_once_the_buffer_serves(
+    run_dir: Path, error: Exception, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write_config(run_dir)
+    monkeypatch.setattr(Router, "receive", mock.Mock(side_effect=error))
+    monkeypatch.setattr(signal, "signal", mock.Mock())
+    assert main(["serve", str(run_dir)]) == status
+    assert capsys.readouterr().err.splitlines()[-1].endswith(str(error))
+
+
+def test_an_answer_that_cannot_be_sent_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch):
+    unsendable = messages.Status({"\ud800": 1}, 0, False, (), ())
+    monkeypatch.setattr(Service, "status", lambda *_: unsendable)
+    with connect(server.address, "launcher") as observer, pytest.raises(RequestRefused, match="failed to handle the"):
+        observer.call(messages.StatusRequest())
+    with connect(server.address, "learner") as learner:
+        assert learner.call(messages.LearnerHello(0)) == messages.LearnerWelcome(0, 0)

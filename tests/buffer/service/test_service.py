@@ -211,6 +211,23 @@ def test_impossible_batches_are_refused(start: Any, request_: messages.BatchRequ
     assert reason in start().ask(LEARNER, request_).reason
 
 
+def test_a_batch_without_a_whole_group_per_rank_and_step_is_refused(start: Any):
+    buffer = start(groups_per_batch=8, updates_per_batch=2, max_staleness=2)
+    buffer.deliver(buffer.ask(ACTOR, credit(num_groups=8)).leases)
+    reason = buffer.ask(LEARNER, messages.BatchRequest(0, 0, 8)).reason
+    assert "rank 0 of 8 cannot have an equal share of 8 groups in each of 2 optimizer steps" in reason
+
+
+def test_a_learner_ahead_of_the_ledger_is_refused(start: Any):
+    buffer = start(on_stale="mask")
+    buffer.deliver(buffer.ask(ACTOR, credit()).leases)
+    buffer.ask(LEARNER, messages.BatchRequest(0, 0, 1))
+    reason = buffer.ask(b"learner-dd", messages.LearnerHello(2)).reason
+    assert "starts at policy 2, but the ledger has handed out batches only up to policy 1" in reason
+    assert "resume from a checkpoint of policy 1 or older, or start a new run_dir" in reason
+    assert isinstance(buffer.ask(b"learner-dd", messages.LearnerHello(1)), messages.LearnerWelcome)
+
+
 def test_a_returning_learner_gets_its_groups_again_once(start: Any):
     buffer = start(max_staleness=2)
     for version in range(3):
@@ -276,7 +293,7 @@ def test_closing_ends_leases_but_not_evaluation(start: Any):
     assert answers[OTHER, 1] == messages.LeaseReply((), -1, True)
     buffer.reopen()
     assert buffer.ask(ACTOR, credit(1)).closing, "a restart does not open it again"
-    buffer.ask(LEARNER, messages.LearnerHello(1))
+    buffer.ask(LEARNER, messages.LearnerHello(0))
     assert not buffer.service.status(0).closing
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -89,6 +90,13 @@ def test_a_terminal_shows_a_bar_and_who_waits_for_whom():
     assert re.search(r"pending 0, leased 3, ready 5, used 16, done 192 +dropped +2 prompt_too_long", lines)
     assert re.search(r"learner-0 +waits for a batch +policy +12", lines)
     assert re.search(r"actor-1 +working", lines)
+
+
+def test_the_buffers_notes_are_shown():
+    for console, stream in (plain_console(), terminal()):
+        with Display(console, 40) as shown:
+            shown.status(replace(status(LEARNER), notes=("the buffer could not handle Close of learner-0",)))
+        assert "the buffer could not handle Close of learner-0" in text_of(stream)
 
 
 def test_a_terminal_names_a_silent_process():
