@@ -1,11 +1,12 @@
 """The client side of a connection to a server of the run: each request returns a future of its answer.
 
 Actors and learner ranks connect to the buffer; actors and relays also connect to weight servers. A background thread
-owns the DEALER socket; any thread may call. The thread resends each request with the same number until the answer
-arrives, also across a restart of the server, so the server must answer every request idempotently.
+owns the DEALER socket; any thread may call. The thread resends a request with the same number when there is evidence
+that the copy before was lost (`buffer/transport/outbox.py`), also across a restart of the server, until the answer
+arrives. So the server must answer every request idempotently.
 
-Cancelling a future stops the resends, but the server may have acted already. Never cancel a lease request: its leases
-could have been granted.
+Cancelling a future stops the resends, but the server may have acted already. An answer that no request waits for, since
+its request was cancelled, has expired or was answered before, goes to `unclaimed`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from buffer.transport.credentials import Credentials
 from buffer.transport.messages import MAX_FRAME_BYTES, Message, Refused, decode, encode
-from buffer.transport.schema import Frame, Frames, WireError, check_name
+from buffer.transport.outbox import Outbox, Request
+from buffer.transport.schema import Frame, WireError, check_name
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,12 @@ MAX_QUEUED_MESSAGES = 1_000
 LARGE_FRAME_BYTES = 1 << 18
 """Received frames of at least this size are passed on as views of ZeroMQ's memory, not copied."""
 SILENT_RESENDS = 15
-"""Resend intervals without any answer after which the socket is reopened."""
+"""Multiples of `resend_seconds` without any answer after which the socket is reopened."""
+LEAVING_SECONDS = 0.05
+"""Time between two looks at whether a large request has left ZeroMQ's queue."""
+DEAD_PEER_MILLISECONDS = 30_000
+"""The kernel closes a connection whose peer has not acknowledged what was sent for this long. ZeroMQ's own heartbeats
+wait behind the large message that does not get through."""
 
 _TURNED_AWAY = {
     int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): "the server does not know this client's key",
@@ -49,17 +57,6 @@ class RequestRefused(RuntimeError):
     """The server will never grant the request. The error's text is the server's reason."""
 
 
-@dataclass(slots=True)
-class _Request:
-    number: int
-    kind: str
-    frames: Frames
-    deadline: float
-    timeout_seconds: float
-    next_send: float = 0.0
-    future: Future[Message] = field(default_factory=Future)
-
-
 class Connection:
     """A named connection to `address`. Close it, or use it as a context manager.
 
@@ -68,7 +65,8 @@ class Connection:
         name: this process's name in the server's logs. A random suffix makes it unique per connection.
         credentials: the run's id and keys.
         timeout_seconds: default time a request waits for its answer; math.inf: without end.
-        resend_seconds: time after which an unanswered request is sent again.
+        resend_seconds: time after which an unanswered request may be sent a second time.
+        unclaimed: gets every answer that no request waits for, in the background thread. It must not raise or block.
 
     Raises:
         ValueError: when the name has characters that servers refuse, or `address` requires keys.
@@ -82,6 +80,7 @@ class Connection:
         *,
         timeout_seconds: float = 60.0,
         resend_seconds: float = 2.0,
+        unclaimed: Callable[[Message], None] | None = None,
     ) -> None:
         check_name(name, "the name")
         credentials.check_address(address)
@@ -90,9 +89,12 @@ class Connection:
         self._identity = f"{name}-{secrets.token_hex(4)}".encode()
         self._timeout_seconds = timeout_seconds
         self._resend_seconds = resend_seconds
+        self._unclaimed = unclaimed
         self._lock = threading.Lock()
         self._next_number = 0
-        self._requests: dict[int, _Request] = {}
+        self._new: list[Request] = []
+        """Requests that the background thread has not taken into its outbox yet."""
+        self._outbox = Outbox(resend_seconds)
         self._closing = False
         self._closed = False
         self._turned_away = ""
@@ -118,8 +120,8 @@ class Connection:
                 raise ConnectionError(f"the connection to {self.address} is closed")
             number, self._next_number = self._next_number, self._next_number + 1
             frames = encode(message, number, self._credentials.run_id)
-            entry = _Request(number, type(message).__name__, frames, time.monotonic() + seconds, seconds)
-            self._requests[number] = entry
+            entry = Request(number, type(message).__name__, frames, time.monotonic() + seconds, seconds)
+            self._new.append(entry)
             self._wake()
         return entry.future
 
@@ -165,25 +167,36 @@ class Connection:
         heard = time.monotonic()
         try:
             while not self._closing:
+                self._take_new()
                 blocked = self._send_due(socket)
-                self._poll(socket, handshakes, blocked)
+                asleep = self._poll(socket, handshakes, blocked)
                 now = time.monotonic()
-                if self._receive(socket) or not self._requests:
+                self._outbox.postpone(asleep)
+                if self._receive(socket) or not self._outbox or self._outbox.is_leaving():
                     heard = now
+                heard += asleep
                 self._expire()
                 if now - heard > SILENT_RESENDS * self._resend_seconds:
                     log.info("nothing heard from %s for %.0f s; reconnecting", self.address, now - heard)
                     socket.close()
                     handshakes.close()
                     (socket, handshakes), heard = self._open(), now
+                    self._outbox.disconnected(now)
         finally:
             # Also after an exception in this thread: no caller may wait for an answer that cannot arrive.
             with self._lock:
                 self._closing = True
             socket.close()
             handshakes.close()
-            for entry in self._snapshot():
+            self._take_new()
+            for entry in self._outbox:
                 self._finish(entry, ConnectionError(f"{self.address} was closed before it answered {entry.kind}"))
+
+    def _take_new(self) -> None:
+        with self._lock:
+            new, self._new = self._new, []
+        for entry in new:
+            self._outbox.add(entry)
 
     def _open(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """Return a socket that connects to the server, and a socket that reports the first one's handshakes."""
@@ -199,7 +212,7 @@ class Connection:
             socket.curve_secretkey = self._credentials.client_secret
         self._num_sockets += 1
         monitor = f"inproc://handshakes-{self._num_sockets}"
-        socket.monitor(monitor, sum(_TURNED_AWAY) | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        socket.monitor(monitor, sum(_TURNED_AWAY) | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         handshakes = self._context.socket(zmq.PAIR)
         handshakes.setsockopt(zmq.LINGER, 0)
         handshakes.connect(monitor)
@@ -207,10 +220,13 @@ class Connection:
         return socket, handshakes
 
     def _watch(self, handshakes: zmq.Socket[bytes]) -> None:
-        """Remember the result of the last handshake, and log a failure."""
+        """Remember the result of the last handshake, and log a failure. What was sent before a disconnect is lost."""
         with suppress(zmq.Again):
             while True:
                 event = parse_monitor_message(handshakes.recv_multipart(zmq.NOBLOCK))
+                if event["event"] == zmq.EVENT_DISCONNECTED:
+                    self._outbox.disconnected(time.monotonic())
+                    continue
                 turned_away = _TURNED_AWAY.get(int(event["event"]), "")
                 if turned_away and turned_away != self._turned_away:
                     log.warning("the handshake with %s failed: %s", self.address, turned_away)
@@ -219,30 +235,41 @@ class Connection:
     def _send_due(self, socket: zmq.Socket[bytes]) -> bool:
         """Send the requests that are new or due again. Returns True when the socket's queue is full."""
         now = time.monotonic()
-        for entry in self._snapshot():
-            if entry.next_send > now:
-                continue
+        for entry in self._outbox.to_send(now):
             try:
-                socket.send_multipart(entry.frames, zmq.NOBLOCK)
+                # ZeroMQ tells when it has passed an uncopied message on.
+                tracker = socket.send_multipart(
+                    entry.frames, zmq.NOBLOCK, copy=not entry.is_large, track=entry.is_large
+                )
             except zmq.Again:
                 return True
-            entry.next_send = now + self._resend_seconds
+            self._outbox.sent(entry, now, None if tracker is None else partial(getattr, tracker, "done"))
         return False
 
-    def _poll(self, socket: zmq.Socket[bytes], handshakes: zmq.Socket[bytes], blocked: bool) -> None:
-        """Wait for an answer, a new request or room in the queue, at most until a request is due or expires."""
+    def _poll(self, socket: zmq.Socket[bytes], handshakes: zmq.Socket[bytes], blocked: bool) -> float:
+        """Wait for an answer, a new request or room in the queue, at most until a request is due or expires.
+
+        Returns:
+            Time by which the wait took longer than that, because this process was stopped or had no processor.
+        """
         now = time.monotonic()
-        moments = [entry.deadline for entry in self._snapshot()]
-        moments += [entry.next_send for entry in self._snapshot() if not blocked]
+        moments = [entry.deadline for entry in self._outbox]
+        if not blocked:
+            moments.append(self._outbox.next_due(now))
         seconds = min([self._resend_seconds, *(moment - now for moment in moments)])
+        if self._outbox.is_leaving():
+            seconds = min(seconds, LEAVING_SECONDS)
+        milliseconds = max(0, math.ceil(seconds * 1000))
         poller = zmq.Poller()
         poller.register(socket, zmq.POLLIN | zmq.POLLOUT if blocked else zmq.POLLIN)
         poller.register(handshakes, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
-        poller.poll(max(0, math.ceil(seconds * 1000)))
+        poller.poll(milliseconds)
+        asleep = time.monotonic() - now - milliseconds / 1000
         with suppress(BlockingIOError):
             os.read(self._wake_read, 1 << 16)
         self._watch(handshakes)
+        return max(0.0, asleep)
 
     def _receive(self, socket: zmq.Socket[bytes]) -> bool:
         """Give all received answers to their futures. Returns True when any message arrived."""
@@ -258,24 +285,31 @@ class Connection:
             except WireError as error:
                 log.warning("answer from %s dropped: %s", self.address, error)
                 continue
-            entry = self._requests.get(number)
+            entry = self._outbox.get(number)
             # The answer to a resend of an answered request finds no request.
+            claimed = False
             if entry is not None:
-                self._finish(entry, RequestRefused(message.reason) if isinstance(message, Refused) else message)
+                self._outbox.answered(entry, time.monotonic())
+                claimed = self._finish(
+                    entry, RequestRefused(message.reason) if isinstance(message, Refused) else message
+                )
+            if not claimed and self._unclaimed is not None:
+                self._unclaimed(message)
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for entry in self._snapshot():
+        for entry in self._outbox:
             if entry.future.cancelled():
-                self._requests.pop(entry.number, None)
+                self._outbox.remove(entry)
             elif entry.deadline <= now:
                 waited = f"no answer to {entry.kind} from {self.address} within {entry.timeout_seconds:g} s"
                 if self._turned_away:
                     waited += f"; the last handshake failed: {self._turned_away}"
                 self._finish(entry, TimeoutError(waited))
 
-    def _finish(self, entry: _Request, outcome: Any) -> None:
-        self._requests.pop(entry.number, None)
+    def _finish(self, entry: Request, outcome: Any) -> bool:
+        """Give a request its outcome. Returns False when the request was cancelled."""
+        self._outbox.remove(entry)
         try:
             if isinstance(outcome, Exception):
                 entry.future.set_exception(outcome)
@@ -283,10 +317,8 @@ class Connection:
                 entry.future.set_result(outcome)
         except InvalidStateError:
             log.debug("%s was cancelled before its answer came", entry.kind)
-
-    def _snapshot(self) -> list[_Request]:
-        with self._lock:
-            return list(self._requests.values())
+            return False
+        return True
 
 
 def _contents(frame: zmq.Frame) -> Frame:
@@ -311,4 +343,5 @@ def bounded_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.So
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 5_000)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
+    socket.setsockopt(zmq.TCP_MAXRT, DEAD_PEER_MILLISECONDS)
     return socket

@@ -34,6 +34,8 @@ IDENTITY = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,254}")
 """Valid names of connections. The names appear in the ledger and in logs."""
 LARGE_FRAME_BYTES = 1 << 16
 """Frames of at least this size are sent without a copy."""
+FIRST_PRUNE = 64
+"""Number of entries at which answers that have left are forgotten for the first time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,9 @@ class Router:
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         self._ban_list = BanList()
+        self._leaving: dict[tuple[bytes, int], zmq.MessageTracker] = {}
+        """Large answers that ZeroMQ has not passed on, by connection and request number; also some that it has."""
+        self._prune_at = FIRST_PRUNE
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = self._open(credentials)
         self._authenticator = Authenticator(self.context, self.socket, credentials, self._count)
@@ -114,10 +119,14 @@ class Router:
                 self._count("ignored")
                 continue
             try:
-                valid.append(read_incoming(identity, frames, self._run_id))
+                incoming = read_incoming(identity, frames, self._run_id)
             except WireError as error:
                 self._count("foreign_run" if isinstance(error, ForeignRunError) else "wire_errors")
                 self._ban_list.note(identity, error, now)
+                continue
+            # The large answer is still waiting for the link, which a second one would make slower.
+            if not self._is_leaving(identity, incoming.number):
+                valid.append(incoming)
         return valid, True
 
     def _frames(self) -> tuple[bytes, list[bytes]]:
@@ -136,10 +145,22 @@ class Router:
         return identity, frames if num_bytes <= MAX_MESSAGE_BYTES else []
 
     def send(self, identity: bytes, message: Message, number: int) -> None:
-        """Answer a request. The answer is lost when the peer is gone or does not read; the peer then asks again."""
+        """Answer a request. The answer is lost when the peer is gone or does not read; the peer then asks again.
+
+        Until a large answer has left, `receive` drops repetitions of its request.
+        """
         frames = encode(message, number, self._run_id)
         small = max(len(frame) for frame in frames) < LARGE_FRAME_BYTES
-        self.socket.send_multipart([identity, *frames], copy=small)
+        tracker = self.socket.send_multipart([identity, *frames], copy=small, track=not small)
+        if tracker is not None:
+            self._leaving[identity, number] = tracker
+            if len(self._leaving) >= self._prune_at:
+                self._leaving = {key: waiting for key, waiting in self._leaving.items() if not waiting.done}
+                self._prune_at = 2 * len(self._leaving) + FIRST_PRUNE
+
+    def _is_leaving(self, identity: bytes, number: int) -> bool:
+        tracker = self._leaving.get((identity, number))
+        return tracker is not None and not tracker.done
 
     def note(self, identity: bytes, complaint: Exception, now: float) -> None:
         """Count a valid message of a peer that could not be handled; with too many the peer is ignored for a while."""

@@ -15,6 +15,7 @@ from buffer.transport import messages
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import Credentials
 from buffer.transport.router import Router
+from tests.buffer.conftest import GroupMaker
 
 CREDENTIALS = Credentials.plain("test")
 
@@ -209,4 +210,60 @@ def test_a_port_in_use_gives_one_sentence(serving: Callable[..., Answering], add
         Router(server.address, CREDENTIALS)
     with pytest.raises(ValueError, match="cannot listen on ipc:///nowhere"):
         Router("ipc:///nowhere/at/all", CREDENTIALS)
+    server.close()
+
+
+def beat() -> messages.Heartbeat:
+    return messages.Heartbeat("actor", "test", 0, "", {})
+
+
+def test_answers_that_nobody_waits_for_are_handed_over(serving: Callable[..., Answering], address: str):
+    late = threading.Event()
+
+    def answer(message: messages.Message, number: int) -> list[messages.Frames]:
+        if isinstance(message, messages.CheckpointCommitted):
+            return echo(message, number) * 2
+        late.wait(10)
+        return [messages.encode(messages.Done(), number, "test")]
+
+    handed_over: list[messages.Message] = []
+    server = serving(address, answer)
+    with Connection(address, "test", CREDENTIALS, timeout_seconds=20, unclaimed=handed_over.append) as connection:
+        assert connection.call(messages.CheckpointCommitted(1)) == messages.LearnerWelcome(1, 0)
+        expired, cancelled = connection.request(messages.Close(), 0.1), connection.request(messages.Close())
+        with pytest.raises(TimeoutError):
+            expired.result()
+        cancelled.cancel()
+        late.set()
+        assert connection.call(messages.CheckpointCommitted(2)) == messages.LearnerWelcome(2, 0)
+    server.close()
+    assert handed_over[:3] == [messages.LearnerWelcome(1, 0), messages.Done(), messages.Done()]
+
+
+def test_a_lost_delivery_is_sent_again_when_a_later_heartbeat_is_answered(
+    serving: Callable[..., Answering], address: str, make_group: GroupMaker
+):
+    def answer(message: messages.Message, number: int) -> list[messages.Frames]:
+        if isinstance(message, messages.GroupDelivery) and server.heard.count(number) == 1:
+            return []
+        return [messages.encode(messages.Done(), number, "test")]
+
+    server = serving(address, answer)
+    with Connection(address, "test", CREDENTIALS, timeout_seconds=20, resend_seconds=60) as connection:
+        delivery = connection.request(messages.GroupDelivery("test", make_group("0.0", 0)))
+        connection.call(beat())
+        assert delivery.result() == messages.Done()
+    server.close()
+    assert server.heard == [0, 1, 0]
+
+
+def test_a_server_that_ended_gets_everything_again_at_once(serving: Callable[..., Answering], address: str):
+    server = serving(address, lambda *_: [])
+    with Connection(address, "test", CREDENTIALS, timeout_seconds=20, resend_seconds=60) as connection:
+        futures = [connection.request(messages.CheckpointCommitted(n)) for n in range(3)]
+        while len(server.heard) < 3:
+            time.sleep(0.01)
+        server.close()
+        server = serving(address, echo)
+        assert [future.result() for future in futures] == [messages.LearnerWelcome(n, 0) for n in range(3)]
     server.close()
