@@ -91,6 +91,16 @@ class Batches:
             return []
         return [BatchRow(occurrence, policy_version - oldest, *lengths) for occurrence, oldest, *lengths, _ in rows]
 
+    def row(self, policy_version: int, occurrence: int) -> BatchRow | None:
+        """Return one group of the batch for `policy_version`; None if it is not in the batch or has no contents."""
+        rows = self._file.rows(
+            "SELECT oldest_version, num_tokens, num_tokens_squared FROM uses CROSS JOIN occurrences USING (occurrence)"
+            " WHERE used_version = ? AND occurrence = ? AND state = 'used'",
+            policy_version,
+            occurrence,
+        )
+        return BatchRow(occurrence, policy_version - rows[0][0], *rows[0][1:]) if rows else None
+
     def finished(self, policy_version: int, next_version: int, *, is_over: bool) -> tuple[list[int], int]:
         """Find used groups that only batches before `policy_version` used and no batch from `next_version` on can use.
 

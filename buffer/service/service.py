@@ -11,7 +11,9 @@ same number, also after a restart of the buffer, and takes effect only once.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from buffer.config import BufferConfig
 from buffer.ledger.admission import in_time
@@ -22,9 +24,13 @@ from buffer.ledger.stale_tokens import mask_older_tokens
 from buffer.service.leases import Leases, Outgoing, holder_name
 from buffer.service.progress import Progress
 from buffer.transport import messages
-from buffer.transport.packed_group import PackedGroup
+from buffer.transport.packed_group import BYTES_PER_TOKEN, PackedGroup
 
 log = logging.getLogger(__name__)
+
+SHARD_BYTES = 16 << 20
+"""Bytes of groups that the shards of one batch carry together. The ranks fetch the other groups one by one, so that
+the buffer answers others in between; small groups cost no request each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +181,8 @@ class Service:
                 done = self._ledger.commit(message.policy_version, self._progress.next_version)
                 log.info("policy %d is committed: %d groups done", message.policy_version, done)
                 return messages.Done()
+            case messages.GroupRequest():
+                return self._group(message)
             case messages.EvaluationRequest():
                 self._ledger.evaluations.request(message.policy_version)
                 return messages.Done()
@@ -216,8 +224,22 @@ class Service:
         costs = [row.cost(request.attention_crossover_tokens) for row in rows]
         shards = balance(costs, world_size, self._limits.updates_per_batch)
         mine = [rows[index] for index in shards[request.rank]]
-        groups = tuple(self._contents(row, version) for row in mine)
-        return messages.Shard(version, len(rows), tuple(row.staleness for row in mine), groups)
+        num_first = bisect_right(
+            list(accumulate(row.num_tokens * BYTES_PER_TOKEN for row in mine)), SHARD_BYTES // world_size
+        )
+        groups = tuple(self._contents(row, version) for row in mine[:num_first])
+        rest = tuple((row.occurrence, row.num_tokens) for row in mine[num_first:])
+        return messages.Shard(version, len(rows), tuple(row.staleness for row in mine), groups, rest)
+
+    def _group(self, request: messages.GroupRequest) -> messages.Message:
+        """Read one group of a batch when it is asked for, so that no turn holds a whole batch of large groups."""
+        version = request.policy_version
+        row = self._ledger.batches.row(version, request.occurrence)
+        if row is None:
+            return messages.Refused(
+                f"group {request.occurrence} is not, or no longer, in the batch for policy {version}"
+            )
+        return messages.ShardGroup(self._contents(row, version))
 
     def _contents(self, row: BatchRow, version: int) -> PackedGroup:
         """Return the group's contents; with on_stale=mask, the loss masks leave out tokens that are too stale."""

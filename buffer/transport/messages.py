@@ -240,7 +240,25 @@ class Shard:
     staleness: tuple[VersionDistance, ...]
     """Per group: `policy_version` minus the version of its oldest token; negative after a rollback of the learner."""
     groups: tuple[PackedGroup, ...]
-    """Whole groups. Within each optimizer step's part they are in the order in which their prompts were drawn."""
+    """The first groups of the shard, as many as fit into `buffer/service/service.py`'s `SHARD_BYTES`. Within each
+    optimizer step's part they are in the order in which their prompts were drawn."""
+    rest: tuple[tuple[Count, Count], ...] = ()
+    """(occurrence, number of tokens) of the shard's other groups, in order. `GroupRequest` fetches each."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """Ask for one group of the batch for `policy_version`. The answer is a `ShardGroup`."""
+
+    policy_version: Version
+    occurrence: Count
+
+
+@dataclass(frozen=True, slots=True)
+class ShardGroup:
+    """One whole group of a batch."""
+
+    group: PackedGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,6 +511,8 @@ Message = (
     | LearnerWelcome
     | BatchRequest
     | Shard
+    | GroupRequest
+    | ShardGroup
     | NoMoreBatches
     | CheckpointCommitted
     | EvaluationRequest

@@ -23,6 +23,7 @@ from buffer.transport.messages import (
     MAX_MESSAGE_BYTES,
     ForeignRunError,
     GroupDelivery,
+    GroupRequest,
     Message,
     decode,
     encode,
@@ -34,6 +35,8 @@ IDENTITY = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,254}")
 """Valid names of connections. The names appear in the ledger and in logs."""
 LARGE_FRAME_BYTES = 1 << 16
 """Frames of at least this size are sent without a copy."""
+GROUPS_PER_TURN = 8
+"""Requests for a group of a batch after which `receive` returns, because each may be answered with many megabytes."""
 FIRST_PRUNE = 64
 """Number of entries at which answers that have left are forgotten for the first time."""
 
@@ -104,13 +107,16 @@ class Router:
         return socket
 
     def receive(self, limit: int, now: float) -> tuple[list[Incoming], bool]:
-        """Take up to `limit` waiting messages. Does not block.
+        """Take up to `limit` waiting messages, and at most `GROUPS_PER_TURN` that ask for a group. Does not block.
 
         Returns:
             The valid ones, and whether more messages may be waiting.
         """
         valid: list[Incoming] = []
+        num_groups = 0
         for _ in range(limit):
+            if num_groups == GROUPS_PER_TURN:
+                break
             try:
                 identity, frames = self._frames()
             except zmq.Again:
@@ -127,6 +133,7 @@ class Router:
             # The large answer is still waiting for the link, which a second one would make slower.
             if not self._is_leaving(identity, incoming.number):
                 valid.append(incoming)
+                num_groups += isinstance(incoming.message, GroupRequest)
         return valid, True
 
     def _frames(self) -> tuple[bytes, list[bytes]]:

@@ -7,16 +7,20 @@ version, and the number of batches that the buffer has sent limits how far ahead
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from buffer.transport.connection import Connection
-from buffer.transport.messages import BatchRequest, Message, NoMoreBatches, Shard
-from buffer.transport.packed_group import unpack_group
+from buffer.transport.messages import BatchRequest, GroupRequest, Message, NoMoreBatches, Shard, ShardGroup
+from buffer.transport.packed_group import BYTES_PER_TOKEN, unpack_group
 from learner.batches.batch import TrainingBatch, occurrence_ranges
+
+WINDOW_BYTES = 8 << 20
+"""Bytes of groups that a rank has asked for and not received, unless one group is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,7 @@ class Received:
     """This rank's shard for one version."""
 
     shard: Shard
+    """With all its groups."""
     batch: TrainingBatch
     occurrences: str
     """Prompt occurrences of the batch, for the log."""
@@ -85,9 +90,32 @@ class Prefetch:
         if isinstance(answer, NoMoreBatches):
             return answer
         assert isinstance(answer, Shard), answer
-        groups = [unpack_group(packed) for packed in answer.groups]
-        batch = TrainingBatch.from_groups(groups, answer.staleness, answer.policy_version, self._device)
-        return Received(answer, batch, occurrence_ranges(groups))
+        shard = self._complete(answer)
+        groups = [unpack_group(packed) for packed in shard.groups]
+        batch = TrainingBatch.from_groups(groups, shard.staleness, shard.policy_version, self._device)
+        return Received(shard, batch, occurrence_ranges(groups))
+
+    def _complete(self, shard: Shard) -> Shard:
+        """Fetch the groups that the shard only names, a few at a time.
+
+        Waits for: the buffer. Gives up after: `timeout_seconds` without the group that is waited for.
+        """
+        groups, in_flight = list(shard.groups), deque[tuple[int, Future[Message]]]()
+
+        def take() -> None:
+            answer = in_flight.popleft()[1].result()
+            assert isinstance(answer, ShardGroup), answer
+            groups.append(answer.group)
+
+        for occurrence, num_tokens in shard.rest:
+            num_bytes = num_tokens * BYTES_PER_TOKEN
+            while in_flight and sum(size for size, _ in in_flight) + num_bytes > WINDOW_BYTES:
+                take()
+            request = GroupRequest(shard.policy_version, occurrence)
+            in_flight.append((num_bytes, self._buffer.request(request, timeout_seconds=self._timeout_seconds)))
+        while in_flight:
+            take()
+        return replace(shard, groups=tuple(groups), rest=())
 
     def close(self) -> None:
         """Drop the batch that is being received."""

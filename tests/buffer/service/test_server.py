@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import zmq
 from omegaconf import OmegaConf
 
@@ -25,8 +26,9 @@ from buffer.service.service import Service
 from buffer.transport import messages
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import Credentials, ensure_credentials
-from buffer.transport.packed_group import unpack_group
-from buffer.transport.router import Router
+from buffer.transport.packed_group import BYTES_PER_TOKEN, unpack_group
+from buffer.transport.router import GROUPS_PER_TURN, Router
+from learner.batches.prefetch import Prefetch, Received
 
 ROOT = Path(__file__).parents[3]
 CREDENTIALS = Credentials.plain("test")
@@ -203,3 +205,46 @@ def test_an_answer_that_cannot_be_sent_is_refused(server: Server, monkeypatch: p
         observer.call(messages.StatusRequest())
     with connect(server.address, "learner") as learner:
         assert learner.call(messages.LearnerHello(0)) == messages.LearnerWelcome(0, 0)
+
+
+def test_a_batch_of_large_groups_is_sent_a_few_groups_per_turn_while_others_are_answered(
+    make_config: Any, make_group: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("buffer.service.service.SHARD_BYTES", 0)
+    monkeypatch.setattr("learner.batches.prefetch.WINDOW_BYTES", 1 << 40)
+    num_groups, group_bytes = 96, 2 * 5_000 * BYTES_PER_TOKEN
+    server = Server(make_config(groups_per_batch=num_groups, max_staleness=0), CREDENTIALS)
+    sent: list[int] = []
+    send = server._router.send
+
+    def count(identity: bytes, message: messages.Message, number: int) -> None:
+        if isinstance(message, messages.ShardGroup):
+            sent[-1] += message.group.num_bytes
+        send(identity, message, number)
+
+    monkeypatch.setattr(server._router, "send", count)
+    with connect(server.address, "actor-0") as actor, connect(server.address, "learner") as learner:
+
+        def answer(future: Future[Any]) -> Any:
+            while not future.done():
+                server._router.socket.poll(10)
+                sent.append(0)
+                server._turn()
+            return future.result()
+
+        answer(learner.request(messages.LearnerHello(0)))
+        for lease in answer(actor.request(credit(num_groups=num_groups))).leases:
+            group = make_group(lease.group_id, lease.prompt_id, num_tokens=5_000)
+            answer(actor.request(messages.GroupDelivery("actor-0", group)))
+        prefetch = Prefetch(learner, 0, 1, torch.device("cpu"), 20.0, 0.0)
+        coming = prefetch.ask(0)
+        while not coming.done():
+            # A heartbeat is answered in the turn that reads it, whatever the learner has asked for.
+            answer(actor.request(messages.Heartbeat("actor", "actor-0", 0, "", {})))
+        received = coming.result()
+        prefetch.close()
+    server._router.close()
+    server._ledger.close()
+    assert isinstance(received, Received)
+    assert [group.header.group_id for group in received.shard.groups] == [f"{k}.0" for k in range(num_groups)]
+    assert max(sent) <= 1.1 * GROUPS_PER_TURN * group_bytes

@@ -11,6 +11,7 @@ from buffer.ledger.ledger import Ledger
 from buffer.service.leases import PRESUMED_DEAD_SECONDS
 from buffer.service.service import Service
 from buffer.transport import messages
+from buffer.transport.packed_group import BYTES_PER_TOKEN
 
 ACTOR, OTHER, LEARNER = b"actor-0-aa", b"actor-1-bb", b"learner-cc"
 
@@ -347,3 +348,46 @@ def test_the_buffer_says_who_waits_for_what_and_since_when(start: Any):
 
 def test_what_is_not_for_the_buffer_is_refused(start: Any):
     assert "does not answer ManifestRequest" in start().ask(ACTOR, messages.ManifestRequest(0, 1.0)).reason
+
+
+def test_large_groups_are_named_in_the_shard_and_read_one_by_one(start: Any, monkeypatch: pytest.MonkeyPatch):
+    buffer = start(groups_per_batch=8, max_staleness=0)
+    monkeypatch.setattr("buffer.service.service.SHARD_BYTES", 2 * 2 * 5 * BYTES_PER_TOKEN)
+    buffer.deliver(buffer.ask(ACTOR, credit(num_groups=8)).leases)
+    shards = [buffer.ask(LEARNER, messages.BatchRequest(0, rank, 2)) for rank in (0, 1)]
+    monkeypatch.undo()
+    for rank, shard in enumerate(shards):
+        assert [group.header.group_id for group in shard.groups] == [f"{rank}.0"], "half of two groups' bytes"
+        assert shard.rest == tuple((rank + place, 10) for place in (2, 4, 6))
+        assert shard.staleness == (0,) * 4
+    rest = [messages.GroupRequest(0, occurrence) for shard in shards for occurrence, _ in shard.rest]
+    fetched = [buffer.ask(LEARNER, request) for request in rest]
+    buffer.reopen()
+    assert [buffer.ask(LEARNER, request) for request in rest] == fetched, "the same after a restart, and again"
+    whole = [buffer.ask(LEARNER, messages.BatchRequest(0, rank, 2)) for rank in (0, 1)]
+    for shard, complete in zip(shards, whole, strict=True):
+        groups = shard.groups + tuple(f.group for f in fetched if f.group in complete.groups)
+        assert (complete.groups, complete.rest) == (groups, ())
+
+
+@pytest.mark.parametrize("request_", [messages.GroupRequest(0, 2), messages.GroupRequest(1, 0)])
+def test_a_group_that_is_in_no_such_batch_is_refused(start: Any, request_: messages.GroupRequest):
+    buffer = start()
+    buffer.deliver(buffer.ask(ACTOR, credit()).leases)
+    assert len(buffer.ask(LEARNER, messages.BatchRequest(0, 0, 1)).groups) == 2
+    assert "not, or no longer, in the batch" in buffer.ask(LEARNER, request_).reason
+
+
+def test_a_group_is_masked_also_when_it_is_fetched_alone(start: Any, monkeypatch: pytest.MonkeyPatch):
+    buffer = start(groups_per_batch=1, max_staleness=1, on_stale="mask")
+    whole = buffer.service._contents
+    seen: list[int] = []
+    monkeypatch.setattr(
+        buffer.service, "_contents", lambda row, version: seen.append(row.staleness) or whole(row, version)
+    )
+    monkeypatch.setattr("buffer.service.service.SHARD_BYTES", 0)
+    buffer.deliver(buffer.ask(ACTOR, credit()).leases)
+    shard = buffer.ask(LEARNER, messages.BatchRequest(0, 0, 1))
+    assert not shard.groups and not seen
+    buffer.ask(LEARNER, messages.GroupRequest(0, shard.rest[0][0]))
+    assert seen == list(shard.staleness)

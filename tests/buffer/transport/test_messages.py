@@ -71,6 +71,8 @@ def values(wanted: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
     if typing.get_origin(wanted) is tuple and arguments[-1] is Ellipsis:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
+    if typing.get_origin(wanted) is tuple:
+        return st.tuples(*(values(argument) for argument in arguments))
     return messages_of(wanted)
 
 

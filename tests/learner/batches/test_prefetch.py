@@ -1,15 +1,18 @@
 import logging
+import time
 from concurrent.futures import Future
 
 import pytest
 
 from buffer.transport.messages import (
     BatchRequest,
+    GroupRequest,
     Message,
     NoMoreBatches,
     Shard,
+    ShardGroup,
 )
-from buffer.transport.packed_group import pack_group
+from buffer.transport.packed_group import BYTES_PER_TOKEN, pack_group
 from learner.batches.prefetch import Prefetch, Received
 from tests.learner.samples import CPU, make_batch, make_group
 
@@ -70,3 +73,31 @@ def test_an_answer_after_the_end_is_forgotten(buffer: Buffer, prefetch: Prefetch
     with caplog.at_level(logging.ERROR):
         buffer.asked[0][1].set_exception(ConnectionError("closed"))
     assert not coming.done() and not caplog.records
+
+
+def test_large_groups_are_fetched_one_by_one_within_a_window(
+    buffer: Buffer, prefetch: Prefetch, monkeypatch: pytest.MonkeyPatch
+):
+    groups = [make_group(f"{number}.0", number) for number in range(6)]
+    packed = [pack_group(group) for group in groups]
+    num_tokens = [sum(group.header.num_tokens) for group in packed]
+    monkeypatch.setattr("learner.batches.prefetch.WINDOW_BYTES", 2 * max(num_tokens) * BYTES_PER_TOKEN)
+    coming = prefetch.ask(3)
+    rest = tuple((number, num_tokens[number]) for number in range(1, 6))
+    buffer.asked[0][1].set_result(Shard(3, 6, (0, 1, 2, 3, 2, 1), (packed[0],), rest))
+    most = 0
+    for _ in range(10_000):
+        waiting = [(message, answer) for message, answer in buffer.asked if not answer.done()]
+        most = max(most, len(waiting))
+        # Answers may overtake each other.
+        for message, answer in reversed(waiting):
+            assert isinstance(message, GroupRequest)
+            answer.set_result(ShardGroup(packed[message.occurrence]))
+        if coming.done():
+            break
+        time.sleep(0.001)
+    assert most <= 2
+    received = coming.result(10)
+    assert isinstance(received, Received)
+    assert received.shard == Shard(3, 6, (0, 1, 2, 3, 2, 1), tuple(packed))
+    assert received.batch.behavior_logprobs.equal(make_batch(groups, 3).behavior_logprobs)
