@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import select
 import signal
-import threading
+from functools import partial
+
+from buffer.process import start_thread
 
 ACTOR_PID = "SLIPSTREAM_ACTOR_PID"
 
@@ -24,7 +26,7 @@ def end_with_actor() -> None:
     """Kill this process when its actor ends. Does nothing in the actor itself, or when the environment names none."""
     pid = int(os.environ.get(ACTOR_PID, os.getpid()))
     if pid != os.getpid():
-        threading.Thread(target=_wait_and_end, args=(pid,), name="watch-actor", daemon=True).start()
+        start_thread("watch-actor", partial(_wait_and_end, pid))
 
 
 def _wait_and_end(pid: int) -> None:

@@ -1,6 +1,8 @@
-"""Start and end of an actor or learner process: garbage collection during imports, exit without waiting for threads.
+"""Start and end of a process and of its threads.
 
-Called by the entry points `actors/__main__.py` and `learner/__main__.py`.
+Garbage collection is paused during imports, a process exits without waiting for library threads, and a thread that dies
+ends its process. Every thread of buffer, actors and learner is started by `start_thread`; the work of a
+`ThreadPoolExecutor` reports its errors through futures, which somebody must read.
 """
 
 from __future__ import annotations
@@ -9,7 +11,11 @@ import gc
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
 from typing import NoReturn
+
+log = logging.getLogger(__name__)
 
 
 def pause_gc() -> None:
@@ -37,3 +43,22 @@ def exit_now(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def start_thread(name: str, function: Callable[[], None]) -> threading.Thread:
+    """Run `function` in a new daemon thread. An exception in it ends the process at once, with status 1.
+
+    Others wait for what the thread does, and would wait for ever. The supervisor restarts the process; its log has the
+    thread's name and the traceback.
+    """
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException:
+            log.critical("the thread %s failed, so this process ends", name, exc_info=True)
+            exit_now(1)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread

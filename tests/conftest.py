@@ -18,6 +18,15 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 
+@pytest.fixture(autouse=True)
+def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The statuses with which threads of this test wanted to end the process; a test that expects one clears it."""
+    statuses: list[int] = []
+    monkeypatch.setattr("buffer.process.exit_now", statuses.append)
+    yield statuses
+    assert not statuses, "a thread failed; the log has its traceback"
+
+
 @pytest.fixture
 def socket_folder() -> Iterator[Path]:
     # tmp_path is too long: the path of an ipc socket has at most 107 characters.

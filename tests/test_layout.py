@@ -87,6 +87,22 @@ FORBIDDEN_CALLS = {
     "yaml.unsafe_load",
     "yaml.full_load",
 }
+ONLY_CALLED_IN = {
+    # A thread started elsewhere could die unnoticed. The verifier imports no other package; its threads end their own
+    # process or fail the calls of their pool.
+    "threading.Thread": ("buffer/process.py", "verifier/scoring/pool.py", "verifier/scoring/client.py"),
+    "threading.Timer": (),
+    "Thread": (),
+    "_thread.start_new_thread": (),
+    # The futures of these have readers; `tests/buffer/test_threads.py` and `tests/learner` say who.
+    "ThreadPoolExecutor": (
+        "buffer/weights/versions.py",
+        "learner/batches/prefetch.py",
+        "learner/weights/device_store.py",
+        "learner/weights/store.py",
+    ),
+}
+"""Calls that only these files may make."""
 FORBIDDEN_METHODS = {"recv_pyobj", "send_pyobj", "read_pickle", "to_pickle", "unsafe_load"}
 """Methods that are forbidden on any object: they pickle, or execute what they read."""
 REQUIRED_ARGUMENTS = {"torch.load": ("weights_only", True)}
@@ -132,6 +148,9 @@ def complaints(name: str, source: str) -> list[str]:
         if module in ONLY_IN and not name.startswith(ONLY_IN[module] or ("-",)):
             found.append(f"{name}:{line} imports {module}; only {ONLY_IN[module] or 'nobody'} may")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for node in calls:
+        if name not in ONLY_CALLED_IN.get(called(node), (name,)):
+            found.append(f"{name}:{node.lineno} calls {called(node)}; use buffer.process.start_thread")
     return found + [f"{name}:{node.lineno} {unsafe(node)}" for node in calls if unsafe(node)]
 
 
@@ -251,6 +270,9 @@ def test_a_folder_holds_at_most_a_dozen_files():
         ("launch/x.py", "os.system(line)"),
         ("buffer/x.py", "socket.recv_pyobj()"),
         ("actors/x.py", "import cloudpickle"),
+        ("actors/x.py", "threading.Thread(target=run).start()"),
+        ("buffer/x.py", "self._thread = Thread(target=run)"),
+        ("learner/x.py", "pool = ThreadPoolExecutor(1)"),
     ],
 )
 def test_the_rules_find_what_breaks_them(name: str, source: str):

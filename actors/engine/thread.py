@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from buffer.process import start_thread
+
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.sampling_params import SamplingParams
@@ -52,9 +54,7 @@ class EngineThread:
         """Guards `_ended` and the queue together, so that queued work is either done or refused."""
         self._sampling: dict[str, Future[RequestOutput]] = {}
         self._made = False
-        # A daemon, so that a thread that hangs in a broadcast does not keep the process alive.
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("engine", self._run)
 
     async def call(self, work: Callable[[LLMEngine], T]) -> T:
         """Return the result of `work`, which runs between two engine steps.
@@ -131,9 +131,9 @@ class EngineThread:
             self._made = True
             while self._do_all(llm):
                 self._step(llm)
-        except Exception as error:
-            logger.exception("the engine failed")
+        except BaseException as error:
             why = f"the engine failed: {error!r}"
+            raise
         finally:
             self._refuse_all(why)
             if llm is not None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import logging
 import os
 import socket as sockets
-import threading
 from collections.abc import Callable
 
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
+from buffer.process import start_thread
 from buffer.transport.credentials import Credentials
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,7 @@ class Authenticator:
         socket.monitor(MONITOR_ADDRESS, _WATCHED)
         self._events = context.socket(zmq.PAIR)
         self._events.connect(MONITOR_ADDRESS)
-        self._thread = threading.Thread(target=self._run, name="authenticator", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("authenticator", self._run)
 
     def join(self) -> None:
         """Wait for the thread's end.

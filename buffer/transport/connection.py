@@ -27,6 +27,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from buffer.process import start_thread
 from buffer.transport.credentials import Credentials
 from buffer.transport.messages import MAX_FRAME_BYTES, Message, Refused, decode, encode
 from buffer.transport.outbox import Outbox, Request
@@ -102,8 +103,7 @@ class Connection:
         self._num_sockets = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name=f"connection {name}", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(f"connection {name}", self._run)
 
     def request(self, message: Message, timeout_seconds: float | None = None) -> Future[Message]:
         """Send `message` and return the future of its answer.

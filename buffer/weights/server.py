@@ -8,13 +8,13 @@ of one version beyond those kept, for half a minute at most.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import zmq
 
+from buffer.process import start_thread
 from buffer.transport.credentials import Credentials
 from buffer.transport.messages import (
     Chunk,
@@ -94,8 +94,7 @@ class WeightServer:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._kept = KeptVersions(keep_versions, self._wake_up)
         self._closing = False
-        self._thread = threading.Thread(target=self._serve, name="weight-server", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("weight-server", self._serve)
 
     def announce(self, manifest: Manifest, segment: Segment) -> list[Segment]:
         """Serve a complete version as the newest. Returns the segments that are free for reuse."""
@@ -112,7 +111,8 @@ class WeightServer:
             return []
         self._closing = True
         self._wake_up()
-        self._thread.join(timeout=5)
+        # Without a time limit: the thread never blocks, and must not find its socket closed.
+        self._thread.join()
         segments = self._kept.close()
         self._router.close()
         os.close(self._wake)

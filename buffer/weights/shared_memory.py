@@ -11,6 +11,7 @@ name only while its contents are complete; at other times the name ends in `.par
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import shutil
@@ -19,6 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 SPARE_SEGMENTS = 2
 """Retired segments kept for reuse. Further ones are removed."""
@@ -42,13 +45,17 @@ class Segment:
     def __init__(self, folder: Path, name: str, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self.path = self._unfinished = folder / f"{name}.part"
+        self._open()
+
+    def _open(self) -> None:
+        """Make the file at `path`, map it and lock it for writing."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._descriptor = os.open(self.path, flags, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             # Allocate all pages now, because writing to a page without space later would be a bus error.
-            os.posix_fallocate(self._descriptor, 0, num_bytes)
-            mapped = mmap.mmap(self._descriptor, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            os.posix_fallocate(self._descriptor, 0, self.num_bytes)
+            mapped = mmap.mmap(self._descriptor, self.num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError:
             self.remove()
             raise
@@ -56,19 +63,42 @@ class Segment:
         """[num_bytes] uint8: the mapped file."""
 
     def publish(self, name: str) -> Path:
-        """Rename the complete file to `name` and let readers in. Returns the new path."""
+        """Rename the complete file to `name` and let readers in. Returns the new path.
+
+        Raises:
+            OSError: when there is no room or no folder for it.
+        """
+        if not self._is_there():
+            log.warning("%s was removed by somebody else; its contents are written to a new file", self.path)
+            contents, descriptor = self.array, self._descriptor
+            self._open()
+            os.close(descriptor)
+            self.array[:] = contents
         self.path = self.path.rename(self.path.with_name(name))
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return self.path
 
     def reclaim(self) -> bool:
-        """Lock the segment for writing again. Returns False when a reader still holds it."""
+        """Lock the segment for writing again. Returns False when a reader still holds it.
+
+        Raises:
+            FileNotFoundError: when the file was removed by somebody else.
+        """
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        if not self._is_there():
+            raise FileNotFoundError(f"{self.path} was removed by somebody else")
         self.path = self.path.rename(self._unfinished)
         return True
+
+    def _is_there(self) -> bool:
+        """Return whether the mapped file is still the one at `path`."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def remove(self) -> None:
         """Delete the file. The memory is freed when no process maps it any more."""
@@ -98,10 +128,15 @@ class SegmentPool:
         Raises:
             OSError: when there is not enough space for a new one.
         """
-        for segment in self._retired:
-            if segment.num_bytes == num_bytes and segment.reclaim():
+        for segment in [segment for segment in self._retired if segment.num_bytes == num_bytes]:
+            try:
+                if segment.reclaim():
+                    self._retired.remove(segment)
+                    return segment
+            except FileNotFoundError as error:
+                log.warning("%s; a new file takes its place", error)
                 self._retired.remove(segment)
-                return segment
+                segment.remove()
         self._num_made += 1
         return Segment(self._folder, f"segment-{self._num_made}", num_bytes)
 

@@ -8,6 +8,7 @@ other versions are copies.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
@@ -25,6 +26,8 @@ from buffer.transport.schema import Frame
 from buffer.weights.delta import encode
 from buffer.weights.layout import checksum, layout_of
 from buffer.weights.shared_memory import Segment, hold, let_go
+
+log = logging.getLogger(__name__)
 
 WORTHWHILE_SHARE = 0.5
 """Largest size of a delta, as a share of the version's size. A larger delta is not sent."""
@@ -147,7 +150,7 @@ def _lower_priority() -> None:
 
 
 def _compare(old: Manifest, new: Manifest) -> bytes:
-    """Compute the delta between two published files; empty when it would be too large or a file is gone."""
+    """Compute the delta between two published files; empty when it would be too large or a file cannot be read."""
     if layout_of(old.tensors) != layout_of(new.tensors) or old.num_bytes != new.num_bytes:
         return b""
     files: list[BinaryIO] = []
@@ -159,6 +162,10 @@ def _compare(old: Manifest, new: Manifest) -> bytes:
         )
         return encode(before, after, layout_of(new.tensors), int(WORTHWHILE_SHARE * new.num_bytes))
     except FileNotFoundError:
+        return b""
+    except OSError as error:
+        # Readers then pull the whole version, from memory that is mapped already.
+        log.warning("no delta from policy %d to %d: %s", old.policy_version, new.policy_version, error)
         return b""
     finally:
         for file in files:

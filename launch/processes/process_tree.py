@@ -16,7 +16,8 @@ from pathlib import Path
 MARK = "SLIPSTREAM_PROCESS"
 """Environment variable with the value RUN.NAME. Every launcher makes a new random RUN."""
 _MARKED = re.compile(rb"(?:^|\0)%s=([^\0]*)" % MARK.encode())
-_SHARED_MEMORY = re.compile(r" (/dev/shm/\S+)$", re.MULTILINE)
+_SHARED_MEMORY = re.compile(r" (/dev/shm/[^/\s]+)$", re.MULTILINE)
+"""Segments directly in /dev/shm. What lies in the run's own folder below it belongs to the learner or to a relay."""
 
 
 def marked_processes(prefix: str) -> dict[int, str]:
@@ -42,13 +43,20 @@ def is_stopped(pid: int) -> bool:
 
 
 def kill(pids: Iterable[int]) -> None:
-    """Send SIGKILL, which also ends halted processes, and remove the shared memory that they leave.
+    """Send SIGKILL, which also ends halted processes, and remove the shared memory that only they used.
+
+    A segment that another living process has mapped stays, because it may be that process's own: an actor maps the
+    learner's weights. Nothing in a folder below /dev/shm is removed; the guardian removes the run's folder.
 
     Resource trackers of Python's multiprocessing are not killed. A tracker removes the shared objects of dead processes
     and ends by itself when no process uses it any more.
     """
     pids = list(pids)
+    # Before the signal: a process that is ending no longer says what it has mapped.
     shared = {path for pid in pids for path in _shared_memory(pid)}
+    if shared:
+        others = {int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()} - set(pids)
+        shared -= {path for pid in others for path in _shared_memory(pid)}
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT if _is_tracker(pid) else signal.SIGKILL)

@@ -224,8 +224,8 @@ def _wait(children: Sequence[_Child], seconds: float) -> None:
 
 def _kill_tree(child: _Child) -> None:
     """Kill a process and its descendants, even if the process itself has ended."""
-    child.process.kill()
     kill(marked_processes(child.mark))
+    child.process.kill()
 
 
 def last_line(log: Path) -> str:

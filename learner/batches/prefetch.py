@@ -83,7 +83,7 @@ class Prefetch:
     def _receive(self, answered: Future[Message], coming: Future[Received | NoMoreBatches]) -> None:
         try:
             coming.set_result(self._unpack(answered.result()))
-        except Exception as error:  # Raised where the batch is waited for.
+        except BaseException as error:  # Raised where the batch is waited for.
             coming.set_exception(error)
 
     def _unpack(self, answer: Message) -> Received | NoMoreBatches:

@@ -110,8 +110,11 @@ def _die_with_parent() -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
+    # Also if the wait fails: a scoring process that does not watch its actor would outlive it.
+    try:
+        parent.join()
+    finally:
+        os.killpg(0, signal.SIGKILL)
 
 
 def _sentence(error: BaseException) -> str:

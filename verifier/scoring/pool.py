@@ -151,7 +151,7 @@ class ScoringPool:
                 if not group.future.done():
                     self._deliver(group, index, self._score(worker, group.completions[index]))
         # If this thread ended silently, score_group would wait forever. The error fails its calls and ends the actor.
-        except Exception as error:
+        except BaseException as error:
             self._fail(RuntimeError(f"the scoring pool broke: {error}"))
         finally:
             worker.close()

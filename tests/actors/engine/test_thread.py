@@ -149,7 +149,7 @@ def test_an_error_of_some_work_is_its_own() -> None:
     run(Counting(), do)
 
 
-def test_when_the_engine_fails_everybody_is_told_and_nothing_is_taken_any_more() -> None:
+def test_when_the_engine_fails_everybody_is_told_and_the_process_ends(ended: list[int]) -> None:
     llm = Counting()
 
     async def do(thread: EngineThread) -> None:
@@ -165,9 +165,11 @@ def test_when_the_engine_fails_everybody_is_told_and_nothing_is_taken_any_more()
             await sampled(thread, "late")
 
     run(llm, do)
+    assert ended == [1]
+    ended.clear()
 
 
-def test_an_engine_that_cannot_be_made_says_so() -> None:
+def test_an_engine_that_cannot_be_made_says_so(ended: list[int]) -> None:
     def make() -> Any:
         raise MemoryError("no room for the cache")
 
@@ -176,8 +178,11 @@ def test_an_engine_that_cannot_be_made_says_so() -> None:
         with pytest.raises(RuntimeError, match="no room for the cache"):
             await thread.call(lambda _: None)
         thread.close(10)
+        thread._thread.join(10)
 
     asyncio.run(body())
+    assert ended == [1]
+    ended.clear()
 
 
 def test_an_engine_in_the_making_keeps_nobody() -> None:

@@ -99,3 +99,36 @@ def test_a_folder_leads_to_memory_or_nowhere_whatever_it_was_before(tmp_path: Pa
         SegmentPool(folder).take(8)
         assert [path.suffix for path in memory.iterdir()] == [".part"]
     assert not link_folder(folder, None).is_symlink()
+
+
+def test_a_retired_segment_whose_file_was_removed_is_replaced_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    pool = SegmentPool(tmp_path)
+    first = pool.take(64)
+    path = first.publish("v1.weights")
+    pool.retire(first)
+    path.unlink()
+    # Another file of that name is not the segment's.
+    path.write_bytes(bytes(64))
+    fresh = pool.take(64)
+    assert fresh is not first
+    assert "v1.weights was removed by somebody else; a new file takes its place" in caplog.text
+    fresh.array[:] = 3
+    assert fresh.publish("v2.weights").read_bytes() == bytes([3] * 64)
+
+
+def test_a_segment_whose_file_is_removed_while_it_is_written_is_published_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    segment = SegmentPool(tmp_path).take(64)
+    segment.array[:] = 5
+    segment.path.unlink()
+    path = segment.publish("v1.weights")
+    assert path.read_bytes() == bytes([5] * 64)
+    assert "was removed by somebody else; its contents are written to a new file" in caplog.text
+    segment.array[:] = 6
+    assert path.read_bytes() == bytes([6] * 64)
+    # Readers are let in, and the segment can be used again.
+    hold(path).close()
+    assert segment.reclaim()

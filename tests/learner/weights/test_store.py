@@ -338,3 +338,19 @@ def test_versions_lie_in_shared_memory_where_there_is_a_folder_for_them(tmp_path
         assert {entry.dtype for entry in manifest.tensors} == {"bfloat16"}
         store.close()
         assert list(memory.iterdir()) == []
+
+
+def test_versions_whose_files_are_removed_by_somebody_else_cost_no_publication(
+    open_store: Stores, caplog: pytest.LogCaptureFixture
+):
+    store = open_store(keep_versions=2)
+    for version in range(12):
+        manifest = store.publish(version, weights(version)).result(20)
+        if version in (4, 7):
+            Path(manifest.path).unlink()
+        if version == 9:
+            # The memory for the next version.
+            [spare] = Path(manifest.path).parent.glob("*.part")
+            spare.unlink()
+    assert Path(manifest.path).is_file()
+    assert caplog.text.count("was removed by somebody else") == 3
