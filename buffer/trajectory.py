@@ -125,7 +125,7 @@ def check_tokens(
     """
     if not np.logical_or.reduceat(loss_mask, starts).all():
         raise ValueError(f"{where}: loss_mask selects no token, so there is nothing to learn from")
-    if loss_mask[list(starts)].any():
+    if loss_mask.take(starts).any():
         raise ValueError(f"{where}: its first token is in the loss mask, but no token precedes it to predict it from")
     if token_ids.min() < 0:
         raise ValueError(f"{where}: token id {token_ids.min()} is negative")
@@ -133,7 +133,7 @@ def check_tokens(
     if not (behavior_logprobs.max() <= 0 and behavior_logprobs.min() >= _LOWEST_FLOAT32):
         found = behavior_logprobs[~((behavior_logprobs <= 0) & np.isfinite(behavior_logprobs))][0]
         raise ValueError(f"{where}: behavior_logprobs must be finite and <= 0, found {found}")
-    if behavior_logprobs[~loss_mask].any():
+    if (behavior_logprobs.astype(bool) > loss_mask).any():
         raise ValueError(f"{where}: behavior_logprobs must be 0 where loss_mask is False")
 
 

@@ -8,7 +8,7 @@ before anything is built from them; invalid ones raise `WireError` and no other 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import msgpack
 import numpy as np
@@ -22,7 +22,17 @@ from buffer.trajectory import (
     check_tokens,
     check_versions,
 )
-from buffer.transport.schema import Count, Line, Name, Number, Version, WireError, field_types, record, unpack_header
+from buffer.transport.schema import (
+    Count,
+    Line,
+    Name,
+    Number,
+    Version,
+    WireError,
+    check_texts,
+    fast_reader,
+    field_types,
+)
 
 BYTES_PER_TOKEN = 4 + 4 + 1
 
@@ -104,16 +114,18 @@ def read_group_header(header_frame: bytes, arrays_frame: bytes) -> PackedGroup:
     Raises:
         WireError: when the header is invalid or does not fit the arrays.
     """
-    header: GroupHeader = _READ_GROUP(unpack_header(header_frame), [])
+    header: GroupHeader = _READ_HEADER(bytes(header_frame))
     counts = (len(header.num_tokens), len(header.rewards), len(header.details))
     if not header.num_tokens or len(set(counts)) != 1:
-        raise WireError(f"group {header.group_id}: lengths {counts} of a group's header disagree")
+        raise WireError(f"group {header.group_id[:60]!r}: lengths {counts} of a group's header disagree")
+    ids, breakdowns, verdicts, finish_reasons, _, actor_ids, _, spans = zip(*header.details, strict=True)
+    check_texts(Name, (header.group_id, *ids, *actor_ids))
+    check_texts(Line, (*verdicts, *chain.from_iterable(breakdowns)))
     if min(header.num_tokens) < 1 or sum(header.num_tokens) * BYTES_PER_TOKEN != len(arrays_frame):
         raise WireError(f"group {header.group_id}: {len(arrays_frame)} bytes of arrays for {header.num_tokens} tokens")
-    if any(detail[3] not in _FINISH_REASONS for detail in header.details):
+    if not _FINISH_REASONS.issuperset(finish_reasons):
         raise WireError(f"group {header.group_id}: a finish reason is none of {', '.join(sorted(_FINISH_REASONS))}")
-    spans_by_trajectory = [detail[-1] for detail in header.details]
-    if not all(spans_by_trajectory) or min(s[0][1] for s in spans_by_trajectory) != header.oldest_version:
+    if not all(spans) or min([first[1] for first, *_ in spans]) != header.oldest_version:
         raise WireError(f"group {header.group_id}: oldest_version {header.oldest_version} is not that of its tokens")
     return PackedGroup(header, bytes(header_frame), bytes(arrays_frame))
 
@@ -189,5 +201,5 @@ def _arrays(packed: PackedGroup) -> tuple[NDArray[np.int32], NDArray[np.bool_], 
 
 
 _FINISH_REASONS = {reason.value for reason in FinishReason}
-_READ_GROUP = record(GroupHeader, {})
+_READ_HEADER = fast_reader(GroupHeader)
 _FIELDS = tuple(field_types(GroupHeader))

@@ -3,18 +3,23 @@
 `buffer/transport/messages.py` declares messages as dataclasses with these types. `reader` turns a type annotation into
 a function, once per type, that checks and builds a received value. A reader raises `WireError` and no other exception.
 A reader allocates memory only for bytes that were received, never for a length that a sender claims.
+
+`fast_reader` does the same for a whole frame with msgspec, several times faster, for what is sent most: groups. It
+leaves the patterns of texts to `check_texts`, which checks many texts at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgpack
+import msgspec
 
 MAX_HEADER_BYTES = 1 << 22
 MAX_INTEGER = (1 << 63) - 1
@@ -87,7 +92,7 @@ def unpack_header(frame: bytes, max_bytes: int | None = None) -> Any:
         raise WireError(f"a header of {len(frame)} bytes; at most {max_bytes} are allowed")
     try:
         # A first pass skips through the value without building it, so that no false length reaches the second pass.
-        walker = msgpack.Unpacker(max_buffer_size=max_bytes)
+        walker = msgpack.Unpacker(read_size=len(frame), max_buffer_size=max_bytes)
         walker.feed(frame)
         walker.skip()
         return msgpack.unpackb(frame, raw=False, strict_map_key=True)
@@ -129,6 +134,59 @@ def record(cls: type[Any], special: dict[Any, Reader]) -> Reader:
     return _record(lambda values: cls(*values), cls.__name__, [reader(kind, special) for kind in kinds])
 
 
+def fast_reader(cls: type[Any]) -> Callable[[bytes], Any]:
+    """Return a function that decodes a frame into the dataclass `cls`, which has no frames, and checks all but patterns.
+
+    Memory is allocated for a length that a sender claims only up to `MAX_ITEMS` per list.
+    """
+    fields = [(name, _for_msgspec(kind)) for name, kind in field_types(cls).items()]
+    struct = msgspec.defstruct(cls.__name__, fields, array_like=True, forbid_unknown_fields=True)
+    decode = msgspec.msgpack.Decoder(struct).decode
+    explain = record(cls, {})
+
+    def read(frame: bytes) -> Any:
+        if len(frame) > MAX_HEADER_BYTES:
+            raise WireError(f"a header of {len(frame)} bytes; at most {MAX_HEADER_BYTES} are allowed")
+        try:
+            return cls(*msgspec.structs.astuple(decode(frame)))
+        # A UnicodeDecodeError is a ValueError, as are msgspec's errors.
+        except (ValueError, RecursionError) as error:
+            explain(unpack_header(frame), [])
+            raise WireError(f"the header of {cls.__name__} is invalid: {error}") from error
+
+    return read
+
+
+def _for_msgspec(wanted: Any) -> Any:
+    """Return `wanted` with its limits, but not the patterns of texts, as msgspec declares them."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin is Annotated and isinstance(arguments[1], Text):
+        return Annotated[str, msgspec.Meta(max_length=arguments[1].longest)]
+    if origin is Annotated:
+        return Annotated[arguments[0], msgspec.Meta(ge=arguments[1].least, le=arguments[1].most)]
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return Annotated[tuple[_for_msgspec(arguments[0]), ...], msgspec.Meta(max_length=MAX_ITEMS)]
+    if origin is tuple:
+        return tuple[*map(_for_msgspec, arguments)]
+    if origin is dict:
+        key, value = map(_for_msgspec, arguments)
+        return Annotated[dict[key, value], msgspec.Meta(max_length=MAX_ITEMS)]  # type: ignore[valid-type]
+    raise TypeError(f"msgspec has no limits for {wanted}")
+
+
+def check_texts(wanted: Any, texts: Iterable[str]) -> None:
+    """Check each of the `texts` against the pattern of the type `wanted`, such as `Name`.
+
+    Raises:
+        WireError: when one has characters that are not allowed.
+    """
+    limit = typing.get_args(wanted)[1]
+    matches = _matcher(limit)
+    for text in set(texts):
+        if not matches(text):
+            raise WireError(f"the text {text[:60]!r} has characters that are not allowed there")
+
+
 def field_types(cls: type[Any]) -> dict[str, Any]:
     """Return the resolved annotation of every field, by name and in order."""
     return typing.get_type_hints(cls, include_extras=True)
@@ -161,8 +219,13 @@ def _mapping(read_key: Reader, read_value: Reader) -> Reader:
     return read
 
 
+@functools.cache
+def _matcher(limit: Text) -> Callable[[str], Any]:
+    return re.compile(limit.pattern, re.DOTALL).fullmatch if limit.pattern else str.isprintable
+
+
 def _text(limit: Text) -> Reader:
-    matches = re.compile(limit.pattern, re.DOTALL).fullmatch if limit.pattern else str.isprintable
+    matches = _matcher(limit)
 
     def read(value: Any, rest: Frames) -> Any:
         if type(value) is not str:
