@@ -6,7 +6,8 @@ These tasks run concurrently on one event loop:
 - one rollout per lease: sample, score and deliver a group;
 - weights: fetch the next version while generation goes on, then pause generation and load it;
 - heartbeats: report version and metrics to the buffer;
-- one evaluation at a time, when the buffer asks for it.
+- one evaluation at a time, when the buffer asks for it;
+- weight probes, one at a time, when the buffer asks for one.
 
 An error in any of them ends the process, and the supervisor decides whether to restart it.
 """
@@ -27,6 +28,7 @@ import verifier.base
 from actors.config import ActorConfig
 from actors.metrics import Meter
 from actors.rollouts.completer import Completer
+from actors.rollouts.probe import Prober
 from actors.rollouts.trajectories import TextTokenizer, build_group, task_prompt_ids
 from actors.tasks.task import Problem, Task
 from actors.weights.interface import FetchedVersion, VersionClient
@@ -92,6 +94,7 @@ class Actor:
         self.publication = ""
         self.meter = Meter()
         self._completer = Completer(config, task, tokenizer, engine, pool, self.meter)
+        self._prober = Prober(actor_id, config.temperature, engine)
         self._max_staleness = max_staleness
         self._learner_version = -1
         """The learner's version in the last answer to a heartbeat."""
@@ -128,6 +131,7 @@ class Actor:
             await self._verify_first_load(loaded, engine_checksums)
             loaded.release()
             tasks.create_task(self._keep_weights_fresh())
+            tasks.create_task(self._prober.run(self._call))
             tasks.create_task(self._keep_leasing(tasks))
 
     # --- leases ------------------------------------------------------------------------------------------------------
@@ -404,6 +408,9 @@ class Actor:
         if isinstance(reply, HeartbeatReply):
             self._stop_rollouts(reply.ended)
             self._closing, self._learner_version = reply.closing, reply.policy_version
+            # During an evaluation a probe would wait behind it. The buffer repeats the probe.
+            if not self._loading.locked():
+                self._prober.offer(reply.probes, self.policy_version)
             self._room_changed.set()
 
     async def _call(self, message: Message) -> Message:

@@ -62,9 +62,7 @@ class BatchTrainer:
         """
         config = self._config
         self._may_abandon = True
-        if not check.agreed:
-            check.compare(batch, self._score(self._networks.policy, batch))
-        annotations = self._annotate(batch, policy_version)
+        annotations = self._annotate(batch, policy_version, self._checked(batch, check))
         metrics, steps = batch_metrics(batch), list[StepResults]()
         for index, part in enumerate(batch.split(config.updates_per_batch)):
             shown, results = self._step(batch, part, annotations, policy_version + index)
@@ -82,17 +80,34 @@ class BatchTrainer:
             logger.info("policy %d is the reference from now on", policy_version + len(steps))
         return metrics, steps
 
+    def score(self, batch: TrainingBatch) -> Tensor:
+        """Return the policy's log-probabilities of all scored tokens. Every rank must call it; it is not abandoned."""
+        return score_batch(self._networks.policy, batch, self._config.tokens_per_microbatch)
+
+    def _checked(self, batch: TrainingBatch, check: LogprobCheck) -> Tensor | None:
+        """Compare the batch if the check is not through. Returns the log-probabilities if that needed them."""
+        if check.agreed:
+            return None
+        if not check.can_tell(batch):
+            check.pass_over(batch)
+            return None
+        logprobs = self._score(self._networks.policy, batch)
+        check.compare(batch, logprobs)
+        return logprobs
+
     def _score(self, network: TrainingEngine | PolicyModel, batch: TrainingBatch) -> Tensor:
         return score_batch(network, batch, self._config.tokens_per_microbatch, self._abandoning)
 
     def _abandoning(self) -> bool:
         return self._may_abandon and self._stopping.is_set()
 
-    def _annotate(self, batch: TrainingBatch, policy_version: int) -> Annotations:
-        """Compute the constants of all optimizer steps of the batch."""
+    def _annotate(self, batch: TrainingBatch, policy_version: int, logprobs: Tensor | None) -> Annotations:
+        """Compute the constants of all optimizer steps of the batch; `logprobs`: the policy's, if they are known."""
         networks, algorithm = self._networks, self._algorithm
         needs_proximal = self._config.updates_per_batch > 1 or algorithm.needs_proximal
-        proximal = self._score(networks.policy, batch) if needs_proximal else None
+        if needs_proximal and logprobs is None:
+            logprobs = self._score(networks.policy, batch)
+        proximal = logprobs if needs_proximal else None
         reference = self._score(networks.reference, batch) if networks.reference is not None else None
         values = self._score(networks.critic, batch) if networks.critic is not None else None
         kl_coef = algorithm.kl_coef_schedule.at(policy_version, self.kl_coef)

@@ -36,6 +36,7 @@ from learner.monitoring.bad_batch import save_bad_batch
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
 from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
+from learner.monitoring.weight_probe import WeightProbe
 from learner.networks import Networks
 from learner.passes import PassAbandonedError
 from learner.weights.store import Publisher
@@ -95,6 +96,9 @@ class Trainer:
         )
         self._publication: Future[Manifest] | None = None
         self._logprobs = LogprobCheck(config.logprob_tolerance, OlderGroups())
+        self._weight_probe = WeightProbe(
+            buffer, self._batch_trainer.score, tolerance=config.logprob_tolerance, rank=self.rank, device=device
+        )
         self._step_watch, self._distance_watch = StepWatch(config.max_bad_steps), DistanceWatch()
         self._signal_watch = SignalWatch(
             compares_groups=algorithm.min_group_size > 1, max_batches=config.max_batches_without_signal
@@ -130,6 +134,7 @@ class Trainer:
         wait_seconds = time.monotonic() - started
         try:
             self.observer.heartbeat(self.version)
+            self._weight_probe.begin(batch)
             metrics, steps = self._batch_trainer.train_on(batch, self.version, self._logprobs)
         except PassAbandonedError:
             logger.info("policy %d: the current batch is abandoned; a resumed run trains on it", self.version)
@@ -143,6 +148,7 @@ class Trainer:
         metrics["learner/wait_seconds"] = wait_seconds
         metrics["learner/train_seconds"] = trained - started - wait_seconds
         metrics["learner/publish_seconds"] = time.monotonic() - trained
+        metrics |= self._weight_probe.see(self.version, self._logprobs)
         metrics["learner/failed_checkpoints"] = float(self._num_failed_checkpoints)
         metrics |= self._step_watch.see(self.version, steps)
         metrics |= self._distance_watch.see(self.version, steps[-1].importance)

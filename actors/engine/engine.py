@@ -23,6 +23,7 @@ from actors.engine.thread import EngineThread
 from actors.weights.interface import FetchedVersion
 from actors.weights.vllm_worker import BACKENDS, WORKER_EXTENSION
 from buffer.trajectory import FinishReason, VersionSpan
+from buffer.transport.messages import MOST_PROBED_TOKENS
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -53,6 +54,15 @@ class SampledCompletion:
     versions: tuple[VersionSpan, ...]
     """(start, version) spans; starts are positions in `token_ids`."""
     finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """The log-probabilities of given tokens."""
+
+    policy_version: int
+    """The version of the weights, as the engine names it."""
+    logprobs: tuple[float, ...]
 
 
 class Engine:
@@ -142,6 +152,39 @@ class Engine:
             raise RuntimeError(f"the engine returned no complete output for request {request_id}")
         return [_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index)]
 
+    async def score(
+        self, token_ids: Sequence[int], num_scored: int, temperature: float, request_id: str
+    ) -> ScoredTokens | None:
+        """Return the log-probabilities of the last `num_scored` tokens, each given those before it.
+
+        Every token takes a request of its own, because vLLM does not apply the temperature to a prompt's
+        log-probabilities. Returns None when weights were loaded in between.
+        """
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        async def score_one(position: int) -> tuple[int, float]:
+            token = token_ids[position]
+            parameters = SamplingParams(
+                temperature=temperature,
+                max_tokens=1,
+                logprobs=1,
+                logprob_token_ids=[token],
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            output = await self._thread.generate(f"{request_id}.{position}", token_ids[:position], parameters)
+            [choice] = output.outputs
+            # The sampled token comes first, the wanted one second.
+            if choice.logprobs.token_ids[1] != token:
+                raise RuntimeError(f"the engine scored token {choice.logprobs.token_ids[1]}, not {token}")
+            return int(choice.weight_versions[0].version), choice.logprobs.logprobs[1]
+
+        positions = range(len(token_ids) - num_scored, len(token_ids))
+        scored = await asyncio.gather(*(score_one(position) for position in positions))
+        versions, logprobs = zip(*scored, strict=True)
+        return ScoredTokens(versions[0], logprobs) if len(set(versions)) == 1 else None
+
     async def load(self, weights: FetchedVersion) -> None:
         """Replace the weights in the middle of generation; tokens that are already sampled keep their version.
 
@@ -227,7 +270,8 @@ def _engine_arguments(config: ActorConfig, transport: str, on_cpu: bool) -> Engi
         model=config.model_path,
         dtype=config.dtype,
         max_model_len=config.max_tokens,
-        max_num_seqs=config.max_groups_in_flight * config.samples_per_group,
+        # A weight probe never waits for the rollouts to end.
+        max_num_seqs=config.max_groups_in_flight * config.samples_per_group + MOST_PROBED_TOKENS,
         tensor_parallel_size=config.tensor_parallel_size,
         gpu_memory_utilization=config.gpu_memory_utilization,
         # On a CPU, compilation costs a run more time than it saves.

@@ -109,8 +109,10 @@ def _joined(parts: Sequence[EngineCoreOutput]) -> EngineCoreOutput:
 
 
 def _joined_logprobs(parts: Sequence[LogprobsLists]) -> LogprobsLists:
+    # A step has columns for the request that asked for most of them, so further columns belong to other requests.
+    width = min(part.logprobs.shape[1] for part in parts)
     return LogprobsLists(
-        logprob_token_ids=np.concatenate([part.logprob_token_ids for part in parts]),
-        logprobs=np.concatenate([part.logprobs for part in parts]),
+        logprob_token_ids=np.concatenate([part.logprob_token_ids[:, :width] for part in parts]),
+        logprobs=np.concatenate([part.logprobs[:, :width] for part in parts]),
         sampled_token_ranks=np.concatenate([part.sampled_token_ranks for part in parts]),
     )

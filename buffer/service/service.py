@@ -22,6 +22,7 @@ from buffer.ledger.ledger import Ledger
 from buffer.ledger.sampler import SAMPLERS, balance, next_batch
 from buffer.ledger.stale_tokens import mask_older_tokens
 from buffer.service.leases import Leases, Outgoing, holder_name
+from buffer.service.probes import Probes
 from buffer.service.progress import Progress
 from buffer.transport import messages
 from buffer.transport.packed_group import BYTES_PER_TOKEN, PackedGroup
@@ -61,6 +62,7 @@ class Service:
         self._leases = Leases(config, ledger, self._progress)
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
+        self._probes = Probes()
         self.out_of_space_since: float | None = None
         """Monotonic time since when the ledger's disk is full; None: it is not. Set by `Turns`."""
         self.last_error = ""
@@ -84,6 +86,8 @@ class Service:
                 reply = self._heartbeat(identity, message, number, now)
             case messages.StatusRequest():
                 reply = self.status(now)
+            case messages.ProbeRequest():
+                reply = self._probes.request(message.probe, now)
             case _:
                 reply = self._from_actor(message) or self._from_learner(message)
         return [Outgoing(identity, number, reply)]
@@ -167,6 +171,9 @@ class Service:
             case messages.LeaseReturn():
                 given_back = sum(self._ledger.give_back(group_id, message.reason) for group_id in message.group_ids)
                 log.info("%s gave %d leases back %s", message.actor_id, given_back, message.reason)
+                return messages.Done()
+            case messages.ProbeReport():
+                self._probes.report(message)
                 return messages.Done()
             case messages.EvaluationReport():
                 if self._ledger.evaluations.report(message):
@@ -318,11 +325,13 @@ class Service:
         since = known.waiting_since if known is not None and unchanged else now
         self._ledger.file.guard(self._peers, (heartbeat.role, heartbeat.name))
         self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now, since)
+        probes: tuple[messages.Probe, ...] = ()
         if heartbeat.role == "learner":
             self._set_policy_version(heartbeat.policy_version)
         else:
             self._leases.learn_version(identity, number, heartbeat.policy_version)
-        return messages.HeartbeatReply(self._progress.policy_version, self._progress.closing)
+            probes = self._probes.due(heartbeat.name, now)
+        return messages.HeartbeatReply(self._progress.policy_version, self._progress.closing, probes=probes)
 
     def _set_policy_version(self, version: int) -> None:
         if version > self._progress.policy_version:

@@ -33,6 +33,7 @@ from buffer.transport.schema import (
     Reader,
     Seconds,
     SmallCount,
+    TokenId,
     Version,
     VersionDistance,
     VersionOrNone,
@@ -46,6 +47,8 @@ SCHEMA = 6
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
+MOST_PROBED_TOKENS = 16
+"""Most tokens that a probe scores. An actor's engine has room for as many requests beside those of the rollouts."""
 MAX_TENSORS = 1 << 17
 """Largest number of tensors in a manifest: more than the experts of the largest models have, one by one."""
 MAX_TENSORS_BYTES = 1 << 25
@@ -154,6 +157,19 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A sequence that actors score, so that the learner can compare (`learner/monitoring/weight_probe.py`)."""
+
+    probe_id: Count
+    """Another one for every round, also after a restart of the learner."""
+    policy_version: Version
+    """Oldest version to score the sequence under; an actor with older weights waits for newer ones."""
+    token_ids: tuple[TokenId, ...]
+    num_scored: SmallCount
+    """How many of the last tokens are scored: at most `MOST_PROBED_TOKENS`."""
+
+
+@dataclass(frozen=True, slots=True)
 class HeartbeatReply:
     """The learner's newest version, as far as the buffer knows."""
 
@@ -161,6 +177,21 @@ class HeartbeatReply:
     closing: bool
     ended: tuple[Name, ...] = ()
     """Group ids in the heartbeat's `held` that are not leased to its sender. Work on them is wasted."""
+    probes: tuple[Probe, ...] = ()
+    """At most one: the probe that this actor shall answer, repeated until its report has arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReport:
+    """An actor's log-probabilities of a probe's scored tokens, at the sampling temperature."""
+
+    actor_id: Name
+    probe_id: Count
+    policy_version: Version
+    """The version that the actor's engine names."""
+    logprobs: tuple[Number, ...]
+    seconds: Seconds
+    """How long the actor took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +329,24 @@ class EvaluationReports:
     """The reports that the query asked for, oldest first."""
 
     reports: tuple[EvaluationReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """Have actors answer `probe`, and ask for the reports so far. Repeated during the round; waits for nothing."""
+
+    probe: Probe
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReports:
+    """The reports of the probe's round so far."""
+
+    reports: tuple[ProbeReport, ...]
+    num_unanswered: Count
+    """Live actors that were asked and have not answered."""
+    num_actors: Count
+    """Live actors in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,6 +554,7 @@ Message = (
     | Heartbeat
     | HeartbeatReply
     | EvaluationReport
+    | ProbeReport
     | Done
     | Refused
     | LearnerHello
@@ -518,6 +568,8 @@ Message = (
     | EvaluationRequest
     | EvaluationQuery
     | EvaluationReports
+    | ProbeRequest
+    | ProbeReports
     | Close
     | StatusRequest
     | Status

@@ -67,6 +67,7 @@ VersionOrNone = Annotated[int, Within(-1, MAX_VERSION)]
 VersionDistance = Annotated[int, Within(-MAX_VERSION, MAX_VERSION)]
 Count = Annotated[int, Within(0, MAX_INTEGER)]
 SmallCount = Annotated[int, Within(0, MAX_ITEMS)]
+TokenId = Annotated[int, Within(0, (1 << 31) - 1)]
 Number = Annotated[float, Within(-1e300, 1e300)]
 Seconds = Annotated[float, Within(0, 1e12)]
 

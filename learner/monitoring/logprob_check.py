@@ -1,5 +1,8 @@
 """Checks that learner and actors compute the same log-probabilities under the same weights, until one batch passes.
 
+If no batch can tell, because the actors are always a version behind, a round of `learner/monitoring/weight_probe.py`
+finishes the check. That module also goes on with it.
+
 Only trajectories that were sampled under a single version are compared, because after a change of weights tokens are
 sampled on top of the older version's KV cache. After a rollback a version number may stand for other weights than
 before. Groups that were begun before this learner started may therefore differ; while such groups can still arrive, a
@@ -16,7 +19,7 @@ from torch import Tensor
 from buffer.transport.connection import Connection
 from buffer.transport.messages import LearnerHello, LearnerWelcome, Status, StatusRequest
 from learner.batches.batch import TrainingBatch
-from learner.distributed.collectives import all_reduce_max, all_reduce_sum, rank_and_world_size
+from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
 from learner.monitoring.stop_conditions import RunStoppedError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +42,11 @@ class OlderGroups:
 
     def may_come(self, policy_version: int) -> bool:
         """Return whether a group may come from other weights than those that this learner calls `policy_version`."""
-        return self._number > 0 or policy_version <= self._newest_version
+        return self._number > 0 or self.may_name(policy_version)
+
+    def may_name(self, policy_version: int) -> bool:
+        """Return whether an actor may still have other weights that it calls `policy_version`."""
+        return policy_version <= self._newest_version
 
     def use(self, num_groups: int) -> None:
         """Count the `num_groups` groups of a trained batch as older groups that have arrived."""
@@ -73,6 +80,8 @@ def say_hello(
 class LogprobCheck:
     """Compares the log-probabilities of batches until one batch is within the tolerance.
 
+    The caller passes every batch to `compare`, or to `pass_over` if it has nothing to compare, until `agreed`.
+
     Args:
         tolerance: largest allowed mean of |log pi - log mu|.
         older: groups begun before this learner started that may still arrive.
@@ -81,6 +90,21 @@ class LogprobCheck:
     def __init__(self, tolerance: float, older: OlderGroups) -> None:
         self._tolerance, self._older = tolerance, older
         self.agreed = False
+
+    def can_tell(self, batch: TrainingBatch) -> bool:
+        """Return whether any rank's shard has tokens to compare. Every rank must call it; costs no forward pass."""
+        version = batch.policy_version
+        here = any(t.oldest_version == t.newest_version == version and t.loss_mask.any() for t in batch.trajectories)
+        return any_rank(here, batch.device)
+
+    def may_be_older(self, policy_version: int) -> bool:
+        """Return whether an actor may still have weights of an earlier learner that it calls `policy_version`."""
+        return self._older.may_name(policy_version)
+
+    def pass_over(self, batch: TrainingBatch) -> None:
+        """Count a batch that has nothing to compare."""
+        _, world_size = rank_and_world_size()
+        self._older.use(len(batch.staleness) * world_size)
 
     def compare(self, batch: TrainingBatch, logprobs: Tensor) -> None:
         """Compare a batch's behavior_logprobs with `logprobs` [M], computed under the weights of the batch's version.
@@ -110,5 +134,4 @@ class LogprobCheck:
             self.agreed = True
             if rank_and_world_size()[0] == 0:
                 logger.info("policy %d: log-probabilities agree (largest difference %.2g)", version, largest)
-        _, world_size = rank_and_world_size()
-        self._older.use(len(batch.staleness) * world_size)
+        self.pass_over(batch)

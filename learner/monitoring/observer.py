@@ -35,6 +35,7 @@ TROUBLES = (
     "learner/failed_checkpoints",
     "reward/batches_without_signal",
     "importance/far_batches",
+    "weights/logprob_alarms",
 )
 """Metrics that the heartbeat sends to the display while they are not 0."""
 

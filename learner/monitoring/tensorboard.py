@@ -51,6 +51,8 @@ LAYOUT = {
     "Is anything wrong?": {
         "steps and checkpoints": ["Multiline", ["learner/bad_steps", "learner/failed_checkpoints"]],
         "batches without signal": ["Multiline", ["reward/batches_without_signal"]],
+        "weight probe: difference of log-probabilities": ["Multiline", ["weights/logprob_probe"]],
+        "weight probe: actors that sample with other weights": ["Multiline", ["weights/logprob_alarms"]],
         "completions not judged": [
             "Multiline",
             ["reward/fraction_timeout", "reward/fraction_crash", "reward/fraction_error"],
