@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from buffer.config import load_run_config, read_section
 from buffer.machine import THREADS_VARIABLE, num_usable_cores
 from buffer.process import exit_now, pause_gc, resume_gc
-from buffer.transport.connection import Connection
+from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import Credentials, server_credentials
 from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
 
@@ -110,8 +110,8 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
         return _log_failure(error, 3)
     except CheckpointError as error:
         return _log_failure(error, 2)
-    except OSError as error:
-        # A full disk, a missing folder, a buffer that does not answer: the supervisor restarts the learner.
+    except (OSError, RequestRefused) as error:
+        # A full disk, a missing folder, a buffer that lost its last moments: the supervisor restarts the learner.
         return _log_failure(error, 1)
     finally:
         buffer.close()

@@ -90,12 +90,19 @@ class Networks:
         return True
 
     def save(
-        self, directory: Path, policy_version: int, *, model: ModelConfig, state: dict[str, Any], keep: int
+        self,
+        directory: Path,
+        policy_version: int,
+        *,
+        model: ModelConfig,
+        state: dict[str, Any],
+        keep: int,
+        may_be_named: Callable[[], bool],
     ) -> None:
         """Write a checkpoint with `save_checkpoint`; every rank must call it.
 
         Raises:
-            CheckpointWriteError: on every rank, when any rank could not write its part.
+            CheckpointWriteError: on every rank, when any rank could not write its part, or it may not be named.
         """
         save_checkpoint(
             directory,
@@ -109,6 +116,7 @@ class Networks:
             lora=self.lora,
             state=state,
             keep=keep,
+            may_be_named=may_be_named,
         )
 
     def restore(self, checkpoint: Path) -> None:

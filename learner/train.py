@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from buffer.transport.connection import Connection
-from buffer.transport.messages import CheckpointCommitted, Manifest, NoMoreBatches, Shard
+from buffer.transport.messages import CheckpointBegun, CheckpointCommitted, Manifest, NoMoreBatches, Shard
 from learner.algorithms.base import Algorithm
 from learner.batch_trainer import BatchTrainer
 from learner.batches.batch import TrainingBatch
@@ -35,6 +35,7 @@ from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_w
 from learner.monitoring.bad_batch import save_bad_batch
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
+from learner.monitoring.patient_requests import PatientRequests
 from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
 from learner.monitoring.weight_probe import WeightProbe
 from learner.networks import Networks
@@ -42,6 +43,8 @@ from learner.passes import PassAbandonedError
 from learner.weights.store import Publisher
 
 logger = logging.getLogger(__name__)
+
+CONFIRMATION = "the buffer to record the checkpoint"
 
 
 class Trainer:
@@ -83,8 +86,11 @@ class Trainer:
         self._saved_version = self._resume()
         """Version of the newest checkpoint; -1 before the first."""
         self.version = max(self._saved_version, 0)
+        self._requests = PatientRequests(
+            buffer, lambda what: self.observer.heartbeat(self.version, what), stopping, device
+        )
         self.observer = Observer(
-            buffer, run_dir / "tensorboard", self.version, rank=self.rank, world_size=self.world_size
+            buffer, self._requests, run_dir / "tensorboard", self.version, rank=self.rank, world_size=self.world_size
         )
         self._prefetch = Prefetch(
             buffer,
@@ -116,7 +122,8 @@ class Trainer:
             CheckpointWriteError: when the last checkpoint cannot be written.
         """
         try:
-            self._say_hello()
+            if not self._say_hello():
+                return
             while self.version < self.config.total_steps:
                 started = time.monotonic()
                 batch = self._next_batch()
@@ -206,14 +213,18 @@ class Trainer:
 
     # --- versions, checkpoints, evaluations --------------------------------------------------------------------------
 
-    def _say_hello(self) -> None:
+    def _say_hello(self) -> bool:
+        """Begin with the buffer and publish the first version. False when `stopping` ended the wait for the buffer."""
         # Also a barrier, because the buffer would refuse another rank's batch request that arrived before the hello.
-        older = say_hello(self.buffer, self.version, self.config.updates_per_batch, self.device, self.rank)
+        older = say_hello(self._requests, self.version, self.config.updates_per_batch, self.device)
+        if older is None:
+            return False
         self._logprobs = LogprobCheck(self.config.logprob_tolerance, older)
         self._publish()
         self._await_publication()
         if self.version == 0:
             self.observer.request_evaluation(0)
+        return True
 
     def _publish(self) -> None:
         """Publish the version: all ranks gather; rank 0 copies to the store, which announces it in the background."""
@@ -237,7 +248,13 @@ class Trainer:
             self._publication.result(timeout=600.0)
 
     def _checkpoint(self, *, may_fail: bool = True) -> None:
-        """Write a checkpoint and tell the buffer. If it `may_fail`, a failed one is retried after the next version."""
+        """Write a checkpoint. If it `may_fail`, a failed one is retried after the next version.
+
+        Before the checkpoint gets its name, the buffer makes durable what the checkpoint contains, so that a power cut
+        cannot leave weights with groups in them that the ledger hands out again. Afterwards the buffer may delete the
+        contents of those groups.
+        """
+        begun = CheckpointBegun(self.version)
         try:
             self.networks.save(
                 self.checkpoints,
@@ -245,6 +262,7 @@ class Trainer:
                 model=self.model_config,
                 state={"config": asdict(self.config), "algorithm": {"kl_coef": self._batch_trainer.kl_coef}},
                 keep=self.config.keep_checkpoints,
+                may_be_named=lambda: self._requests.ask_together(begun, CONFIRMATION) is not None,
             )
         except CheckpointWriteError as error:
             if not may_fail:
@@ -253,8 +271,8 @@ class Trainer:
             logger.error("policy %d has no checkpoint, the next version is tried: %s", self.version, error)
             return
         self._saved_version, self._num_failed_checkpoints = self.version, 0
-        if self.rank == 0:
-            self.buffer.call(CheckpointCommitted(self.version), timeout_seconds=60.0)
+        # Unanswered only when the learner ends: then the next learner's checkpoint makes these groups done.
+        self._requests.ask_together(CheckpointCommitted(self.version), CONFIRMATION)
 
     def _resume(self) -> int:
         """Load the newest sound checkpoint. Returns its version, -1 when there is none."""

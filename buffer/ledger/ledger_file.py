@@ -136,9 +136,12 @@ class LedgerFile:
         except BaseException:
             os.close(self._lock)
             raise
+        self._syncs_log = False
         try:
             self._set_up(durability)
             self._inode = self._path.stat().st_ino
+            # The names of the file and its log; SQLite itself makes only the name of a log durable.
+            _sync(run_dir)
         except BaseException:
             self.close()
             raise
@@ -206,6 +209,7 @@ class LedgerFile:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit all writes inside the block when it ends; undo all of them when it raises."""
+        self._syncs_log = False
         self._db.execute("BEGIN IMMEDIATE")
         self._undo.clear()
         try:
@@ -219,6 +223,11 @@ class LedgerFile:
             raise
         finally:
             self._undo.clear()
+        if self._syncs_log:
+            # Under synchronous = NORMAL all commits since SQLite's last sync are in the log, and a sync by any
+            # descriptor covers what others wrote. A second descriptor of the log does no harm; closing one of the
+            # file itself would end SQLite's locks.
+            _sync(Path(f"{self._path}-wal"))
 
     def on_undo(self, undo: Callable[[], None]) -> None:
         """Call `undo` if the open transaction is undone, to restore what the caller keeps in memory."""
@@ -235,6 +244,15 @@ class LedgerFile:
                 mapping[key] = before
 
         self._undo.append(undo)
+
+    def make_durable(self) -> None:
+        """Make the open transaction, and all before it, survive a power cut: its end then waits for the disk.
+
+        Under the durability `memory` only until the log is next merged into the file, which is not synced.
+        """
+        if not self._db.in_transaction:
+            raise RuntimeError("make_durable outside a transaction")
+        self._syncs_log = True
 
     def write(self, sql: str, *arguments: Any) -> int:
         """Run one statement inside the open transaction. Returns the number of changed rows."""
@@ -273,6 +291,15 @@ class LedgerFile:
         """Close the file and let another process write."""
         self._db.close()
         os.close(self._lock)
+
+
+def _sync(path: Path) -> None:
+    """Wait until everything written to the file is on the disk; for a folder: the names in it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_out_of_space(error: Exception) -> bool:

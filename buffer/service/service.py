@@ -184,6 +184,8 @@ class Service:
 
     def _from_learner(self, message: messages.Message) -> messages.Message:
         match message:
+            case messages.CheckpointBegun():
+                return self._begin_checkpoint(message.policy_version)
             case messages.CheckpointCommitted():
                 done = self._ledger.commit(message.policy_version, self._progress.next_version)
                 log.info("policy %d is committed: %d groups done", message.policy_version, done)
@@ -202,6 +204,18 @@ class Service:
                 return messages.Done()
             case _:
                 return messages.Refused(f"the buffer does not answer {type(message).__name__}")
+
+    def _begin_checkpoint(self, version: int) -> messages.Message:
+        """Make the batches that the checkpoint contains durable; refuse a checkpoint with batches not in the ledger."""
+        next_version = self._progress.next_version
+        if version > next_version:
+            return messages.Refused(
+                f"the checkpoint of policy {version} contains batches that the ledger does not: its next batch is for"
+                f" policy {next_version}; the ledger lost its last moments, so the learner must start again from an"
+                " older checkpoint"
+            )
+        self._ledger.file.make_durable()
+        return messages.Done()
 
     # Batches.
 

@@ -300,6 +300,17 @@ class NoMoreBatches:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointBegun:
+    """The checkpoint of `policy_version` is written and about to get its name.
+
+    The answer is sent when the ledger's record of all batches before that version would survive a power cut. A learner
+    that names the checkpoint only then never resumes with groups in its weights that the ledger does not know as used.
+    """
+
+    policy_version: Version
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointCommitted:
     """The checkpoint of `policy_version` is durable.
 
@@ -564,6 +575,7 @@ Message = (
     | GroupRequest
     | ShardGroup
     | NoMoreBatches
+    | CheckpointBegun
     | CheckpointCommitted
     | EvaluationRequest
     | EvaluationQuery

@@ -1,5 +1,7 @@
 """Checkpoints that are complete or absent: written under a temporary name, flushed to disk, then renamed.
 
+Between flush and rename the training loop asks the buffer to make durable what the checkpoint contains.
+
 `RUN_DIR/checkpoints/00000050/` holds `policy/` (a Hugging Face folder), `policy_state/` and `critic_state/` (what
 DeepSpeed needs to go on), `adapter/` (only with LoRA, in peft's format; `policy/` has it merged), `reference.pt` (only
 where the reference is refreshed), `rng/` (random generators, a file per rank), `learner.json` and `manifest.json`
@@ -42,7 +44,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWriteError(OSError):
-    """At least one rank could not write its part, so there is no new checkpoint; older checkpoints are untouched."""
+    """There is no new checkpoint, because a rank could not write its part or the learner ends; older ones are untouched."""
 
 
 def sound_checkpoint(directory: Path) -> Path | None:
@@ -92,6 +94,7 @@ def save_checkpoint(
     lora: LoraConfig | None = None,
     state: dict[str, Any],
     keep: int,
+    may_be_named: Callable[[], bool] = lambda: True,
 ) -> Path:
     """Write one checkpoint; every rank must call it.
 
@@ -106,22 +109,28 @@ def save_checkpoint(
         lora: the policy's adapters; None without.
         state: small JSON-able values to resume with.
         keep: number of checkpoints to keep; the oldest are removed when the new one is complete.
+        may_be_named: called on every rank when the checkpoint is on the disk under its temporary name; False, on every
+            rank alike, discards the checkpoint.
 
     Raises:
-        CheckpointWriteError: on every rank, when any rank could not write its part; the partial files are removed.
+        CheckpointWriteError: on every rank, when any rank could not write its part, or the checkpoint may not be named;
+            the partial files are removed.
     """
     rank, world_size = rank_and_world_size()
     final = directory / f"{policy_version:08d}"
     temporary = final.with_suffix(INCOMPLETE)
 
-    def finish() -> None:
+    def describe() -> None:
         state_of_run = {"policy_version": policy_version, "num_ranks": world_size, **state}
         (temporary / "learner.json").write_text(json.dumps(state_of_run, indent=2))
         write_manifest(temporary)
         _flush(temporary)
+
+    def name() -> None:
         temporary.rename(final)
         try:
             _flush_one(directory)
+            _flush_one(directory.parent)
         except OSError:
             # If the rename is not durable, discard the checkpoint.
             shutil.rmtree(final, ignore_errors=True)
@@ -138,7 +147,10 @@ def save_checkpoint(
         if reference is not None:
             _on_rank_0(lambda: write_state(reference.state_dict(), temporary / REFERENCE), policy.device)
         _together(lambda: save_generators(_generators(temporary, rank)), policy.device)
-        _on_rank_0(finish, policy.device)
+        _on_rank_0(describe, policy.device)
+        if not may_be_named():
+            raise CheckpointWriteError(f"the buffer did not confirm policy {policy_version} before the learner's end")
+        _on_rank_0(name, policy.device)
     except CheckpointWriteError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)

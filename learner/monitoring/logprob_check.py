@@ -16,13 +16,17 @@ import logging
 import torch
 from torch import Tensor
 
-from buffer.transport.connection import Connection
+from buffer.transport.connection import RequestRefused
 from buffer.transport.messages import LearnerHello, LearnerWelcome, Status, StatusRequest
 from learner.batches.batch import TrainingBatch
+from learner.checkpoints.checkpoint import CheckpointError
 from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
+from learner.monitoring.patient_requests import PatientRequests
 from learner.monitoring.stop_conditions import RunStoppedError
 
 logger = logging.getLogger(__name__)
+
+BUFFER = "the buffer to begin"
 
 
 class LogprobMismatchError(RunStoppedError):
@@ -54,19 +58,24 @@ class OlderGroups:
 
 
 def say_hello(
-    buffer: Connection, policy_version: int, updates_per_batch: int, device: torch.device, rank: int
-) -> OlderGroups:
+    requests: PatientRequests, policy_version: int, updates_per_batch: int, device: torch.device
+) -> OlderGroups | None:
     """Tell the buffer, on rank 0, the version that the learner starts at. Returns, on every rank, the older groups.
 
-    Also a barrier.
+    Also a barrier. None on every rank when the learner was told to end before the buffer answered.
 
-    Waits for: the buffer. Gives up after: 60 s.
+    Raises:
+        CheckpointError: the buffer refuses the version, because its ledger is older than the checkpoint.
     """
     older = torch.tensor([0, -1], device=device)
-    if rank == 0:
-        before = buffer.call(StatusRequest(), timeout_seconds=60.0)
-        welcome = buffer.call(LearnerHello(policy_version), timeout_seconds=60.0)
-        assert isinstance(before, Status) and isinstance(welcome, LearnerWelcome)
+    before = requests.ask_together(StatusRequest(), BUFFER)
+    try:
+        welcome = before and requests.ask_together(LearnerHello(policy_version), BUFFER)
+    except RequestRefused as error:
+        raise CheckpointError(str(error)) from error
+    if welcome is None:
+        return None
+    if isinstance(before, Status) and isinstance(welcome, LearnerWelcome):
         logger.info("starting at policy %d; %d groups are ready again", policy_version, welcome.num_rolled_back)
         newest = max([before.policy_version, *(peer.policy_version for peer in before.peers)])
         if before.counts["issued"]:

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from buffer.transport.messages import (
     StatusRequest,
 )
 from learner.batches.batch import TrainingBatch
+from learner.monitoring.patient_requests import PatientRequests
 from learner.monitoring.tensorboard import Reporter, StepClock
 
 logger = logging.getLogger(__name__)
@@ -45,13 +47,23 @@ class Observer:
 
     Args:
         buffer: connection to the buffer.
+        requests: for what cannot go unanswered.
         directory: folder of the event files.
         first_version: the policy version that the learner starts at.
         rank, world_size: only rank 0 reports.
     """
 
-    def __init__(self, buffer: Connection, directory: Path, first_version: int, *, rank: int, world_size: int) -> None:
-        self._buffer, self._rank, self._world_size = buffer, rank, world_size
+    def __init__(
+        self,
+        buffer: Connection,
+        requests: PatientRequests,
+        directory: Path,
+        first_version: int,
+        *,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._buffer, self._requests, self._rank, self._world_size = buffer, requests, rank, world_size
         self._reporter = Reporter(directory, first_version) if rank == 0 else None
         self._clock = StepClock()
         self._evaluated: set[tuple[int, int]] = set()
@@ -60,8 +72,10 @@ class Observer:
 
     def heartbeat(self, policy_version: int, waiting_for: str = "") -> Future[Message]:
         """Tell the buffer that this rank is alive at `policy_version`, and what the rank waits for (empty: nothing)."""
-        heartbeat = Heartbeat("learner", f"learner-{self._rank}", policy_version, waiting_for, self._shown)
-        return self._buffer.request(heartbeat, timeout_seconds=60.0)
+        return self._buffer.request(self._beat(policy_version, waiting_for), timeout_seconds=60.0)
+
+    def _beat(self, policy_version: int, waiting_for: str) -> Heartbeat:
+        return Heartbeat("learner", f"learner-{self._rank}", policy_version, waiting_for, self._shown)
 
     def report(self, batch: TrainingBatch, metrics: Mapping[str, float], policy_version: int) -> None:
         """Report the metrics of the batch that led to `policy_version`; does nothing except on rank 0."""
@@ -88,12 +102,15 @@ class Observer:
                 self._reporter.status(status, policy_version)
                 self._report_evaluations(status.reports)
         if self._status is None or self._status.done():
-            self._status = self._buffer.request(StatusRequest(), timeout_seconds=60.0)
+            self._status = self._buffer.request(StatusRequest(), timeout_seconds=math.inf)
 
     def request_evaluation(self, policy_version: int) -> None:
-        """Ask for an evaluation on the held-out prompts; does nothing except on rank 0."""
+        """Ask for an evaluation on the held-out prompts; does nothing except on rank 0.
+
+        Returns at once: the connection repeats the request until the buffer has it.
+        """
         if self._reporter is not None:
-            self._buffer.call(EvaluationRequest(policy_version), timeout_seconds=60.0)
+            self._buffer.request(EvaluationRequest(policy_version), timeout_seconds=math.inf)
 
     def last_evaluation(self, policy_version: int, timeout_seconds: float, stopping: threading.Event) -> None:
         """Close the run to new groups and evaluate its last version; does nothing except on rank 0.
@@ -103,13 +120,12 @@ class Observer:
         if self._reporter is None:
             return
         self.request_evaluation(policy_version)
-        self._buffer.call(Close(), timeout_seconds=60.0)
+        self._requests.ask(Close(), "the buffer to end the run")
         deadline = time.monotonic() + timeout_seconds
         while time.monotonic() < deadline and not stopping.is_set():
             self.heartbeat(policy_version, "the last evaluation")
-            reports = self._buffer.call(EvaluationQuery(policy_version), timeout_seconds=60.0)
-            assert isinstance(reports, EvaluationReports)
-            if reports.reports:
+            reports = self._requests.ask(EvaluationQuery(policy_version), "the last evaluation")
+            if isinstance(reports, EvaluationReports) and reports.reports:
                 self._report_evaluations(reports.reports)
                 return
             time.sleep(0.2)
@@ -131,10 +147,10 @@ class Observer:
     def say_goodbye(self, policy_version: int) -> None:
         """Send the last heartbeat, from which the launcher makes its summary.
 
-        Waits for: the buffer's answer, since this process may end at once. Gives up after: 10 s.
+        Waits for: the buffer's answer, since this process may end at once.
         """
         if self._reporter is not None:
-            self.heartbeat(policy_version).result(timeout=10.0)
+            self._requests.ask(self._beat(policy_version, ""), "the buffer to hear of the end")
 
     def close(self) -> None:
         """Flush and close the event files."""

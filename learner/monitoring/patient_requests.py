@@ -1,0 +1,145 @@
+"""Requests to the buffer that the learner cannot go on without: they wait without a deadline, and are shown.
+
+While the ledger's disk is full the buffer answers no request that writes, and while the buffer is down it answers none.
+The learner then waits as the actors do: the connection sends the request again until it is answered, heartbeats say
+what the learner waits for, and the log has a line when the wait begins to be noticed and then at growing intervals.
+
+Waits for: the buffer's answer. Unblocked by: the answer, or `stopping`. Gives up after: `STOPPING_SECONDS` from the
+moment `stopping` is seen; never before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+import torch
+
+from buffer.transport.connection import Connection
+from buffer.transport.messages import Message
+from learner.distributed.collectives import all_reduce_max, rank_and_world_size
+
+logger = logging.getLogger(__name__)
+
+STOPPING_SECONDS = 20.0
+"""How long a learner that was told to end still waits for all its requests: longer than a buffer takes to restart."""
+FIRST_LINE_SECONDS = 2.0
+"""A wait this long is logged and shown; the next lines come after twice the time each."""
+LONGEST_SILENCE_SECONDS = 600.0
+"""Longest time between two lines about one wait."""
+_ROUND_SECONDS = 0.5
+
+_WAITING, _ANSWERED, _GAVE_UP, _FAILED = range(4)
+
+
+class PatientRequests:
+    """Asks the buffer and waits for the answer.
+
+    Args:
+        buffer: connection to the buffer.
+        heartbeat: called with what this rank waits for, twice a second during a wait that is shown.
+        stopping: set from outside to end the learner soon.
+        device: device of the collectives.
+    """
+
+    def __init__(
+        self,
+        buffer: Connection,
+        heartbeat: Callable[[str], object],
+        stopping: threading.Event,
+        device: torch.device,
+    ) -> None:
+        self._buffer, self._heartbeat, self._stopping, self._device = buffer, heartbeat, stopping, device
+        self._stops_at = math.inf
+
+    def ask(self, message: Message, waiting_for: str) -> Message | None:
+        """Send `message` and wait for the answer. None: `stopping` was set and no answer came in time.
+
+        Args:
+            message: the request.
+            waiting_for: words that complete "waits for".
+
+        Raises:
+            RequestRefused: the buffer refuses.
+            ConnectionError: the connection is closed.
+        """
+        future = self._buffer.request(message, timeout_seconds=math.inf)
+        shown = _ShownWait(waiting_for, self._heartbeat)
+        while (state := self._wait(future)) == _WAITING:
+            shown.go_on()
+        shown.end(answered=state == _ANSWERED)
+        if state == _GAVE_UP:
+            future.cancel()
+            return None
+        return future.result()
+
+    def ask_together(self, message: Message, waiting_for: str) -> Message | None:
+        """Ask on rank 0, and wait on every rank; every rank must call it. Other ranks get the message back.
+
+        Returns None on every rank when rank 0 gave up. The ranks meet in a collective at every round of the wait, so
+        the process group's timeout does not end it.
+
+        Raises:
+            RequestRefused, ConnectionError: on rank 0, as in `ask`.
+            ConnectionError: on the other ranks, when rank 0 raises.
+        """
+        rank, world_size = rank_and_world_size()
+        if world_size == 1:
+            return self.ask(message, waiting_for)
+        future = self._buffer.request(message, timeout_seconds=math.inf) if rank == 0 else None
+        shown = _ShownWait(waiting_for, self._heartbeat)
+        while (state := self._agree(_WAITING if future is None else self._wait(future))) == _WAITING:
+            shown.go_on()
+        shown.end(answered=state == _ANSWERED)
+        if state == _GAVE_UP:
+            if future is not None:
+                future.cancel()
+            return None
+        if future is not None:
+            return future.result()
+        if state == _FAILED:
+            raise ConnectionError(f"rank 0 got no answer to {type(message).__name__}; its log says why")
+        return message
+
+    def _agree(self, state: int) -> int:
+        """Return rank 0's state on every rank; the other ranks give `_WAITING`, which is 0."""
+        return int(all_reduce_max(torch.tensor([state], device=self._device))[0])
+
+    def _wait(self, future: Future[Message]) -> int:
+        """Wait for one round. Returns the state of the request."""
+        if wait([future], timeout=_ROUND_SECONDS).done:
+            return _ANSWERED if future.exception() is None else _FAILED
+        now = time.monotonic()
+        if self._stopping.is_set():
+            self._stops_at = min(self._stops_at, now + STOPPING_SECONDS)
+        return _GAVE_UP if now >= self._stops_at else _WAITING
+
+
+class _ShownWait:
+    """Shows one wait in the log and in the heartbeats."""
+
+    def __init__(self, waiting_for: str, heartbeat: Callable[[str], object]) -> None:
+        self._waiting_for, self._heartbeat = waiting_for, heartbeat
+        self._began = time.monotonic()
+        self._next_line = FIRST_LINE_SECONDS
+        self._is_shown = False
+
+    def go_on(self) -> None:
+        """Call at every round of the wait."""
+        waited = time.monotonic() - self._began
+        if waited >= self._next_line:
+            self._is_shown = True
+            logger.warning("waits for %s (%.0f s so far)", self._waiting_for, waited)
+            self._next_line = waited + min(waited, LONGEST_SILENCE_SECONDS)
+        if self._is_shown:
+            self._heartbeat(self._waiting_for)
+
+    def end(self, *, answered: bool) -> None:
+        """Call when the wait is over."""
+        if self._is_shown:
+            outcome = "waited for" if answered else "no longer waits for"
+            logger.warning("%s %s: %.0f s", outcome, self._waiting_for, time.monotonic() - self._began)
