@@ -110,6 +110,13 @@ class LedgerLostError(ValueError):
     """The file was deleted or replaced while in use. A restart would begin an empty ledger in its place."""
 
 
+class LogSyncError(OSError):
+    """The log did not get to the disk. A second attempt would prove nothing, because the kernel forgets the failure.
+
+    The process must end: closing the ledger merges the log into the file, which writes everything once more.
+    """
+
+
 class LedgerFile:
     """The only writing connection to a run's ledger.
 
@@ -227,7 +234,10 @@ class LedgerFile:
             # Under synchronous = NORMAL all commits since SQLite's last sync are in the log, and a sync by any
             # descriptor covers what others wrote. A second descriptor of the log does no harm; closing one of the
             # file itself would end SQLite's locks.
-            _sync(Path(f"{self._path}-wal"))
+            try:
+                _sync(Path(f"{self._path}-wal"))
+            except OSError as error:
+                raise LogSyncError(error.errno, f"{self._path}-wal cannot be synced: {error.strerror}") from error
 
     def on_undo(self, undo: Callable[[], None]) -> None:
         """Call `undo` if the open transaction is undone, to restore what the caller keeps in memory."""
@@ -309,5 +319,7 @@ def is_out_of_space(error: Exception) -> bool:
 
 def is_about_the_file(error: Exception) -> bool:
     """Return whether SQLite cannot read or write the file, so that no message can be handled until that is repaired."""
+    if isinstance(error, LogSyncError):
+        return True
     code = getattr(error, "sqlite_errorcode", None)
     return isinstance(error, sqlite3.Error) and code is not None and code & 0xFF not in _OF_A_STATEMENT

@@ -44,7 +44,7 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWriteError(OSError):
-    """There is no new checkpoint, because a rank could not write its part or the learner ends; older ones are untouched."""
+    """There is no new checkpoint: a rank could not write its part, or the learner ends. Older ones are untouched."""
 
 
 def sound_checkpoint(directory: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""A disk that forgets at a power cut what was not fsynced: records all writes below a folder, and rebuilds what is left.
+"""A disk that forgets at a power cut what was not fsynced: records writes below a folder, and rebuilds what is left.
 
 SQLite's calls are recorded by a VFS, registered through ctypes, that passes every call on to SQLite's own. What Python
 does is recorded by replacing functions of `os`; a file that Python wrote is recorded when it is fsynced, its name
@@ -12,6 +12,7 @@ file that SQLite syncs together with its folder; of later changes in a folder a 
 
 from __future__ import annotations
 
+import _sqlite3
 import ctypes
 import os
 import random
@@ -24,7 +25,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-import _sqlite3
 import pytest
 
 BLOCK_BYTES = 512
@@ -116,11 +116,11 @@ class ForgetfulDisk:
             self.events.append(Event(kind, name, *rest, **more))
 
     def cut(self, after: int, chance: random.Random, into: Path) -> None:
-        """Rebuild in the empty folder `into` what a power cut after the first `after` calls leaves; go on from there."""
+        """Rebuild in the empty folder `into` what a power cut after the first `after` calls leaves, and go on there."""
         inodes = dict(self._before)
         certain, pending = dict(inodes), list[tuple[str, Change]]()
         for event in self.events[:after]:
-            folder = os.path.dirname(event.path) or "."
+            folder = str(Path(event.path).parent)
             match event.kind:
                 case "create" | "create folder" if event.path not in inodes:
                     made = inodes[event.path] = Inode(is_folder=event.kind == "create folder")

@@ -80,7 +80,7 @@ class Buffer:
         self.outstanding = outstanding
         self.heard: list[Message] = []
 
-    def call(self, message: Message, timeout_seconds: float | None = None) -> Message:
+    def ask_together(self, message: Message, waiting_for: str) -> Message | None:
         self.heard.append(message)
         return LearnerWelcome(0, self.outstanding) if isinstance(message, LearnerHello) else self.status
 
@@ -91,14 +91,14 @@ class Buffer:
     ids=["fresh", "the learner was ahead", "an actor is ahead"],
 )
 def test_the_hello_finds_out_what_is_older(buffer: Buffer, last_tolerated: int):
-    older = say_hello(buffer, 3, 2, CPU, rank=0)  # type: ignore[arg-type]
+    older = say_hello(buffer, 3, 2, CPU)  # type: ignore[arg-type]
     # The status is requested before the hello, because the hello moves the buffer's version back.
     assert buffer.heard == [StatusRequest(), LearnerHello(3)]
     assert [version for version in range(20) if older.may_come(version)] == list(range(last_tolerated + 1))
 
 
 def test_groups_that_are_out_are_older_whatever_their_version():
-    older = say_hello(Buffer(9, 4, 4, 5), 3, 1, CPU, rank=0)  # type: ignore[arg-type]
+    older = say_hello(Buffer(9, 4, 4, 5), 3, 1, CPU)  # type: ignore[arg-type]
     assert older.may_come(99)
     older.use(5)
     assert not older.may_come(99)
