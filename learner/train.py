@@ -35,7 +35,7 @@ from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_w
 from learner.monitoring.bad_batch import save_bad_batch
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
-from learner.monitoring.patient_requests import PatientRequests
+from learner.monitoring.patient_requests import BatchPatience, PatientRequests
 from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
 from learner.monitoring.weight_probe import WeightProbe
 from learner.networks import Networks
@@ -97,7 +97,6 @@ class Trainer:
             self.rank,
             self.world_size,
             device,
-            config.batch_timeout_seconds,
             self.networks.policy.attention_crossover_tokens,
         )
         self._publication: Future[Manifest] | None = None
@@ -189,13 +188,18 @@ class Trainer:
         """Return this rank's shard of the next batch, or None when the run is about to end.
 
         Waits for: a full batch in the buffer. Unblocked by: actors that deliver groups, or `stopping`. Gives up after:
-        `batch_timeout_seconds`.
+        `batch_timeout_seconds` in which the buffer worked.
         """
-        future = self._prefetch.ask(self.version)
+        future, patience = (
+            self._prefetch.ask(self.version),
+            BatchPatience(self.buffer, self.config.batch_timeout_seconds),
+        )
         while not self.stopping.is_set():
             if wait([future], timeout=0.5).done:
                 break
             self.observer.heartbeat(self.version, "groups from the actors")
+            patience.go_on()
+        patience.end()
         received = future.result() if future.done() else None
         # All ranks stop or none: if one stopped alone, the others would wait for it in their first collective.
         if any_rank(received is None, self.device):

@@ -7,6 +7,7 @@ version, and the number of batches that the buffer has sent limits how far ahead
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -41,7 +42,6 @@ class Prefetch:
         buffer: connection to the buffer.
         rank, world_size: of this learner rank.
         device: of the batch's tensors.
-        timeout_seconds: a request without an answer fails after this time.
         attention_crossover_tokens: as in `learner.batches.packing.even_cuts`; the buffer balances shards by that cost.
     """
 
@@ -51,25 +51,24 @@ class Prefetch:
         rank: int,
         world_size: int,
         device: torch.device,
-        timeout_seconds: float,
         attention_crossover_tokens: float,
     ) -> None:
         self._buffer, self._rank, self._world_size = buffer, rank, world_size
         self._attention_crossover_tokens = attention_crossover_tokens
-        self._device, self._timeout_seconds = device, timeout_seconds
+        self._device = device
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._asked: tuple[int, Future[Received | NoMoreBatches]] | None = None
 
     def ask(self, policy_version: int) -> Future[Received | NoMoreBatches]:
         """Request the batch for `policy_version`. Repeated calls for one version send one request.
 
-        The future raises TimeoutError when the buffer does not answer in time, RequestRefused when it refuses, and
-        ConnectionError when the connection is closed.
+        The future has no deadline. It raises RequestRefused when the buffer refuses, and ConnectionError when the
+        connection is closed.
         """
         if self._asked is None or self._asked[0] != policy_version:
             request = BatchRequest(policy_version, self._rank, self._world_size, self._attention_crossover_tokens)
             coming: Future[Received | NoMoreBatches] = Future()
-            answer = self._buffer.request(request, timeout_seconds=self._timeout_seconds)
+            answer = self._buffer.request(request, timeout_seconds=math.inf)
             answer.add_done_callback(lambda answered: self._arrived(answered, coming))
             self._asked = policy_version, coming
         return self._asked[1]
@@ -98,7 +97,7 @@ class Prefetch:
     def _complete(self, shard: Shard) -> Shard:
         """Fetch the groups that the shard only names, a few at a time.
 
-        Waits for: the buffer. Gives up after: `timeout_seconds` without the group that is waited for.
+        Waits for: the buffer. Gives up after: never; who waits for the batch does.
         """
         groups, in_flight = list(shard.groups), deque[tuple[int, Future[Message]]]()
 
@@ -112,7 +111,7 @@ class Prefetch:
             while in_flight and sum(size for size, _ in in_flight) + num_bytes > WINDOW_BYTES:
                 take()
             request = GroupRequest(shard.policy_version, occurrence)
-            in_flight.append((num_bytes, self._buffer.request(request, timeout_seconds=self._timeout_seconds)))
+            in_flight.append((num_bytes, self._buffer.request(request, timeout_seconds=math.inf)))
         while in_flight:
             take()
         return replace(shard, groups=tuple(groups), rest=())

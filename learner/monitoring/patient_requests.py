@@ -20,7 +20,7 @@ from concurrent.futures import Future, wait
 import torch
 
 from buffer.transport.connection import Connection
-from buffer.transport.messages import Message
+from buffer.transport.messages import Message, Status, StatusRequest
 from learner.distributed.collectives import all_reduce_max, rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,10 @@ STOPPING_SECONDS = 20.0
 """How long a learner that was told to end still waits for all its requests: longer than a buffer takes to restart."""
 FIRST_LINE_SECONDS = 2.0
 """A wait this long is logged and shown; the next lines come after twice the time each."""
-LONGEST_SILENCE_SECONDS = 600.0
+LONGEST_PAUSE_SECONDS = 600.0
 """Longest time between two lines about one wait."""
+STATUS_SECONDS = 5.0
+"""How often the buffer is asked for its state while a batch is waited for."""
 _ROUND_SECONDS = 0.5
 
 _WAITING, _ANSWERED, _GAVE_UP, _FAILED = range(4)
@@ -119,6 +121,61 @@ class PatientRequests:
         return _GAVE_UP if now >= self._stops_at else _WAITING
 
 
+class BatchPatience:
+    """Limits the wait for a batch, and shows when it is the buffer that is waited for.
+
+    Time in which the buffer does not answer, or waits for space on its disk, does not count: the actors cannot deliver
+    then.
+
+    Args:
+        buffer: connection to the buffer, which is asked for its state every few seconds.
+        seconds: the limit.
+    """
+
+    def __init__(self, buffer: Connection, seconds: float) -> None:
+        self._buffer, self._seconds = buffer, seconds
+        self._waited, self._before = 0.0, time.monotonic()
+        self._asked_at = self._before
+        self._status: Future[Message] | None = None
+        self._trouble = ""
+        """What the buffer waits for; empty: nothing, as far as is known."""
+        self._shown: _ShownWait | None = None
+
+    def go_on(self) -> None:
+        """Call at every round of the wait.
+
+        Raises:
+            TimeoutError: the limit is reached.
+        """
+        now = time.monotonic()
+        self._look_at_the_buffer(now)
+        is_silent = self._status is not None and now - self._asked_at > STATUS_SECONDS
+        if self._trouble or is_silent:
+            self._shown = self._shown or _ShownWait(self._trouble or "the buffer to answer", lambda _: None)
+            self._shown.go_on()
+        else:
+            self._waited += now - self._before
+            self.end()
+        self._before = now
+        if self._waited > self._seconds:
+            raise TimeoutError(f"no batch within learner.batch_timeout_seconds={self._seconds:g}")
+
+    def end(self) -> None:
+        """Call when the wait is over."""
+        if self._shown is not None:
+            self._shown.end(answered=True)
+            self._shown = None
+
+    def _look_at_the_buffer(self, now: float) -> None:
+        if self._status is None:
+            if now - self._asked_at >= STATUS_SECONDS:
+                self._status, self._asked_at = self._buffer.request(StatusRequest(), timeout_seconds=math.inf), now
+        elif self._status.done():
+            status, self._status = self._status.result(), None
+            assert isinstance(status, Status), status
+            self._trouble = next((wait.for_what for wait in status.waits if wait.who == "buffer"), "")
+
+
 class _ShownWait:
     """Shows one wait in the log and in the heartbeats."""
 
@@ -134,7 +191,7 @@ class _ShownWait:
         if waited >= self._next_line:
             self._is_shown = True
             logger.warning("waits for %s (%.0f s so far)", self._waiting_for, waited)
-            self._next_line = waited + min(waited, LONGEST_SILENCE_SECONDS)
+            self._next_line = waited + min(waited, LONGEST_PAUSE_SECONDS)
         if self._is_shown:
             self._heartbeat(self._waiting_for)
 

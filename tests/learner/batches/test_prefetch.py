@@ -1,4 +1,5 @@
 import logging
+import math
 import time
 from concurrent.futures import Future
 
@@ -24,7 +25,7 @@ class Buffer:
         self.asked: list[tuple[Message, Future[Message]]] = []
 
     def request(self, message: Message, timeout_seconds: float) -> Future[Message]:
-        assert timeout_seconds == 5.0
+        assert timeout_seconds == math.inf
         self.asked.append((message, Future()))
         return self.asked[-1][1]
 
@@ -36,7 +37,7 @@ def buffer() -> Buffer:
 
 @pytest.fixture
 def prefetch(buffer: Buffer):
-    made = Prefetch(buffer, 1, 2, CPU, 5.0, 64.0)
+    made = Prefetch(buffer, 1, 2, CPU, 64.0)
     yield made
     made.close()
 

@@ -51,9 +51,9 @@ def steps(pair: Engines, number: int) -> None:
         one_step(*pair, PPO(), batch, 60)
 
 
-def save(directory: Path, version: int, pair: Engines, base: Path, keep: int = 2) -> Path:
+def save(directory: Path, version: int, pair: Engines, base: Path, keep: int = 2, **more: Any) -> Path:
     return save_checkpoint(
-        directory, version, *pair, base_path=base, dtype=torch.float32, state={"note": "kept"}, keep=keep
+        directory, version, *pair, base_path=base, dtype=torch.float32, state={"note": "kept"}, keep=keep, **more
     )
 
 
@@ -129,6 +129,22 @@ def test_it_is_flushed_before_it_gets_its_name(model_folder: Path, tmp_path: Pat
     checkpoint = save(tmp_path, 1, engines(model_folder), model_folder)
     written = {tmp_path / "00000001.incomplete" / path.relative_to(checkpoint) for path in checkpoint.rglob("*")}
     assert flushed == written | {tmp_path / "00000001.incomplete", tmp_path, tmp_path.parent}
+
+
+def test_a_checkpoint_that_may_not_be_named_leaves_nothing(model_folder: Path, tmp_path: Path):
+    pair = engines(model_folder)
+    save(tmp_path, 1, pair, model_folder)
+    seen: list[str] = []
+
+    def refuse() -> bool:
+        seen.extend(path.name for path in tmp_path.glob("00000002*/manifest.json*"))
+        seen.extend(path.name for path in tmp_path.glob("00000002*"))
+        return False
+
+    with pytest.raises(CheckpointWriteError, match="the buffer did not confirm policy 2 before the learner's end"):
+        save(tmp_path, 2, pair, model_folder, may_be_named=refuse)
+    assert seen == ["manifest.json", "00000002.incomplete"], "asked when all is written, and before it has its name"
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
 
 
 def test_only_the_newest_are_kept(model_folder: Path, tmp_path: Path):

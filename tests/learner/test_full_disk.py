@@ -1,0 +1,152 @@
+"""The learner while the ledger's disk is full: it waits, says so, goes on by itself, and ends when told to."""
+
+import contextlib
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from buffer.transport.connection import Connection
+from buffer.transport.messages import Message
+from learner.algorithms.grpo import GRPO
+from learner.checkpoints.checkpoint import CheckpointWriteError
+from learner.monitoring import patient_requests
+from tests.learner.scripted_run import ScriptedRun
+from tests.learner.test_train import assert_trained_once
+
+pytestmark = pytest.mark.usefixtures("one_rank", "quickly")
+
+OLD_LIMIT_SECONDS = 1.0
+"""Every request of the learner with a deadline gets this one instead."""
+FULL_SECONDS = 3.0
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patient_requests, "FIRST_LINE_SECONDS", 0.2)
+    monkeypatch.setattr(patient_requests, "STATUS_SECONDS", 0.2)
+    monkeypatch.setattr(patient_requests, "STOPPING_SECONDS", 1.0)
+    monkeypatch.setattr("buffer.service.turn.SPACE_SECONDS", 0.5)
+
+
+class FullDisk:
+    """A run whose ledger has a small file system of its own, which is full from the request named `moment` on."""
+
+    def __init__(self, run: ScriptedRun) -> None:
+        self.run, self.moment = run, ""
+        self.filled = threading.Event()
+
+    def fill(self) -> None:
+        """Leave no byte on the disk."""
+        with (self.run.directory / "ballast").open("wb", buffering=0) as ballast:
+            try:
+                while True:
+                    ballast.write(bytes(1 << 12))
+            except OSError:
+                self.filled.set()
+
+    def free(self) -> None:
+        """Make space again."""
+        (self.run.directory / "ballast").unlink()
+
+
+@pytest.fixture
+def disk(
+    tmp_path: Path, socket_folder: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FullDisk]:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(directory)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    try:
+        for name in ("checkpoints", "weights", "tensorboard"):
+            (tmp_path / name).mkdir()
+            (directory / name).symlink_to(tmp_path / name)
+        disk = FullDisk(ScriptedRun(directory, socket_folder, model_folder))
+        request = Connection.request
+
+        def watched(self: Connection, message: Message, timeout_seconds: float | None = None) -> Any:
+            if type(message).__name__ == disk.moment and not disk.filled.is_set():
+                disk.fill()
+            short = timeout_seconds is not None and timeout_seconds < float("inf")
+            return request(self, message, OLD_LIMIT_SECONDS if short else timeout_seconds)
+
+        monkeypatch.setattr(Connection, "request", watched)
+        try:
+            yield disk
+        finally:
+            (directory / "ballast").unlink(missing_ok=True)
+            disk.run.close()
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+@pytest.mark.parametrize(
+    "moment", ["LearnerHello", "BatchRequest", "CheckpointBegun", "CheckpointCommitted", "EvaluationRequest", "Close"]
+)
+def test_a_full_disk_is_waited_for_longer_than_any_deadline(
+    disk: FullDisk, caplog: pytest.LogCaptureFixture, moment: str
+):
+    caplog.set_level("INFO")
+    disk.moment = moment
+    disk.run.start_actor()
+
+    def make_space() -> None:
+        assert disk.filled.wait(120)
+        threading.Event().wait(FULL_SECONDS)
+        disk.free()
+
+    freeing = threading.Thread(target=make_space)
+    freeing.start()
+    settings = {"checkpoint_every": 1, "evaluate_every": 1, "batch_timeout_seconds": 2.0}
+    trainer, _ = disk.run.learn(GRPO(), 3, **settings)
+    freeing.join()
+    assert trainer.version == 3
+    assert_trained_once(disk.run, 3, max_staleness=2)
+    assert any("no space for the ledger" in record.getMessage() for record in caplog.records)
+    waits = [record.getMessage() for record in caplog.records if record.name == patient_requests.__name__]
+    assert any(line.startswith("waits for ") for line in waits), waits
+    assert any(line.startswith("waited for ") for line in waits), waits
+
+
+def stop_in_the_wait(disk: FullDisk, caplog: pytest.LogCaptureFixture) -> threading.Thread:
+    """Set `stopping` when the log says that the learner waits."""
+
+    def stop() -> None:
+        assert disk.filled.wait(120)
+        while not any("waits for the buffer" in record.getMessage() for record in caplog.records):
+            threading.Event().wait(0.05)
+        disk.run.stopping.set()
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    return thread
+
+
+def test_a_learner_that_waits_to_begin_ends_when_told_to(disk: FullDisk, caplog: pytest.LogCaptureFixture):
+    disk.moment = "LearnerHello"
+    disk.run.start_actor()
+    stopping = stop_in_the_wait(disk, caplog)
+    trainer, manifests = disk.run.learn(GRPO(), 3)
+    stopping.join()
+    assert (trainer.version, manifests) == (0, [])
+    disk.free()
+
+
+def test_a_learner_that_waits_for_its_checkpoint_ends_when_told_to(disk: FullDisk, caplog: pytest.LogCaptureFixture):
+    disk.moment = "CheckpointBegun"
+    disk.run.start_actor()
+    stopping = stop_in_the_wait(disk, caplog)
+    # The question writes nothing, so it may be answered between two attempts of the buffer to write.
+    with contextlib.suppress(CheckpointWriteError):
+        disk.run.learn(GRPO(), 3, checkpoint_every=1)
+    stopping.join()
+    disk.free()
+    disk.run.stopping.clear()
+    trainer, _ = disk.run.learn(GRPO(), 3, checkpoint_every=1)
+    assert trainer.version == 3
+    assert_trained_once(disk.run, 3, max_staleness=2)
