@@ -35,6 +35,7 @@ from buffer.ledger.stale_tokens import newest_sampled_version
 from buffer.ledger.states import FIRST_STATE
 from buffer.ledger.zero_advantage import REASON as NO_SIGNAL
 from buffer.ledger.zero_advantage import ZeroAdvantageGroups
+from buffer.transport.connection import host_id
 from buffer.transport.packed_group import GroupHeader, PackedGroup, read_group_header
 
 STALE = "stale"
@@ -77,6 +78,7 @@ class Ledger:
             self.batches, self.zero_advantage = Batches(config, self.file), ZeroAdvantageGroups(config, self.file)
             with self.file.transaction():
                 self._check_identity()
+                self._note_boot()
                 self.curriculum.open()
             self._load()
         except BaseException:
@@ -103,6 +105,18 @@ class Ledger:
                     f"the ledger in {config.run_dir} was made with {key} {stored!r}, the configuration says"
                     f" {value!r}; restore that setting or start a new run_dir"
                 )
+
+    def _note_boot(self) -> None:
+        """End the learner's epoch if the machine was started again, because the ledger may have lost its last moments.
+
+        A learner on another machine may have lived on, with batches that the ledger no longer knows. It is refused then
+        and starts again from a checkpoint, all of whose batches the ledger knows.
+        """
+        boot, before = host_id(), self.file.meta("boot", None)
+        if boot != before:
+            self.file.set_meta("boot", boot)
+        if before not in (None, boot):
+            self.file.set_meta("epoch", self.file.meta("epoch", 0) + 1)
 
     def _load(self) -> None:
         """Rebuild the state in memory from the file."""

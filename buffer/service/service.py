@@ -321,6 +321,8 @@ class Service:
                 f" {next_version}: it lost its latest transactions, as in a power failure, or belongs to another run;"
                 f" resume from a checkpoint of policy {next_version} or older, or start a new run_dir"
             )
+        # Durable, so that no later hello gets the same number after a power cut.
+        file.make_durable()
         rolled_back = self._ledger.roll_back(version)
         for key in list(self._batches):
             file.guard(self._batches, key)

@@ -1,6 +1,8 @@
 """The buffer and disk failures: power cuts, damage, a full disk, read-only or deleted directories, held locks."""
 
 import contextlib
+import errno
+import os
 import random
 import shutil
 import sqlite3
@@ -23,9 +25,11 @@ from buffer.ledger.audit import audit
 from buffer.ledger.ledger import Holder, Ledger
 from buffer.ledger.ledger_file import FILE_NAME
 from buffer.service.server import Server
+from buffer.service.turn import Turns
 from buffer.transport import messages
 from buffer.transport.connection import Connection
 from buffer.transport.credentials import Credentials
+from buffer.transport.router import Incoming
 
 HOLDER = Holder("actor-0-aa", "actor-0", 1)
 PLAIN = Credentials.plain("run")
@@ -81,19 +85,74 @@ def test_under_full_the_log_is_on_the_disk_before_the_acknowledgement(
         "        ledger.issue(Holder('a', 'a', 1), 0, 0.0)\n"
         "    os.write(1, b'acknowledged')\n"
     )
+    assert synced_before_acknowledged(program, run_dir) == [is_synced] * 3
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize("durability", ["full", "normal", "memory"])
+def test_what_a_checkpoint_contains_is_on_the_disk_before_the_answer(make_config: Any, run_dir: Path, durability: str):
+    program = (
+        "import os\n"
+        "from buffer.config import BufferConfig\n"
+        "from buffer.ledger.ledger import Holder, Ledger\n"
+        "from buffer.service.turn import Turns\n"
+        "from buffer.transport.messages import CheckpointBegun\n"
+        "from buffer.transport.router import Incoming\n"
+        f"config = BufferConfig({str(run_dir)!r}, 'ipc://x', 10, 'a', 2, 1, durability={durability!r})\n"
+        "ledger = Ledger(config, 0.0)\n"
+        "with ledger.transaction():\n"
+        "    ledger.issue(Holder('a', 'a', 1), 0, 0.0)\n"
+        "os.write(1, b'begins')\n"
+        "Turns(config, ledger).carry_out([Incoming(b'learner', CheckpointBegun(0), 1)], False, 0.0)\n"
+        "os.write(1, b'acknowledged')\n"
+    )
+    assert synced_before_acknowledged(program, run_dir) == [True]
+
+
+def synced_before_acknowledged(program: str, run_dir: Path) -> list[bool]:
+    """Run a program. Per `acknowledged` that it writes: was the log synced after its last write, and written at all?"""
     calls = run_dir / "calls"
     command = ["strace", "-f", "-y", "-o", str(calls), "-e", "trace=fsync,fdatasync,pwrite64,write"]
     subprocess.run([*command, sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    acknowledged, synced, written = 0, False, False
+    found, synced, written = list[bool](), False, False
     for line in calls.read_text().splitlines():
         if "acknowledged" in line:
             assert written
-            assert synced == is_synced
-            acknowledged, synced, written = acknowledged + 1, False, False
+            found.append(synced)
+            synced, written = False, False
         elif "ledger.sqlite-wal" in line:
             synced = "sync(" in line
             written |= "pwrite64(" in line
-    assert acknowledged == 3
+    return found
+
+
+def test_a_failed_sync_of_the_log_ends_the_buffer_and_is_not_tried_again(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """A second sync would succeed without writing what the first one lost; no answer may rest on it."""
+    ledger = Ledger(make_config(durability="normal"), 0.0)
+    turns = Turns(make_config(), ledger)
+    syncs: list[int] = []
+
+    def fail(descriptor: int) -> None:
+        syncs.append(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"ledger.sqlite-wal cannot be synced: Input/output error"):
+        turns.carry_out([Incoming(b"learner", messages.CheckpointBegun(0), 1)], False, 0.0)
+    assert len(syncs) == 1
+    ledger.close()
+
+
+def test_a_checkpoint_with_batches_that_the_ledger_lost_is_refused(make_config: Any):
+    ledger = Ledger(make_config(), 0.0)
+    ((answer),) = Turns(make_config(), ledger).carry_out(
+        [Incoming(b"learner", messages.CheckpointBegun(1), 1)], False, 0.0
+    )
+    assert isinstance(answer.message, messages.Refused)
+    assert "its next batch is for policy 0" in answer.message.reason
+    ledger.close()
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "zeros"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import learner.checkpoints.checkpoint
 import tests.learner.scripted_run
+from buffer.ledger.ledger_file import FILE_NAME, LedgerFile
 from buffer.trajectory import TrajectoryGroup
 from buffer.transport.messages import TensorEntry
 from learner.algorithms.base import Algorithm, LossInputs, LossOutputs, ValueLossInputs
@@ -23,7 +24,7 @@ from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring.bad_batch import load_bad_batch
 from learner.monitoring.stop_conditions import BadStepsError, NoSignalError
 from tests.learner.samples import make_group
-from tests.learner.scripted_run import GROUPS_PER_BATCH
+from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
 from tests.learner.test_train import Runs, assert_trained_once, scalars, start_run
 
 __all__ = ["start_run"]
@@ -191,6 +192,41 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(start_run: Runs, m
     assert run.audit().counts["done"] == 0 and newest_checkpoint(run.directory / "checkpoints") is None
     run.learn(GRPO(), 2)
     assert_trained_once(run, 2, max_staleness=2)
+
+
+def test_the_ledger_is_durable_before_a_checkpoint_has_its_name(start_run: Runs, monkeypatch: pytest.MonkeyPatch):
+    run, seen = start_run(), list[list[str]]()
+    run.start_actor()
+    make_durable = LedgerFile.make_durable
+
+    def watched(file: LedgerFile) -> None:
+        seen.append(sorted(path.name for path in (run.directory / "checkpoints").glob("*")))
+        make_durable(file)
+
+    monkeypatch.setattr(LedgerFile, "make_durable", watched)
+    run.learn(GRPO(), 2, checkpoint_every=1)
+    # The first is the hello.
+    assert seen == [[], ["00000001.incomplete"], ["00000001", "00000002.incomplete"]]
+
+
+def test_a_learner_ahead_of_the_ledger_refuses_with_one_sentence(
+    start_run: Runs, socket_folder: Path, model_folder: Path
+):
+    run = start_run()
+    run.start_actor()
+    run.learn(GRPO(), 2)
+    run.close()
+    for file in run.directory.glob(f"{FILE_NAME}*"):
+        file.unlink()
+    with_older_ledger = ScriptedRun(run.directory, socket_folder, model_folder)
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"starts at policy 2, but the ledger .* only up to policy 0: .* resume"
+        ):
+            with_older_ledger.learn(GRPO(), 4)
+    finally:
+        with_older_ledger.close()
+    assert newest_checkpoint(run.directory / "checkpoints") == run.directory / "checkpoints" / "00000002"
 
 
 def test_behind_a_broken_checkpoint_its_groups_are_sampled_again(start_run: Runs):
