@@ -24,6 +24,7 @@ from buffer.curriculum_config import Stage
 from buffer.process import exit_now, pause_gc, resume_gc
 from buffer.transport.connection import Connection, host_id
 from buffer.transport.credentials import Credentials, client_credentials
+from buffer.transport.roles import ACTOR
 from buffer.transport.schema import check_name
 from buffer.weights.config import WeightsConfig
 from verifier.base import RewardSpec
@@ -52,7 +53,7 @@ def main() -> int:
         cores = read_cores(arguments.cores)
         run = load_run_config(arguments.run_dir)
         config = read_section(ActorConfig, run["actor"], "actor")
-        credentials = client_credentials(arguments.run_dir)
+        credentials = client_credentials(arguments.run_dir, ACTOR)
         settings = read_section(WeightsConfig, run["weights"], "weights")
         offset = 0
         if settings.transport == "nccl":
@@ -124,7 +125,7 @@ async def _run(
     )
     # No time limit: the buffer answers a request for leases when it can grant one.
     buffer = Connection(run["buffer"]["address"], name, credentials, timeout_seconds=math.inf)
-    learner = Connection(settings.address, name, credentials)
+    learner = Connection(settings.address, name, credentials.for_weights())
     weights = _version_client(name, run_dir, config, credentials, settings, offset, learner)
     # Before the scoring pool: the engine thread imports vLLM while the scoring processes start.
     engine = Engine(config, settings.transport, settings.rendezvous_seconds, cores)
@@ -192,7 +193,7 @@ def _version_client(
         chunk_bytes=config.chunk_bytes,
         deltas=settings.deltas,
         relays=run_dir / "relays",
-        connect=lambda address: Connection(address, name, credentials),
+        connect=lambda address: Connection(address, name, credentials.for_weights()),
         whole=Merger(Path(config.model_path), config.dtype).whole,
     )
 

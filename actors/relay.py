@@ -24,8 +24,9 @@ import numpy as np
 from actors.weights.client import WeightClient
 from buffer.config import load_run_config, read_section
 from buffer.transport.connection import Connection, RequestRefused, host_id
-from buffer.transport.credentials import Credentials, client_credentials, server_credentials
+from buffer.transport.credentials import WEIGHTS, Credentials, client_credentials, server_credentials
 from buffer.transport.messages import Manifest, RelayHello, RelayPlace
+from buffer.transport.roles import ACTOR
 from buffer.transport.schema import check_name
 from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
 from buffer.weights.relay_tree import HELLO_SECONDS
@@ -152,7 +153,8 @@ def main() -> int:
         config = read_section(WeightsConfig, load_run_config(arguments.run_dir)["weights"], "weights")
         if config.transport != "file":
             raise ValueError(f"weights={config.transport} sends nothing that could be relayed; use weights=file")
-        own, others = client_credentials(arguments.run_dir), server_credentials(arguments.run_dir)
+        own = client_credentials(arguments.run_dir, ACTOR).for_weights()
+        others = server_credentials(arguments.run_dir, WEIGHTS)
         address = arguments.address or own_address(config.address, config.relay_fanout)
         pulls = config.concurrent_pulls
         server = WeightServer(address, others, keep_versions=config.keep_versions, concurrent_pulls=pulls)

@@ -48,7 +48,7 @@ from buffer.service.server import Server
 from buffer.trajectory import FinishReason, Trajectory, TrajectoryGroup, VersionSpan
 from buffer.transport import messages
 from buffer.transport.connection import Connection
-from buffer.transport.credentials import Credentials
+from buffer.transport.credentials import Credentials, RunKeys
 from buffer.transport.packed_group import PackedGroup, pack_group
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,7 +187,7 @@ def started(*commands: tuple[Callable[..., None], tuple[Any, ...]]) -> Iterator[
 
 def through_the_buffer(
     durability: str,
-    credentials: Credentials,
+    keys: RunKeys,
     num_groups: int,
     shape: tuple[int, int],
     watch: Callable[..., None] = lambda *_: None,
@@ -196,7 +196,7 @@ def through_the_buffer(
 
     Args:
         durability: the buffer's setting: full, normal or memory.
-        credentials: keys of the sockets.
+        keys: of the sockets.
         num_groups: groups to measure, after the warm-up.
         shape: (trajectories per group, tokens per trajectory).
         watch: called with the buffer's process, its folder and the number of groups so far.
@@ -214,11 +214,13 @@ def through_the_buffer(
             lease_seconds=600.0,
         )
         ready, policy_version = PROCESSES.Event(), PROCESSES.Value("q", 0)
-        with started((serve, (config, credentials, ready))) as (server,):
+        with started((serve, (config, keys.buffer, ready))) as (server,):
             ready.wait(60)
-            acting = (act, (address, credentials.for_client(), shape, policy_version))
-            with Connection(address, "learner", credentials.for_client()) as learner, started(acting):
-                learner.call(messages.LearnerHello(0))
+            acting = (act, (address, keys.clients["actor"], shape, policy_version))
+            with Connection(address, "learner", keys.clients["learner"]) as learner, started(acting):
+                welcome = learner.call(messages.LearnerHello(0))
+                assert isinstance(welcome, messages.LearnerWelcome)
+                learner.epoch = welcome.epoch
                 taken, begin, batch = 0, 0.0, 0
                 while taken < num_groups:
                     shard = learner.call(messages.BatchRequest(batch, 0, 1))
@@ -265,7 +267,7 @@ def through_a_peer(python: str, name: str, num_groups: int, shape: tuple[int, in
 
 def compare(repeats: int, num_groups: int, peers_python: str) -> dict[str, Any]:
     """Measure every way once per round, for `repeats` rounds."""
-    shape, plain, encrypted = (8, 1_024), Credentials.plain("benchmark"), Credentials.new("benchmark")
+    shape, plain, encrypted = (8, 1_024), RunKeys.new("benchmark", encrypted=False), RunKeys.new("benchmark")
     num_bytes = pattern(*shape).num_bytes
     ways: dict[str, Callable[[], float | str]] = {
         f"buffer, {name}": lambda name=name: through_the_buffer(name, plain, num_groups, shape)
@@ -327,7 +329,7 @@ def watch_memory(num_groups: int) -> dict[str, Any]:
                     }
                 )
 
-        rate = through_the_buffer("normal", Credentials.plain("benchmark"), num_groups, (2, 16), watch)
+        rate = through_the_buffer("normal", RunKeys.new("benchmark", encrypted=False), num_groups, (2, 16), watch)
     first, last = samples[len(samples) // 10], samples[-1]
     grown = last["groups"] - first["groups"]
     return {

@@ -80,6 +80,13 @@ class BufferConfig:
     """Whether to drop a delivered group whose rewards are all equal and sample another prompt instead."""
     max_no_signal: int = 1000
     """Number of consecutive groups dropped by drop_no_signal after which the run ends; 0: no limit."""
+    vocab_size: int = 0
+    """Number of the model's token ids; 0: not checked, as with the next two. A delivered group beyond one of the three
+    is refused."""
+    max_tokens: int = 0
+    """Largest number of tokens in a trajectory."""
+    samples_per_group: int = 0
+    """Largest number of trajectories in a group, over all stages."""
     lease_seconds: float = 60.0
     """Silence after which an actor loses its leases."""
     durability: str = "normal"
@@ -101,7 +108,10 @@ class BufferConfig:
         for name in ("num_prompts", "groups_per_batch", "updates_per_batch", "max_uses"):
             if getattr(self, name) < 1:
                 raise ValueError(f"buffer.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("num_batches", "seed", "max_reissues", "max_no_signal"):
+        for name in (
+            *("num_batches", "seed", "max_reissues", "max_no_signal"),
+            *("vocab_size", "max_tokens", "samples_per_group"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"buffer.{name} is {getattr(self, name)}; it must be at least 0")
         if self.max_staleness < 0:

@@ -13,8 +13,9 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from buffer.transport.connection import Connection, RequestRefused
-from buffer.transport.credentials import ensure_credentials
+from buffer.transport.credentials import client_credentials, ensure_credentials
 from buffer.transport.messages import Message, Status, StatusRequest
+from buffer.transport.roles import OBSERVER
 from launch.config.plan import RunPlan
 from launch.processes.supervisor import RunFailedError, Supervisor
 from launch.processes.topology import processes
@@ -56,8 +57,9 @@ class Session:
         self._halted: set[str] = set()
         self._halted_look = 0.0
         self._last: Status | None = None
-        credentials = ensure_credentials(plan.run_dir, encrypted=cluster.encryption == "curve")
-        self._observer = Connection(plan.sections["buffer"]["address"], "launcher", credentials.for_client())
+        ensure_credentials(plan.run_dir, encrypted=cluster.encryption == "curve")
+        credentials = client_credentials(plan.run_dir, OBSERVER)
+        self._observer = Connection(plan.sections["buffer"]["address"], "launcher", credentials)
         self._asked: Future[Message] = self._ask()
 
     def run(self) -> Status:

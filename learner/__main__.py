@@ -16,7 +16,8 @@ from buffer.config import load_run_config, read_section
 from buffer.machine import THREADS_VARIABLE, num_usable_cores
 from buffer.process import exit_now, pause_gc, resume_gc
 from buffer.transport.connection import Connection, RequestRefused
-from buffer.transport.credentials import Credentials, server_credentials
+from buffer.transport.credentials import WEIGHTS, Credentials, client_credentials, server_credentials
+from buffer.transport.roles import LEARNER
 from buffer.weights.config import MEMORY_VARIABLE, WeightsConfig
 
 if TYPE_CHECKING:
@@ -34,11 +35,13 @@ def main() -> int:
     try:
         config = load_run_config(arguments.run_dir)
         check_num_ranks(config, os.environ)
-        credentials = server_credentials(arguments.run_dir)
+        # First, because a run without a launcher has no keys before.
+        serving = server_credentials(arguments.run_dir, WEIGHTS)
+        credentials = client_credentials(arguments.run_dir, LEARNER)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return _train(arguments.run_dir, config, credentials)
+    return _train(arguments.run_dir, config, credentials, serving)
 
 
 def check_num_ranks(run: Mapping[str, Any], environment: Mapping[str, str]) -> None:
@@ -59,7 +62,7 @@ def check_num_ranks(run: Mapping[str, Any], environment: Mapping[str, str]) -> N
         )
 
 
-def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
+def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials, serving: Credentials) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -91,8 +94,8 @@ def _train(run_dir: Path, run: dict[str, Any], credentials: Credentials) -> int:
     init_distributed(device)
     rank = int(os.environ["RANK"])
     settings = read_section(WeightsConfig, run["weights"], "weights")
-    store = _open_store(run_dir, settings, credentials, device) if not rank else None
-    buffer = Connection(run["buffer"]["address"], f"learner-{rank}", credentials.for_client())
+    store = _open_store(run_dir, settings, serving, device) if not rank else None
+    buffer = Connection(run["buffer"]["address"], f"learner-{rank}", credentials)
     try:
         trainer = Trainer(
             config,

@@ -38,7 +38,8 @@ from buffer.ledger.zero_advantage import ZeroAdvantageGroups
 from buffer.transport.connection import host_id
 from buffer.transport.packed_group import GroupHeader, PackedGroup, read_group_header
 
-STALE = "stale"
+STALE, INVALID = "stale", "invalid"
+MAX_INVALID_ATTEMPTS = 3
 _THESE = "occurrence IN (SELECT value FROM json_each(?))"
 _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 
@@ -238,8 +239,22 @@ class Ledger:
             return "dropped"
         self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
         self.ready[header.oldest_version] += 1
+        self.file.guard(self._headers, row.occurrence)
         self._headers[row.occurrence] = header
         return outcome
+
+    def refuse_delivery(self, group_id: str) -> str:
+        """End the lease of a group that was delivered and is out of bounds. Returns the outcome: invalid.
+
+        The prompt is sampled again, or dropped if this was at least its `MAX_INVALID_ATTEMPTS`th attempt, so that no
+        prompt whose groups are always out of bounds keeps the run from going on.
+        """
+        row = self._find(group_id)
+        if row is not None and not row.is_older_attempt and row.state == "leased":
+            is_last = int(group_id.partition(".")[2]) + 1 >= MAX_INVALID_ATTEMPTS
+            self._end_lease(row.occurrence, row.oldest_version, INVALID if is_last else "")
+        self.file.count(INVALID)
+        return INVALID
 
     def give_back(self, group_id: str, reason: str) -> bool:
         """End a lease. Returns False when the lease has already ended.

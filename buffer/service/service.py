@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from buffer.config import BufferConfig
@@ -25,13 +26,22 @@ from buffer.service.leases import Leases, Outgoing, holder_name
 from buffer.service.probes import Probes
 from buffer.service.progress import Progress
 from buffer.transport import messages
-from buffer.transport.packed_group import BYTES_PER_TOKEN, PackedGroup
+from buffer.transport.packed_group import BYTES_PER_TOKEN, PackedGroup, check_bounds
+from buffer.transport.roles import refusal
+from buffer.transport.schema import WireError
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 16 << 20
 """Bytes of groups that the shards of one batch carry together. The ranks fetch the other groups one by one, so that
 the buffer answers others in between; small groups cost no request each."""
+Note = Callable[[bytes, Exception, float], None]
+"""Called with a peer's name, what is wrong with its message, and the time."""
+HELLOS_KEPT = 20
+"""Earlier learners whose late hello is recognized."""
+MAX_PEERS = 10_000
+FORGOTTEN_SECONDS = 900.0
+"""Silence after which a process is no longer in the status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +64,8 @@ class _Peer:
 class Service:
     """Answers messages from the ledger. `now` is seconds of a monotonic clock."""
 
-    def __init__(self, config: BufferConfig, ledger: Ledger) -> None:
-        self._config = config
+    def __init__(self, config: BufferConfig, ledger: Ledger, note: Note = lambda *_: None) -> None:
+        self._config, self._note = config, note
         self._ledger = ledger
         self._limits = config.limits
         self._progress = Progress(ledger.file)
@@ -63,16 +73,27 @@ class Service:
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
         self._peers: dict[tuple[str, str], _Peer] = {}
         self._probes = Probes()
+        self._forget_at = 0.0
         self.out_of_space_since: float | None = None
         """Monotonic time since when the ledger's disk is full; None: it is not. Set by `Turns`."""
         self.last_error = ""
         """The last message that raised, in one sentence for the display; empty: none. Set by `Turns`."""
 
-    def receive(self, identity: bytes, message: messages.Message, number: int, now: float) -> list[Outgoing]:
-        """Handle `message`. Returns the answers that are due at once; `wake` answers parked requests."""
+    def receive(
+        self, identity: bytes, message: messages.Message, number: int, now: float, role: str = ""
+    ) -> list[Outgoing]:
+        """Handle a message of a peer with this role. Returns the answers that are due at once; `wake` the others."""
+        if reason := refusal(role, message):
+            self._ledger.file.count("wrong_role")
+            self._note(identity, ValueError(reason), now)
+            return [Outgoing(identity, number, messages.Refused(reason))]
         self._leases.heard(identity, now)
+        if reason := self._refuse_late(message):
+            self._ledger.file.count("earlier_learner")
+            return [Outgoing(identity, number, messages.Refused(reason))]
         match message:
             case messages.LeaseRequest():
+                message = replace(message, policy_version=min(message.policy_version, self._newest_possible))
                 return self._leases.request(identity, message, number, now)
             case messages.BatchRequest():
                 since = self._since(identity, message, now)
@@ -89,8 +110,29 @@ class Service:
             case messages.ProbeRequest():
                 reply = self._probes.request(message.probe, now)
             case _:
-                reply = self._from_actor(message) or self._from_learner(message)
+                reply = self._from_actor(identity, message, now) or self._from_learner(message)
         return [Outgoing(identity, number, reply)]
+
+    @property
+    def _newest_possible(self) -> int:
+        """The newest version that actors can have.
+
+        One batch above the ledger's own: under durability normal a power failure may cost the ledger its last batch.
+        """
+        return self._progress.newest_version + self._limits.updates_per_batch
+
+    def _refuse_late(self, message: messages.Message) -> str:
+        """Return why a message of a learner that was replaced is refused; empty: it is not of such a learner."""
+        epoch = self._progress.epoch
+        if isinstance(message, messages.Heartbeat) and message.role != "learner":
+            return ""
+        said = getattr(message, "epoch", epoch)
+        if said == epoch:
+            return ""
+        return (
+            f"{type(message).__name__} is from learner {said}, but learner {epoch} has started since; only the newest"
+            " one goes on"
+        )
 
     def wake(self, now: float, *, may_expire: bool = True) -> list[Outgoing]:
         """Answer every parked request that can be answered. First end the leases of silent actors, if `may_expire`."""
@@ -160,10 +202,15 @@ class Service:
             return f"{missing} more groups for policy {request.policy_version} ({where})"
         return f"older groups that would become too stale ({where})"
 
-    def _from_actor(self, message: messages.Message) -> messages.Message | None:
+    def _from_actor(self, identity: bytes, message: messages.Message, now: float) -> messages.Message | None:
         match message:
             case messages.GroupDelivery():
                 group_id = message.group.header.group_id
+                try:
+                    self._check_bounds(message.group)
+                except WireError as error:
+                    self._note(identity, error, now)
+                    return messages.GroupReceipt(group_id, self._ledger.refuse_delivery(group_id))
                 outcome = self._ledger.deliver(message.group, self._progress.next_version)
                 if outcome not in ("stored", "dropped"):
                     log.info("group %s of %s is %s", group_id, message.actor_id, outcome)
@@ -182,8 +229,25 @@ class Service:
             case _:
                 return None
 
+    def _check_bounds(self, group: PackedGroup) -> None:
+        config = self._config
+        check_bounds(
+            group,
+            vocab_size=config.vocab_size,
+            max_tokens=config.max_tokens,
+            samples_per_group=config.samples_per_group,
+            newest_version=self._newest_possible,
+        )
+
     def _from_learner(self, message: messages.Message) -> messages.Message:
         match message:
+            case messages.CheckpointCommitted() | messages.EvaluationRequest() if (
+                message.policy_version > self._progress.next_version
+            ):
+                return messages.Refused(
+                    f"{type(message).__name__} is for policy {message.policy_version}, but batches were handed out only"
+                    f" up to policy {self._progress.next_version}"
+                )
             case messages.CheckpointBegun():
                 return self._begin_checkpoint(message.policy_version)
             case messages.CheckpointCommitted():
@@ -312,8 +376,11 @@ class Service:
     def _learner_hello(self, identity: bytes, hello: messages.LearnerHello, number: int) -> messages.Message:
         """Roll back to the learner's version. A resend, which may arrive after batches were served, changes nothing."""
         file, call = self._ledger.file, f"{holder_name(identity)} {number}"
-        if file.meta("hello", "") == call:
-            return messages.LearnerWelcome(file.meta("hello_rolled_back", 0), file.meta("hello_outstanding", 0))
+        calls = file.meta("hello", "").split("\n")
+        if calls[-1] == call:
+            return self._welcome()
+        if call in calls:
+            return messages.Refused("another learner has started since this hello was answered; the newest one goes on")
         version, next_version = hello.policy_version, self._progress.next_version
         if version > next_version:
             return messages.Refused(
@@ -328,19 +395,26 @@ class Service:
             file.guard(self._batches, key)
         self._batches.clear()
         self._progress.set(next_version=version, policy_version=version, closing=False)
-        file.set_meta("hello", call)
+        self._progress.begin_epoch()
+        file.set_meta("hello", "\n".join([*calls[-HELLOS_KEPT:], call]))
         file.set_meta("hello_rolled_back", rolled_back)
-        outstanding = self._ledger.counts["leased"] + self._ledger.counts["ready"]
-        file.set_meta("hello_outstanding", outstanding)
+        file.set_meta("hello_outstanding", self._ledger.counts["leased"] + self._ledger.counts["ready"])
         log.info("the learner starts at policy %d: %d uses of groups are undone", version, rolled_back)
-        return messages.LearnerWelcome(rolled_back, outstanding)
+        return self._welcome()
+
+    def _welcome(self) -> messages.LearnerWelcome:
+        meta = self._ledger.file.meta
+        return messages.LearnerWelcome(meta("hello_rolled_back", 0), meta("hello_outstanding", 0), self._progress.epoch)
 
     def _heartbeat(self, identity: bytes, heartbeat: messages.Heartbeat, number: int, now: float) -> messages.Message:
-        known = self._peers.get((heartbeat.role, heartbeat.name))
+        heartbeat = replace(heartbeat, policy_version=min(heartbeat.policy_version, self._newest_possible))
+        key = heartbeat.role, heartbeat.name
+        known = self._peers.get(key)
         unchanged = known is not None and known.heartbeat.waiting_for == heartbeat.waiting_for
         since = known.waiting_since if known is not None and unchanged else now
-        self._ledger.file.guard(self._peers, (heartbeat.role, heartbeat.name))
-        self._peers[heartbeat.role, heartbeat.name] = _Peer(heartbeat, now, since)
+        self._forget_peers(now, is_full=known is None and len(self._peers) >= MAX_PEERS)
+        self._ledger.file.guard(self._peers, key)
+        self._peers[key] = _Peer(heartbeat, now, since)
         probes: tuple[messages.Probe, ...] = ()
         if heartbeat.role == "learner":
             self._set_policy_version(heartbeat.policy_version)
@@ -349,6 +423,17 @@ class Service:
             probes = self._probes.due(heartbeat.name, now)
         return messages.HeartbeatReply(self._progress.policy_version, self._progress.closing, probes=probes)
 
+    def _forget_peers(self, now: float, *, is_full: bool) -> None:
+        """Forget the processes that left: now and then all that were silent for long; the most silent one if full."""
+        gone = [min(self._peers, key=lambda key: self._peers[key].heard)] if is_full else []
+        if now >= self._forget_at:
+            self._forget_at = now + FORGOTTEN_SECONDS / 10
+            gone += [key for key, peer in self._peers.items() if now - peer.heard > FORGOTTEN_SECONDS]
+        for key in set(gone):
+            self._ledger.file.guard(self._peers, key)
+            del self._peers[key]
+
     def _set_policy_version(self, version: int) -> None:
-        if version > self._progress.policy_version:
+        """Note the learner's version. The learner cannot be further than the batches that it was given."""
+        if self._progress.policy_version < version <= self._progress.next_version:
             self._progress.set(policy_version=version)

@@ -14,13 +14,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from buffer.config import BufferConfig
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.ledger_file import is_about_the_file, is_out_of_space
 from buffer.service.leases import Outgoing, holder_name
-from buffer.service.service import Service
+from buffer.service.service import Note, Service
 from buffer.transport.messages import Refused, StatusRequest
 from buffer.transport.router import Incoming
 
@@ -41,11 +41,9 @@ class Turns:
         note: called with a peer's name, the error and the time when a message of the peer raised.
     """
 
-    def __init__(
-        self, config: BufferConfig, ledger: Ledger, note: Callable[[bytes, Exception, float], None] = lambda *_: None
-    ) -> None:
+    def __init__(self, config: BufferConfig, ledger: Ledger, note: Note = lambda *_: None) -> None:
         self._config, self._ledger, self._note = config, ledger, note
-        self.service = Service(config, ledger)
+        self.service = Service(config, ledger, note)
         self._counts: Counter[str] = Counter()
         """What is not yet in the ledger's counters."""
         self._refused_space = -math.inf
@@ -80,7 +78,7 @@ class Turns:
             for name, number in self._counts.items():
                 self._ledger.file.count(name, number)
             for incoming in messages:
-                outgoing += self.service.receive(incoming.identity, incoming.message, incoming.number, now)
+                outgoing += self._receive(incoming, now)
             if now >= self._may_wake_at:
                 # No lease expires while messages are waiting, because they may include a heartbeat of its actor.
                 may_expire = not more_waiting and now >= self._may_expire_at
@@ -92,12 +90,15 @@ class Turns:
             self.service.out_of_space_since = None
         return outgoing
 
+    def _receive(self, incoming: Incoming, now: float) -> list[Outgoing]:
+        return self.service.receive(incoming.identity, incoming.message, incoming.number, now, incoming.role)
+
     def _one_by_one(self, messages: Sequence[Incoming], more_waiting: bool, now: float) -> list[Outgoing]:
         outgoing: list[Outgoing] = []
         for index, incoming in enumerate(messages):
             try:
                 with self._ledger.transaction():
-                    answers = self.service.receive(incoming.identity, incoming.message, incoming.number, now)
+                    answers = self._receive(incoming, now)
             except Exception as error:
                 if is_out_of_space(error):
                     return outgoing + self._out_of_space(messages[index:], now)
@@ -153,7 +154,7 @@ class Turns:
         if since is None:
             log.error("no space for the ledger in %s; nothing is acknowledged until there is", self._config.run_dir)
         self._refused_space = now
-        self.service = Service(self._config, self._ledger)
+        self.service = Service(self._config, self._ledger, self._note)
         self.service.out_of_space_since = now if since is None else since
         self.service.last_error = last_error
         asking = [incoming for incoming in messages if isinstance(incoming.message, StatusRequest)]

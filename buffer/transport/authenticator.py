@@ -1,7 +1,8 @@
 """Authentication of connections: answers ZeroMQ's authentication requests (ZAP) and reports failed handshakes.
 
-Owned by `buffer/transport/router.py`; one thread per server. With CURVE only a peer that has the run's client key is
-let in. A peer without a key, with another server's key, or that does not speak ZeroMQ fails earlier, in the handshake.
+Owned by `buffer/transport/router.py`; one thread per server. With CURVE only a peer that has the key of one of the
+run's roles is let in. A peer without a key, with another server's key, or that does not speak ZeroMQ fails earlier, in
+the handshake.
 
 Every failed connection is counted. Each address is logged once. A connection that closes before its address can be
 read is logged and counted under `GONE`. The thread ends when its ZeroMQ context is terminated.
@@ -51,7 +52,7 @@ class Authenticator:
         credentials: Credentials,
         count: Callable[[str], None],
     ) -> None:
-        self._client_key = z85.decode(credentials.client_public) if credentials.encrypted else b""
+        self._roles = {z85.decode(key): role.encode() for key, role in credentials.roles.items()}
         self._count = count
         self._handshakes = _Handshakes()
         self._logged: set[str] = set()
@@ -88,10 +89,13 @@ class Authenticator:
             self._events.close(linger=0)
 
     def _authenticate(self, request: list[bytes]) -> None:
-        """Answer one ZAP request (RFC 27): version, request id, domain, address, identity, mechanism, credentials."""
+        """Answer one ZAP request (RFC 27): version, request id, domain, address, identity, mechanism, credentials.
+
+        The answer names the role of the peer's key as the user of all its messages.
+        """
         version, request_id, mechanism, key = request[0], request[1], request[5], request[6:7]
-        known = mechanism == b"CURVE" and key == [self._client_key]
-        status = (b"200", b"OK", b"client") if known else (b"400", b"this key is not the run's", b"")
+        role = self._roles.get(key[0], b"") if mechanism == b"CURVE" and key else b""
+        status = (b"200", b"OK", role) if role else (b"400", b"this key is not the run's", b"")
         self._requests.send_multipart([version, request_id, *status, b""])
 
     def _watch(self, frames: list[bytes]) -> None:

@@ -29,7 +29,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from buffer.process import start_thread
 from buffer.transport.credentials import Credentials
-from buffer.transport.messages import MAX_FRAME_BYTES, Message, Refused, decode, encode
+from buffer.transport.messages import MAX_FRAME_BYTES, Message, Refused, decode, encode, with_epoch
 from buffer.transport.outbox import Outbox, Request
 from buffer.transport.schema import Frame, WireError, check_name
 
@@ -86,6 +86,8 @@ class Connection:
         check_name(name, "the name")
         credentials.check_address(address)
         self.address = address
+        self.epoch = 0
+        """A learner's, from `LearnerWelcome`: every later message that has an epoch carries this one."""
         self._credentials = credentials
         self._identity = f"{name}-{secrets.token_hex(4)}".encode()
         self._timeout_seconds = timeout_seconds
@@ -119,7 +121,7 @@ class Connection:
             if self._closing:
                 raise ConnectionError(f"the connection to {self.address} is closed")
             number, self._next_number = self._next_number, self._next_number + 1
-            frames = encode(message, number, self._credentials.run_id)
+            frames = encode(with_epoch(message, self.epoch), number, self._credentials.run_id)
             entry = Request(number, type(message).__name__, frames, time.monotonic() + seconds, seconds)
             self._new.append(entry)
             self._wake()
@@ -208,8 +210,8 @@ class Connection:
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1_000)
         if self._credentials.encrypted:
             socket.curve_serverkey = self._credentials.server_public
-            socket.curve_publickey = self._credentials.client_public
-            socket.curve_secretkey = self._credentials.client_secret
+            socket.curve_publickey = self._credentials.public
+            socket.curve_secretkey = self._credentials.secret
         self._num_sockets += 1
         monitor = f"inproc://handshakes-{self._num_sockets}"
         socket.monitor(monitor, sum(_TURNED_AWAY) | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)

@@ -1,34 +1,47 @@
 """The credentials of a run: its id and its CURVE keys, made once per run, in files that only their owner can read.
 
-`RUN_DIR/keys/client.json` is all that an actor or a learner rank needs to connect. The buffer and the weight server
-also need `server.json`. A process on another host reads its copy of the folder, which the environment variable
-`SLIPSTREAM_KEYS` names. Keys never appear in a command line, in a log or in config.yaml.
+Every role (`buffer/transport/roles.py`) has a file in `RUN_DIR/keys`, which is all that a process of that role needs to
+connect. The buffer also reads `server.json`; the learner's weight store and every relay read `weights.json`. So neither
+they nor an actor can act as the buffer. A process on another host reads its copies of the files it needs, in a folder
+that the environment variable `SLIPSTREAM_KEYS` names. Keys never appear in a command line, in a log or in config.yaml.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import stat
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import zmq
 
+from buffer.transport.roles import ROLES
+
+log = logging.getLogger(__name__)
+
 FOLDER = "keys"
 FOLDER_VARIABLE = "SLIPSTREAM_KEYS"
 LOCAL_ADDRESSES = ("tcp://127.", "tcp://[::1]:", "ipc://", "inproc://")
 MAX_FILE_BYTES = 4096
+BUFFER, WEIGHTS = "server", "weights"
+"""The two kinds of servers, and the names of their files."""
+_OLD_CLIENT_FILE = "client.json"
+"""Of an older release, which had one key pair for all roles."""
 _RUN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A run's id and keys (Z85, 40 characters each). With empty keys connections are unencrypted and local only.
+    """A run's id, and the keys of one process (Z85, 40 characters each).
+
+    With empty keys connections are unencrypted and local only.
 
     Raises:
         ValueError: when the run id or a key is malformed, or some keys are missing.
@@ -36,39 +49,36 @@ class Credentials:
 
     run_id: str
     server_public: bytes = b""
-    client_public: bytes = b""
-    client_secret: bytes = field(default=b"", repr=False)
-    server_secret: bytes = field(default=b"", repr=False)
-    """Empty in a client."""
+    """Of the server to connect to, or of this server."""
+    public: bytes = b""
+    secret: bytes = field(default=b"", repr=False)
+    """The process's own key pair."""
+    weights_public: bytes = b""
+    """In a client: the public key of the weight store and the relays."""
+    roles: Mapping[bytes, str] = field(default_factory=dict)
+    """In a server: the role of each public key."""
 
     def __post_init__(self) -> None:
         if not _RUN_ID.fullmatch(self.run_id):
             raise ValueError(f"the run id {self.run_id[:80]!r} is not made of 1 to 64 letters, digits, - and _")
-        needed = [self.server_public, self.client_public, self.client_secret]
-        given = [key for key in (*needed, self.server_secret) if key]
+        needed = [self.server_public, self.public, self.secret]
+        given = [key for key in (*needed, self.weights_public, *self.roles) if key]
         if any(len(key) != 40 for key in given) or (given and not all(needed)):
-            raise ValueError(f"the keys of run {self.run_id} are incomplete; copy the folder {FOLDER} as a whole")
+            raise ValueError(f"the keys of run {self.run_id} are incomplete; copy the files of {FOLDER} as a whole")
 
     @classmethod
     def plain(cls, run_id: str) -> Credentials:
-        """Make credentials without keys: no encryption and no authentication."""
+        """Make credentials without keys: no encryption, no authentication and no roles."""
         return cls(run_id)
-
-    @classmethod
-    def new(cls, run_id: str) -> Credentials:
-        """Make credentials with new keys for the server and for all clients."""
-        server_public, server_secret = zmq.curve_keypair()
-        client_public, client_secret = zmq.curve_keypair()
-        return cls(run_id, server_public, client_public, client_secret, server_secret)
 
     @property
     def encrypted(self) -> bool:
         """Whether sockets with these credentials use CURVE."""
         return bool(self.server_public)
 
-    def for_client(self) -> Credentials:
-        """Return these credentials without the server's secret key."""
-        return replace(self, server_secret=b"")
+    def for_weights(self) -> Credentials:
+        """Return a client's credentials for the weight store and the relays, instead of the buffer."""
+        return replace(self, server_public=self.weights_public)
 
     def check_address(self, address: str) -> None:
         """Refuse unencrypted connections to other machines.
@@ -83,8 +93,33 @@ class Credentials:
             )
 
 
-def ensure_credentials(run_dir: Path | str, *, encrypted: bool = True) -> Credentials:
-    """Load the server's credentials of the run in `run_dir`, created if absent.
+@dataclass(frozen=True, slots=True)
+class RunKeys:
+    """All credentials of a run. Only the process that makes them has this; every other one reads its own files."""
+
+    buffer: Credentials
+    weights: Credentials
+    clients: Mapping[str, Credentials]
+    """By role."""
+
+    @classmethod
+    def new(cls, run_id: str, *, encrypted: bool = True) -> RunKeys:
+        """Make new keys for both kinds of servers and for every role; without `encrypted`, credentials without keys."""
+        if not encrypted:
+            plain = Credentials.plain(run_id)
+            return cls(plain, plain, dict.fromkeys(ROLES, plain))
+        buffer, weights = zmq.curve_keypair(), zmq.curve_keypair()
+        pairs = {role: zmq.curve_keypair() for role in ROLES}
+        roles = {public: role for role, (public, _) in pairs.items()}
+        return cls(
+            Credentials(run_id, buffer[0], *buffer, roles=roles),
+            Credentials(run_id, weights[0], *weights, roles=roles),
+            {role: Credentials(run_id, buffer[0], *pair, weights_public=weights[0]) for role, pair in pairs.items()},
+        )
+
+
+def ensure_credentials(run_dir: Path | str, *, encrypted: bool = True) -> None:
+    """Make the credentials of the run in `run_dir` if there are none.
 
     Several processes may call this at once.
 
@@ -93,41 +128,62 @@ def ensure_credentials(run_dir: Path | str, *, encrypted: bool = True) -> Creden
             `encrypted` is False, or the reverse.
     """
     folder = Path(run_dir) / FOLDER
+    if (folder / _OLD_CLIENT_FILE).exists():
+        _replace_old(folder)
     if not folder.is_dir():
-        run_id = uuid.uuid4().hex
         try:
-            _write_folder(folder, Credentials.new(run_id) if encrypted else Credentials.plain(run_id))
+            _write_folder(folder, RunKeys.new(uuid.uuid4().hex, encrypted=encrypted))
         except OSError as error:
             raise ValueError(f"{folder} cannot be written: {error.strerror}; choose another run_dir") from error
-    found = _read(folder, with_server=True)
+    found = _read(folder, BUFFER)
     if found.encrypted != encrypted:
         made = "curve" if found.encrypted else "none"
         raise ValueError(
             f"{folder} was made for cluster.encryption={made}; set that, or remove the folder for new keys"
         )
-    return found
 
 
-def server_credentials(run_dir: Path | str) -> Credentials:
-    """Load the server's credentials of the run in `run_dir`, created with encryption if absent.
+def server_credentials(run_dir: Path | str, kind: str = BUFFER) -> Credentials:
+    """Load the credentials of a server: of the buffer, or with `WEIGHTS` of a weight store or relay.
+
+    The buffer's are in `run_dir`/keys; the others' also in the folder that `SLIPSTREAM_KEYS` names, if it names one.
+    In `run_dir` they are created, with encryption, if absent.
 
     Raises:
         ValueError: when the files cannot be written or read, or other users can read them.
     """
-    folder = Path(run_dir) / FOLDER
-    return _read(folder, with_server=True) if folder.is_dir() else ensure_credentials(run_dir)
+    own = Path(run_dir) / FOLDER
+    folder = own if kind == BUFFER else _folder(run_dir)
+    if folder == own and not folder.is_dir():
+        ensure_credentials(run_dir)
+    return _read(folder, kind)
 
 
-def client_credentials(run_dir: Path | str) -> Credentials:
-    """Load a client's credentials, from the folder that `SLIPSTREAM_KEYS` names, else from `run_dir`/keys.
+def client_credentials(run_dir: Path | str, role: str) -> Credentials:
+    """Load the credentials of a role, from the folder that `SLIPSTREAM_KEYS` names, else from `run_dir`/keys.
 
     Raises:
-        ValueError: when the files cannot be read, or other users can read them.
+        ValueError: when the file cannot be read, or other users can read it.
     """
-    return _read(Path(os.environ.get(FOLDER_VARIABLE) or Path(run_dir) / FOLDER), with_server=False)
+    return _read(_folder(run_dir), role)
 
 
-def _write_folder(folder: Path, credentials: Credentials) -> None:
+def _folder(run_dir: Path | str) -> Path:
+    return Path(os.environ.get(FOLDER_VARIABLE) or Path(run_dir) / FOLDER)
+
+
+def _replace_old(folder: Path) -> None:
+    """Make new keys, one pair per role, for a run of an older release, which had one pair for all."""
+    content = _read_file(folder / _OLD_CLIENT_FILE)
+    keys = RunKeys.new(content.get("run_id", ""), encrypted=bool(content.get("server_public")))
+    log.warning("%s is from an older release: new keys are made; copy them again to other machines", folder)
+    old = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.old")
+    folder.rename(old)
+    _write_folder(folder, keys)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_folder(folder: Path, keys: RunKeys) -> None:
     """Write the folder under a temporary name, then rename it, so that it is complete or absent.
 
     When another process has created the folder meanwhile, that one stays.
@@ -136,14 +192,8 @@ def _write_folder(folder: Path, credentials: Credentials) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir(mode=0o700)
     try:
-        client = {
-            "run_id": credentials.run_id,
-            "server_public": credentials.server_public.decode(),
-            "client_public": credentials.client_public.decode(),
-            "client_secret": credentials.client_secret.decode(),
-        }
-        _write_file(partial / "client.json", client)
-        _write_file(partial / "server.json", {"server_secret": credentials.server_secret.decode()})
+        for name, credentials in {BUFFER: keys.buffer, WEIGHTS: keys.weights, **keys.clients}.items():
+            _write_file(partial / f"{name}.json", credentials)
         try:
             partial.rename(folder)
         except OSError:
@@ -153,7 +203,14 @@ def _write_folder(folder: Path, credentials: Credentials) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_file(path: Path, content: dict[str, str]) -> None:
+def _write_file(path: Path, credentials: Credentials) -> None:
+    content = {
+        "run_id": credentials.run_id,
+        "server_public": credentials.server_public.decode(),
+        "public": credentials.public.decode(),
+        "secret": credentials.secret.decode(),
+        "weights_public": credentials.weights_public.decode(),
+    } | {f"{role}_public": key.decode() for key, role in credentials.roles.items()}
     # Created with mode 600, so that other users cannot open the file at any moment.
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         json.dump(content, file)
@@ -161,13 +218,13 @@ def _write_file(path: Path, content: dict[str, str]) -> None:
         os.fsync(file.fileno())
 
 
-def _read(folder: Path, *, with_server: bool) -> Credentials:
-    content = _read_file(folder / "client.json")
-    if with_server:
-        content |= _read_file(folder / "server.json")
+def _read(folder: Path, name: str) -> Credentials:
+    content = _read_file(folder / f"{name}.json")
     run_id = content.pop("run_id", "")
+    roles = {content.pop(f"{role}_public", "").encode(): role for role in ROLES}
     try:
-        return Credentials(run_id, **{name: value.encode() for name, value in content.items()})
+        keys = {key: value.encode() for key, value in content.items()}
+        return Credentials(run_id, **keys, roles={key: role for key, role in roles.items() if key})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds no usable keys ({error}); restore it, or remove it for new ones") from error
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,10 +27,12 @@ from buffer.transport.schema import (
     Frame,
     Frames,
     Line,
+    Metrics,
     Name,
     Number,
     PathName,
     Reader,
+    Role,
     Seconds,
     SmallCount,
     TokenId,
@@ -143,17 +145,19 @@ class LeaseReturn:
 class Heartbeat:
     """Tell the buffer that a process is alive. Each heartbeat of an actor also extends its leases."""
 
-    role: Name
+    role: Role
     """learner or actor."""
     name: Name
     policy_version: VersionOrNone
     """Version of the learner, or of the weights that the actor samples with; -1: none yet."""
     waiting_for: Line
     """What the process waits for, in words that complete "waits for"; empty: it does not wait."""
-    metrics: dict[Line, float]
+    metrics: Metrics
     """Values for the terminal display and TensorBoard, by name."""
     held: tuple[Name, ...] = ()
     """An actor's groups, as in `LeaseRequest`."""
+    epoch: Count = 0
+    """Of a learner, as in its other messages; 0 of an actor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +246,9 @@ class LearnerWelcome:
     """Places in undone batches; their groups will be handed out again."""
     num_outstanding: Count
     """Groups that are leased or ready."""
+    epoch: Count = 0
+    """Number of the learner, which grows with every hello. All later messages of the learner carry it, and the buffer
+    refuses those of an earlier learner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +266,7 @@ class BatchRequest:
     world_size: SmallCount
     attention_crossover_tokens: Number = 0.0
     """Length at which attention costs as much as the linear layers; 0: a trajectory costs T."""
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +291,7 @@ class GroupRequest:
 
     policy_version: Version
     occurrence: Count
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +317,7 @@ class CheckpointBegun:
     """
 
     policy_version: Version
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +329,7 @@ class CheckpointCommitted:
     """
 
     policy_version: Version
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +337,7 @@ class EvaluationRequest:
     """Have an actor evaluate `policy_version` on the held-out prompts, or the newer weights that the actor has."""
 
     policy_version: Version
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +359,7 @@ class ProbeRequest:
     """Have actors answer `probe`, and ask for the reports so far. Repeated during the round; waits for nothing."""
 
     probe: Probe
+    epoch: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +376,8 @@ class ProbeReports:
 @dataclass(frozen=True, slots=True)
 class Close:
     """The learner needs no more groups. The buffer grants no more leases; pending evaluations still run."""
+
+    epoch: Count = 0
 
 
 # Any process -> buffer, and the answers.
@@ -382,7 +397,7 @@ class Peer:
     policy_version: VersionOrNone
     waiting_for: Line
     silent_seconds: Seconds
-    metrics: dict[Line, float]
+    metrics: Metrics
     waiting_seconds: Seconds = 0.0
     """How long `waiting_for` has been unchanged; 0 when it is empty."""
 
@@ -596,6 +611,13 @@ Message = (
     | Chunk
 )
 """All messages. `kind` in the header is the class name."""
+
+
+def with_epoch(message: Any, epoch: int) -> Any:
+    """Return the message of the learner with this epoch; any other message as it is."""
+    if getattr(message, "epoch", 1) or isinstance(message, LearnerWelcome):
+        return message
+    return message if isinstance(message, Heartbeat) and message.role != "learner" else replace(message, epoch=epoch)
 
 
 def encode(message: Message, request_number: int, run_id: str) -> Frames:

@@ -182,6 +182,31 @@ def check_group(packed: PackedGroup) -> None:
         raise WireError(str(error)) from error
 
 
+def check_bounds(
+    packed: PackedGroup, *, vocab_size: int, max_tokens: int, samples_per_group: int, newest_version: int
+) -> None:
+    """Check a received group against the run's configuration (`BufferConfig`) and newest version. 0: no bound.
+
+    Raises:
+        WireError: when a token id, a length, the number of trajectories or a version is out of bounds; the message
+            names the group, the value and the bound.
+    """
+    header = packed.header
+    group = f"group {header.group_id} of prompt {header.prompt_id}"
+    size, longest = len(header.num_tokens), max(header.num_tokens)
+    if 0 < samples_per_group < size:
+        raise WireError(f"{group} has {size} trajectories; the run has at most {samples_per_group} per group")
+    if 0 < max_tokens < longest:
+        raise WireError(f"{group} has a trajectory of {longest} tokens; the run has at most {max_tokens}")
+    newest = max(details[-1][-1][1] for details in header.details)
+    if newest > newest_version:
+        raise WireError(f"{group} names policy {newest}; the newest that can exist is {newest_version}")
+    if vocab_size:
+        highest = int(_arrays(packed)[0].max())
+        if highest >= vocab_size:
+            raise WireError(f"{group} has token id {highest}; the model has {vocab_size} token ids")
+
+
 def _arrays(packed: PackedGroup) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32]]:
     """Return views of token_ids, loss_mask and behavior_logprobs, concatenated over the group.
 

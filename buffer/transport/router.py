@@ -7,6 +7,7 @@ messages and those of other runs are counted and dropped; a peer that keeps send
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections import Counter
@@ -31,6 +32,8 @@ from buffer.transport.messages import (
 from buffer.transport.packed_group import check_group
 from buffer.transport.schema import WireError
 
+log = logging.getLogger(__name__)
+
 IDENTITY = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,254}")
 """Valid names of connections. The names appear in the ledger and in logs."""
 LARGE_FRAME_BYTES = 1 << 16
@@ -48,10 +51,12 @@ class Incoming:
     identity: bytes
     message: Message
     number: int
+    role: str = ""
+    """The role of the peer's key (`buffer/transport/roles.py`); empty without encryption."""
 
 
-def read_incoming(identity: bytes, frames: list[bytes], run_id: str) -> Incoming:
-    """Decode and check a message from the peer `identity`.
+def read_incoming(identity: bytes, frames: list[bytes], run_id: str, role: str = "") -> Incoming:
+    """Decode and check a message from the peer `identity`, whose key is of the given role.
 
     Raises:
         ForeignRunError: when the message belongs to another run.
@@ -63,7 +68,7 @@ def read_incoming(identity: bytes, frames: list[bytes], run_id: str) -> Incoming
     if isinstance(message, GroupDelivery):
         # A broken group must not reach the ledger, because the learner would fail on it again and again.
         check_group(message.group)
-    return Incoming(identity, message, number)
+    return Incoming(identity, message, number, role)
 
 
 class Router:
@@ -75,7 +80,7 @@ class Router:
 
     def __init__(self, address: str, credentials: Credentials) -> None:
         credentials.check_address(address)
-        self._run_id = credentials.run_id
+        self._run_id, self._encrypted = credentials.run_id, credentials.encrypted
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         self._ban_list = BanList()
@@ -103,7 +108,7 @@ class Router:
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         if credentials.encrypted:
             socket.curve_server = True
-            socket.curve_secretkey = credentials.server_secret
+            socket.curve_secretkey = credentials.secret
         return socket
 
     def receive(self, limit: int, now: float) -> tuple[list[Incoming], bool]:
@@ -118,16 +123,22 @@ class Router:
             if num_groups == GROUPS_PER_TURN:
                 break
             try:
-                identity, frames = self._frames()
+                identity, frames, role = self._frames()
             except zmq.Again:
                 return valid, False
             if self._ban_list.is_ignored(identity, now):
                 self._count("ignored")
                 continue
             try:
-                incoming = read_incoming(identity, frames, self._run_id)
+                incoming = read_incoming(identity, frames, self._run_id, role)
             except WireError as error:
                 self._count("foreign_run" if isinstance(error, ForeignRunError) else "wire_errors")
+                self._ban_list.note(identity, error, now)
+                continue
+            except Exception as error:
+                # A check that fails by itself is an error of this message, and of no other.
+                log.exception("a message could not be checked and is dropped")
+                self._count("message_errors")
                 self._ban_list.note(identity, error, now)
                 continue
             # The large answer is still waiting for the link, which a second one would make slower.
@@ -136,12 +147,17 @@ class Router:
                 num_groups += isinstance(incoming.message, GroupRequest)
         return valid, True
 
-    def _frames(self) -> tuple[bytes, list[bytes]]:
-        """Receive the identity and frames of the next message.
+    def _frames(self) -> tuple[bytes, list[bytes], str]:
+        """Receive the identity and frames of the next message, and the role of its sender's key.
 
         An oversized message is cut so that `decode` refuses it.
         """
-        identity = self.socket.recv(zmq.NOBLOCK)
+        if self._encrypted:
+            first = self.socket.recv(zmq.NOBLOCK, copy=False)
+            # The authenticator's answer, which ZeroMQ attaches to every message of the connection.
+            identity, role = first.bytes, str(first.get("User-Id"))
+        else:
+            identity, role = self.socket.recv(zmq.NOBLOCK), ""
         frames: list[bytes] = []
         num_bytes = 0
         while self.socket.getsockopt(zmq.RCVMORE):
@@ -149,7 +165,7 @@ class Router:
             num_bytes += len(frame)
             if len(frames) <= MAX_FRAMES and num_bytes <= MAX_MESSAGE_BYTES:
                 frames.append(frame)
-        return identity, frames if num_bytes <= MAX_MESSAGE_BYTES else []
+        return identity, frames if num_bytes <= MAX_MESSAGE_BYTES else [], role
 
     def send(self, identity: bytes, message: Message, number: int) -> None:
         """Answer a request. The answer is lost when the peer is gone or does not read; the peer then asks again.

@@ -59,6 +59,9 @@ Name = Annotated[str, Text(128, r"(?:[A-Za-z0-9_][A-Za-z0-9_.:@-]*)?")]
 """An identifier, or empty. Safe to show, to log, to store and to use in a file name."""
 Line = Annotated[str, Text(4096)]
 """Text for a person: one line without control characters."""
+Metrics = Annotated[dict[Annotated[str, Text(64)], float], Within(0, 64)]
+"""At most 64 values by name."""
+Role = Annotated[str, Text(16, "actor|learner")]
 PathName = Annotated[str, Text(4096, r"[^\0]+")]
 """A path. The process that opens the path must check where it leads."""
 Version = Annotated[int, Within(0, MAX_VERSION)]
@@ -111,6 +114,9 @@ def reader(wanted: Any, special: dict[Any, Reader]) -> Reader:
         return special[wanted]
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin is Annotated:
+        if typing.get_origin(arguments[0]) is dict:
+            key, item = typing.get_args(arguments[0])
+            return _mapping(reader(key, special), reader(item, special), int(arguments[1].most))
         return _text(arguments[1]) if arguments[0] is str else _number(arguments[0], arguments[1])
     if wanted is float:
         return _float
@@ -211,10 +217,10 @@ def _sequence(read_one: Reader) -> Reader:
     return read
 
 
-def _mapping(read_key: Reader, read_value: Reader) -> Reader:
+def _mapping(read_key: Reader, read_value: Reader, most: int = MAX_ITEMS) -> Reader:
     def read(value: Any, rest: Frames) -> Any:
-        if type(value) is not dict or len(value) > MAX_ITEMS:
-            raise WireError(f"expected a map of at most {MAX_ITEMS} entries, got {_describe(value)}")
+        if type(value) is not dict or len(value) > most:
+            raise WireError(f"expected a map of at most {most} entries, got {_describe(value)}")
         return {read_key(key, rest): read_value(item, rest) for key, item in value.items()}
 
     return read

@@ -29,6 +29,7 @@ from buffer.transport.messages import (
     RelayHello,
     RelayPlace,
 )
+from buffer.transport.roles import refusal
 from buffer.transport.router import Router
 from buffer.weights.layout import checksum
 from buffer.weights.pulls import PullQueue
@@ -148,6 +149,9 @@ class WeightServer:
         messages, _ = self._router.receive(MESSAGES_PER_TURN, now)
         for incoming in messages:
             requester = incoming.identity, incoming.number
+            if reason := refusal(incoming.role, incoming.message):
+                self._answer(requester, Refused(reason))
+                continue
             match incoming.message:
                 case ManifestRequest() as request:
                     self._parked[requester[0]] = (

@@ -62,12 +62,13 @@ def say_hello(
 ) -> OlderGroups | None:
     """Tell the buffer, on rank 0, the version that the learner starts at. Returns, on every rank, the older groups.
 
-    Also a barrier. None on every rank when the learner was told to end before the buffer answered.
+    Sets the learner's epoch on every rank's connection. Also a barrier. None on every rank when the learner was told to
+    end before the buffer answered.
 
     Raises:
         CheckpointError: the buffer refuses the version, because its ledger is older than the checkpoint.
     """
-    older = torch.tensor([0, -1], device=device)
+    older = torch.tensor([0, -1, 0], device=device)
     before = requests.ask_together(StatusRequest(), BUFFER)
     try:
         welcome = before and requests.ask_together(LearnerHello(policy_version), BUFFER)
@@ -81,8 +82,9 @@ def say_hello(
         if before.counts["issued"]:
             # An earlier learner may have published one more version than the buffer was told.
             older[1] = newest + updates_per_batch
-        older[0] = welcome.num_outstanding
-    number, newest_version = all_reduce_max(older).tolist()
+        older[0], older[2] = welcome.num_outstanding, welcome.epoch
+    number, newest_version, epoch = all_reduce_max(older).tolist()
+    requests.begin_epoch(epoch)
     return OlderGroups(number, newest_version)
 
 

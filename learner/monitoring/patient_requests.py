@@ -58,6 +58,10 @@ class PatientRequests:
         self._buffer, self._heartbeat, self._stopping, self._device = buffer, heartbeat, stopping, device
         self._stops_at = math.inf
 
+    def begin_epoch(self, epoch: int) -> None:
+        """All later messages of this rank carry the learner's epoch (`LearnerWelcome`)."""
+        self._buffer.epoch = epoch
+
     def ask(self, message: Message, waiting_for: str) -> Message | None:
         """Send `message` and wait for the answer. None: `stopping` was set and no answer came in time.
 

@@ -56,7 +56,7 @@ CLAIMS = (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\x
 """An array, a map, a text and bytes that claim to be 4 GiB long."""
 
 
-def group_of(group_id: str, prompt_id: int, version: int, size: int = 2) -> PackedGroup:
+def group_of(group_id: str, prompt_id: int, version: int, size: int = 2, newer: int = 1) -> PackedGroup:
     mask = np.arange(6) >= 2
     trajectories = tuple(
         Trajectory(
@@ -66,7 +66,7 @@ def group_of(group_id: str, prompt_id: int, version: int, size: int = 2) -> Pack
             token_ids=np.arange(6, dtype=np.int32),
             loss_mask=mask,
             behavior_logprobs=np.where(mask, -0.5, 0.0).astype(np.float32),
-            policy_versions=(VersionSpan(0, version), VersionSpan(3, version + 1)),
+            policy_versions=(VersionSpan(0, version), VersionSpan(3, version + newer)),
             reward=float(number),
             reward_breakdown={"correct": float(number)},
             verdict="correct",

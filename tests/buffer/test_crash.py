@@ -38,7 +38,7 @@ class Run:
 
     def __init__(self, buffer: KilledBuffer, seed: int, make_group: Any) -> None:
         self.buffer, self.random, self.make_group = buffer, random.Random(seed), make_group
-        self.number, self.lives, self.version, self.committed = 0, 0, 0, 0
+        self.number, self.lives, self.version, self.committed, self.epoch = 0, 0, 0, 0, 0
         self.stored: set[str] = set()
         """Groups whose receipt arrived."""
         self.lineage: dict[int, tuple[str, ...]] = {}
@@ -46,7 +46,7 @@ class Run:
 
     def ask(self, identity: bytes, message: messages.Message) -> None:
         self.number += 1
-        self.buffer.ask(identity, message, self.number)
+        self.buffer.ask(identity, messages.with_epoch(message, self.epoch), self.number)
 
     @property
     def learner(self) -> bytes:
@@ -90,6 +90,8 @@ class Run:
 
     def learn(self, request: messages.Message, reply: messages.Message) -> None:
         match request, reply:
+            case messages.LearnerHello(), messages.LearnerWelcome():
+                self.epoch = reply.epoch
             case messages.BatchRequest(), messages.Shard():
                 self.lineage[self.version] = tuple(group.header.group_id for group in reply.groups)
                 self.version += 1

@@ -216,10 +216,16 @@ def asking_for_status(connection: Connection) -> messages.Status:
     return status
 
 
+def say_hello(learner: Connection) -> None:
+    welcome = learner.call(messages.LearnerHello(0))
+    assert isinstance(welcome, messages.LearnerWelcome)
+    learner.epoch = welcome.epoch
+
+
 def fill_and_free(config: BufferConfig, make_group: Any, free: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Deliver more groups than fit on the disk; `free` makes space; every receipt arrives in the end."""
     with serving(config) as server, Connection(server.address, "actor-0", PLAIN, resend_seconds=0.1) as actor:
-        actor.call(messages.LearnerHello(0))
+        say_hello(actor)
         granted = actor.call(messages.LeaseRequest("actor-0", 0, 40, "abc"))
         assert isinstance(granted, messages.LeaseReply)
         groups = [make_group(item.group_id, item.prompt_id, num_tokens=10_000) for item in granted.leases]
@@ -233,7 +239,7 @@ def fill_and_free(config: BufferConfig, make_group: Any, free: Any, caplog: pyte
         assert {getattr(receipt.result(), "outcome", "") for receipt in receipts} == {"stored"}
         while asking_for_status(actor).waits:
             actor.call(messages.EvaluationRequest(0))
-            actor.call(messages.LearnerHello(0))
+            say_hello(actor)
     found = audit(config.run_dir)
     assert (found.counts["ready"], found.problems) == (40, ())
     assert len([r for r in caplog.records if "no space for the ledger" in r.message]) == 1
@@ -385,7 +391,7 @@ def test_wall_clock_steps_do_not_matter(make_config: Any, make_group: Any, monke
     begin = time.time()
     monkeypatch.setattr(time, "time", lambda: begin - 86_400.0 * next(steps))
     with serving(make_config(lease_seconds=30.0)) as server, Connection(server.address, "actor-0", PLAIN) as actor:
-        actor.call(messages.LearnerHello(0))
+        say_hello(actor)
         granted = actor.call(messages.LeaseRequest("actor-0", 0, 2, "abc"))
         assert isinstance(granted, messages.LeaseReply)
         waiting = actor.request(messages.BatchRequest(0, 0, 1))

@@ -15,7 +15,7 @@ import zmq
 from buffer.service.server import Server
 from buffer.transport import messages
 from buffer.transport.connection import Connection
-from buffer.transport.credentials import Credentials
+from buffer.transport.credentials import RunKeys
 from buffer.transport.packed_group import check_group, read_group_header, unpack_group
 from buffer.transport.schema import WireError
 from tests.buffer.fuzz import Buffer, fuzz, group_of, mutant
@@ -51,18 +51,18 @@ def test_check_group_refuses_exactly_what_unpack_group_refuses():
 
 
 def test_a_server_under_mutants_still_answers_a_good_client(make_config: Any, tmp_path: Path):
-    credentials = Credentials.new("fuzzed")
-    server = Server(make_config(address="tcp://127.0.0.1:*"), credentials)
+    keys = RunKeys.new("fuzzed")
+    server = Server(make_config(address="tcp://127.0.0.1:*"), keys.buffer)
     thread = threading.Thread(target=server.run)
     thread.start()
     source, chance, deadline = Buffer(tmp_path), random.Random(SEED), time.monotonic() + 120
-    client = credentials.for_client()
+    client = keys.clients["actor"]
     try:
         with zmq.Context() as context, Connection(server.address, "good", client, timeout_seconds=60) as good:
             for peer in range(20):
                 with context.socket(zmq.DEALER) as bad:
                     bad.curve_serverkey, bad.linger = client.server_public, 5_000
-                    bad.curve_publickey, bad.curve_secretkey = client.client_public, client.client_secret
+                    bad.curve_publickey, bad.curve_secretkey = client.public, client.secret
                     bad.setsockopt(zmq.IDENTITY, b"bad-%d" % peer)
                     bad.connect(server.address)
                     for number in range(100):

@@ -42,10 +42,20 @@ import sys, time
 from buffer.transport.connection import Connection
 from buffer.config import load_run_config
 from buffer.transport.credentials import client_credentials
-from buffer.transport.messages import Heartbeat, LearnerHello
-address = load_run_config(sys.argv[1])["buffer"]["address"]
-buffer = Connection(address, "learner-0", client_credentials(sys.argv[1]))
-buffer.call(LearnerHello(0))
+from buffer.transport.messages import BatchRequest, GroupDelivery, Heartbeat, LearnerHello, LeaseRequest
+from tests.buffer.fuzz import group_of
+settings = load_run_config(sys.argv[1])["buffer"]
+size, fingerprint = settings["groups_per_batch"], settings["data_fingerprint"]
+buffer, actor = (Connection(settings["address"], r, client_credentials(sys.argv[1], r)) for r in ("learner", "actor"))
+buffer.epoch = buffer.call(LearnerHello(0)).epoch
+for version in range(3):
+    leased = []
+    while len(leased) < size:
+        leased += actor.call(LeaseRequest("actor-9", version, size - len(leased), fingerprint)).leases
+    for lease in leased:
+        actor.call(GroupDelivery("actor-9", group_of(lease.group_id, lease.prompt_id, version, newer=0)))
+    buffer.call(BatchRequest(version, 0, 1))
+actor.close()
 buffer.call(Heartbeat("learner", "learner-0", 3, "", {"samples_per_second": 8.0, "idle_fraction": 0.5}))
 print("trained", flush=True)
 """

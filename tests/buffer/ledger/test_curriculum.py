@@ -43,6 +43,7 @@ class Run:
 
     def tell(self, identity: bytes, message: messages.Message) -> Any:
         self.number += 1
+        message = messages.with_epoch(message, self.ledger.file.meta("epoch", 0))
         with self.ledger.transaction():
             answers = self.service.receive(identity, message, self.number, 0.0) + self.service.wake(0.0)
         return next((answer.message for answer in answers if answer.identity == identity), None)
@@ -176,7 +177,7 @@ def test_a_switch_that_is_not_committed_did_not_happen(start: Any):
     leases = run.lease()
     run.deliver(leases)
     with pytest.raises(KeyError), run.ledger.transaction():
-        run.service.receive(b"learner", messages.BatchRequest(1, 0, 1), 99, 0.0)
+        run.service.receive(b"learner", messages.BatchRequest(1, 0, 1, epoch=1), 99, 0.0)
         run.service.wake(0.0)
         assert run.status.stage == 2
         raise KeyError

@@ -182,6 +182,7 @@ class BufferMachine(RuleBasedStateMachine):
         if number < 0:
             self.number += 1
             number = self.number
+        message = wire.with_epoch(message, self.ledger.file.meta("epoch", 0))
         with self.ledger.transaction():
             outgoing = self.service.receive(identity, message, number, self.now)
             if identity in self.deadlines:
@@ -333,7 +334,10 @@ class BufferMachine(RuleBasedStateMachine):
     def finish(self, k: int, ahead: int) -> None:
         """Deliver the group of a lease by its holder."""
         known = self.model[k]
-        version, identity, attempt = known.version + ahead, known.holder, known.attempt
+        identity, attempt = known.holder, known.attempt
+        # The newest version that any token of this group can have: a later one would be refused.
+        newest_version = self.ledger.file.meta("newest_version", 0) + 1 - k % 2
+        version = min(known.version + ahead, newest_version)
         expected = self.take_in(k, version)
         packed = group(f"{k}.{attempt}", self.reference.prompts[k], version)
         answers = self.tell(identity, wire.GroupDelivery("x", packed))

@@ -25,8 +25,9 @@ from buffer.service.server import Server
 from buffer.service.service import Service
 from buffer.transport import messages
 from buffer.transport.connection import Connection, RequestRefused
-from buffer.transport.credentials import Credentials, ensure_credentials
+from buffer.transport.credentials import Credentials, client_credentials, ensure_credentials
 from buffer.transport.packed_group import BYTES_PER_TOKEN, unpack_group
+from buffer.transport.roles import ROLES
 from buffer.transport.router import GROUPS_PER_TURN, Router
 from learner.batches.prefetch import Prefetch, Received
 
@@ -60,7 +61,8 @@ def finish(connection: Connection, leases: tuple[messages.Lease, ...], version: 
 
 def test_leases_deliveries_and_batches_over_tcp(server: Server, make_group: Any):
     with connect(server.address, "actor-0") as actor, connect(server.address, "learner") as learner:
-        assert learner.call(messages.LearnerHello(0)) == messages.LearnerWelcome(0, 0)
+        assert learner.call(messages.LearnerHello(0)) == messages.LearnerWelcome(0, 0, 1)
+        learner.epoch = 1
         for version in range(4):
             granted = actor.call(credit(version))
             assert isinstance(granted, messages.LeaseReply)
@@ -118,6 +120,11 @@ def write_config(run_dir: Path, **changes: object) -> str:
     return address
 
 
+def make_keys(run_dir: Path) -> dict[str, Credentials]:
+    ensure_credentials(run_dir)
+    return {role: client_credentials(run_dir, role) for role in ROLES}
+
+
 def start_process(run_dir: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "buffer", "serve", str(run_dir)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -125,10 +132,11 @@ def start_process(run_dir: Path) -> subprocess.Popen[str]:
 
 
 def test_a_killed_buffer_is_restarted_and_everybody_goes_on(run_dir: Path, make_group: Any):
-    address, credentials = write_config(run_dir), ensure_credentials(run_dir).for_client()
+    address, keys = write_config(run_dir), make_keys(run_dir)
     process = start_process(run_dir)
-    with connect(address, "actor-0", credentials) as actor, connect(address, "learner", credentials) as learner:
+    with connect(address, "actor-0", keys["actor"]) as actor, connect(address, "learner", keys["learner"]) as learner:
         learner.call(messages.LearnerHello(0))
+        learner.epoch = 1
         granted = actor.call(credit())
         assert isinstance(granted, messages.LeaseReply)
         assert finish(actor, granted.leases[:1], 0, make_group) == ["stored"]
@@ -177,9 +185,9 @@ def test_a_wrong_setting_ends_with_one_sentence(run_dir: Path, changes: dict[str
 
 
 def test_sigint_closes_the_ledger_cleanly(run_dir: Path):
-    address, credentials = write_config(run_dir), ensure_credentials(run_dir).for_client()
+    address, keys = write_config(run_dir), make_keys(run_dir)
     process = start_process(run_dir)
-    with connect(address, "learner", credentials) as learner:
+    with connect(address, "learner", keys["learner"]) as learner:
         learner.call(messages.LearnerHello(0))
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
@@ -204,7 +212,7 @@ def test_an_answer_that_cannot_be_sent_is_refused(server: Server, monkeypatch: p
     with connect(server.address, "launcher") as observer, pytest.raises(RequestRefused, match="failed to handle the"):
         observer.call(messages.StatusRequest())
     with connect(server.address, "learner") as learner:
-        assert learner.call(messages.LearnerHello(0)) == messages.LearnerWelcome(0, 0)
+        assert learner.call(messages.LearnerHello(0)) == messages.LearnerWelcome(0, 0, 1)
 
 
 def test_a_batch_of_large_groups_is_sent_a_few_groups_per_turn_while_others_are_answered(
@@ -232,7 +240,7 @@ def test_a_batch_of_large_groups_is_sent_a_few_groups_per_turn_while_others_are_
                 server._turn()
             return future.result()
 
-        answer(learner.request(messages.LearnerHello(0)))
+        learner.epoch = answer(learner.request(messages.LearnerHello(0))).epoch
         for lease in answer(actor.request(credit(num_groups=num_groups))).leases:
             group = make_group(lease.group_id, lease.prompt_id, num_tokens=5_000)
             answer(actor.request(messages.GroupDelivery("actor-0", group)))
@@ -248,3 +256,33 @@ def test_a_batch_of_large_groups_is_sent_a_few_groups_per_turn_while_others_are_
     assert isinstance(received, Received)
     assert [group.header.group_id for group in received.shard.groups] == [f"{k}.0" for k in range(num_groups)]
     assert max(sent) <= 1.1 * GROUPS_PER_TURN * group_bytes
+
+
+def test_one_poisoned_message_costs_its_sender_alone(run_dir: Path):
+    """The real process, as the launcher starts it; an actor's key, and the learner's messages."""
+    address, keys = write_config(run_dir, groups_per_batch=8, updates_per_batch=2, max_staleness=2), make_keys(run_dir)
+    process = start_process(run_dir)
+    try:
+        with (
+            connect(address, "actor-0", keys["actor"]) as actor,
+            connect(address, "learner", keys["learner"]) as learner,
+        ):
+            learner.call(messages.LearnerHello(0))
+            learner.epoch = 1
+            for message in (messages.BatchRequest(0, 0, 8), messages.LearnerHello(0), messages.CheckpointCommitted(9)):
+                with pytest.raises(RequestRefused, match=r"the key actor.json does not allow \w+; that takes one of"):
+                    actor.call(message)
+            with pytest.raises(RequestRefused, match="sent the heartbeat of another role"):
+                actor.call(messages.Heartbeat("learner", "learner-0", 10**12, "", {}))
+            with pytest.raises(RequestRefused, match="in each of 2 optimizer steps"):
+                learner.call(messages.BatchRequest(0, 0, 8))
+            with connect(address, "launcher", keys["observer"]) as observer:
+                status = observer.call(messages.StatusRequest())
+                assert isinstance(status, messages.Status)
+                assert status.counts["wrong_role"] == 4 and "message_errors" not in status.counts
+                with pytest.raises(RequestRefused, match=r"the key observer\.json does not allow Close"):
+                    observer.call(messages.Close())
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)

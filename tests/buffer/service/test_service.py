@@ -8,6 +8,7 @@ import pytest
 from buffer.config import BufferConfig
 from buffer.ledger.audit import audit
 from buffer.ledger.ledger import Ledger
+from buffer.service import service
 from buffer.service.leases import PRESUMED_DEAD_SECONDS
 from buffer.service.service import Service
 from buffer.transport import messages
@@ -32,6 +33,8 @@ class Buffer:
         self.open()
 
     def tell(self, identity: bytes, message: messages.Message, number: int) -> dict[tuple[bytes, int], Any]:
+        """Send a message; one that names no epoch is of the newest learner."""
+        message = messages.with_epoch(message, self.ledger.file.meta("epoch", 0))
         with self.ledger.transaction():
             outgoing = self.service.receive(identity, message, number, self.now) + self.service.wake(self.now)
         return {(o.identity, o.request_number): o.message for o in outgoing}
@@ -53,6 +56,13 @@ class Buffer:
 
 def credit(version: int = 0, num_groups: int = 4, actor_id: str = "actor-0") -> messages.LeaseRequest:
     return messages.LeaseRequest(actor_id, version, num_groups, "abc")
+
+
+def run_to(buffer: Buffer, policy_version: int) -> None:
+    """Train all batches up to a version."""
+    for version in range(policy_version):
+        buffer.deliver(buffer.ask(ACTOR, credit(version, 2)).leases, version)
+        assert isinstance(buffer.ask(LEARNER, messages.BatchRequest(version, 0, 1)), messages.Shard)
 
 
 def report(version: int, requested: int) -> messages.EvaluationReport:
@@ -236,7 +246,7 @@ def test_a_returning_learner_gets_its_groups_again_once(start: Any):
         buffer.ask(LEARNER, messages.BatchRequest(version, 0, 1))
     buffer.ask(LEARNER, messages.CheckpointCommitted(1))
     welcome = buffer.tell(b"learner-dd", messages.LearnerHello(1), 1)[b"learner-dd", 1]
-    assert welcome == messages.LearnerWelcome(4, 4)
+    assert welcome == messages.LearnerWelcome(4, 4, 2)
     first = buffer.ask(b"learner-dd", messages.BatchRequest(1, 0, 1))
     assert [group.header.group_id for group in first.groups] == ["2.0", "3.0"]
     assert buffer.tell(b"learner-dd", messages.LearnerHello(1), 1)[b"learner-dd", 1] == welcome
@@ -261,7 +271,8 @@ def test_the_run_leases_no_more_than_its_batches_need(start: Any):
 
 def test_evaluations_go_to_the_first_actor_with_weights_new_enough(start: Any):
     buffer = start()
-    buffer.ask(ACTOR, credit())
+    run_to(buffer, 3)
+    buffer.ask(ACTOR, credit(3))
     buffer.ask(LEARNER, messages.EvaluationRequest(2))
     buffer.ask(LEARNER, messages.EvaluationRequest(3))
     assert buffer.tell(ACTOR, credit(1), 200) == {}
@@ -283,7 +294,8 @@ def test_evaluations_go_to_the_first_actor_with_weights_new_enough(start: Any):
 
 def test_closing_ends_leases_but_not_evaluation(start: Any):
     buffer = start()
-    buffer.ask(ACTOR, credit())
+    run_to(buffer, 1)
+    buffer.ask(ACTOR, credit(1))
     assert buffer.tell(OTHER, credit(actor_id="actor-1"), 1) == {}
     buffer.ask(LEARNER, messages.EvaluationRequest(1))
     assert buffer.tell(LEARNER, messages.Close(), 60) == {(LEARNER, 60): messages.Done()}, "an evaluation is unfinished"
@@ -300,12 +312,76 @@ def test_closing_ends_leases_but_not_evaluation(start: Any):
 
 def test_status_shows_the_peers(start: Any):
     buffer = start()
-    buffer.ask(ACTOR, messages.Heartbeat("actor", "actor-0", 3, "lease", {"tokens_per_second": 5.0}))
+    run_to(buffer, 2)
+    buffer.ask(ACTOR, messages.Heartbeat("actor", "actor-0", 1, "lease", {"tokens_per_second": 5.0}))
     buffer.now += 4
-    assert buffer.ask(LEARNER, messages.Heartbeat("learner", "rank-0", 7, "", {})).policy_version == 7
+    assert buffer.ask(LEARNER, messages.Heartbeat("learner", "rank-0", 2, "", {})).policy_version == 2
     status = buffer.ask(LEARNER, messages.StatusRequest())
-    assert status.peers[0] == messages.Peer("actor", "actor-0", 3, "lease", 4.0, {"tokens_per_second": 5.0}, 4.0)
-    assert status.policy_version == 7
+    assert status.peers[0] == messages.Peer("actor", "actor-0", 1, "lease", 4.0, {"tokens_per_second": 5.0}, 4.0)
+    assert status.policy_version == 2
+
+
+def test_no_peer_claims_a_version_that_cannot_exist(start: Any):
+    buffer = start()
+    run_to(buffer, 2)
+    assert buffer.ask(LEARNER, messages.Heartbeat("learner", "rank-0", 10**12, "", {})).policy_version == 1
+    buffer.ask(ACTOR, messages.Heartbeat("actor", "actor-0", 10**12, "", {}))
+    status = buffer.ask(LEARNER, messages.StatusRequest())
+    assert status.policy_version == 1, "the version of the last batch that was asked for"
+    assert [peer.policy_version for peer in status.peers] == [3, 3]
+    buffer.ask(OTHER, credit(10**12, 1, "actor-1"))
+    assert max(buffer.ledger.leased) == 3
+
+
+def test_processes_that_left_are_forgotten(start: Any, monkeypatch: pytest.MonkeyPatch):
+    buffer = start()
+    monkeypatch.setattr(service, "MAX_PEERS", 3)
+
+    def names(*beating: str) -> list[str]:
+        for name in beating:
+            buffer.ask(ACTOR, messages.Heartbeat("actor", name, 0, "", {}))
+            buffer.now += 1
+        return [peer.name for peer in buffer.service.status(buffer.now).peers]
+
+    assert names("a", "b", "c", "a") == ["a", "b", "c"]
+    assert names("d") == ["a", "c", "d"], "b was silent the longest"
+    buffer.now += service.FORGOTTEN_SECONDS - 1
+    assert names("d") == ["d"]
+
+
+def test_what_a_learner_sent_before_its_successor_started_is_refused(start: Any):
+    buffer = start()
+    run_to(buffer, 2)
+    first = buffer.tell(LEARNER, messages.LearnerHello(2), 900)[LEARNER, 900]
+    second = buffer.tell(b"learner-dd", messages.LearnerHello(1), 1)[b"learner-dd", 1]
+    assert (first.epoch, second.epoch) == (2, 3)
+    counts = dict(buffer.ledger.counts)
+    late: list[Any] = [
+        messages.CheckpointCommitted(1, first.epoch),
+        messages.BatchRequest(1, 0, 1, epoch=first.epoch),
+        messages.EvaluationRequest(1, first.epoch),
+        messages.Close(first.epoch),
+        messages.Heartbeat("learner", "learner-0", 2, "", {}, epoch=first.epoch),
+        messages.LearnerHello(2),
+    ]
+    for message in late:
+        number = 900 if isinstance(message, messages.LearnerHello) else 901
+        answer = buffer.tell(LEARNER, message, number)[LEARNER, number]
+        assert isinstance(answer, messages.Refused), message
+        assert "learner has started since" in answer.reason or "learner 3 has started since" in answer.reason
+    assert dict(buffer.ledger.counts) == counts and not buffer.service.status(0).closing
+    assert buffer.ledger.file.counters()["earlier_learner"] == 5
+    assert buffer.tell(b"learner-dd", messages.LearnerHello(1), 1)[b"learner-dd", 1] == second
+    shard = buffer.tell(b"learner-dd", messages.BatchRequest(1, 0, 1, epoch=second.epoch), 2)[b"learner-dd", 2]
+    assert isinstance(shard, messages.Shard)
+
+
+def test_a_checkpoint_or_an_evaluation_of_a_version_to_come_is_refused(start: Any):
+    buffer = start()
+    run_to(buffer, 1)
+    for message in (messages.CheckpointCommitted(2), messages.EvaluationRequest(2)):
+        assert "is for policy 2, but batches were handed out only up to policy 1" in buffer.ask(LEARNER, message).reason
+    assert buffer.ask(LEARNER, messages.CheckpointCommitted(1)) == messages.Done()
 
 
 def test_a_wait_lasts_until_its_reason_changes(start: Any):

@@ -97,12 +97,12 @@ def test_a_message_that_raises_is_refused_and_the_others_of_its_turn_are_handled
 @pytest.mark.parametrize(
     "said",
     [
-        (LEARNER, messages.BatchRequest(0, 0, 1)),
+        (LEARNER, messages.BatchRequest(0, 0, 1, epoch=1)),
         (OTHER, credit("actor-1")),
         (b"actor-0-new", credit()),
         (LEARNER, messages.LearnerHello(0)),
         (ACTOR, messages.LeaseReturn("actor-0", ("0.0",), "")),
-        (LEARNER, messages.Close()),
+        (LEARNER, messages.Close(epoch=1)),
         (ACTOR, messages.Heartbeat("actor", "actor-0", 0, "leases", {})),
     ],
     ids=lambda said: type(said[1]).__name__,
@@ -110,7 +110,7 @@ def test_a_message_that_raises_is_refused_and_the_others_of_its_turn_are_handled
 def test_nothing_of_a_message_that_raises_is_left_in_memory_or_file(buffer: Buffer, said: Any):
     leases = buffer.turn((ACTOR, credit(num_groups=4), 1))[ACTOR, 1].leases
     buffer.turn((OTHER, credit("actor-1"), 1), (ACTOR, buffer.delivery(leases[0]), 2))
-    buffer.turn((LEARNER, messages.BatchRequest(0, 0, 1), 3))
+    buffer.turn((LEARNER, messages.BatchRequest(0, 0, 1, epoch=1), 3))
     buffer.now += 1
     before = buffer.state()
     poisoned = raising(Service.receive, lambda service, identity, message, *_: message == said[1])
@@ -125,13 +125,13 @@ def test_an_error_in_forming_a_batch_refuses_the_learner_and_grants_the_actors(b
     said = [(ACTOR, buffer.delivery(lease), 2 + i) for i, lease in enumerate(leases)]
     buffer.turn(*said)
     with mock.patch.object(Service, "_cut", raising(Service._cut, lambda *_: True)):
-        answers = buffer.turn((LEARNER, messages.BatchRequest(0, 0, 1), 7), (OTHER, credit("actor-1"), 8))
+        answers = buffer.turn((LEARNER, messages.BatchRequest(0, 0, 1, epoch=1), 7), (OTHER, credit("actor-1"), 8))
         assert isinstance(answers[LEARNER, 7], messages.Refused)
         assert len(answers[OTHER, 8].leases) == 2
         assert buffer.turn() == {}, "the refused request is not tried again"
     assert buffer.message_errors() == 1
     assert buffer.ledger.counts["ready"] == 2
-    assert len(buffer.turn((LEARNER, messages.BatchRequest(0, 0, 1), 9))[LEARNER, 9].groups) == 2
+    assert len(buffer.turn((LEARNER, messages.BatchRequest(0, 0, 1, epoch=1), 9))[LEARNER, 9].groups) == 2
 
 
 def test_an_error_in_granting_refuses_that_actor_alone(buffer: Buffer):

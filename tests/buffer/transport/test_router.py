@@ -14,17 +14,19 @@ from buffer.transport import ban_list, messages
 from buffer.transport.authenticator import GONE
 from buffer.transport.ban_list import BanList
 from buffer.transport.connection import Connection
-from buffer.transport.credentials import Credentials
-from buffer.transport.router import Router
+from buffer.transport.credentials import Credentials, RunKeys
+from buffer.transport.roles import ROLES
+from buffer.transport.router import Incoming, Router
 from buffer.transport.schema import WireError
 
-RUN, OTHER_RUN = Credentials.new("run"), Credentials.new("other")
+RUN, OTHER_RUN = RunKeys.new("run"), RunKeys.new("other")
+ACTOR = RUN.clients["actor"]
 SECONDS = 20.0
 
 
 @pytest.fixture
 def router() -> Iterator[Router]:
-    opened = Router("tcp://127.0.0.1:*", RUN)
+    opened = Router("tcp://127.0.0.1:*", RUN.buffer)
     yield opened
     opened.close()
 
@@ -46,19 +48,28 @@ def serve_until(router: Router, condition: Callable[[], object]) -> None:
 
 
 def test_a_client_of_the_run_is_answered(router: Router):
-    with Connection(router.address, "actor-0", RUN.for_client(), timeout_seconds=SECONDS) as connection:
+    with Connection(router.address, "actor-0", ACTOR, timeout_seconds=SECONDS) as connection:
         future = connection.request(messages.Close())
         serve_until(router, future.done)
         assert future.result() == messages.Done()
     assert router.take_counts() == {}
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_a_message_has_the_role_of_its_senders_key(router: Router, role: str):
+    heard: list[Incoming] = []
+    with Connection(router.address, "somebody", RUN.clients[role], timeout_seconds=SECONDS) as connection:
+        connection.request(messages.StatusRequest())
+        until(lambda: heard.extend(router.receive(10, 0.0)[0]) or heard)
+    assert heard[0].role == role
+
+
 NO_KEY = "it has no key or another server's, or broke off"
 STRANGERS = {
     "no key": (Credentials.plain("run"), NO_KEY),
-    "another server's key": (replace(OTHER_RUN, run_id="run"), NO_KEY),
+    "another server's key": (replace(OTHER_RUN.clients["actor"], run_id="run"), NO_KEY),
     "a key of its own": (
-        replace(OTHER_RUN, run_id="run", server_public=RUN.server_public),
+        replace(OTHER_RUN.clients["actor"], run_id="run", server_public=ACTOR.server_public),
         "its key is not this run's",
     ),
 }
@@ -70,7 +81,7 @@ def test_a_stranger_gets_nothing_and_is_logged_once(router: Router, stranger: st
     heard: list[object] = []
     rejected = 0
     for _ in range(3):
-        with Connection(router.address, "spy", credentials.for_client(), timeout_seconds=0.5) as connection:
+        with Connection(router.address, "spy", credentials, timeout_seconds=0.5) as connection:
             asked = connection.request(messages.StatusRequest())
             until(lambda: heard.extend(router.receive(10, 0.0)[0]) or asked.done())  # noqa: B023
             with pytest.raises(TimeoutError, match=r"no answer to StatusRequest .* the last handshake failed: "):
@@ -84,7 +95,7 @@ def test_a_stranger_gets_nothing_and_is_logged_once(router: Router, stranger: st
     assert lines
     assert len(lines) == len(set(lines))
     assert set(lines) <= {f"a connection from {address} was turned away: {reason}" for address in addresses}
-    assert RUN.client_secret.decode() not in caplog.text
+    assert RUN.buffer.secret.decode() not in caplog.text
 
 
 def test_something_that_does_not_speak_the_protocol_gets_nothing(router: Router, caplog: pytest.LogCaptureFixture):
@@ -104,8 +115,8 @@ def test_something_that_does_not_speak_the_protocol_gets_nothing(router: Router,
 
 
 def test_a_server_without_the_runs_keys_is_not_believed(caplog: pytest.LogCaptureFixture):
-    impostor = Router("tcp://127.0.0.1:*", replace(OTHER_RUN, run_id="run"))
-    with Connection(impostor.address, "actor-0", RUN.for_client(), timeout_seconds=0.5) as connection:
+    impostor = Router("tcp://127.0.0.1:*", replace(OTHER_RUN.buffer, run_id="run"))
+    with Connection(impostor.address, "actor-0", ACTOR, timeout_seconds=0.5) as connection:
         asked = connection.request(messages.Close())
         serve_until(impostor, asked.done)
         with pytest.raises(TimeoutError, match="the last handshake failed"):
@@ -114,7 +125,7 @@ def test_a_server_without_the_runs_keys_is_not_believed(caplog: pytest.LogCaptur
 
 
 def test_another_runs_id_is_dropped_counted_and_logged_once(router: Router, caplog: pytest.LogCaptureFixture):
-    replayed = replace(RUN.for_client(), run_id="yesterday")
+    replayed = replace(ACTOR, run_id="yesterday")
     with Connection(router.address, "actor-0", replayed, timeout_seconds=60, resend_seconds=0.05) as connection:
         connection.request(messages.Close())
         counted = 0
@@ -132,8 +143,8 @@ def test_another_runs_id_is_dropped_counted_and_logged_once(router: Router, capl
 
 
 def test_answers_of_another_run_reach_nobody(caplog: pytest.LogCaptureFixture):
-    router = Router("tcp://127.0.0.1:*", RUN)
-    with Connection(router.address, "actor-0", RUN.for_client(), timeout_seconds=1) as connection:
+    router = Router("tcp://127.0.0.1:*", RUN.buffer)
+    with Connection(router.address, "actor-0", ACTOR, timeout_seconds=1) as connection:
         asked = connection.request(messages.Close())
 
         def answer() -> bool:
@@ -152,8 +163,8 @@ def test_answers_of_another_run_reach_nobody(caplog: pytest.LogCaptureFixture):
 
 def test_a_nameless_connection_is_dropped(router: Router):
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.linger, dealer.curve_serverkey = 0, RUN.server_public
-        dealer.curve_publickey, dealer.curve_secretkey = RUN.client_public, RUN.client_secret
+        dealer.linger, dealer.curve_serverkey = 0, RUN.buffer.public
+        dealer.curve_publickey, dealer.curve_secretkey = ACTOR.public, ACTOR.secret
         for identity in (b"two\nlines", b"\xff\xfe", b"../x"):
             dealer.setsockopt(zmq.IDENTITY, identity)
             dealer.connect(router.address)
@@ -165,8 +176,8 @@ def test_a_nameless_connection_is_dropped(router: Router):
 def test_a_message_larger_than_allowed_is_dropped(router: Router, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("buffer.transport.router.MAX_MESSAGE_BYTES", 1000)
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.linger, dealer.curve_serverkey = 0, RUN.server_public
-        dealer.curve_publickey, dealer.curve_secretkey = RUN.client_public, RUN.client_secret
+        dealer.linger, dealer.curve_serverkey = 0, RUN.buffer.public
+        dealer.curve_publickey, dealer.curve_secretkey = ACTOR.public, ACTOR.secret
         dealer.setsockopt(zmq.IDENTITY, b"big")
         dealer.connect(router.address)
         dealer.send_multipart([*messages.encode(messages.Chunk(0, "", b"x" * 300), 0, "run"), *[b"x" * 300] * 4])

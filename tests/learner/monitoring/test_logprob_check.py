@@ -79,10 +79,14 @@ class Buffer:
         self.status = Status({"issued": issued}, policy_version, False, (peer,), ())
         self.outstanding = outstanding
         self.heard: list[Message] = []
+        self.epoch = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def ask_together(self, message: Message, waiting_for: str) -> Message | None:
         self.heard.append(message)
-        return LearnerWelcome(0, self.outstanding) if isinstance(message, LearnerHello) else self.status
+        return LearnerWelcome(0, self.outstanding, 7) if isinstance(message, LearnerHello) else self.status
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,7 @@ def test_the_hello_finds_out_what_is_older(buffer: Buffer, last_tolerated: int):
     older = say_hello(buffer, 3, 2, CPU)  # type: ignore[arg-type]
     # The status is requested before the hello, because the hello moves the buffer's version back.
     assert buffer.heard == [StatusRequest(), LearnerHello(3)]
+    assert buffer.epoch == 7, "all later messages carry it"
     assert [version for version in range(20) if older.may_come(version)] == list(range(last_tolerated + 1))
 
 
