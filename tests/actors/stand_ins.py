@@ -106,9 +106,7 @@ class FakeEngine:
         spans = [(0, started), *([(2, self.version)] if self.version > started else [])]
         return [sampled(rf"\boxed{{{int(left) + int(right) + i % 2}}}", *spans) for i in range(num_samples)]
 
-    async def score(
-        self, token_ids: Sequence[int], num_scored: int, temperature: float, request_id: str
-    ) -> Scored:
+    async def score(self, token_ids: Sequence[int], num_scored: int, temperature: float, request_id: str) -> Scored:
         self.requests.append((request_id, None))
         return Scored(self.version, tuple(-float(token) for token in token_ids[-num_scored:]))
 

@@ -89,7 +89,7 @@ def test_a_wrong_temperature_is_refused_also_when_no_batch_can_tell(start_run: R
     monkeypatch.setattr(LogprobCheck, "can_tell", lambda *_: False)
     run = start_run()
     run.start_actor(temperature=0.7)
-    with pytest.raises(weight_probe.LogprobMismatchError, match="actor-0: over .* temperature"):
+    with pytest.raises(weight_probe.LogprobMismatchError, match=r"actor-0: over .* temperature"):
         run.learn(GRPO(), 20)
 
 

@@ -22,7 +22,9 @@ def batch(version: int, *, spans: tuple[int, int] | None = None) -> TrainingBatc
     if spans is not None:
         versions = (VersionSpan(0, spans[0]), VersionSpan(4, spans[1]))
         groups = [
-            TrajectoryGroup(g.group_id, g.prompt_id, tuple(replace(t, policy_versions=versions) for t in g.trajectories))
+            TrajectoryGroup(
+                g.group_id, g.prompt_id, tuple(replace(t, policy_versions=versions) for t in g.trajectories)
+            )
             for g in groups
         ]
     return make_batch(groups, version)
