@@ -24,9 +24,9 @@ class Probes:
         self._reports: dict[str, ProbeReport | None] = {}
         """By actor that is asked in this round; None: not here yet."""
         self._heard: dict[str, float] = {}
-        self._last_round: dict[str, int] = {}
-        """Number of the round in which an actor was last asked."""
-        self._round = 0
+        self._last_turn: dict[str, int] = {}
+        """Number of an actor's last turn; turns are counted over all actors."""
+        self._num_turns = 0
 
     def request(self, probe: Probe, now: float) -> ProbeReports | Refused:
         """Answer the learner. Another probe than before begins a round; so does the same one while nobody is asked."""
@@ -44,11 +44,12 @@ class Probes:
         return ProbeReports(reports, len(unanswered), len(self._heard))
 
     def _begin(self, probe: Probe) -> None:
-        self._probe, self._round = probe, self._round + 1
-        last_round = {name: self._last_round.get(name, 0) for name in self._heard}
-        asked = sorted(last_round, key=lambda name: (last_round[name], name))[:ACTORS_PER_ROUND]
-        self._reports = dict.fromkeys(asked)
-        self._last_round = last_round | dict.fromkeys(asked, self._round)
+        self._last_turn = {name: self._last_turn.get(name, 0) for name in self._heard}
+        asked = sorted(self._last_turn, key=lambda name: (self._last_turn[name], name))[:ACTORS_PER_ROUND]
+        self._probe, self._reports = probe, dict.fromkeys(asked)
+        for name in asked:
+            self._num_turns += 1
+            self._last_turn[name] = self._num_turns
 
     def due(self, actor_id: str, now: float) -> tuple[Probe, ...]:
         """Note that the actor lives. Returns the probe if the actor is asked and has not answered."""

@@ -172,6 +172,8 @@ class WeightProbe:
         if self._canary is None:
             self._canary = canary_of(batch)
             self._score_canary(batch.policy_version)
+            # The network's first pass takes longer than those that follow.
+            self._round.learner_seconds = 0.0
 
     def see(self, policy_version: int, check: LogprobCheck) -> dict[str, float]:
         """Advance by one published version; every rank must call it. Never waits for the buffer or an actor.
@@ -268,7 +270,8 @@ class WeightProbe:
             return {}
         difference, version = max(ended.compared.values())
         logger.info(
-            "weight probe of %d actors: log-probabilities differ by %.2g at most", len(ended.compared), difference
+            "weight probe of %d actors: log-probabilities differ by %.2g at most (%.3f s here, %.3f s at an actor)",
+            *(len(ended.compared), difference, ended.learner_seconds, ended.actor_seconds),
         )
         return {"weights/logprob_probe": difference, "weights/logprob_probe_version": float(version)}
 

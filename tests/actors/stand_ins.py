@@ -50,6 +50,14 @@ def sampled(text: str, *versions: tuple[int, int], finish_reason: FinishReason =
 
 
 @dataclass
+class Scored:
+    """Stands in for `ScoredTokens`."""
+
+    policy_version: int
+    logprobs: tuple[float, ...]
+
+
+@dataclass
 class Local:
     manifest: Manifest
     released: list[int]
@@ -97,6 +105,10 @@ class FakeEngine:
         left, right = "".join(map(chr, prompt_ids)).rstrip("=").split("+")
         spans = [(0, started), *([(2, self.version)] if self.version > started else [])]
         return [sampled(rf"\boxed{{{int(left) + int(right) + i % 2}}}", *spans) for i in range(num_samples)]
+
+    async def score(self, token_ids: Sequence[int], num_scored: int, temperature: float, request_id: str) -> Scored:
+        self.requests.append((request_id, None))
+        return Scored(self.version, tuple(-float(token) for token in token_ids[-num_scored:]))
 
     async def load(self, weights: Local) -> None:
         self.version = weights.policy_version

@@ -259,6 +259,43 @@ def test_newer_weights_wait_until_an_evaluation_is_through(loop: Looper):
     asyncio.run(check())
 
 
+def test_a_probe_is_answered_under_the_newest_weights_and_not_during_an_evaluation(loop: Looper):
+    probe = messages.Probe(7, 1, (50, 51, 52), 2)
+
+    async def check() -> None:
+        async with loop(max_staleness=3) as running:
+
+            async def reports() -> tuple[messages.ProbeReport, ...]:
+                return tuple((await running.ask(messages.ProbeRequest(probe))).reports)
+
+            def evaluating() -> bool:
+                return any(name.startswith("evaluation") for name, _ in running.engine.requests)
+
+            running.weights.publish(0)
+            await running.until(lambda: running.actor.policy_version == 0)
+            # Version 0 is too old for the probe.
+            while (await running.ask(messages.ProbeRequest(probe))).num_unanswered == 0:
+                await asyncio.sleep(0.01)
+            running.weights.publish(1)
+            while not (found := await reports()):
+                await asyncio.sleep(0.01)
+            assert [(r.actor_id, r.policy_version, r.logprobs) for r in found] == [("actor-0", 1, (-51.0, -52.0))]
+            probes = [name for name, _ in running.engine.requests if name.startswith("probe")]
+            assert probes == ["probe-7"]
+            running.engine.open.clear()
+            await running.ask(messages.EvaluationRequest(1))
+            await running.until(evaluating)
+            probe_2 = replace(probe, probe_id=8)
+            await running.ask(messages.ProbeRequest(probe_2))
+            # Two heartbeats pass, each with the probe in its answer.
+            await asyncio.sleep(0.3)
+            assert not any(name == "probe-8" for name, _ in running.engine.requests)
+            running.engine.open.set()
+            await running.until(lambda: any(name == "probe-8" for name, _ in running.engine.requests))
+
+    asyncio.run(check())
+
+
 def test_a_held_out_prompt_that_cannot_be_read_counts_as_not_answered(loop: Looper):
     async def check() -> None:
         async with loop(sums(long_prompt=9)) as running:

@@ -27,11 +27,13 @@ from buffer.transport.messages import (
     EvaluationReport,
     GroupDelivery,
     Heartbeat,
+    HeartbeatReply,
     LeaseReply,
     LeaseRequest,
     Manifest,
     ManifestRequest,
     Message,
+    ProbeReport,
 )
 from buffer.transport.packed_group import pack_group
 from buffer.weights.config import WeightsConfig
@@ -40,7 +42,7 @@ from learner.algorithms.base import Algorithm
 from learner.config import LearnerConfig, ModelConfig, OptimizerConfig
 from learner.train import Trainer
 from learner.weights.store import NamedTensors, WeightStore
-from tests.learner.samples import CPU, make_group, plain_model
+from tests.learner.samples import CPU, make_group, plain_model, plain_scores
 
 GROUPS_PER_BATCH = 4
 FINGERPRINT = "prompts"
@@ -74,17 +76,28 @@ class RecordingStore:
 
 
 class ScriptedActor:
-    """Leases, makes random groups, delivers; evaluates when asked. Ends with the run or with `stop`."""
+    """Leases, makes random groups, delivers; evaluates and answers probes when asked. Ends with `stop`.
+
+    From version `stuck_after` on it names new versions and keeps its weights.
+    """
 
     def __init__(
-        self, folder: Path, buffer: str, weights: str, temperature: float, shift: float, sizes: Sequence[int]
+        self,
+        folder: Path,
+        buffer: str,
+        weights: str,
+        temperature: float,
+        shift: float,
+        sizes: Sequence[int],
+        stuck_after: int,
     ) -> None:
         self._buffer = Connection(buffer, "actor-0", CREDENTIALS, timeout_seconds=60, resend_seconds=0.2)
         self._weights = Connection(weights, "actor-0", CREDENTIALS, timeout_seconds=1, resend_seconds=0.2)
         self._model = plain_model(folder)
         self._merger = Merger(folder, "float32")
         self._temperature, self._shift, self._sizes = temperature, shift, sizes
-        self._version, self._publication = -1, ""
+        self._version, self._publication, self._stuck_after = -1, "", stuck_after
+        self._heartbeat: Future[Message] | None = None
         self.loaded: list[int] = []
         """Versions in the order in which they were loaded."""
         self._stopping = threading.Event()
@@ -104,6 +117,7 @@ class ScriptedActor:
             self._update()
             if self._version < 0:
                 continue
+            self._answer_probes()
             if pending is None:
                 pending = self._buffer.request(LeaseRequest("actor-0", self._version, 2, FINGERPRINT))
             if pending.done():
@@ -126,11 +140,22 @@ class ScriptedActor:
             state = {
                 entry.name: tensor_at(data, entry.dtype, entry.shape, entry.offset) for entry in whole.manifest.tensors
             }
-            missing = self._model.load_state_dict(state, strict=False)
-            assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
+            if reply.policy_version <= self._stuck_after:
+                missing = self._model.load_state_dict(state, strict=False)
+                assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}
             self._version, self._publication = reply.policy_version, reply.publication
             self.loaded.append(self._version)
-            self._buffer.request(Heartbeat("actor", "actor-0", self._version, "", {"load": 1.0}))
+
+    def _answer_probes(self) -> None:
+        """Send a heartbeat after the answer to the last one, and score the probe that came with it."""
+        if self._heartbeat is None or self._heartbeat.done():
+            reply = self._heartbeat.result() if self._heartbeat else None
+            for probe in reply.probes if isinstance(reply, HeartbeatReply) else ():
+                with torch.no_grad():
+                    scores, _ = plain_scores(self._model, probe.token_ids, self._temperature)
+                logprobs = tuple((scores[-probe.num_scored :] - self._shift).tolist())
+                self._buffer.call(ProbeReport("actor-0", probe.probe_id, self._version, logprobs, 0.0))
+            self._heartbeat = self._buffer.request(Heartbeat("actor", "actor-0", self._version, "", {"load": 1.0}))
 
     def _work(self, reply: LeaseReply) -> None:
         for lease in reply.leases:
@@ -230,11 +255,17 @@ class ScriptedRun:
         self._actor: ScriptedActor | None = None
 
     def start_actor(
-        self, *, temperature: float = 1.0, shift: float = 0.0, sizes: Sequence[int] = (4,)
+        self,
+        *,
+        temperature: float = 1.0,
+        shift: float = 0.0,
+        sizes: Sequence[int] = (4,),
+        stuck_after: int = 1 << 40,
     ) -> ScriptedActor:
         """Start an actor that runs until the run is closed; its groups have `sizes` in turn."""
         weights = f"ipc://{self._sockets}/weights"
-        self._actor = ScriptedActor(self._folder, self._address, weights, temperature, shift, sizes)
+        how = temperature, shift, sizes, stuck_after
+        self._actor = ScriptedActor(self._folder, self._address, weights, *how)
         return self._actor
 
     def learn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from actors.tasks.task import TaskConfig, load_task
 from buffer.transport.connection import Connection, host_id
 from buffer.transport.credentials import Credentials
 from buffer.weights.config import WeightsConfig
+from learner.monitoring.weight_probe import Comparison, compare
 from learner.sft import SftSettings, train
 from learner.weights.store import WeightStore
 
@@ -131,6 +133,8 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
             await update(version, perturb(model, seed=version))
             completions = await sample(engine, f"fresh-{version}", 4, 40)
             assert_agree(model, completions)
+            await _check_scores(engine, model, longest(completions), version)
+            await _check_skipped_load(engine, model, longest(completions), version)
             assert {span.version for c in completions for span in c.versions} == {version}
         # An update in the middle of generation aborts nothing, and every token has the version that sampled it.
         running = asyncio.gather(*(sample(engine, f"long-{i}", 4, 200) for i in range(16)))
@@ -159,6 +163,46 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
         engine.close()
         connection.close()
         store.close()
+
+
+def longest(completions: Sequence[SampledCompletion]) -> SampledCompletion:
+    return max(completions, key=lambda completion: len(completion.token_ids))
+
+
+async def _check_scores(engine: Engine, model: PreTrainedModel, completion: SampledCompletion, version: int) -> None:
+    """Given tokens are scored as if they had been sampled, while the engine is full of other requests."""
+    token_ids = [*PROMPT, *completion.token_ids[:16].tolist()]
+    others = asyncio.gather(*(sample(engine, f"beside-{version}-{i}", 4, 60) for i in range(16)))
+    await asyncio.sleep(0.05)
+    scored = await engine.score(token_ids, len(token_ids) - len(PROMPT), 0.7, f"probe-{version}")
+    assert not others.done(), "the probe waited for the rollouts"
+    assert scored is not None and scored.policy_version == version
+    expected = logprobs_of(model, completion, 0.7)[:16]
+    torch.testing.assert_close(torch.tensor(scored.logprobs), expected, atol=1e-4, rtol=0)
+    other_temperature = await engine.score(token_ids, 4, 1.0, f"probe-hot-{version}")
+    assert other_temperature is not None
+    assert (torch.tensor(other_temperature.logprobs) - expected[-4:]).abs().max() > 1e-3
+    assert_agree(model, [completion for group in await others for completion in group])
+
+
+async def _check_skipped_load(
+    engine: Engine, model: PreTrainedModel, completion: SampledCompletion, version: int
+) -> None:
+    """An engine that names another version and keeps its weights is what the weight probe finds."""
+    token_ids = [*PROMPT, *completion.token_ids[:16].tolist()]
+    kept = {version: logprobs_of(model, completion, 0.7)[:16].double().numpy()}
+    newer = copy.deepcopy(model)
+    perturb(newer, seed=100 + version)
+    kept[version + 1] = logprobs_of(newer, completion, 0.7)[:16].double().numpy()
+    named: list[Comparison] = []
+    for name in (version + 1, version):
+        await engine._thread.call(lambda llm, name=name: llm.set_weight_version(str(name)))
+        scored = await engine.score(token_ids, 16, 0.7, f"skipped-{name}")
+        assert scored is not None and scored.policy_version == name
+        named.append(compare(kept, name, scored.logprobs))
+    skipped, right = named
+    assert skipped.is_alarm(0.02) and skipped.best_version == version
+    assert not right.is_alarm(0.02)
 
 
 async def _check_recomputed(engine: Engine, model: PreTrainedModel, update: Any, version: int) -> None:

@@ -119,8 +119,10 @@ class Sampled:
 
     def output(self, name: str, *, ends: FinishReason | None = None, num_tokens: int = 1) -> EngineCoreOutput:
         tokens = [self._rng.randrange(50) for _ in range(num_tokens)]
-        column = np.array(tokens, dtype=np.int64)[:, None]
-        logprobs = np.array([[-self._rng.random()] for _ in tokens], dtype=np.float32)
+        # Some steps have further columns, for another request that asks for more log-probabilities.
+        width = self._rng.choice([1, 1, 2])
+        column = np.array([[token, *[0] * (width - 1)] for token in tokens], dtype=np.int64)
+        logprobs = np.array([[-self._rng.random() for _ in range(width)] for _ in tokens], dtype=np.float32)
         ranks = np.array([self._rng.randrange(9) for _ in tokens], dtype=np.int64)
         return EngineCoreOutput(
             name, tokens, new_logprobs=LogprobsLists(column, logprobs, ranks) if tokens else None, finish_reason=ends

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from buffer.trajectory import TrajectoryGroup, VersionSpan
 from buffer.transport.messages import LearnerHello, LearnerWelcome, Message, Peer, Status, StatusRequest
 from learner.batches.batch import TrainingBatch
 from learner.monitoring.logprob_check import LogprobCheck, LogprobMismatchError, OlderGroups, say_hello
@@ -15,10 +16,18 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 TOLERANCE = 0.02
 
 
-def batch(version: int, *, spanning: bool = False) -> TrainingBatch:
-    """Two groups sampled under `version` alone; with `spanning` their first tokens come from the version before."""
-    made = make_batch([make_group(f"g{i}", i, version=version) for i in range(2)], version)
-    return replace(made, of_one_version=torch.zeros_like(made.of_one_version)) if spanning else made
+def batch(version: int, *, spans: tuple[int, int] | None = None) -> TrainingBatch:
+    """Two groups sampled under `version` alone; with `spans` every trajectory has tokens of these two versions."""
+    groups = [make_group(f"g{i}", i, version=version) for i in range(2)]
+    if spans is not None:
+        versions = (VersionSpan(0, spans[0]), VersionSpan(4, spans[1]))
+        groups = [
+            TrajectoryGroup(
+                g.group_id, g.prompt_id, tuple(replace(t, policy_versions=versions) for t in g.trajectories)
+            )
+            for g in groups
+        ]
+    return make_batch(groups, version)
 
 
 def shifted(made: TrainingBatch, by: float) -> Tensor:
@@ -40,13 +49,35 @@ def test_log_probabilities_that_are_no_numbers_disagree():
         LogprobCheck(TOLERANCE, OlderGroups()).compare(made, torch.full_like(made.behavior_logprobs, torch.nan))
 
 
-@pytest.mark.parametrize("made", [batch(3, spanning=True), replace(batch(3), policy_version=4)], ids=["span", "older"])
+@pytest.mark.parametrize("made", [batch(3, spans=(2, 3)), replace(batch(3), policy_version=4)], ids=["span", "older"])
 def test_tokens_of_other_weights_say_nothing(made: TrainingBatch):
     check = LogprobCheck(TOLERANCE, OlderGroups())
     check.compare(made, shifted(made, 9.0))
     assert not check.agreed
     check.compare(batch(5), shifted(batch(5), 0.01))
     assert check.agreed
+
+
+@pytest.mark.parametrize(
+    ("made", "can_tell"),
+    [(batch(3), True), (replace(batch(3), policy_version=4), False), (batch(4, spans=(3, 4)), False)],
+    ids=["its own version", "older", "span"],
+)
+def test_what_can_tell_is_known_without_a_forward_pass(made: TrainingBatch, can_tell: bool):
+    assert LogprobCheck(TOLERANCE, OlderGroups()).can_tell(made) is can_tell
+
+
+def test_a_batch_that_is_passed_over_counts_as_arrived():
+    check = LogprobCheck(TOLERANCE, OlderGroups(4))
+    check.pass_over(batch(3))
+    check.compare(batch(3), shifted(batch(3), 0.5))
+    with pytest.raises(LogprobMismatchError):
+        check.compare(batch(3), shifted(batch(3), 0.5))
+
+
+@pytest.mark.parametrize(("newest_version", "may_be"), [(-1, False), (5, False), (6, True)])
+def test_weights_of_an_earlier_learner_are_known_by_their_version_alone(newest_version: int, may_be: bool):
+    assert LogprobCheck(TOLERANCE, OlderGroups(99, newest_version)).may_be_older(6) is may_be
 
 
 def test_a_learner_that_returned_only_reports_while_older_groups_may_come(caplog: pytest.LogCaptureFixture):
