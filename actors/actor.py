@@ -28,12 +28,14 @@ import verifier.base
 from actors.config import ActorConfig
 from actors.metrics import Meter
 from actors.rollouts.completer import Completer
+from actors.rollouts.deadlines import GroupDeadlines, OverdueError
 from actors.rollouts.probe import Prober
 from actors.rollouts.trajectories import TextTokenizer, build_group, task_prompt_ids
 from actors.tasks.task import Problem, Task
 from actors.weights.interface import FetchedVersion, VersionClient
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.messages import (
+    ActorGoodbye,
     EvaluationReport,
     GroupDelivery,
     GroupReceipt,
@@ -55,6 +57,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DISK_RETRY_SECONDS = 5.0
+GOODBYE_SECONDS = 1.0
+MANIFEST_SECONDS = 10.0
+"""Longest wait for one answer of the weight store about its newest version."""
+ENGINE_SECONDS = 60.0
+"""Longest engine step. An engine that takes longer while a group is overdue is hung."""
+MAX_ATTEMPTS = 3
+"""Leases of one prompt occurrence after which a group that is overdue is dropped."""
+MAX_OVERDUE_GROUPS = 50
+"""Consecutive overdue groups after which something else than the groups is assumed broken."""
 MAX_UNSCORED_GROUPS = 50
 """Consecutive groups without a single scored completion after which the verifier is assumed broken."""
 
@@ -95,13 +106,18 @@ class Actor:
         self.meter = Meter()
         self._completer = Completer(config, task, tokenizer, engine, pool, self.meter)
         self._prober = Prober(actor_id, config.temperature, engine)
+        self._deadlines = GroupDeadlines(config.sample_timeout_seconds)
+        self._evaluation_deadlines: GroupDeadlines | None = None
+        """Of the evaluation under way."""
         self._max_staleness = max_staleness
         self._learner_version = -1
         """The learner's version in the last answer to a heartbeat."""
+        self._learner_alive = 0.0
+        """Time of the last sign of life of the learner."""
         self._lateness = ""
         """What the actor waits for when the last version was fetched too slowly; empty: it was in time."""
         self._closing = False
-        self._num_unscored = 0
+        self._num_unscored = self._num_overdue = 0
         self._rollouts: dict[str, asyncio.Task[None]] = {}
         """One per lease, from its grant to the receipt of its group, by group id."""
         self._evaluating: list[int] = []
@@ -110,29 +126,47 @@ class Actor:
         self._loading = asyncio.Lock()
 
     async def run(self, engine_checksums: dict[str, str]) -> None:
-        """Generate until cancelled.
+        """Generate until cancelled. Whatever ends it, the actor first gives back what it holds.
 
-        Waits for: the learner's first weights. Gives up after: `weights_timeout_seconds`.
+        Waits for: the learner's first weights. Gives up after: `weights_timeout_seconds` without a sign of life of the
+        learner.
 
         Args:
             engine_checksums: checksums of the weights that the engine loaded from its folder, by parameter.
 
         Raises:
-            TimeoutError: no weights arrived in time.
+            ExceptionGroup: with the error of the task that failed.
         """
-        deadline, loaded = time.monotonic() + self.config.weights_timeout_seconds, None
-        while loaded is None:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no weights from the learner within {self.config.weights_timeout_seconds:.0f} s")
-            loaded = await self._load_next()
-        async with asyncio.TaskGroup() as tasks:
-            # Heartbeats must not stop once they have begun: a silent peer counts as hung.
-            tasks.create_task(self._send_heartbeats())
-            await self._verify_first_load(loaded, engine_checksums)
-            loaded.release()
-            tasks.create_task(self._keep_weights_fresh())
-            tasks.create_task(self._prober.run(self._call))
-            tasks.create_task(self._keep_leasing(tasks))
+        self._learner_alive = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._watch_unclaimed(tasks)
+                # Heartbeats must not stop once they have begun: a silent peer counts as hung.
+                tasks.create_task(self._send_heartbeats())
+                loaded = await self._load_next()
+                while loaded is None:
+                    loaded = await self._load_next()
+                await self._verify_first_load(loaded, engine_checksums)
+                loaded.release()
+                tasks.create_task(self._keep_weights_fresh())
+                tasks.create_task(self._watch_deadlines())
+                tasks.create_task(self._prober.run(self._call))
+                tasks.create_task(self._keep_leasing(tasks))
+        finally:
+            await self._say_goodbye()
+
+    async def _say_goodbye(self) -> None:
+        """Tell the buffer that the leases and the evaluation of this process are pending again.
+
+        Waits for: the buffer. Gives up after: `GOODBYE_SECONDS`.
+        """
+        self.buffer.unclaimed = None
+        try:
+            async with asyncio.timeout(GOODBYE_SECONDS):
+                await self._call(ActorGoodbye(self.actor_id))
+        # The buffer may have ended too. Then its leases end with the time of this actor's silence.
+        except (TimeoutError, ConnectionError, RequestRefused) as error:
+            logger.info("the buffer does not know that this actor ends: %s", error)
 
     # --- leases ------------------------------------------------------------------------------------------------------
 
@@ -167,6 +201,27 @@ class Actor:
         self._rollouts[lease.group_id] = rollout
         rollout.add_done_callback(ended)
 
+    def _watch_unclaimed(self, tasks: asyncio.TaskGroup) -> None:
+        """Give back the leases in answers that no request waits for, unless the actor works on them.
+
+        Such an answer is a second one to the same request, which may grant other leases than the first.
+        """
+        loop = asyncio.get_running_loop()
+
+        async def give_back(reply: LeaseReply) -> None:
+            # By then the rollouts of the answer before have been started.
+            await asyncio.sleep(self.config.heartbeat_seconds)
+            unknown = tuple(lease.group_id for lease in reply.leases if lease.group_id not in self._rollouts)
+            if unknown:
+                logger.warning("%d leases came twice or too late, such as %s; given back", len(unknown), unknown[0])
+                await self._call(LeaseReturn(self.actor_id, unknown, ""))
+
+        def unclaimed(message: Message) -> None:
+            if isinstance(message, LeaseReply) and message.leases:
+                loop.call_soon_threadsafe(lambda: tasks.create_task(give_back(message)))
+
+        self.buffer.unclaimed = unclaimed
+
     def _stop_rollouts(self, ended: Sequence[str]) -> None:
         """Stop the rollouts whose leases have ended, because their groups would be of no use."""
         stopped = [group_id for group_id in ended if group_id in self._rollouts]
@@ -196,7 +251,7 @@ class Actor:
             await self._deliver(lease, problem, prompt_ids)
 
     async def _deliver(self, lease: Lease, problem: Problem, prompt_ids: list[int]) -> None:
-        completed = await self._completer.complete(
+        work = self._completer.complete(
             problem,
             prompt_ids,
             lease.group_id,
@@ -206,6 +261,13 @@ class Actor:
             max_new_tokens=self._max_new_tokens(lease),
             seeded=self.config.seeded_sampling,
         )
+        most_tokens = self._completer.most_tokens(self._max_new_tokens(lease))
+        try:
+            completed = await self._deadlines.complete(work, most_tokens)
+        except OverdueError as error:
+            await self._give_back_overdue(lease, error)
+            return
+        self._num_overdue = 0
         self.meter.sampled(len(completed), sum(completion.num_sampled for completion, _ in completed))
         kept = [(completion, score) for completion, score in completed if not score.skipped]
         if not kept:
@@ -237,6 +299,37 @@ class Actor:
         logger.warning("no completion of group %s could be scored; dropped", lease.group_id)
         await self._call(LeaseReturn(self.actor_id, (lease.group_id,), "unscored"))
 
+    async def _give_back_overdue(self, lease: Lease, error: OverdueError) -> None:
+        """Give back the lease of a group whose time is over: to be sampled again, or dropped the `MAX_ATTEMPTS`th time.
+
+        Raises:
+            RuntimeError: the engine is hung; or `MAX_OVERDUE_GROUPS` consecutive groups were overdue.
+        """
+        self.meter.overdue()
+        self._num_overdue += 1
+        is_last = int(lease.group_id.partition(".")[2]) + 1 >= MAX_ATTEMPTS
+        then = "dropped" if is_last else "to be sampled again"
+        logger.warning("group %s (prompt %d) took %s; %s", lease.group_id, lease.prompt_id, error, then)
+        await self._check_engine(f"group {lease.group_id}")
+        if self._num_overdue == MAX_OVERDUE_GROUPS:
+            raise RuntimeError(
+                f"{MAX_OVERDUE_GROUPS} groups in a row were not finished in time; the log names them, and"
+                " actor.sample_timeout_seconds is the longest time of a group"
+            )
+        await self._call(LeaseReturn(self.actor_id, (lease.group_id,), "overdue" if is_last else ""))
+
+    async def _check_engine(self, what: str) -> None:
+        """End the actor when the engine is hung, because then all work in it is."""
+        if not await self.engine.is_responsive(ENGINE_SECONDS) and not self._deadlines.is_paused:
+            raise RuntimeError(f"the engine did not finish {what}, and has made no step for {ENGINE_SECONDS:.0f} s")
+
+    async def _watch_deadlines(self) -> None:
+        while True:
+            self._deadlines.check()
+            if self._evaluation_deadlines is not None:
+                self._evaluation_deadlines.check()
+            await asyncio.sleep(self.config.heartbeat_seconds)
+
     def _max_new_tokens(self, lease: Lease) -> int:
         """Return the limit of the curriculum's stage, or else the run's."""
         return lease.max_new_tokens or self.config.max_new_tokens
@@ -253,9 +346,24 @@ class Actor:
     async def _load_next(self) -> FetchedVersion | None:
         """Load the next version. Returns None when none was published in time, or when it could not be fetched.
 
-        Waits for: the learner's next publication. Gives up after: `weights_timeout_seconds`.
+        Waits for: the learner's next publication. Gives up after: `weights_timeout_seconds` without a sign of life of
+        the learner.
+
+        Raises:
+            TimeoutError: no sign of life came in that time.
         """
-        manifest = await self.weights.wait_for_new(self.publication, self.config.weights_timeout_seconds)
+        seconds = self.config.weights_timeout_seconds
+        try:
+            manifest = await self.weights.wait_for_new(self.publication, min(seconds, MANIFEST_SECONDS))
+            self._learner_alive = time.monotonic()
+        except TimeoutError as error:
+            if time.monotonic() - self._learner_alive <= seconds:
+                return None
+            wanted = "no weights came" if self.policy_version < 0 else "no newer weights came"
+            raise TimeoutError(
+                f"{wanted}, and there was no sign of the learner for {seconds:.0f} s"
+                " (actor.weights_timeout_seconds): its weight store did not answer, and the buffer did not hear from it"
+            ) from error
         if manifest is None:
             return None
         # A version waits while an evaluation runs, because an evaluation measures one version. The fetch waits too: the
@@ -277,7 +385,8 @@ class Actor:
                 await asyncio.sleep(DISK_RETRY_SECONDS)
                 return None
             paused_from = time.monotonic()
-            await self.engine.load(local)
+            with self._deadlines.paused():
+                await self.engine.load(local)
             paused = time.monotonic() - paused_from
         self.policy_version, self.publication = manifest.policy_version, manifest.publication
         self.meter.loaded(paused_from - fetched_from, paused)
@@ -348,7 +457,11 @@ class Actor:
         async with self._loading:
             version = self.policy_version
             problems = self.task.held_out[: self.config.evaluation_prompts]
-            results = await asyncio.gather(*(self._evaluate_one(problem, version) for problem in problems))
+            self._evaluation_deadlines = GroupDeadlines(self.config.sample_timeout_seconds)
+            # The engine has so much to do meanwhile that groups may take any time.
+            with self._deadlines.paused():
+                results = await asyncio.gather(*(self._evaluate_one(problem, version) for problem in problems))
+            self._evaluation_deadlines = None
         rewards, correct, lengths = np.array(results).T
         report = EvaluationReport(
             actor_id=self.actor_id,
@@ -376,7 +489,7 @@ class Actor:
             )
             return score.reward, 0.0, 0.0
         max_new_tokens = self.config.evaluation_max_new_tokens or self.config.max_new_tokens
-        [(completion, score)] = await self._completer.complete(
+        work = self._completer.complete(
             problem,
             prompt_ids,
             f"evaluation-{version}-{problem.prompt_id}",
@@ -387,15 +500,27 @@ class Actor:
             max_new_tokens=max_new_tokens,
             seeded=True,
         )
+        assert self._evaluation_deadlines is not None
+        try:
+            most_tokens = self._completer.most_tokens(max_new_tokens)
+            [(completion, score)] = await self._evaluation_deadlines.complete(work, most_tokens)
+        except OverdueError as error:
+            logger.warning("held-out prompt %d took %s; it counts as wrong", problem.prompt_id, error)
+            await self._check_engine(f"held-out prompt {problem.prompt_id}")
+            return 0.0, 0.0, 0.0
         return score.reward, float(score.verdict is Verdict.CORRECT), float(completion.num_sampled)
 
     # --- the buffer --------------------------------------------------------------------------------------------------
 
     async def _send_heartbeats(self) -> None:
         while True:
-            waiting_for = "" if self.meter.num_in_flight else self._lateness or "prompts from the buffer"
-            await self._send_heartbeat(waiting_for)
+            await self._send_heartbeat(self._what_it_waits_for())
             await asyncio.sleep(self.config.heartbeat_seconds)
+
+    def _what_it_waits_for(self) -> str:
+        if self.policy_version < 0:
+            return "the learner's first weights"
+        return "" if self.meter.num_in_flight else self._lateness or "prompts from the buffer"
 
     async def _send_heartbeat(self, waiting_for: str) -> None:
         metrics = (
@@ -411,6 +536,8 @@ class Actor:
             # During an evaluation a probe would wait behind it. The buffer repeats the probe.
             if not self._loading.locked():
                 self._prober.offer(reply.probes, self.policy_version)
+            if reply.learner_silent_seconds >= 0:
+                self._learner_alive = max(self._learner_alive, time.monotonic() - reply.learner_silent_seconds)
             self._room_changed.set()
 
     async def _call(self, message: Message) -> Message:

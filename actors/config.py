@@ -42,9 +42,11 @@ class ActorConfig:
     """0: as `max_new_tokens`."""
     heartbeat_seconds: float = 1.0
     weights_timeout_seconds: float = 600.0
-    """Longest wait for the learner's first weights."""
+    """Longest time without a sign of life of the learner: neither its weight store answers, nor does the buffer hear
+    from it. Then the actor ends."""
     sample_timeout_seconds: float = 1800.0
-    """Longest time of a request in the engine. Then the engine counts as hung, and the actor ends."""
+    """Longest time of one group, from its start to its scores. Measured groups make the limit shorter
+    (`actors/rollouts/deadlines.py`)."""
     kv_cache: str = "keep"
     """keep | recompute: whether requests in flight keep the old weights' key-value cache after a weight load, or
     compute it again with the new weights."""

@@ -13,7 +13,7 @@ class Meter:
     def __init__(self) -> None:
         self.num_in_flight = 0
         """Requests in the engine."""
-        self._samples = self._tokens = self._loads = 0
+        self._samples = self._tokens = self._loads = self._overdue = 0
         self._started = self._busy_since = 0.0
         self._busy_seconds = self._fetch_seconds = self._pause_seconds = 0.0
 
@@ -37,6 +37,10 @@ class Meter:
         self._samples += num_samples
         self._tokens += num_tokens
 
+    def overdue(self) -> None:
+        """Count one group whose time was over."""
+        self._overdue += 1
+
     def loaded(self, fetch_seconds: float, pause_seconds: float) -> None:
         """Count one weight load: the time of its fetch, and the time for which it paused generation."""
         self._loads += 1
@@ -54,6 +58,7 @@ class Meter:
             "tokens": float(self._tokens),
             "tokens_per_second": self._tokens / elapsed if elapsed else 0.0,
             "idle_fraction": 1.0 - busy / elapsed if elapsed else 0.0,
+            "groups_overdue": float(self._overdue),
             "weight_loads": float(self._loads),
             "weight_fetch_seconds": self._fetch_seconds,
             "weight_pause_seconds": self._pause_seconds,

@@ -251,6 +251,15 @@ class Engine:
         )
         return {name: digest for worker in found for name, digest in worker.items()}
 
+    async def is_responsive(self, seconds: float) -> bool:
+        """Return whether the engine ends its present step within `seconds`; a hung one does not."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._thread.call(lambda _: None)
+        except TimeoutError:
+            return False
+        return True
+
     def close(self) -> None:
         """End the engine and its processes. Waits for: the step under way. Gives up after: `SHUTDOWN_SECONDS`."""
         self._thread.close(SHUTDOWN_SECONDS)

@@ -23,7 +23,7 @@ class Completer:
     """Completes prompts of one task, several at a time.
 
     Args:
-        config: context length, seed and timeout.
+        config: context length and seed.
         task: the prompts' task.
         tokenizer: the model's.
         engine: a started engine.
@@ -43,6 +43,11 @@ class Completer:
         self._config, self._task, self._tokenizer = config, task, tokenizer
         self._engine, self._pool, self._meter = engine, pool, meter
         self._stop, self._stop_token_ids = split_stops(task.stop, tokenizer)
+
+    def most_tokens(self, max_new_tokens: int) -> int:
+        """Return the largest number of tokens of one completion, over all its turns."""
+        turns = self._task.max_turns if self._task.is_multi_turn else 1
+        return min(turns * max_new_tokens, self._config.max_tokens)
 
     async def complete(
         self,
@@ -120,26 +125,18 @@ class Completer:
         max_new_tokens: int,
         seed: int | None,
     ) -> list[SampledCompletion]:
-        """Sample completions of one prompt with the engine.
-
-        Waits for: the engine. Gives up after: `sample_timeout_seconds`, with a TimeoutError that ends the actor.
-        """
-        seconds = self._config.sample_timeout_seconds
+        """Sample completions of one prompt with the engine. Cancelling the call aborts the request in the engine."""
         with self._meter.in_flight():
-            try:
-                async with asyncio.timeout(seconds):
-                    return await self._engine.sample(
-                        prompt_ids,
-                        request_id=request_id,
-                        stop=self._stop,
-                        stop_token_ids=self._stop_token_ids,
-                        num_samples=num_samples,
-                        temperature=temperature,
-                        max_new_tokens=max_new_tokens,
-                        seed=seed,
-                    )
-            except TimeoutError as error:
-                raise TimeoutError(f"the engine did not finish request {request_id} within {seconds:.0f} s") from error
+            return await self._engine.sample(
+                prompt_ids,
+                request_id=request_id,
+                stop=self._stop,
+                stop_token_ids=self._stop_token_ids,
+                num_samples=num_samples,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+            )
 
     def _seed(self, seed_key: str, *parts: int) -> int:
         """Derive a seed from `seed_key` and `parts`.

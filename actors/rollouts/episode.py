@@ -6,7 +6,9 @@ of the environment are not trained on. Rewards and success come from the environ
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from actors.rollouts.trajectories import Completion, TextTokenizer
@@ -17,6 +19,10 @@ from verifier.base import Score, Verdict
 
 if TYPE_CHECKING:
     from actors.engine.engine import SampledCompletion
+
+NUM_THREADS = 8
+_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="environment")
+"""Environments run here, so that one that hangs does not stop the actor's event loop."""
 
 Sample = Callable[[Sequence[int], int], Awaitable["SampledCompletion"]]
 """A function that samples one turn: from (token ids so far, index of the turn from 0) to the turn's tokens."""
@@ -35,7 +41,7 @@ async def run_episode(
 ) -> tuple[Completion, Score]:
     """Run an episode until the environment ends it, after `task.max_turns`, or when no further turn fits the context.
 
-    Waits for: the engine, once per turn.
+    Waits for: the engine and the environment, once per turn.
 
     Args:
         task: a multi-turn task.
@@ -47,14 +53,20 @@ async def run_episode(
         max_new_tokens: largest number of tokens of one turn.
         max_tokens: context length. Every turn after the first needs room for `max_new_tokens`.
     """
-    episode = task.episode(problem, seed)
-    episode.reset()
+    loop = asyncio.get_running_loop()
+
+    def begin() -> Episode:
+        begun = task.episode(problem, seed)
+        begun.reset()
+        return begun
+
+    episode = await loop.run_in_executor(_threads, begin)
     completion, steps = Completion(), list[Step]()
     for turn in range(task.max_turns):
         choice = await sample([*prompt_ids, *completion.token_ids], turn)
         completion.append_turn(choice)
         written = tokenizer.decode(choice.token_ids.tolist(), skip_special_tokens=True)
-        step = episode.step(task.template.prefill + written)
+        step = await loop.run_in_executor(_threads, episode.step, task.template.prefill + written)
         steps.append(step)
         if step.done or turn + 1 == task.max_turns:
             break

@@ -107,6 +107,12 @@ class Leases:
         client.parked = (number, request)
         return [Outgoing(identity, newest, NO_LEASES)] if superseded else []
 
+    def leave(self, identity: bytes) -> int:
+        """End everything that the connection holds, because its process ends. Returns the number of ended leases."""
+        if self._remembering(identity) is not None:
+            del self._clients[identity]
+        return self._ledger.release(holder_name(identity))
+
     def expire(self, now: float) -> None:
         """End the leases of silent actors. Forget silent connections."""
         seconds = self._config.lease_seconds

@@ -74,6 +74,7 @@ class Service:
         self._peers: dict[tuple[str, str], _Peer] = {}
         self._probes = Probes()
         self._forget_at = 0.0
+        self._learner_heard: float | None = None
         self.out_of_space_since: float | None = None
         """Monotonic time since when the ledger's disk is full; None: it is not. Set by `Turns`."""
         self.last_error = ""
@@ -102,9 +103,13 @@ class Service:
                 self._set_policy_version(message.policy_version)
                 return []
             case messages.LearnerHello():
+                self._learner_heard = now
                 reply = self._learner_hello(identity, message, number)
             case messages.Heartbeat():
                 reply = self._heartbeat(identity, message, number, now)
+            case messages.ActorGoodbye():
+                log.info("%s says goodbye: %d leases pending again", message.actor_id, self._leases.leave(identity))
+                reply = messages.Done()
             case messages.StatusRequest():
                 reply = self.status(now)
             case messages.ProbeRequest():
@@ -417,11 +422,14 @@ class Service:
         self._peers[key] = _Peer(heartbeat, now, since)
         probes: tuple[messages.Probe, ...] = ()
         if heartbeat.role == "learner":
+            self._learner_heard = now
             self._set_policy_version(heartbeat.policy_version)
         else:
             self._leases.learn_version(identity, number, heartbeat.policy_version)
             probes = self._probes.due(heartbeat.name, now)
-        return messages.HeartbeatReply(self._progress.policy_version, self._progress.closing, probes=probes)
+        silent = -1.0 if self._learner_heard is None else now - self._learner_heard
+        state = self._progress.policy_version, self._progress.closing
+        return messages.HeartbeatReply(*state, probes=probes, learner_silent_seconds=silent)
 
     def _forget_peers(self, now: float, *, is_full: bool) -> None:
         """Forget the processes that left: now and then all that were silent for long; the most silent one if full."""

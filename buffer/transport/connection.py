@@ -92,7 +92,8 @@ class Connection:
         self._identity = f"{name}-{secrets.token_hex(4)}".encode()
         self._timeout_seconds = timeout_seconds
         self._resend_seconds = resend_seconds
-        self._unclaimed = unclaimed
+        self.unclaimed = unclaimed
+        """May be set later."""
         self._lock = threading.Lock()
         self._next_number = 0
         self._new: list[Request] = []
@@ -295,8 +296,8 @@ class Connection:
                 claimed = self._finish(
                     entry, RequestRefused(message.reason) if isinstance(message, Refused) else message
                 )
-            if not claimed and self._unclaimed is not None:
-                self._unclaimed(message)
+            if not claimed and self.unclaimed is not None:
+                self.unclaimed(message)
 
     def _expire(self) -> None:
         now = time.monotonic()

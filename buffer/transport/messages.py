@@ -142,6 +142,13 @@ class LeaseReturn:
 
 
 @dataclass(frozen=True, slots=True)
+class ActorGoodbye:
+    """The actor's process ends: its leases and its evaluation become pending, and its parked request is forgotten."""
+
+    actor_id: Name
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Tell the buffer that a process is alive. Each heartbeat of an actor also extends its leases."""
 
@@ -183,6 +190,8 @@ class HeartbeatReply:
     """Group ids in the heartbeat's `held` that are not leased to its sender. Work on them is wasted."""
     probes: tuple[Probe, ...] = ()
     """At most one: the probe that this actor shall answer, repeated until its report has arrived."""
+    learner_silent_seconds: Number = -1.0
+    """Time since the buffer last heard from a learner rank; -1: never since the buffer started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -577,6 +586,7 @@ Message = (
     | GroupDelivery
     | GroupReceipt
     | LeaseReturn
+    | ActorGoodbye
     | Heartbeat
     | HeartbeatReply
     | EvaluationReport

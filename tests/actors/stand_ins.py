@@ -82,6 +82,10 @@ class FakeEngine:
     """Requests wait until this event is set."""
     wrong: dict[str, str] = field(default_factory=dict)
     """Wrong checksums, by parameter."""
+    stuck: set[str] = field(default_factory=set)
+    """Requests of these groups, and of all their attempts, never end; OCCURRENCE or a whole request_id."""
+    aborted: list[str] = field(default_factory=list)
+    hung: bool = False
 
     def __post_init__(self) -> None:
         self.open.set()
@@ -101,6 +105,11 @@ class FakeEngine:
         started = self.version
         self.requests.append((request_id, seed))
         await asyncio.sleep(0)
+        if self.stuck & {request_id, request_id.partition(".")[0]}:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.aborted.append(request_id)
         await self.open.wait()
         left, right = "".join(map(chr, prompt_ids)).rstrip("=").split("+")
         spans = [(0, started), *([(2, self.version)] if self.version > started else [])]
@@ -112,6 +121,9 @@ class FakeEngine:
 
     async def load(self, weights: Local) -> None:
         self.version = weights.policy_version
+
+    async def is_responsive(self, seconds: float) -> bool:
+        return not self.hung
 
     async def checksums(self) -> dict[str, str]:
         return PARAMETERS | self.wrong
@@ -131,6 +143,7 @@ class FakeWeights:
         self.link = asyncio.Event()
         """Fetches wait until this event is set."""
         self.link.set()
+        self.unreachable = False
         self._published = asyncio.Event()
 
     def publish(self, version: int) -> None:
@@ -138,6 +151,9 @@ class FakeWeights:
         self._published.set()
 
     async def wait_for_new(self, known_publication: str, wait_seconds: float) -> Manifest | None:
+        if self.unreachable:
+            await asyncio.sleep(wait_seconds)
+            raise TimeoutError("no answer")
         try:
             async with asyncio.timeout(wait_seconds):
                 while self.newest is None or self.newest.publication == known_publication:

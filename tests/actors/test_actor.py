@@ -14,6 +14,8 @@ import pytest
 from actors.actor import Actor
 from actors.config import ActorConfig
 from actors.metrics import Meter
+from actors.rollouts.trajectories import build_group, single_turn
+from actors.tasks.games.sokoban import SokobanEpisode
 from actors.tasks.task import Task
 from buffer.config import BufferConfig
 from buffer.curriculum_config import Stage
@@ -22,9 +24,9 @@ from buffer.service.server import Server
 from buffer.transport import messages
 from buffer.transport.connection import Connection
 from buffer.transport.credentials import Credentials
-from buffer.transport.packed_group import unpack_group
+from buffer.transport.packed_group import pack_group, unpack_group
 from tests.actors.stand_ins import CORRIDOR, PARAMETERS, TURNS, Characters, FakeEngine, FakeWeights, sampled, sums
-from verifier.base import RewardSpec
+from verifier.base import RewardSpec, Score, Verdict
 from verifier.scoring.pool import ScoringPool
 
 SECONDS = 20.0
@@ -422,11 +424,31 @@ def test_weights_that_did_not_load_right_end_the_actor(loop: Looper):
     asyncio.run(check())
 
 
-def test_an_actor_without_weights_gives_up_in_time(loop: Looper):
+def test_an_actor_gives_up_when_neither_store_nor_buffer_hears_the_learner(loop: Looper):
     async def check() -> None:
-        async with loop(weights_timeout_seconds=0.2) as running:
-            with pytest.raises(TimeoutError, match="no weights from the learner"):
+        async with loop(weights_timeout_seconds=0.3, heartbeat_seconds=0.05) as running:
+            running.weights.unreachable = True
+            with pytest.raises(ExceptionGroup) as ended:
                 await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+            assert ended.group_contains(TimeoutError, match="no weights came, and there was no sign of the learner")
+
+    asyncio.run(check())
+
+
+def test_an_actor_waits_for_a_learner_that_lives_and_shows_it(loop: Looper):
+    async def check() -> None:
+        async with loop(weights_timeout_seconds=2.0, heartbeat_seconds=0.05) as running:
+            running.weights.unreachable = True
+            for _ in range(60):
+                await running.ask(messages.Heartbeat("learner", "learner-0", -1, "its model", {}))
+                await asyncio.sleep(0.1)
+            assert not running.work.done()
+            status = await running.ask(messages.StatusRequest())
+            [actor] = [peer for peer in status.peers if peer.role == "actor"]
+            assert (actor.policy_version, actor.waiting_for) == (-1, "the learner's first weights")
+            running.weights.unreachable = False
+            running.weights.publish(0)
+            assert len((await running.batch(0)).groups) == 2
 
     asyncio.run(check())
 
@@ -435,10 +457,12 @@ def test_an_engine_that_never_ends_a_request_ends_the_actor(loop: Looper):
     async def check() -> None:
         async with loop(sample_timeout_seconds=0.2) as running:
             running.engine.open.clear()
+            running.engine.hung = True
             running.weights.publish(0)
             with pytest.raises(ExceptionGroup) as ended:
                 await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
-            assert ended.group_contains(TimeoutError, match=r"the engine did not finish request \d+\.\d+ within")
+            message = r"the engine did not finish group \d+\.\d+, and has made no step for"
+            assert ended.group_contains(RuntimeError, match=message)
 
     asyncio.run(check())
 
@@ -589,6 +613,194 @@ def test_cancelling_ends_all_tasks_in_the_middle_of_the_work(loop: Looper):
             assert running.actor.meter.num_in_flight == 0
 
     asyncio.run(check())
+
+
+def test_an_actor_that_ends_gives_back_its_leases_and_its_evaluation_first(loop: Looper):
+    """All leases would otherwise end after `lease_seconds`, 60 s, and the learner would wait for them."""
+
+    async def check() -> None:
+        async with loop(max_staleness=0, lease_seconds=60.0) as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.until(lambda: len(running.engine.requests) == 2)
+            await running.ask(messages.EvaluationRequest(0))
+            await running.until(lambda: audit(running.run_dir).evaluations == {"running": 1})
+            assert running.counts()["leased"] == 2
+            waiting = asyncio.ensure_future(running.batch(0))
+            other = Connection(running.actor.buffer.address, "actor-1", Credentials.plain("test"))
+            try:
+                parked = other.request(messages.LeaseRequest("actor-1", 0, 2, running.actor.task.fingerprint))
+                running.work.cancel()
+                await asyncio.wait([running.work], timeout=SECONDS)
+                assert running.work.cancelled()
+                reply = await asyncio.wait_for(asyncio.wrap_future(parked), SECONDS)
+                assert isinstance(reply, messages.LeaseReply)
+                assert [lease.group_id for lease in reply.leases] == ["0.1", "1.1"]
+                assert reply.evaluate_version == 0
+                for lease in reply.leases:
+                    problem, group = running.actor.task.train[lease.prompt_id], lease.group_id
+                    samples = await FakeEngine(version=0).sample(
+                        [ord(character) for character in problem.question],
+                        num_samples=2,
+                        temperature=1.0,
+                        max_new_tokens=16,
+                        request_id=group,
+                    )
+                    scores = [Score(1.0, {}, Verdict.CORRECT), Score(0.0, {}, Verdict.WRONG)]
+                    made = build_group(group, problem, [1], [single_turn(s) for s in samples], scores, "actor-1")  # type: ignore[arg-type]
+                    await asyncio.wrap_future(other.request(messages.GroupDelivery("actor-1", pack_group(made))))
+                assert len((await waiting).groups) == 2
+            finally:
+                other.close()
+
+    asyncio.run(check())
+
+
+def test_an_actor_ends_within_its_patience_when_the_buffer_does_not_answer(
+    loop: Looper, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("actors.actor.GOODBYE_SECONDS", 0.2)
+
+    async def check() -> None:
+        async with loop() as running:
+            running.weights.publish(0)
+            await running.until(lambda: running.engine.requests)
+            with Connection("tcp://127.0.0.1:9", "nobody", Credentials.plain("test"), timeout_seconds=1e9) as nobody:
+                running.actor.buffer = nobody
+                running.work.cancel()
+                await asyncio.wait([running.work], timeout=SECONDS)
+                assert running.work.cancelled()
+
+    asyncio.run(check())
+
+
+def test_leases_in_an_answer_that_nobody_waits_for_are_given_back_unless_the_actor_works_on_them(loop: Looper):
+    async def check() -> None:
+        async with loop(max_groups_in_flight=2) as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.until(lambda: len(running.engine.requests) == 2)
+            # Stands for a second answer to the actor's request, which granted other leases than the first.
+            leaked = await running.ask(messages.LeaseRequest("actor-1", 0, 1, running.actor.task.fingerprint))
+            assert [lease.group_id for lease in leaked.leases] == ["2.0"]
+            held = tuple(messages.Lease(group_id, 0) for group_id in ("0.0", "1.0"))
+            unclaimed = running.actor.buffer.unclaimed
+            assert unclaimed is not None
+            await asyncio.to_thread(unclaimed, replace(leaked, leases=held + leaked.leases))
+            await running.until(lambda: running.counts()["pending"] == 1)
+            assert running.counts()["leased"] == 2
+            running.engine.open.set()
+            assert [group.header.group_id for group in (await running.batch(0)).groups] == ["0.0", "1.0"]
+
+    asyncio.run(check())
+
+
+def test_one_stuck_completion_costs_its_group_and_in_the_end_its_prompt(
+    loop: Looper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("actors.rollouts.deadlines.LEAST_SECONDS", 1.0)
+    monkeypatch.setattr("actors.rollouts.deadlines.NUM_PACES_NEEDED", 1)
+    monkeypatch.setattr("actors.rollouts.deadlines.FACTOR", 0.0)
+
+    async def check() -> None:
+        async with loop(engine=FakeEngine(stuck={"1"}), heartbeat_seconds=0.05) as running:
+            running.weights.publish(0)
+            shard = await running.batch(0)
+            assert [group.header.group_id for group in shard.groups] == ["0.0", "2.0"]
+            await running.until(lambda: running.counts().get("dropped:overdue"))
+            assert running.engine.aborted == ["1.0", "1.1", "1.2"]
+            peer = None
+            async with asyncio.timeout(SECONDS):
+                while peer is None or peer.metrics["groups_overdue"] < 3:
+                    status = await running.ask(messages.StatusRequest())
+                    peer = next((peer for peer in status.peers if peer.role == "actor"), None)
+            assert not running.work.done()
+
+    asyncio.run(check())
+    assert "group 1.0 (prompt 1) took" in caplog.text and "to be sampled again" in caplog.text
+
+
+def test_a_stuck_completion_of_an_evaluation_counts_as_wrong(loop: Looper, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actors.rollouts.deadlines.LEAST_SECONDS", 1.0)
+    monkeypatch.setattr("actors.rollouts.deadlines.NUM_PACES_NEEDED", 1)
+    monkeypatch.setattr("actors.rollouts.deadlines.FACTOR", 0.0)
+
+    async def check() -> None:
+        engine = FakeEngine(stuck={"evaluation-0-9"})
+        async with loop(engine=engine, heartbeat_seconds=0.05) as running:
+            running.weights.publish(0)
+            await running.ask(messages.EvaluationRequest(0))
+            await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
+            [report] = (await running.ask(messages.EvaluationQuery(0))).reports
+            assert (report.num_prompts, report.pass_at_1) == (3, pytest.approx(2 / 3))
+
+    asyncio.run(check())
+
+
+def test_an_engine_that_finishes_nothing_ends_the_actor(loop: Looper, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actors.actor.MAX_OVERDUE_GROUPS", 5)
+
+    async def check() -> None:
+        async with loop(sample_timeout_seconds=0.1, heartbeat_seconds=0.05) as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            with pytest.raises(ExceptionGroup) as ended:
+                await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+            assert ended.group_contains(RuntimeError, match="5 groups in a row were not finished in time")
+
+    asyncio.run(check())
+
+
+def test_scoring_that_hangs_costs_its_group(loop: Looper, pool: ScoringPool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actors.rollouts.deadlines.LEAST_SECONDS", 1.0)
+    monkeypatch.setattr("actors.rollouts.deadlines.NUM_PACES_NEEDED", 1)
+    monkeypatch.setattr("actors.rollouts.deadlines.FACTOR", 0.0)
+    score, calls = pool.score_group, iter(range(1000))
+
+    async def hang_once(completions: Any) -> Any:
+        if next(calls) == 0:
+            await asyncio.Event().wait()
+        return await score(completions)
+
+    monkeypatch.setattr(pool, "score_group", hang_once)
+
+    async def check() -> None:
+        async with loop(heartbeat_seconds=0.05) as running:
+            running.weights.publish(0)
+            await running.until(lambda: running.counts()["ready"] == 4)
+            assert running.actor.meter.metrics()["groups_overdue"] == 1
+            assert audit(running.run_dir).counters["reissued"] == 1
+
+    asyncio.run(check())
+
+
+def test_an_environment_that_hangs_costs_its_group(loop: Looper, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("actors.rollouts.deadlines.LEAST_SECONDS", 1.0)
+    monkeypatch.setattr("actors.rollouts.deadlines.NUM_PACES_NEEDED", 1)
+    monkeypatch.setattr("actors.rollouts.deadlines.FACTOR", 0.0)
+    step, released = SokobanEpisode.step, threading.Event()
+    first: list[object] = []
+
+    def hang_once(self: Any, text: str) -> Any:
+        if "R" in text and not first:
+            first.append(self)
+            released.wait(60)
+        return step(self, text)
+
+    monkeypatch.setattr(SokobanEpisode, "step", hang_once)
+
+    async def check() -> None:
+        settings = {"max_new_tokens": 30, "max_tokens": 200, "heartbeat_seconds": 0.05}
+        async with loop(corridors(), engine=Puzzler(), **settings) as running:
+            running.weights.publish(0)
+            await running.until(lambda: running.counts()["ready"] == 4)
+            assert running.actor.meter.metrics()["groups_overdue"] == 1
+            assert audit(running.run_dir).counters["reissued"] == 1
+
+    try:
+        asyncio.run(check())
+    finally:
+        released.set()
 
 
 def test_the_meter_counts_the_time_without_requests(monkeypatch: pytest.MonkeyPatch):
