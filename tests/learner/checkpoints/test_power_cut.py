@@ -66,6 +66,7 @@ class Life:
         self.checkpoints = Path(config.run_dir) / "checkpoints"
         self.number, self.suffix = 0, Path(config.run_dir).name
         """Every process has another name on its connection."""
+        self.epoch = 0
         self.ledger = Ledger(config, 0.0)
         self.turns = Turns(config, self.ledger)
         self.answers: dict[int, messages.Message] = {}
@@ -79,7 +80,9 @@ class Life:
 
     def train(self) -> None:
         """Train to the last version."""
-        assert isinstance(self.ask(LEARNER, messages.LearnerHello(self.version)), messages.LearnerWelcome)
+        welcome = self.ask(LEARNER, messages.LearnerHello(self.version))
+        assert isinstance(welcome, messages.LearnerWelcome)
+        self.epoch = welcome.epoch
         while self.version < TOTAL:
             self.sample()
             shard = self.ask(LEARNER, messages.BatchRequest(self.version, 0, 1))
@@ -117,7 +120,8 @@ class Life:
         identity = f"{sender}-{self.suffix}".encode()
         self.number += 1
         assert self.number < 1_000, "the run makes no progress"
-        for answer in self.turns.carry_out([Incoming(identity, message, self.number)], False, 0.0):
+        incoming = Incoming(identity, messages.with_epoch(message, self.epoch), self.number)
+        for answer in self.turns.carry_out([incoming], False, 0.0):
             self.answers[answer.request_number] = answer.message
         if len(self.disk.events) >= self.num_calls:
             raise PowerCutError
@@ -184,3 +188,36 @@ def test_without_the_question_before_the_name_a_checkpoint_is_ahead_of_the_ledge
             folder = tmp_path / str(seed)
             folder.mkdir()
             run_through(config, folder, seed, asks_first=False)
+
+
+def test_a_learner_that_outlives_the_buffers_machine_is_refused_until_it_starts_again(
+    config: BufferConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the ledger has forgotten, it does not go on with a learner whose batches it may not know."""
+    num_behind = 0
+    for seed in range(10):
+        chance, folder = random.Random(seed), tmp_path / str(seed)
+        disk = ForgetfulDisk(folder / "before")
+        disk.folder.mkdir(parents=True)
+        with disk.recording():
+            monkeypatch.setattr("buffer.ledger.ledger.host_id", lambda: "one boot")
+            life = Life(replace(config, run_dir=str(disk.folder)), disk, chance.randint(100, 500), asks_first=True)
+            with pytest.raises(PowerCutError):
+                life.train()
+            num_calls = len(disk.events)
+            life.ledger.close()
+        (folder / "after").mkdir()
+        disk.cut(num_calls, chance, folder / "after")
+        monkeypatch.setattr("buffer.ledger.ledger.host_id", lambda: "the next boot")
+        again = Life(replace(config, run_dir=str(disk.folder)), disk, 10**9, asks_first=True)
+        next_version = again.turns.service._progress.next_version
+        num_behind += next_version < life.version
+        for message in (
+            messages.BatchRequest(life.version, 0, 1, epoch=life.epoch),
+            messages.CheckpointBegun(min(life.version, next_version), epoch=life.epoch),
+        ):
+            with pytest.raises(RequestRefused, match="only the newest one goes on"):
+                again.ask(LEARNER, message)
+        assert isinstance(again.ask(LEARNER, messages.LearnerHello(again.version)), messages.LearnerWelcome)
+        again.ledger.close()
+    assert num_behind, "no cut cost the ledger a batch that the learner had"
