@@ -13,7 +13,10 @@ TRANSITIONS = {
     ("pending", "leased"): "an actor requests a lease, and admission has room",
     ("leased", "ready"): "the group is delivered",
     ("leased", "pending"): "the actor is silent, restarts or returns the lease, or the delivered group is too stale",
-    ("leased", "dropped"): "the actor returns the lease with a reason, or the group has zero advantage or is too stale",
+    (
+        "leased",
+        "dropped",
+    ): "the lease is returned with a reason, or the group has zero advantage, is too stale or invalid",
     ("ready", "pending"): "the group has become too stale; its prompt will be sampled again",
     ("ready", "dropped"): "the group has become too stale, and buffer.max_reissues is exceeded",
     ("ready", "used"): "the group is in a batch for the first time",

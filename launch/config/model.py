@@ -214,6 +214,18 @@ def model_heads(folder: Path) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
+def vocabulary_size(folder: Path) -> int:
+    """Number of token ids of the model in a Hugging Face folder; 0 if the folder does not say."""
+    try:
+        config = _model_config(folder)
+    except ValueError:
+        return 0
+    # A model with images keeps the language model's settings in a part of their own.
+    parts = (config, config.get("text_config"))
+    sizes = [part["vocab_size"] for part in parts if isinstance(part, dict) and isinstance(part.get("vocab_size"), int)]
+    return max(sizes, default=0)
+
+
 def _model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():

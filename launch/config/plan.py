@@ -28,7 +28,7 @@ from launch.config.consistency import check_algorithm, check_consistency
 from launch.config.cores import Cores, assign_cores
 from launch.config.curriculum import check_curriculum
 from launch.config.devices import check_devices
-from launch.config.model import check_heads, embedded_name, embedded_settings, model_heads, read_model
+from launch.config.model import check_heads, embedded_name, embedded_settings, model_heads, read_model, vocabulary_size
 from launch.config.resume import apply_changes, new_overrides
 from launch.config.sections import KNOWN, check_setting_names, read_only, read_rewards, read_top_level, writable
 from launch.config.settings import ClusterConfig, DataConfig, EmbeddedConfig, PretrainingConfig, RunConfig
@@ -117,13 +117,18 @@ def claim_default_run_dir(plan: RunPlan) -> RunPlan:
 
 
 def write_config(plan: RunPlan) -> None:
-    """Write RUN_DIR/config.yaml for all processes and, for a curriculum, the level of every prompt."""
+    """Write RUN_DIR/config.yaml for all processes and, for a curriculum, the level of every prompt.
+
+    The model's folder exists by then, also that of an embedded model.
+    """
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     if plan.stages:
         write_levels(plan.run_dir, plan.task.levels.tolist())
     target = plan.run_dir / "config.yaml"
     partial = target.with_suffix(".partial")
-    OmegaConf.save(OmegaConf.create(writable(plan.sections)), partial)
+    sections = writable(plan.sections)
+    sections["buffer"]["vocab_size"] = vocabulary_size(plan.model_folder)
+    OmegaConf.save(OmegaConf.create(sections), partial)
     partial.replace(target)
 
 
@@ -257,12 +262,15 @@ def _read_actor(sections: dict[str, Any], embedded: EmbeddedConfig | None) -> Ac
 
 def _fill_buffer(sections: dict[str, Any], run_dir: Path, task: Task, learner: LearnerConfig) -> None:
     sections["run_dir"] = str(run_dir)
+    sizes = [learner.samples_per_group, *(stage.get("samples_per_group") or 0 for stage in sections["curriculum"])]
     sections["buffer"] |= {
         "run_dir": str(run_dir),
         "num_prompts": len(task.train),
         "data_fingerprint": task.fingerprint,
         "num_batches": learner.total_steps // learner.updates_per_batch,
         "stages": sections["curriculum"],
+        "max_tokens": sections["model"]["max_tokens"],
+        "samples_per_group": max(sizes),
     }
 
 

@@ -59,8 +59,12 @@ def values(wanted: Any) -> st.SearchStrategy[Any]:
     if wanted is PackedGroup:
         return groups().map(pack_group)
     arguments = typing.get_args(wanted)
+    if wanted is schema.Role:
+        return st.sampled_from(["actor", "learner"])
     if typing.get_origin(wanted) is typing.Annotated:
         kind, limit = arguments
+        if typing.get_origin(kind) is dict:
+            return values(kind)
         if isinstance(limit, schema.Text):
             return NAME.filter(bool) if limit.pattern else LINE
         return st.integers(int(limit.least), int(limit.most)) if kind is int else st.floats(limit.least, limit.most)
