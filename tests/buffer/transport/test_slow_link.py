@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import zmq
 
 from buffer.transport import messages
-from buffer.transport.connection import Connection
+from buffer.transport.connection import Connection, bounded_socket
 from buffer.transport.credentials import Credentials
 from buffer.transport.outbox import FIRST_WINDOW_BYTES
 from buffer.transport.router import Incoming, Router
@@ -80,7 +81,14 @@ def test_deliveries_travel_once_and_a_heartbeat_overtakes_those_that_wait(serve:
     assert len(earlier) < 16 / 2
 
 
-def test_a_large_answer_is_not_sent_again_while_it_is_on_its_way(serve: type[Server]):
+def test_a_large_answer_is_not_sent_again_while_it_is_on_its_way(serve: type[Server], monkeypatch: pytest.MonkeyPatch):
+    def small_buffer(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
+        # Otherwise the kernel takes megabytes, and the server cannot see that they have not arrived.
+        socket = bounded_socket(context, kind)
+        socket.setsockopt(zmq.SNDBUF, 1 << 16)
+        return socket
+
+    monkeypatch.setattr("buffer.transport.router.bounded_socket", small_buffer)
     server = serve(4e6, 12_000_000)
     with Connection(server.link.address, "actor-0", CREDENTIALS, timeout_seconds=120, resend_seconds=0.3) as actor:
         chunk = actor.call(messages.ChunkRequest("p", "", 0, 12_000_000))
