@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from buffer.transport.messages import Peer
+from collections.abc import Iterable, Mapping, Set
 
 AVERAGED = ("_fraction", "_seconds")
 """Ends of the names of metrics that are averaged over the actors; all others are summed."""
 
 
-def over_actors(peers: Iterable[Peer]) -> dict[str, float]:
-    """Combine each metric over the actors among `peers` that report the metric. Other roles are left out."""
-    actors = [peer for peer in peers if peer.role == "actor"]
-    metrics = {}
-    for name in {name for actor in actors for name in actor.metrics}:
-        values = [actor.metrics[name] for actor in actors if name in actor.metrics]
-        metrics[name] = sum(values) / (len(values) if name.endswith(AVERAGED) else 1)
-    return metrics
+def over_actors(reported: Iterable[Mapping[str, float]], names: Set[str]) -> dict[str, float]:
+    """Combine each metric in `names` over the actors that report it. `reported` has the metrics of each actor."""
+    sums, numbers = dict.fromkeys(sorted(names), 0.0), dict.fromkeys(names, 0)
+    for metrics in reported:
+        for name, value in metrics.items():
+            if name in sums:
+                sums[name] += value
+                numbers[name] += 1
+    return {name: total / (numbers[name] if name.endswith(AVERAGED) else 1) for name, total in sums.items()}

@@ -144,4 +144,4 @@ class Session:
         return self._last
 
     def _ask(self) -> Future[Message]:
-        return self._observer.request(StatusRequest(), timeout_seconds=math.inf)
+        return self._observer.request(StatusRequest(tuple(self._supervisor.pids)), timeout_seconds=math.inf)

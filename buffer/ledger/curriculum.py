@@ -16,6 +16,7 @@ import json
 import logging
 import time
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,6 +48,12 @@ class Curriculum:
         for number, stage in enumerate(self._stages, start=1):
             if not prompts_of(stage, self._levels).size:
                 raise ValueError(f"curriculum stage {number} has no prompts in {config.run_dir}; change its levels")
+        self._changed: set[int] = set()
+        """Prompts whose latest groups changed in the open transaction."""
+        self._all_changed = False
+        """Whether `load` was called in it."""
+        self._ordered: object = None
+        """What `_order` was made from."""
         self._num_recent = max(config.skip_solved.seen, config.skip_unsolved.seen)
         """Number of each prompt's latest groups that the difficulty filter considers; 0: the filter is off."""
         described = json.dumps([asdict(stage) for stage in self._stages]).encode() + self._levels.tobytes()
@@ -54,12 +61,25 @@ class Curriculum:
         """Hash of the stages' settings and of all prompts' levels."""
 
     def open(self) -> None:
-        """Begin the first stage if the ledger is new."""
+        """Begin the first stage if the ledger is new. The difficulty filter needs an index to look a prompt up."""
+        if self._num_recent:
+            self._file.write(
+                "CREATE INDEX IF NOT EXISTS delivered ON occurrences (prompt_id, occurrence)"
+                " WHERE num_samples IS NOT NULL"
+            )
         if not self._file.one("SELECT COUNT(*) FROM stages"):
             self._begin_stage(1, 0, 0.0, 0)
 
     def load(self) -> None:
-        """Rebuild the state in memory from the file."""
+        """Rebuild the state in memory from the file. With the difficulty filter, reads all groups of the stage."""
+        self._load_epoch()
+        delivered = "occurrence >= ? AND num_samples IS NOT NULL"
+        sql = f"SELECT occurrence, prompt_id, {SUCCESS} FROM occurrences WHERE {delivered} ORDER BY occurrence"
+        groups = self._file.rows(sql, self._firsts[-1]) if self._num_recent else []
+        self._recent = RecentGroups(len(self._levels), self._num_recent, groups)
+        self._all_changed = True
+
+    def _load_epoch(self) -> None:
         self._firsts = [row[0] for row in self._file.rows("SELECT first_occurrence FROM stages ORDER BY stage")]
         self._number = len(self._firsts)
         self._stage = self._stages[self._number - 1]
@@ -71,10 +91,33 @@ class Curriculum:
         # One bit per prompt; a shorter column is filled with zeros. NumPy fills only if there is at least one byte.
         skipped = np.unpackbits(np.frombuffer(packed or b"\0", np.uint8), count=len(prompts)).astype(np.bool_)
         self._set_epoch(prompts, skipped)
-        delivered = "occurrence >= ? AND num_samples IS NOT NULL"
-        sql = f"SELECT occurrence, prompt_id, {SUCCESS} FROM occurrences WHERE {delivered} ORDER BY occurrence"
-        groups = self._file.rows(sql, self._firsts[-1]) if self._num_recent else []
-        self._recent = RecentGroups(len(self._levels), self._num_recent, groups)
+
+    def committed(self) -> None:
+        """Keep what changed since the last call, because the transaction is in the file."""
+        self._changed.clear()
+        self._all_changed = False
+
+    def undone(self) -> None:
+        """Restore the state before the transaction that was undone. Reads only what the transaction changed."""
+        if self._all_changed:
+            self.load()
+        else:
+            self._load_epoch()
+            self.read_again(self._changed)
+        self.committed()
+
+    def read_again(self, prompt_ids: Collection[int]) -> None:
+        """Tell the difficulty filter that groups of these prompts are delivered no longer."""
+        if not self._num_recent:
+            return
+        for prompt_id in prompt_ids:
+            rows = self._file.rows(
+                f"SELECT occurrence, prompt_id, {SUCCESS} FROM occurrences WHERE prompt_id = ? AND occurrence >= ?"
+                " AND num_samples IS NOT NULL ORDER BY occurrence DESC LIMIT ?",
+                *(prompt_id, self._firsts[-1], self._num_recent),
+            )
+            self._recent.replace(prompt_id, rows[::-1])
+        self._changed.update(prompt_ids)
 
     def draw(self, occurrence: int) -> int:
         """Draw the prompt of a new occurrence. Occurrences must be drawn one after another, without a gap."""
@@ -90,6 +133,7 @@ class Curriculum:
         """Tell the difficulty filter about a delivered group and its share of correct completions."""
         if self._num_recent and occurrence >= self._firsts[-1]:
             self._recent.add(occurrence, prompt_id, success)
+            self._changed.add(prompt_id)
 
     def advance(self, next_version: int) -> None:
         """Begin the next stage if the current one is over.
@@ -164,6 +208,10 @@ class Curriculum:
     def _set_epoch(self, prompts: NDArray[np.int64], skipped: NDArray[np.bool_]) -> None:
         config = self._config
         self._num_passed_over = int(skipped.sum())
+        made_from = self._number, self._epoch, skipped.tobytes()
+        if made_from == self._ordered:
+            return
+        self._ordered = made_from
         self._order = epoch_order(
             prompts[~skipped], shuffle=config.shuffle, seed=config.seed, stage=self._number, epoch=self._epoch
         )

@@ -6,11 +6,22 @@ pending -> running -> reported. It becomes pending again when its actor falls si
 
 from __future__ import annotations
 
+import functools
+
 import msgpack
 
 from buffer.ledger.ledger_file import LedgerFile
-from buffer.transport.messages import SCHEMA, EvaluationReport, Message, decode, encode
+from buffer.transport.messages import SCHEMA, EvaluationReport, decode, encode
 from buffer.transport.schema import unpack_header
+
+
+@functools.lru_cache(4096)
+def _decoded(frame: bytes) -> EvaluationReport:
+    """Decode a stored report. An older release wrote it under its own schema, with the same fields."""
+    _, *rest = unpack_header(frame)
+    report, _ = decode([msgpack.packb([SCHEMA, *rest], use_bin_type=True)], "")
+    assert isinstance(report, EvaluationReport)
+    return report
 
 
 class Evaluations:
@@ -66,8 +77,15 @@ class Evaluations:
             " ORDER BY requested_version",
             since_version,
         )
-        messages = (_stored(row[0]) for row in rows)
-        return tuple(message for message in messages if isinstance(message, EvaluationReport))
+        return tuple(_decoded(row[0]) for row in rows)
+
+    def latest(self, number: int) -> tuple[EvaluationReport, ...]:
+        """Return the first report and the latest ones, at most `number` in all, oldest first."""
+        sql = "SELECT report FROM evaluations WHERE state = 'reported' ORDER BY requested_version"
+        rows = self._file.rows(f"{sql} DESC LIMIT ?", number)
+        if len(rows) == number:
+            rows[-1:] = self._file.rows(f"{sql} LIMIT 1")
+        return tuple(_decoded(row[0]) for row in reversed(rows))
 
     def num_unfinished(self) -> int:
         """Return the number of evaluations without a report."""
@@ -86,9 +104,3 @@ class Evaluations:
     def roll_back(self, version: int) -> None:
         """Delete the evaluations of versions above `version`, because the learner will compute those versions again."""
         self._file.write("DELETE FROM evaluations WHERE requested_version > ?", version)
-
-
-def _stored(frame: bytes) -> Message:
-    """Decode a stored report. An older release wrote it under its own schema, with the same fields."""
-    _, *rest = unpack_header(frame)
-    return decode([msgpack.packb([SCHEMA, *rest], use_bin_type=True)], "")[0]

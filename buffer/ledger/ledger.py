@@ -36,10 +36,12 @@ from buffer.ledger.states import FIRST_STATE
 from buffer.ledger.zero_advantage import REASON as NO_SIGNAL
 from buffer.ledger.zero_advantage import ZeroAdvantageGroups
 from buffer.transport.connection import host_id
-from buffer.transport.packed_group import GroupHeader, PackedGroup, read_group_header
+from buffer.transport.packed_group import PackedGroup, read_group_header
 
 STALE, INVALID = "stale", "invalid"
 MAX_INVALID_ATTEMPTS = 3
+CONTENTS_BYTES = 1 << 26
+"""Contents of groups kept in memory, so that a batch need not read them from the file."""
 _THESE = "occurrence IN (SELECT value FROM json_each(?))"
 _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 
@@ -72,8 +74,7 @@ class Ledger:
         self.ready: Counter[int] = Counter()
         """Number of ready groups by oldest version."""
         self._deadlines: dict[str, float] = {}
-        self._headers: dict[int, GroupHeader] = {}
-        """Headers of ready groups that this process received, so that they need not be decoded again."""
+        self._contents = RecentContents()
         try:
             self.curriculum = Curriculum(config, self.file)
             self.batches, self.zero_advantage = Batches(config, self.file), ZeroAdvantageGroups(config, self.file)
@@ -82,6 +83,7 @@ class Ledger:
                 self._note_boot()
                 self.curriculum.open()
             self._load()
+            self.curriculum.committed()
         except BaseException:
             self.close()
             raise
@@ -120,16 +122,24 @@ class Ledger:
             self.file.set_meta("epoch", self.file.meta("epoch", 0) + 1)
 
     def _load(self) -> None:
-        """Rebuild the state in memory from the file."""
-        sql = "SELECT state, reason, COUNT(*) FROM occurrences GROUP BY state, reason"
-        counted = {_count_key(state, reason): number for state, reason, number in self.file.rows(sql)}
-        self.counts = Counter(counted)
+        """Read the state from the file. Reads only what is live: no row of a done or dropped group."""
+        self.counts = Counter(dict(self.file.rows("SELECT name, value FROM state_counts")))
+        self._saved_counts = self.counts.copy()
+        self._load_live()
+
+    def _load_live(self) -> None:
         by_version = "SELECT oldest_version, COUNT(*) FROM occurrences WHERE state = '{}' GROUP BY oldest_version"
         self.leased = Counter(dict(self.file.rows(by_version.format("leased"))))
         self.ready = Counter(dict(self.file.rows(by_version.format("ready"))))
         self.curriculum.load()
         self.batches.load()
         self.zero_advantage.load()
+
+    def _save_counts(self) -> None:
+        for name, number in self.counts.items():
+            if number != self._saved_counts[name]:
+                self.file.write("INSERT OR REPLACE INTO state_counts VALUES (?, ?)", name, number)
+        self._saved_counts = self.counts.copy()
 
     def _holder_names(self) -> set[str]:
         rows = self.file.rows("SELECT DISTINCT holder FROM occurrences WHERE state = 'leased'")
@@ -139,14 +149,21 @@ class Ledger:
     def transaction(self) -> Iterator[None]:
         """Commit all changes inside the block together when it ends; undo all of them when it raises."""
         deadlines = dict(self._deadlines)
+        before = self.counts.copy(), self.leased.copy(), self.ready.copy()
         try:
             with self.file.transaction():
                 yield
+                self._save_counts()
         except BaseException:
-            self._load()
+            self.counts, self.leased, self.ready = before
+            self._saved_counts = self.counts.copy()
+            self.curriculum.undone()
+            self.batches.load()
+            self.zero_advantage.load()
             # Extended deadlines stay extended. A holder whose release was undone gets its old deadline back.
             self._deadlines = deadlines | self._deadlines
             raise
+        self.curriculum.committed()
 
     def close(self) -> None:
         """Close the file; everything committed stays."""
@@ -237,10 +254,9 @@ class Ledger:
         _decrement(self.leased, row.oldest_version)
         if reason:
             return "dropped"
-        self.file.write("INSERT INTO payloads VALUES (?, ?, ?)", row.occurrence, group.header_frame, group.arrays_frame)
+        self.file.write_contents(row.occurrence, group.header_frame, group.arrays_frame)
         self.ready[header.oldest_version] += 1
-        self.file.guard(self._headers, row.occurrence)
-        self._headers[row.occurrence] = header
+        self._contents.add(row.occurrence, group)
         return outcome
 
     def refuse_delivery(self, group_id: str) -> str:
@@ -301,10 +317,11 @@ class Ledger:
         )
         return [row[0] for row in rows]
 
-    def leased_by_actor(self) -> dict[str, int]:
-        """Return the number of leases by actor."""
-        sql = "SELECT actor_id, COUNT(*) FROM occurrences WHERE state = 'leased' GROUP BY actor_id ORDER BY actor_id"
-        return dict(self.file.rows(sql))
+    def leased_by_actor(self, most: int) -> tuple[dict[str, int], int]:
+        """Return the number of leases of the `most` actors with the most, and that of all others together."""
+        sql = "SELECT actor_id, COUNT(*) AS number FROM occurrences WHERE state = 'leased' GROUP BY actor_id"
+        rows: dict[str, int] = dict(self.file.rows(f"{sql} ORDER BY number DESC, actor_id LIMIT ?", most))
+        return rows, self.counts["leased"] - sum(rows.values())
 
     # Batches.
 
@@ -339,9 +356,11 @@ class Ledger:
 
     def payload(self, occurrence: int) -> PackedGroup:
         """Return the contents of a ready or used group."""
-        frames = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
-        header = self._headers.pop(occurrence, None)
-        return read_group_header(*frames) if header is None else PackedGroup(header, *frames)
+        group = self._contents.get(occurrence)
+        if group is None:
+            frames = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
+            group = read_group_header(*frames)
+        return group
 
     def commit(self, policy_version: int, next_version: int) -> int:
         """Record that the checkpoint of `policy_version` is durable. Returns the number of groups that are now done.
@@ -356,26 +375,30 @@ class Ledger:
         if expired:
             self.file.count("uses_expired", expired)
         self._move("used", "done", len(done))
+        self._contents.remove(done)
         self.batches.load()
         return len(done)
 
     def drop_stale(self, next_version: int) -> int:
         """Resample or drop the ready groups that no batch from `next_version` on can use. Returns their number."""
         rows = self.file.rows(
-            "SELECT occurrence FROM occurrences WHERE state = 'ready' AND useful_version < ?",
+            "SELECT occurrence, prompt_id, oldest_version FROM occurrences"
+            " WHERE state = 'ready' AND useful_version < ?",
             next_version - self._config.max_staleness,
         )
-        for (occurrence,) in rows:
+        for occurrence, _, version in rows:
             reason = self._count_stale(occurrence)
             self.file.write("DELETE FROM payloads WHERE occurrence = ?", occurrence)
+            state = "dropped" if reason else "pending"
             self.file.write(
                 "UPDATE OR FAIL occurrences SET state = ?, reason = ?, num_samples = NULL, num_correct = NULL"
                 " WHERE occurrence = ?",
-                *("dropped" if reason else "pending", reason, occurrence),
+                *(state, reason, occurrence),
             )
-            self._headers.pop(occurrence, None)
-        if rows:
-            self._load()
+            self._move("ready", _count_key(state, reason))
+            _decrement(self.ready, version)
+        self._contents.remove([occurrence for occurrence, *_ in rows])
+        self.curriculum.read_again({prompt_id for _, prompt_id, _ in rows})
         return len(rows)
 
     def roll_back(self, policy_version: int) -> int:
@@ -392,7 +415,7 @@ class Ledger:
             " WHERE used_version >= ? AND state = 'used'",
             policy_version,
         )
-        self.file.write(
+        ready_again = self.file.write(
             f"UPDATE OR FAIL occurrences SET state = 'ready' WHERE state = 'used' AND {only_use}",
             *(policy_version, policy_version),
         )
@@ -406,7 +429,9 @@ class Ledger:
         self.zero_advantage.reset()
         self.file.count("rolled_back", number)
         self.file.count("resampled", resampled)
-        self._load()
+        self._move("used", "ready", ready_again)
+        self._move("done", "pending", resampled)
+        self._load_live()
         return int(number)
 
     def _find(self, group_id: str) -> _Row | None:
@@ -444,6 +469,32 @@ class Ledger:
     def _move(self, origin: str, target: str, number: int = 1) -> None:
         self.counts[origin] -= number
         self.counts[target] += number
+
+
+class RecentContents:
+    """The latest contents that this process received: at most `CONTENTS_BYTES`, so that a batch need not read them."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, PackedGroup] = {}
+        self._num_bytes = 0
+
+    def add(self, occurrence: int, group: PackedGroup) -> None:
+        """Keep a group's contents, and forget the oldest if there are too many."""
+        self.remove([occurrence])
+        self._groups[occurrence] = group
+        self._num_bytes += group.num_bytes
+        while self._num_bytes > CONTENTS_BYTES:
+            self.remove([next(iter(self._groups))])
+
+    def get(self, occurrence: int) -> PackedGroup | None:
+        """Return the group's contents if they are kept."""
+        return self._groups.get(occurrence)
+
+    def remove(self, occurrences: Sequence[int]) -> None:
+        """Forget the contents of groups that are not ready or used any more."""
+        for occurrence in occurrences:
+            group = self._groups.pop(occurrence, None)
+            self._num_bytes -= group.num_bytes if group is not None else 0
 
 
 @dataclass(frozen=True, slots=True)

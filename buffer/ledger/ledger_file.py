@@ -6,31 +6,48 @@ an explicit transaction.
 
 Pages are large because groups are: the contents of a group take a few pages instead of dozens. Pages of deleted
 contents are reused, and with `secure_delete` off they are not overwritten first. The file is therefore as large as the
-largest number of groups whose contents were ever kept at once, plus the rows that stay. SQLite checkpoints the
-write-ahead log into the file every `WAL_BYTES`. The log grows beyond that only while a reader holds an older snapshot,
-and is truncated afterwards.
+largest number of groups whose contents were ever kept at once, plus the rows that stay. The write-ahead log is merged
+into the file every `WAL_BYTES`, by another thread, so that nobody waits for the disk meanwhile (`LogMerger`). The log
+grows beyond that while a reader holds an older snapshot, and is truncated afterwards.
+
+What is short and changes often, the run's values (`meta`) and counters, is kept in memory and written once at the end
+of each transaction.
+
+`quick_check` reads the whole file, 2.5 s per million groups ever issued. It runs when the file is opened, unless the
+file is as the last process left it when it closed the file (`FileMark`).
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from buffer.ledger.states import STATES, enforcing_triggers
+from buffer.ledger.states import FROM_SCHEMA_5, TABLES
 
-SCHEMA_VERSION = 5
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 6
 FILE_NAME = "ledger.sqlite"
 PAGE_BYTES = 1 << 15
 WAL_BYTES = 1 << 26
+MERGE_BYTES = 1 << 25
+"""Contents written since the last merge of the log after which the next one begins."""
+CACHE_BYTES = 1 << 25
+"""Pages kept in memory, so that a group's contents need not be read again to be deleted."""
 LOCK_SECONDS = 10.0
 """How long to wait for a previous buffer process that is about to exit."""
 _LOCK_POLL_SECONDS = 0.05
+
+_MERGE = "PRAGMA wal_checkpoint(PASSIVE)"
+"""Waits neither for readers nor for the writer, and copies what it can."""
 
 _OUT_OF_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)
 _OF_A_STATEMENT = (
@@ -46,64 +63,6 @@ V = TypeVar("V")
 
 SUCCESS = "CAST(num_correct AS REAL) / num_samples"
 """SQL: the share of correct completions in a group; NULL before the group is delivered."""
-
-_TABLES = f"""
-CREATE TABLE meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE occurrences (
-    occurrence INTEGER PRIMARY KEY,
-    prompt_id INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    state TEXT NOT NULL CHECK (state IN {STATES}),
-    reason TEXT NOT NULL DEFAULT '',
-    holder TEXT NOT NULL,
-    actor_id TEXT NOT NULL,
-    request_number INTEGER NOT NULL,
-    oldest_version INTEGER NOT NULL,
-    num_tokens INTEGER NOT NULL DEFAULT 0,
-    num_tokens_squared INTEGER NOT NULL DEFAULT 0,
-    useful_version INTEGER,
-    reward_spread REAL,
-    num_stale INTEGER NOT NULL DEFAULT 0,
-    num_samples INTEGER,
-    num_correct INTEGER
-) STRICT;
-CREATE INDEX pending ON occurrences (occurrence) WHERE state = 'pending';
-CREATE INDEX leased ON occurrences (holder, request_number) WHERE state = 'leased';
-CREATE INDEX ready ON occurrences (oldest_version, occurrence) WHERE state = 'ready';
-CREATE INDEX used ON occurrences (occurrence) WHERE state = 'used';
-CREATE TABLE uses (
-    used_version INTEGER NOT NULL,
-    batch_order INTEGER NOT NULL,
-    occurrence INTEGER NOT NULL REFERENCES occurrences,
-    PRIMARY KEY (used_version, batch_order),
-    UNIQUE (occurrence, used_version)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE payloads (
-    occurrence INTEGER PRIMARY KEY REFERENCES occurrences,
-    header BLOB NOT NULL,
-    arrays BLOB NOT NULL
-) STRICT;
-CREATE TABLE stages (
-    stage INTEGER PRIMARY KEY,
-    first_occurrence INTEGER NOT NULL,
-    policy_version INTEGER NOT NULL,
-    began_at REAL NOT NULL,
-    success_before REAL NOT NULL,
-    groups_before INTEGER NOT NULL,
-    epoch INTEGER NOT NULL,
-    epoch_first_occurrence INTEGER NOT NULL,
-    num_passed_over INTEGER NOT NULL,
-    passed_over BLOB NOT NULL
-) STRICT;
-CREATE TABLE evaluations (
-    requested_version INTEGER PRIMARY KEY,
-    state TEXT NOT NULL CHECK (state IN ('pending', 'running', 'reported')),
-    holder TEXT NOT NULL DEFAULT '',
-    request_number INTEGER NOT NULL DEFAULT -1,
-    report BLOB
-) STRICT;
-{enforcing_triggers()}"""
 
 
 class LedgerLostError(ValueError):
@@ -130,6 +89,9 @@ class LedgerFile:
     def __init__(self, run_dir: Path, durability: str) -> None:
         self._path = run_dir / FILE_NAME
         self._undo: list[Callable[[], None]] = []
+        self._mark = FileMark(self._path)
+        self._durability = durability
+        self._merger: LogMerger | None = None
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(run_dir / "ledger.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -146,6 +108,7 @@ class LedgerFile:
         self._syncs_log = False
         try:
             self._set_up(durability)
+            self._merger = LogMerger(self._path, _SYNCHRONOUS[durability])
             self._inode = self._path.stat().st_ino
             # The names of the file and its log; SQLite itself makes only the name of a log durable.
             _sync(run_dir)
@@ -171,10 +134,15 @@ class LedgerFile:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}")
             self._db.execute("PRAGMA secure_delete = OFF")
-            self._db.execute(f"PRAGMA wal_autocheckpoint = {WAL_BYTES // PAGE_BYTES}")
+            # Reached only if `LogMerger` cannot keep up, or many rows and few contents are written.
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {2 * WAL_BYTES // PAGE_BYTES}")
             self._db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
-            self._create_or_check(self._path)
-            found = self.one("PRAGMA quick_check(1)")
+            self._db.execute(f"PRAGMA cache_size = {-CACHE_BYTES // 1024}")
+            found = "ok" if self._mark.fits() else self.one("PRAGMA quick_check(1)")
+            self._mark.remove()
+            if found == "ok":
+                self._create_or_check(self._path)
+                self._read_values()
         except sqlite3.DatabaseError as error:
             if is_out_of_space(error):
                 raise
@@ -201,7 +169,9 @@ class LedgerFile:
     def _create_or_check(self, path: Path) -> None:
         version = self.one("PRAGMA user_version")
         if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            self._db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        elif version == 5:
+            self._db.executescript(f"BEGIN IMMEDIATE; {FROM_SCHEMA_5} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         elif version != SCHEMA_VERSION:
             raise ValueError(
                 f"{path} was written under ledger schema {version}, this program speaks {SCHEMA_VERSION};"
@@ -213,6 +183,21 @@ class LedgerFile:
         """Number of rows written since the file was opened, including those rolled back."""
         return self._db.total_changes
 
+    def _read_values(self) -> None:
+        self._values: dict[str, Any] = dict(self.rows("SELECT key, value FROM meta"))
+        self._counters: dict[str, int] = dict(self.rows("SELECT name, value FROM counters"))
+        self._changed: set[str] = set()
+        self._counted: set[str] = set()
+
+    def _write_values(self) -> None:
+        """Write what `set_meta` and `count` changed since the last transaction."""
+        for key in self._changed:
+            self.write("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, self._values[key])
+        for name in self._counted:
+            self.write("INSERT OR REPLACE INTO counters VALUES (?, ?)", name, self._counters[name])
+        self._changed.clear()
+        self._counted.clear()
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit all writes inside the block when it ends; undo all of them when it raises."""
@@ -221,15 +206,19 @@ class LedgerFile:
         self._undo.clear()
         try:
             yield
+            self._write_values()
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            self._read_values()
             for undo in reversed(self._undo):
                 undo()
             raise
         finally:
             self._undo.clear()
+        if self._merger is not None:
+            self._merger.committed(self._db)
         if self._syncs_log:
             # Under synchronous = NORMAL all commits since SQLite's last sync are in the log, and a sync by any
             # descriptor covers what others wrote. A second descriptor of the log does no harm; closing one of the
@@ -260,15 +249,23 @@ class LedgerFile:
 
         Under the durability `memory` only until the log is next merged into the file, which is not synced.
         """
-        if not self._db.in_transaction:
-            raise RuntimeError("make_durable outside a transaction")
+        self._check_open()
         self._syncs_log = True
+
+    def _check_open(self) -> None:
+        if not self._db.in_transaction:
+            raise RuntimeError("a write to the ledger outside a transaction")
 
     def write(self, sql: str, *arguments: Any) -> int:
         """Run one statement inside the open transaction. Returns the number of changed rows."""
-        if not self._db.in_transaction:
-            raise RuntimeError(f"{sql[:40]!r} outside a transaction")
+        self._check_open()
         return self._db.execute(sql, arguments).rowcount
+
+    def write_contents(self, occurrence: int, header: bytes, arrays: bytes) -> None:
+        """Store the contents of a group inside the open transaction."""
+        self.write("INSERT INTO payloads VALUES (?, ?, ?)", occurrence, header, arrays)
+        if self._merger is not None:
+            self._merger.num_bytes += len(header) + len(arrays)
 
     def rows(self, sql: str, *arguments: Any) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
@@ -281,26 +278,111 @@ class LedgerFile:
 
     def meta(self, key: str, default: Any) -> Any:
         """Return the run's value for `key`, or `default`."""
-        value = self.one("SELECT value FROM meta WHERE key = ?", key)
-        return default if value is None else value
+        return self._values.get(key, default)
 
     def set_meta(self, key: str, value: int | str) -> None:
-        """Store the run's value for `key`."""
-        self.write("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
+        """Store the run's value for `key`, inside the open transaction."""
+        self._check_open()
+        self._values[key] = value
+        self._changed.add(key)
 
     def count(self, name: str, number: int = 1) -> None:
-        """Add `number` to a counter. Counters never decrease."""
-        sql = "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
-        self.write(sql, name, number)
+        """Add `number` to a counter, inside the open transaction. Counters never decrease."""
+        self._check_open()
+        self._counters[name] = self._counters.get(name, 0) + number
+        self._counted.add(name)
 
     def counters(self) -> dict[str, int]:
         """Return all counters: late, duplicate and unknown deliveries, reissued and rolled back groups, and others."""
-        return dict(self.rows("SELECT name, value FROM counters ORDER BY name"))
+        return dict(sorted(self._counters.items()))
 
     def close(self) -> None:
         """Close the file and let another process write."""
+        if self._merger is not None:
+            self._merger.close()
         self._db.close()
+        if self._merger is not None and self._durability != "memory":
+            self._mark.write()
         os.close(self._lock)
+
+
+class LogMerger:
+    """Merges the write-ahead log into the file while the buffer goes on. Call `committed` after every transaction.
+
+    Without it the transaction that fills the log would merge it and wait for the disk: a tenth of a second and more, in
+    which no message is answered. Here a thread, with a connection of its own, copies and syncs what is in the log. What
+    is committed meanwhile is little; a later transaction's end merges that, and SQLite starts the log anew.
+
+    Args:
+        path: the ledger's file, which is open already.
+        synchronous: the same value of SQLite's setting as for the writing connection.
+    """
+
+    def __init__(self, path: Path, synchronous: str) -> None:
+        self.num_bytes = 0
+        """Bytes of contents written since the last merge began; the writer adds to it."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger-merger")
+        self._running: Future[None] | None = None
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._db.execute(f"PRAGMA synchronous = {synchronous}")
+
+    def committed(self, writer: sqlite3.Connection) -> None:
+        """Begin a merge if there is enough to do; finish one with `writer` if its larger part is done."""
+        if self._running is None:
+            if self.num_bytes >= MERGE_BYTES:
+                self.num_bytes = 0
+                self._running = self._thread.submit(_merge, self._db)
+        elif self._running.done():
+            self._running.result()
+            self._running = None
+            _merge(writer)
+
+    def close(self) -> None:
+        """End the thread and its connection. Waits for: a merge that has begun."""
+        self._thread.shutdown()
+        self._db.close()
+
+
+def _merge(db: sqlite3.Connection) -> None:
+    try:
+        db.execute(_MERGE).fetchall()
+    except sqlite3.Error as error:
+        if not is_out_of_space(error):
+            raise
+        # The log keeps what could not be merged. Later merges try again.
+        log.info("the ledger's log could not be merged yet: %s", error)
+
+
+class FileMark:
+    """A small file beside the ledger: the ledger's size and time of change when a process closed it in good order.
+
+    As long as both are the same, nobody has written to the ledger since, and its whole check can be left out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._mark = path, path.with_name("ledger.closed")
+
+    def _now(self) -> str:
+        found = self._path.stat()
+        log = self._path.with_name(f"{FILE_NAME}-wal")
+        return f"{found.st_size} {found.st_mtime_ns} {log.exists()}"
+
+    def fits(self) -> bool:
+        """Return whether the ledger is as it was closed."""
+        try:
+            return self._mark.read_text() == self._now()
+        except OSError:
+            return False
+
+    def remove(self) -> None:
+        """Forget the mark, because the ledger may change from now on."""
+        with suppress(OSError):
+            self._mark.unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Remember the ledger as it is. Without space for the mark the next process checks the whole ledger."""
+        with suppress(OSError):
+            self._mark.write_text(self._now())
 
 
 def _sync(path: Path) -> None:

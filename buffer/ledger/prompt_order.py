@@ -54,6 +54,12 @@ class RecentGroups:
                 kept[: place - 1] = kept[1:place]
                 kept[place - 1] = new
 
+    def replace(self, prompt_id: int, rows: Sequence[tuple[int, int, float]]) -> None:
+        """Replace all groups of a prompt. `rows` as in the constructor, at most `num_groups`."""
+        self._occurrences[prompt_id], self._success[prompt_id] = -1, np.nan
+        for place, (occurrence, _, success) in enumerate(reversed(rows), start=1):
+            self._occurrences[prompt_id, -place], self._success[prompt_id, -place] = occurrence, success
+
     def teach_nothing(self, prompts: NDArray[np.int64], skip_solved: Skip, skip_unsolved: Skip) -> NDArray[np.bool_]:
         """Return True for prompts that were solved, or failed, in each of their latest groups, [len(prompts)] bool.
 

@@ -1,6 +1,6 @@
-"""The state machine of a prompt occurrence: its states and all allowed transitions.
+"""The state machine of a prompt occurrence: its states and all allowed transitions; and the tables that hold it.
 
-`buffer/ledger/ledger_file.py` turns the transitions into triggers, so that SQLite itself refuses any other change.
+Triggers made from the transitions let SQLite itself refuse any other change. Used by `buffer/ledger/ledger_file.py`.
 """
 
 from __future__ import annotations
@@ -41,3 +41,71 @@ BEGIN SELECT RAISE(FAIL, 'no such transition of an occurrence'); END;
 CREATE TRIGGER only_known_beginning BEFORE INSERT ON occurrences WHEN new.state != '{FIRST_STATE}'
 BEGIN SELECT RAISE(FAIL, 'an occurrence begins as {FIRST_STATE}'); END;
 """
+
+
+_STATE_COUNTS = "CREATE TABLE state_counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;"
+"""Number of occurrences by state; of dropped ones by reason, as `dropped:REASON`."""
+FROM_SCHEMA_5 = f"""
+{_STATE_COUNTS}
+INSERT INTO state_counts SELECT iif(state = 'dropped', 'dropped:' || reason, state) AS name, COUNT(*)
+FROM occurrences GROUP BY name;
+"""
+
+TABLES = f"""
+CREATE TABLE meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+{_STATE_COUNTS}
+CREATE TABLE occurrences (
+    occurrence INTEGER PRIMARY KEY,
+    prompt_id INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    state TEXT NOT NULL CHECK (state IN {STATES}),
+    reason TEXT NOT NULL DEFAULT '',
+    holder TEXT NOT NULL,
+    actor_id TEXT NOT NULL,
+    request_number INTEGER NOT NULL,
+    oldest_version INTEGER NOT NULL,
+    num_tokens INTEGER NOT NULL DEFAULT 0,
+    num_tokens_squared INTEGER NOT NULL DEFAULT 0,
+    useful_version INTEGER,
+    reward_spread REAL,
+    num_stale INTEGER NOT NULL DEFAULT 0,
+    num_samples INTEGER,
+    num_correct INTEGER
+) STRICT;
+CREATE INDEX pending ON occurrences (occurrence) WHERE state = 'pending';
+CREATE INDEX leased ON occurrences (holder, request_number) WHERE state = 'leased';
+CREATE INDEX ready ON occurrences (oldest_version, occurrence) WHERE state = 'ready';
+CREATE INDEX used ON occurrences (occurrence) WHERE state = 'used';
+CREATE TABLE uses (
+    used_version INTEGER NOT NULL,
+    batch_order INTEGER NOT NULL,
+    occurrence INTEGER NOT NULL REFERENCES occurrences,
+    PRIMARY KEY (used_version, batch_order),
+    UNIQUE (occurrence, used_version)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE payloads (
+    occurrence INTEGER PRIMARY KEY REFERENCES occurrences,
+    header BLOB NOT NULL,
+    arrays BLOB NOT NULL
+) STRICT;
+CREATE TABLE stages (
+    stage INTEGER PRIMARY KEY,
+    first_occurrence INTEGER NOT NULL,
+    policy_version INTEGER NOT NULL,
+    began_at REAL NOT NULL,
+    success_before REAL NOT NULL,
+    groups_before INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    epoch_first_occurrence INTEGER NOT NULL,
+    num_passed_over INTEGER NOT NULL,
+    passed_over BLOB NOT NULL
+) STRICT;
+CREATE TABLE evaluations (
+    requested_version INTEGER PRIMARY KEY,
+    state TEXT NOT NULL CHECK (state IN ('pending', 'running', 'reported')),
+    holder TEXT NOT NULL DEFAULT '',
+    request_number INTEGER NOT NULL DEFAULT -1,
+    report BLOB
+) STRICT;
+{enforcing_triggers()}"""

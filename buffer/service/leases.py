@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, replace
+from heapq import nsmallest
 
 from buffer.config import BufferConfig
 from buffer.ledger.admission import in_time, room, slot, wanted
@@ -158,11 +159,12 @@ class Leases:
             self._ledger.file.on_undo(lambda: self._clients.update({identity: kept}))
         return client
 
-    def waits(self, now: float) -> list[messages.Wait]:
-        """Return the actors that wait for leases, and what each one waits for."""
+    def waits(self, now: float, most: int) -> list[messages.Wait]:
+        """Return up to `most` actors that have waited longest for leases, and what each one waits for."""
         waiting = [c for c in self._clients.values() if c.parked and now - c.heard <= PRESUMED_DEAD_SECONDS]
+        longest = nsmallest(most, waiting, key=lambda client: client.parked_since)
         return [
-            messages.Wait(c.actor_id, self._what_a_lease_lacks(c.policy_version), now - c.parked_since) for c in waiting
+            messages.Wait(c.actor_id, self._what_a_lease_lacks(c.policy_version), now - c.parked_since) for c in longest
         ]
 
     def _what_a_lease_lacks(self, policy_version: int) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from buffer.config import BufferConfig
@@ -46,6 +47,8 @@ class Server:
         self._ledger = Ledger(config, time.monotonic())
         self._stopping = False
         self._waits_saved = -REFRESH_SECONDS
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="waits")
+        self._saving: Future[None] | None = None
         try:
             self._router = Router(config.address, credentials)
         except BaseException:
@@ -69,6 +72,7 @@ class Server:
         finally:
             self._router.close()
             self._ledger.close()
+            self._saver.shutdown()
         log.info("buffer closed")
 
     def _turn(self) -> None:
@@ -77,7 +81,7 @@ class Server:
         self._ledger.file.check_present()
         for answer in self._turns.carry_out(messages, more_waiting, now, self._router.take_counts()):
             self._send(answer, now)
-        if now - self._waits_saved >= REFRESH_SECONDS:
+        if now - self._waits_saved >= REFRESH_SECONDS and (self._saving is None or self._saving.done()):
             self._waits_saved = now
             self._save_waits(now)
 
@@ -92,12 +96,15 @@ class Server:
 
     def _save_waits(self, now: float) -> None:
         try:
-            save_waits(Path(self._config.run_dir), self._turns.service.waits(now))
+            waits = self._turns.service.waits(now)
         except Exception as error:
             if is_about_the_file(error):
                 raise
             self._waits_saved = now + PAUSE_SECONDS
             self._turns.note_error("the list of waits", "all", error)
+        else:
+            # By a thread, because a network file system may block.
+            self._saving = self._saver.submit(save_waits, Path(self._config.run_dir), waits)
 
 
 def open_server(config: BufferConfig) -> Server:

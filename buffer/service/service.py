@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -23,6 +23,7 @@ from buffer.ledger.ledger import Ledger
 from buffer.ledger.sampler import SAMPLERS, balance, next_batch
 from buffer.ledger.stale_tokens import mask_older_tokens
 from buffer.service.leases import Leases, Outgoing, holder_name
+from buffer.service.peers import TEXT_KEPT, WORST, Peers
 from buffer.service.probes import Probes
 from buffer.service.progress import Progress
 from buffer.transport import messages
@@ -39,9 +40,9 @@ Note = Callable[[bytes, Exception, float], None]
 """Called with a peer's name, what is wrong with its message, and the time."""
 HELLOS_KEPT = 20
 """Earlier learners whose late hello is recognized."""
-MAX_PEERS = 10_000
-FORGOTTEN_SECONDS = 900.0
-"""Silence after which a process is no longer in the status."""
+REPORTS_SHOWN = 20
+HOLDERS_SHOWN = 8
+REASONS_SHOWN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +50,6 @@ class _ParkedBatch:
     request_number: int
     request: messages.BatchRequest
     since: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    heartbeat: messages.Heartbeat
-    heard: float
-    waiting_since: float
-
-    def waiting_seconds(self, now: float) -> float:
-        return now - self.waiting_since if self.heartbeat.waiting_for else 0.0
 
 
 class Service:
@@ -71,9 +62,8 @@ class Service:
         self._progress = Progress(ledger.file)
         self._leases = Leases(config, ledger, self._progress)
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
-        self._peers: dict[tuple[str, str], _Peer] = {}
+        self._peers = Peers(ledger.file)
         self._probes = Probes()
-        self._forget_at = 0.0
         self._learner_heard: float | None = None
         self.out_of_space_since: float | None = None
         """Monotonic time since when the ledger's disk is full; None: it is not. Set by `Turns`."""
@@ -111,7 +101,7 @@ class Service:
                 log.info("%s says goodbye: %d leases pending again", message.actor_id, self._leases.leave(identity))
                 reply = messages.Done()
             case messages.StatusRequest():
-                reply = self.status(now)
+                reply = self.status(now, message.names)
             case messages.ProbeRequest():
                 reply = self._probes.request(message.probe, now)
             case _:
@@ -167,32 +157,25 @@ class Service:
             del self._batches[key]
         return bool(keys) or self._leases.withdraw(identity, number)
 
-    def status(self, now: float) -> messages.Status:
-        """Answer a `StatusRequest`."""
+    def status(self, now: float, names: Sequence[str] = ()) -> messages.Status:
+        """Answer a `StatusRequest` that names the processes `names`."""
         ledger, progress = self._ledger, self._progress
         counts = dict.fromkeys(("pending", "leased", "ready", "used", "done"), 0)
-        counts |= ledger.counts
+        counts |= _largest(ledger.counts)
         counts |= {"issued": ledger.file.meta("issued", 0)} | ledger.file.counters()
-        peers = []
-        for peer in self._peers.values():
-            beat, silent_seconds = peer.heartbeat, now - peer.heard
-            shown = (beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
-            peers.append(messages.Peer(*shown, waiting_seconds=peer.waiting_seconds(now)))
-        reports, waits, stage = ledger.evaluations.reports(), self.waits(now), ledger.curriculum.status()
-        known = counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage
-        return messages.Status(*known, notes=(self.last_error,) if self.last_error else ())
+        actors, peers = self._peers.totals(now), self._peers.shown(now, names)
+        reports, waits, stage = ledger.evaluations.latest(REPORTS_SHOWN), self.waits(now), ledger.curriculum.status()
+        known = counts, progress.policy_version, progress.closing, peers, reports, waits, stage
+        return messages.Status(*known, notes=(self.last_error,) if self.last_error else (), actors=actors)
 
     def waits(self, now: float) -> tuple[messages.Wait, ...]:
-        """Return all waits, longest first: of parked requests, and those that heartbeats of other processes report."""
-        waits = self._leases.waits(now)
+        """Return the longest waits, longest first: of parked requests, and those that heartbeats of others report."""
+        waits = self._leases.waits(now, WORST)
         for parked in self._batches.values():
             who, for_what = f"learner-{parked.request.rank}", self._what_a_batch_lacks(parked.request)
             waits.append(messages.Wait(who, for_what, now - parked.since))
-        known = {wait.who for wait in waits}
-        for peer in self._peers.values():
-            beat = peer.heartbeat
-            if beat.waiting_for and beat.name not in known:
-                waits.append(messages.Wait(beat.name, beat.waiting_for, peer.waiting_seconds(now)))
+        waits += self._peers.waits(now, {wait.who for wait in waits})
+        waits = sorted(waits, key=lambda wait: -wait.seconds)[:WORST]
         if self.out_of_space_since is not None:
             waits.append(messages.Wait("buffer", "space on the ledger's disk", now - self.out_of_space_since))
         return tuple(sorted(waits, key=lambda wait: -wait.seconds))
@@ -201,8 +184,10 @@ class Service:
         ledger = self._ledger
         available = ledger.ready.total() + ledger.batches.num_reusable(request.policy_version)
         missing = self._limits.groups_per_batch - available
-        holders = ", ".join(f"{number} at {actor}" for actor, number in ledger.leased_by_actor().items())
-        where = f"leased: {holders}" if holders else "none is leased"
+        holders, others = ledger.leased_by_actor(HOLDERS_SHOWN)
+        where = ", ".join(f"{number} at {actor}" for actor, number in holders.items())
+        where += f", {others} elsewhere" if others else ""
+        where = f"leased: {where}" if where else "none is leased"
         if missing > 0:
             return f"{missing} more groups for policy {request.policy_version} ({where})"
         return f"older groups that would become too stale ({where})"
@@ -413,13 +398,7 @@ class Service:
 
     def _heartbeat(self, identity: bytes, heartbeat: messages.Heartbeat, number: int, now: float) -> messages.Message:
         heartbeat = replace(heartbeat, policy_version=min(heartbeat.policy_version, self._newest_possible))
-        key = heartbeat.role, heartbeat.name
-        known = self._peers.get(key)
-        unchanged = known is not None and known.heartbeat.waiting_for == heartbeat.waiting_for
-        since = known.waiting_since if known is not None and unchanged else now
-        self._forget_peers(now, is_full=known is None and len(self._peers) >= MAX_PEERS)
-        self._ledger.file.guard(self._peers, key)
-        self._peers[key] = _Peer(heartbeat, now, since)
+        self._peers.heard(heartbeat, now)
         probes: tuple[messages.Probe, ...] = ()
         if heartbeat.role == "learner":
             self._learner_heard = now
@@ -431,17 +410,16 @@ class Service:
         state = self._progress.policy_version, self._progress.closing
         return messages.HeartbeatReply(*state, probes=probes, learner_silent_seconds=silent)
 
-    def _forget_peers(self, now: float, *, is_full: bool) -> None:
-        """Forget the processes that left: now and then all that were silent for long; the most silent one if full."""
-        gone = [min(self._peers, key=lambda key: self._peers[key].heard)] if is_full else []
-        if now >= self._forget_at:
-            self._forget_at = now + FORGOTTEN_SECONDS / 10
-            gone += [key for key, peer in self._peers.items() if now - peer.heard > FORGOTTEN_SECONDS]
-        for key in set(gone):
-            self._ledger.file.guard(self._peers, key)
-            del self._peers[key]
-
     def _set_policy_version(self, version: int) -> None:
         """Note the learner's version. The learner cannot be further than the batches that it was given."""
         if self._progress.policy_version < version <= self._progress.next_version:
             self._progress.set(policy_version=version)
+
+
+def _largest(counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the counts by state. Only the most frequent reasons for dropping have names, since actors choose them."""
+    reasons = [name for name in counts if name.startswith("dropped:")]
+    named = set(sorted(reasons, key=lambda name: -counts[name])[:REASONS_SHOWN])
+    shown = {name[:TEXT_KEPT]: number for name, number in counts.items() if name in named or name not in reasons}
+    rest = sum(counts[name] for name in reasons if name not in named)
+    return shown | ({"dropped:other": rest} if rest else {})

@@ -16,7 +16,7 @@ from pathlib import Path
 from buffer.transport.messages import Wait
 
 FILE_NAME = "waits.json"
-REFRESH_SECONDS = 1.0
+REFRESH_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ MOST_PROBED_TOKENS = 16
 MAX_TENSORS = 1 << 17
 """Largest number of tensors in a manifest: more than the experts of the largest models have, one by one."""
 MAX_TENSORS_BYTES = 1 << 25
+MAX_NAMED = 256
+"""Processes that one status request may name."""
 
 
 class ForeignRunError(WireError):
@@ -396,6 +398,9 @@ class Close:
 class StatusRequest:
     """Ask for the values of the terminal display."""
 
+    names: tuple[Name, ...] = ()
+    """Processes whose last heartbeat the answer shall have whatever their state; at most `MAX_NAMED` are looked up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -409,6 +414,22 @@ class Peer:
     metrics: Metrics
     waiting_seconds: Seconds = 0.0
     """How long `waiting_for` has been unchanged; 0 when it is empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class ActorTotals:
+    """All actors of the run together. Actors that have been silent for a minute do not count."""
+
+    num_actors: Count = 0
+    num_silent: Count = 0
+    """Of these, the number that has been silent for longer than a few seconds."""
+    num_waiting: Count = 0
+    oldest_version: VersionOrNone = -1
+    """Oldest version of the weights on any actor; -1: no actor, or one without weights."""
+    newest_version: VersionOrNone = -1
+    """Newest version on any process."""
+    metrics: dict[Line, float] = dataclasses.field(default_factory=dict)
+    """Sums, or means of shares and seconds, over the actors that report the metric (`buffer/actor_metrics.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,20 +460,23 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The state of the run."""
+    """The state of the run. Its size does not grow with the number of processes, or with the run."""
 
     counts: dict[Line, Count]
     """Prompt occurrences by state, with dropped ones as `dropped:REASON`; `issued`; and the ledger's counters."""
     policy_version: VersionOrNone
     closing: bool
     peers: tuple[Peer, ...]
+    """The learner's ranks, the processes that the request names, and of all others the worst: silent, or waiting."""
     reports: tuple[EvaluationReport, ...]
-    """Of all evaluations, oldest first."""
+    """Of the first evaluation and the latest ones, oldest first. `EvaluationQuery` asks for all."""
     waits: tuple[Wait, ...] = ()
-    """Longest wait first; from parked requests at the buffer, and from heartbeats of other processes."""
+    """The longest waits, longest first; from parked requests at the buffer, and from heartbeats of other processes."""
     stage: StageStatus = StageStatus()
     notes: tuple[Line, ...] = ()
     """Sentences for the user about what went wrong."""
+    actors: ActorTotals = ActorTotals()
+    """All actors together, also those that are not among `peers`."""
 
 
 # Actor or relay -> weight server, and the answers.
@@ -672,6 +696,11 @@ def decode(frames: Sequence[Frame], run_id: str) -> tuple[Message, int]:
 
 
 def _pack(value: Any, frames: Frames) -> Any:
+    cls = type(value)
+    if cls in _SENT_AS_THEY_ARE:
+        return value
+    if cls is tuple:
+        return [_pack(item, frames) for item in value]
     if isinstance(value, PackedGroup):
         frames += [value.header_frame, value.arrays_frame]
         return None
@@ -681,10 +710,8 @@ def _pack(value: Any, frames: Frames) -> Any:
     if isinstance(value, TensorEntries):
         frames.append(value.frame)
         return None
-    if isinstance(value, tuple):
-        return [_pack(item, frames) for item in value]
     if dataclasses.is_dataclass(value):
-        return [_pack(getattr(value, name), frames) for name in _field_names(type(value))]
+        return [_pack(getattr(value, name), frames) for name in _field_names(cls)]
     return value
 
 
@@ -708,6 +735,7 @@ def _take_tensors(value: Any, rest: Frames) -> TensorEntries:
 
 
 _read_tensor = record(TensorEntry, {})
+_SENT_AS_THEY_ARE = {str, int, float, bool, dict}
 _SPECIAL: dict[Any, Reader] = {
     PackedGroup: _take_group,
     Frame: _take_frame,

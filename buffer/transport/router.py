@@ -36,8 +36,10 @@ log = logging.getLogger(__name__)
 
 IDENTITY = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,254}")
 """Valid names of connections. The names appear in the ledger and in logs."""
-LARGE_FRAME_BYTES = 1 << 16
-"""Frames of at least this size are sent without a copy."""
+LARGE_FRAME_BYTES = 1 << 20
+"""Frames of at least this size are sent without a copy. Smaller ones are copied faster than their release is noted."""
+LARGE_MESSAGE_BYTES = 4 << 20
+"""Messages of at least this size are sent without a copy, and known to be on their way until they have left."""
 GROUPS_PER_TURN = 8
 """Requests for a group of a batch after which `receive` returns, because each may be answered with many megabytes."""
 FIRST_PRUNE = 64
@@ -173,7 +175,8 @@ class Router:
         Until a large answer has left, `receive` drops repetitions of its request.
         """
         frames = encode(message, number, self._run_id)
-        small = max(len(frame) for frame in frames) < LARGE_FRAME_BYTES
+        sizes = [len(frame) for frame in frames]
+        small = max(sizes) < LARGE_FRAME_BYTES and sum(sizes) < LARGE_MESSAGE_BYTES
         tracker = self.socket.send_multipart([identity, *frames], copy=small, track=not small)
         if tracker is not None:
             self._leaving[identity, number] = tracker

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def record(cls: type[Any], special: dict[Any, Reader]) -> Reader:
 
 
 def fast_reader(cls: type[Any]) -> Callable[[bytes], Any]:
-    """Return a function that decodes a frame into the dataclass `cls`, which has no frames, and checks all but patterns.
+    """Return a function that decodes a frame into the dataclass `cls`, which has no frames. It checks all but patterns.
 
     Memory is allocated for a length that a sender claims only up to `MAX_ITEMS` per list.
     """
@@ -167,17 +168,17 @@ def fast_reader(cls: type[Any]) -> Callable[[bytes], Any]:
 def _for_msgspec(wanted: Any) -> Any:
     """Return `wanted` with its limits, but not the patterns of texts, as msgspec declares them."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    few = msgspec.Meta(max_length=MAX_ITEMS)
     if origin is Annotated and isinstance(arguments[1], Text):
         return Annotated[str, msgspec.Meta(max_length=arguments[1].longest)]
     if origin is Annotated:
         return Annotated[arguments[0], msgspec.Meta(ge=arguments[1].least, le=arguments[1].most)]
     if origin is tuple and arguments[-1] is Ellipsis:
-        return Annotated[tuple[_for_msgspec(arguments[0]), ...], msgspec.Meta(max_length=MAX_ITEMS)]
+        return Annotated[types.GenericAlias(tuple, (_for_msgspec(arguments[0]), ...)), few]
     if origin is tuple:
-        return tuple[*map(_for_msgspec, arguments)]
+        return types.GenericAlias(tuple, tuple(map(_for_msgspec, arguments)))
     if origin is dict:
-        key, value = map(_for_msgspec, arguments)
-        return Annotated[dict[key, value], msgspec.Meta(max_length=MAX_ITEMS)]  # type: ignore[valid-type]
+        return Annotated[types.GenericAlias(dict, tuple(map(_for_msgspec, arguments))), few]
     raise TypeError(f"msgspec has no limits for {wanted}")
 
 

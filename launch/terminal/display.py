@@ -110,7 +110,7 @@ class Display:
 def _line(status: Status, total_steps: int) -> str:
     learner = _learner_metrics(status)
     doing = [(peer.name, _doing(peer)) for peer in status.peers]
-    waits = ", ".join(f"{name} {what}" for name, what in doing if what != WORKING)
+    waits = ", ".join([*_others(status), *(f"{name} {what}" for name, what in doing if what != WORKING)])
     parts = [f"step {status.policy_version}/{total_steps}"]
     if "reward" in learner:
         parts.append(f"reward {learner['reward']:.3f}, staleness {learner['staleness']:.2f}")
@@ -143,10 +143,20 @@ def _table(status: Status) -> Table:
         table.add_row("curriculum", text)
     for peer in status.peers:
         table.add_row(peer.name, _doing(peer), "policy", str(peer.policy_version))
+    for text in _others(status):
+        table.add_row("", text)
     for wait in status.waits[:WAITS_SHOWN]:
         if wait.seconds >= LONG_WAIT_SECONDS and wait.who not in {peer.name for peer in status.peers}:
             table.add_row(wait.who, f"waits for {wait.for_what}{_since(wait.seconds)}")
     return table
+
+
+def _others(status: Status) -> list[str]:
+    """How many actors there are in all, if the status does not name each."""
+    actors, shown = status.actors, sum(peer.role == "actor" for peer in status.peers)
+    if actors.num_actors <= shown:
+        return []
+    return [f"{actors.num_actors} actors in all, {actors.num_waiting} waiting, {actors.num_silent} silent"]
 
 
 def _dropped(status: Status) -> str:

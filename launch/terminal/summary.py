@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from buffer.actor_metrics import over_actors
 from buffer.ledger.audit import audit
 from buffer.transport.messages import EvaluationReport, Status
 
@@ -47,7 +46,7 @@ def summarize_run(run_dir: Path, status: Status, wall_seconds: float) -> Summary
         policy_version=status.policy_version,
         samples_per_second=learner.get("samples_per_second"),
         tokens_per_second=learner.get("tokens_per_second"),
-        actor_idle_fraction=over_actors(status.peers).get("idle_fraction"),
+        actor_idle_fraction=status.actors.metrics.get("idle_fraction"),
         learner_idle_fraction=learner.get("idle_fraction"),
         staleness_mean=ledger.staleness_mean,
         staleness_max=ledger.staleness_max,

@@ -78,7 +78,7 @@ def say_hello(
         return None
     if isinstance(before, Status) and isinstance(welcome, LearnerWelcome):
         logger.info("starting at policy %d; %d groups are ready again", policy_version, welcome.num_rolled_back)
-        newest = max([before.policy_version, *(peer.policy_version for peer in before.peers)])
+        newest = max(before.policy_version, before.actors.newest_version)
         if before.counts["issued"]:
             # An earlier learner may have published one more version than the buffer was told.
             older[1] = newest + updates_per_batch

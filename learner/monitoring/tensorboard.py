@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
-from buffer.actor_metrics import over_actors
 from buffer.trajectory import Trajectory
 from buffer.transport.messages import EvaluationReport, Status
 from learner.batches.batch import TrainingBatch
@@ -105,19 +104,23 @@ class Reporter:
         metrics = {f"buffer/{state.replace(':', '_')}": float(count) for state, count in status.counts.items()}
         metrics["buffer/stage"], metrics["buffer/success"] = float(status.stage.stage), status.stage.success
         metrics["buffer/prompts_passed_over"] = float(status.stage.num_passed_over)
-        actors = [peer for peer in status.peers if peer.role == "actor"]
-        metrics |= {f"actor/{name}": value for name, value in over_actors(actors).items()}
-        if actors:
-            metrics["weights/actor_versions_behind"] = float(policy_version - min(a.policy_version for a in actors))
+        metrics |= {f"actor/{name}": value for name, value in status.actors.metrics.items()}
+        if status.actors.num_actors:
+            metrics["weights/actor_versions_behind"] = float(policy_version - status.actors.oldest_version)
         self.scalars(metrics, policy_version)
         self._waits(status, policy_version)
 
     def _waits(self, status: Status, policy_version: int) -> None:
-        """Write the longest wait of every process as a curve, and what each process waits for as a page of text."""
+        """Write the longest wait of every process as a curve, and what each one waits for as a page of text.
+
+        With more actors than a status names, only the learner has curves.
+        """
         longest: dict[str, float] = {}
         for wait in status.waits:
             longest[wait.who] = max(wait.seconds, longest.get(wait.who, 0.0))
         waiting = {peer.name for peer in status.peers} | longest.keys()
+        if status.actors.num_actors > sum(peer.role == "actor" for peer in status.peers):
+            waiting = {peer.name for peer in status.peers if peer.role != "actor"}
         self.scalars({f"waiting/{who}_seconds": longest.get(who, 0.0) for who in waiting}, policy_version)
         long = [w for w in status.waits if w.seconds >= LONG_WAIT_SECONDS]
         if long:
