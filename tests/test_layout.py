@@ -96,6 +96,7 @@ ONLY_CALLED_IN = {
     "_thread.start_new_thread": (),
     # The futures of these have readers; `tests/buffer/test_threads.py` and `tests/learner` say who.
     "ThreadPoolExecutor": (
+        "actors/rollouts/episode.py",
         "buffer/weights/versions.py",
         "learner/batches/prefetch.py",
         "learner/weights/device_store.py",

@@ -177,7 +177,9 @@ class Service:
         for peer in self._peers.values():
             beat, silent_seconds = peer.heartbeat, now - peer.heard
             shown = (beat.role, beat.name, beat.policy_version, beat.waiting_for, silent_seconds, beat.metrics)
-            peers.append(messages.Peer(*shown, waiting_seconds=peer.waiting_seconds(now)))
+            waiting_seconds = peer.waiting_seconds(now)
+            activity_seconds = beat.activity_seconds + silent_seconds if beat.activity else 0.0
+            peers.append(messages.Peer(*shown, waiting_seconds, beat.activity, activity_seconds))
         reports, waits, stage = ledger.evaluations.reports(), self.waits(now), ledger.curriculum.status()
         known = counts, progress.policy_version, progress.closing, tuple(peers), reports, waits, stage
         return messages.Status(*known, notes=(self.last_error,) if self.last_error else ())
@@ -265,7 +267,10 @@ class Service:
                 self._ledger.evaluations.request(message.policy_version)
                 return messages.Done()
             case messages.EvaluationQuery():
-                return messages.EvaluationReports(self._ledger.evaluations.reports(message.since_version))
+                evaluations = self._ledger.evaluations
+                return messages.EvaluationReports(
+                    evaluations.reports(message.since_version), is_running=bool(evaluations.holders())
+                )
             case messages.Close():
                 if not self._progress.closing:
                     self._progress.set(closing=True)
