@@ -46,6 +46,31 @@ from launch.terminal.summary import print_summary, summarize_run, write_summary
 from learner.checkpoints.manifest import newest_checkpoint
 
 
+class Signals:
+    """SIGINT and SIGTERM of this process: the first raises `Interrupted`, and one that comes later ends all at once."""
+
+    def __init__(self) -> None:
+        self._is_ending = self._comes_later = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._is_ending:
+            # An exception would interrupt the shutdown; who waits in it asks `end_at_once`.
+            self._comes_later = True
+        else:
+            self._is_ending = True
+            raise Interrupted(number)
+
+    def begin_to_end(self) -> None:
+        """Raise nothing from now on, because the run is ending for another reason."""
+        self._is_ending = True
+
+    def end_at_once(self) -> bool:
+        """Whether nothing is to be waited for any more."""
+        return self._comes_later
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM."""
 
@@ -78,10 +103,9 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
         return 2
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    signals = Signals()
     try:
-        return _run(plan, console)
+        return _run(plan, console, signals)
     except Interrupted as interruption:
         console.print(f"stopped by {interruption}; {_how_to_go_on(plan)}", soft_wrap=True, markup=False)
         # SIGTERM asks for exactly this end, so it is a success.
@@ -97,22 +121,15 @@ def _how_to_go_on(plan: RunPlan) -> str:
     return f"{where}, continue with: {command} resume={plan.run_dir}"
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    # A second signal must not interrupt the shutdown.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Interrupted(number)
-
-
-def _run(plan: RunPlan, console: Console) -> int:
+def _run(plan: RunPlan, console: Console, signals: Signals) -> int:
     started = time.monotonic()
     console.print(f"run directory: {plan.run_dir}", soft_wrap=True, markup=False)
-    guardian = Guardian(plan.cluster.grace_seconds, Path(plan.cluster.cache_dir).expanduser() / "compiled")
+    guardian = Guardian(plan.cluster.longest_grace_seconds, Path(plan.cluster.cache_dir).expanduser() / "compiled")
     # All processes started below inherit the run's mark and its temporary folder.
     os.environ.update(guardian.environment)
     try:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
-        status = _train(plan, console, guardian.run_mark)
+        status = _train(plan, console, guardian.run_mark, signals)
         summary = summarize_run(plan.run_dir, status, time.monotonic() - started)
         write_summary(summary, plan.run_dir)
     # OSError: any write can fail because the disk is full or the run directory is gone.
@@ -120,12 +137,13 @@ def _run(plan: RunPlan, console: Console) -> int:
         Console(stderr=True).print(f"error: {error}", soft_wrap=True, markup=False, highlight=False)
         return 1
     finally:
+        signals.begin_to_end()
         guardian.close()
     print_summary(summary, plan.run_dir, newest_checkpoint(plan.run_dir / "checkpoints"), console)
     return 0
 
 
-def _train(plan: RunPlan, console: Console, run_mark: str) -> Status:
+def _train(plan: RunPlan, console: Console, run_mark: str, signals: Signals) -> Status:
     """Run all processes until the learner has made its last step. Returns the final status of the buffer."""
     with Display(console, plan.sections["learner"]["total_steps"]) as display:
         for notice in notices(plan):
@@ -151,7 +169,8 @@ def _train(plan: RunPlan, console: Console, run_mark: str) -> Status:
         try:
             return session.run()
         finally:
-            session.close()
+            signals.begin_to_end()
+            session.close(signals.end_at_once)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from launch.processes.supervisor import RunFailedError, Supervisor
 from launch.processes.topology import processes
 from launch.processes.watch import Watch
 from launch.terminal.display import Display
+from learner.checkpoints.manifest import newest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,8 @@ HALTED_EVERY_SECONDS = 2.0
 """Interval of the search for halted processes, which reads the environment of every process on the machine."""
 UNANSWERED_SECONDS = 5.0
 """Time without an answer of the buffer after which the display says so."""
+SHOWN_WAIT_SECONDS = 1.0
+"""How long the end of the run may wait for the learner before the display says so."""
 FINAL_STATUS_SECONDS = 30.0
 """How long to wait for the buffer's status after the learner has ended."""
 
@@ -74,10 +78,28 @@ class Session:
         assert self._last is not None
         return self._last
 
-    def close(self) -> None:
-        """End all processes. The learner writes a checkpoint first if the grace period is long enough."""
+    def close(self, at_once: Callable[[], bool]) -> None:
+        """End all processes. The learner writes a checkpoint first.
+
+        Waits for: the learner. Unblocked by: `at_once`. Gives up after: `cluster.grace_seconds`, if that is not 0.
+        """
+        self._supervisor.stop(self._plan.cluster.longest_grace_seconds, at_once, self._show_ending)
         self._observer.close()
-        self._supervisor.stop(self._plan.cluster.grace_seconds)
+
+    def _show_ending(self, seconds: float) -> None:
+        """Say what the end of the run waits for. Quiet while the wait is short."""
+        self._receive_status()
+        if self._last is None or seconds < SHOWN_WAIT_SECONDS:
+            return
+        checkpoint = newest_checkpoint(self._plan.run_dir / "checkpoints")
+        saved = "none yet" if checkpoint is None else f"policy {int(checkpoint.name)}"
+        activity = next((peer.activity for peer in self._last.peers if peer.name == "learner-0"), "")
+        self._display.ending(
+            f"waiting for the learner's last checkpoint, {seconds:.0f} s"
+            + (f" ({activity})" if activity else "")
+            + f"; policy {self._last.policy_version} is reached, newest checkpoint: {saved};"
+            " Ctrl-C or SIGTERM once more ends at once, without it"
+        )
 
     def _turn(self) -> bool:
         if not (self._plan.run_dir / "config.yaml").is_file():

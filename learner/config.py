@@ -18,7 +18,7 @@ LEAST = {
     **dict.fromkeys(("max_batches_without_signal", "evaluate_every", "critic_warmup_steps", "seed"), 0),
 }
 """Lower bounds of the settings that are counts."""
-ABOVE_ZERO = ("evaluation_timeout_seconds", "batch_timeout_seconds", "logprob_tolerance")
+ABOVE_ZERO = ("evaluation_timeout_seconds", "logprob_tolerance")
 """Settings that may be any number above 0."""
 
 
@@ -165,9 +165,7 @@ class LearnerConfig:
     """Policy versions from one evaluation on held-out prompts to the next; 0: none in between. The first and the last
     version are always evaluated."""
     evaluation_timeout_seconds: float = 300.0
-    """How long the learner waits for the last evaluation at the end of the run."""
-    batch_timeout_seconds: float = 1800.0
-    """How long the learner waits for a batch before it ends with an error that names the buffer's address."""
+    """How long the learner waits, at the end of the run, while no actor runs the last evaluation."""
     logprob_tolerance: float = 0.02
     """Largest allowed mean of |log pi - log mu| over tokens of the first batch that were sampled under its version."""
     device: str = "auto"

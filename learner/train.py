@@ -35,7 +35,7 @@ from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_w
 from learner.monitoring.bad_batch import save_bad_batch
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
-from learner.monitoring.patient_requests import BatchPatience, PatientRequests
+from learner.monitoring.patient_requests import BatchWait, PatientRequests
 from learner.monitoring.stop_conditions import BadStepsError, DistanceWatch, NoSignalError, SignalWatch, StepWatch
 from learner.monitoring.weight_probe import WeightProbe
 from learner.networks import Networks
@@ -139,7 +139,7 @@ class Trainer:
         """Train on a batch that was requested at `started`, publish, report. False if the batch was abandoned."""
         wait_seconds = time.monotonic() - started
         try:
-            self.observer.heartbeat(self.version)
+            self.observer.heartbeat(self.version, activity=f"trains on the batch for policy {self.version}")
             self._weight_probe.begin(batch)
             metrics, steps = self._batch_trainer.train_on(batch, self.version, self._logprobs)
         except PassAbandonedError:
@@ -187,19 +187,18 @@ class Trainer:
     def _next_batch(self) -> TrainingBatch | None:
         """Return this rank's shard of the next batch, or None when the run is about to end.
 
-        Waits for: a full batch in the buffer. Unblocked by: actors that deliver groups, or `stopping`. Gives up after:
-        `batch_timeout_seconds` in which the buffer worked.
+        Waits for: a full batch in the buffer. Unblocked by: actors that deliver groups, or `stopping`. Gives up when
+        the version that the actors wait for could not be published.
         """
-        future, patience = (
-            self._prefetch.ask(self.version),
-            BatchPatience(self.buffer, self.config.batch_timeout_seconds),
-        )
+        future, shown = self._prefetch.ask(self.version), BatchWait(self.buffer)
         while not self.stopping.is_set():
             if wait([future], timeout=0.5).done:
                 break
             self.observer.heartbeat(self.version, "groups from the actors")
-            patience.go_on()
-        patience.end()
+            shown.go_on()
+            if self._publication is not None and self._publication.done():
+                self._publication.result()
+        shown.end()
         received = future.result() if future.done() else None
         # All ranks stop or none: if one stopped alone, the others would wait for it in their first collective.
         if any_rank(received is None, self.device):
@@ -232,6 +231,7 @@ class Trainer:
 
     def _publish(self) -> None:
         """Publish the version: all ranks gather; rank 0 copies to the store, which announces it in the background."""
+        self.observer.doing(self.version, f"publishes policy {self.version}")
         adapters = self.config.lora.publishes_adapters
         gathered = self.networks.policy.gathered(adapters=adapters)
         policy = ((name.removeprefix(POLICY_PREFIX), tensor) for name, tensor in gathered)
@@ -246,10 +246,10 @@ class Trainer:
     def _await_publication(self) -> None:
         """Wait until the previous version is written; raise its error, because actors would starve without it.
 
-        Waits for: the store's writer. Unblocked by: its end or its error. Gives up after: 600 s.
+        Waits for: the store's writer. Unblocked by: its end or its error.
         """
         if self._publication is not None:
-            self._publication.result(timeout=600.0)
+            self._publication.result()
 
     def _checkpoint(self, *, may_fail: bool = True) -> None:
         """Write a checkpoint. If it `may_fail`, a failed one is retried after the next version.
@@ -258,6 +258,7 @@ class Trainer:
         cannot leave weights with groups in them that the ledger hands out again. Afterwards the buffer may delete the
         contents of those groups.
         """
+        self.observer.doing(self.version, f"writes the checkpoint of policy {self.version}")
         begun = CheckpointBegun(self.version)
         try:
             self.networks.save(
@@ -300,7 +301,8 @@ class Trainer:
 
     def _finish(self) -> None:
         # The checkpoint comes first, because a publication may wait for actors that are ending too.
-        if self._saved_version != self.version:
+        # Policy 0 is the base model, so a run that is stopped there has nothing to save.
+        if self._saved_version != self.version and self.version:
             self._checkpoint(may_fail=False)
         self._await_publication()
         if self.version >= self.config.total_steps:

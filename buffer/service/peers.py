@@ -56,6 +56,8 @@ class _Peer:
             *(beat.role, beat.name, beat.policy_version, beat.waiting_for[:TEXT_KEPT], self.silent_seconds(now)),
             metrics=dict(list(beat.metrics.items())[:METRICS_KEPT]),
             waiting_seconds=self.waiting_seconds(now),
+            activity=beat.activity[:TEXT_KEPT],
+            activity_seconds=beat.activity_seconds + self.silent_seconds(now) if beat.activity else 0.0,
         )
 
 

@@ -250,7 +250,10 @@ class Service:
                 self._ledger.evaluations.request(message.policy_version)
                 return messages.Done()
             case messages.EvaluationQuery():
-                return messages.EvaluationReports(self._ledger.evaluations.reports(message.since_version))
+                evaluations = self._ledger.evaluations
+                return messages.EvaluationReports(
+                    evaluations.reports(message.since_version), is_running=bool(evaluations.holders())
+                )
             case messages.Close():
                 if not self._progress.closing:
                     self._progress.set(closing=True)

@@ -167,6 +167,10 @@ class Heartbeat:
     """An actor's groups, as in `LeaseRequest`."""
     epoch: Count = 0
     """Of a learner, as in its other messages; 0 of an actor."""
+    activity: Line = ""
+    """What a learner rank does, such as "trains on the batch for policy 41"; empty: nothing that takes long."""
+    activity_seconds: Seconds = 0.0
+    """How long it has been doing that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +367,8 @@ class EvaluationReports:
     """The reports that the query asked for, oldest first."""
 
     reports: tuple[EvaluationReport, ...]
+    is_running: bool = False
+    """Whether an actor that is alive runs an evaluation now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +420,10 @@ class Peer:
     metrics: Metrics
     waiting_seconds: Seconds = 0.0
     """How long `waiting_for` has been unchanged; 0 when it is empty."""
+    activity: Line = ""
+    """As in `Heartbeat`."""
+    activity_seconds: Seconds = 0.0
+    """As in `Heartbeat`, up to now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from learner.checkpoints.manifest import newest_checkpoint
 
 CHANGEABLE = (
     "total_steps",
-    *(f"learner.{name}" for name in ("evaluate_every", "evaluation_timeout_seconds", "batch_timeout_seconds")),
+    *(f"learner.{name}" for name in ("evaluate_every", "evaluation_timeout_seconds")),
     *(f"learner.{name}" for name in ("tokens_per_microbatch", "checkpoint_every", "keep_checkpoints", "max_bad_steps")),
     *(f"learner.{name}" for name in ("max_batches_without_signal", "logprob_tolerance")),
     *(f"actor.{name}" for name in ("max_groups_in_flight", "kv_cache_gib", "gpu_memory_utilization")),

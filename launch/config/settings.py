@@ -84,7 +84,8 @@ class ClusterConfig:
     """How long a restarted process must live, with progress of the run, until its restarts are forgotten."""
     hung_seconds: float = 60.0
     """How long a process may be halted or silent before it is killed and restarted; 0: no limit."""
-    grace_seconds: float = 3.5
+    grace_seconds: float = 0.0
+    """How long the learner may take to write its last checkpoint after Ctrl-C or SIGTERM; 0: as long as it needs."""
     tensorboard: bool = False
     tensorboard_port: int = 6006
     min_free_bytes: int = 200_000_000
@@ -115,6 +116,11 @@ class ClusterConfig:
     def reaches_other_hosts(self) -> bool:
         """Whether processes on other hosts can connect."""
         return not IPv4Address(self.host).is_loopback
+
+    @property
+    def longest_grace_seconds(self) -> float:
+        """`grace_seconds`; math.inf without a limit."""
+        return self.grace_seconds or math.inf
 
     def _check_relays(self) -> None:
         for command in self.relays:

@@ -15,6 +15,10 @@ from pathlib import Path
 
 MARK = "SLIPSTREAM_PROCESS"
 """Environment variable with the value RUN.NAME. Every launcher makes a new random RUN."""
+HALTED_SECONDS = 5.0
+"""At the end of a run, a learner that is halted for this long is not waited for: it writes no checkpoint."""
+OTHERS_SECONDS = 5.0
+"""At the end of a run, how long actors and relays may take to give back what they hold and to end."""
 _MARKED = re.compile(rb"(?:^|\0)%s=([^\0]*)" % MARK.encode())
 _SHARED_MEMORY = re.compile(r" (/dev/shm/[^/\s]+)$", re.MULTILINE)
 """Segments directly in /dev/shm. What lies in the run's own folder below it belongs to the learner or to a relay."""
@@ -40,6 +44,18 @@ def is_stopped(pid: int) -> bool:
         return False
     # The process name before it may contain spaces and brackets.
     return stat.rpartition(")")[2].split()[0] == "T"
+
+
+class HaltedProcesses:
+    """Remembers since when processes are halted. Call `longest` every second or so, always with the same processes."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}
+
+    def longest(self, pids: Iterable[int], now: float) -> float:
+        """How long the process that has been halted longest has been so, in seconds; 0.0 if none is halted."""
+        self._since = {pid: self._since.get(pid, now) for pid in pids if is_stopped(pid)}
+        return max((now - since for since in self._since.values()), default=0.0)
 
 
 def kill(pids: Iterable[int]) -> None:

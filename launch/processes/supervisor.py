@@ -13,12 +13,20 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from launch.processes.process_tree import MARK, is_stopped, kill, marked_processes
+from launch.processes.process_tree import (
+    HALTED_SECONDS,
+    MARK,
+    OTHERS_SECONDS,
+    HaltedProcesses,
+    is_stopped,
+    kill,
+    marked_processes,
+)
 from launch.processes.topology import ProcessSpec
 
 logger = logging.getLogger(__name__)
@@ -26,6 +34,10 @@ logger = logging.getLogger(__name__)
 NOT_WORTH_RETRYING = (2, 3)
 """Exit statuses of a user's mistake and of a failed log-probability check, which a restart would repeat."""
 LONGEST_BACKOFF_SECONDS = 30.0
+WAIT_SECONDS = 0.1
+"""Interval of the look at the learner while its checkpoint is waited for."""
+HALTED_EVERY_SECONDS = 1.0
+"""Interval of the look whether it is halted, which reads the environment of every process on the machine."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
 
@@ -168,21 +180,52 @@ class Supervisor:
     def _child(self, name: str) -> _Child:
         return next(child for child in self._children if child.spec.name == name)
 
-    def stop(self, grace_seconds: float) -> None:
+    def stop(
+        self,
+        grace_seconds: float,
+        at_once: Callable[[], bool] = lambda: False,
+        show: Callable[[float], None] = lambda _: None,
+    ) -> None:
         """End all processes, the buffer last, because the learner reports its checkpoint to it.
 
-        Waits for: the learner's checkpoint, for up to `grace_seconds`, then every process. Gives up after: one more
-        second; processes that are left are then killed, with their descendants.
+        Waits for: the learner's checkpoint, then every process for one more second. Unblocked by: `at_once`, or a
+        learner that is halted. Gives up after: `grace_seconds`; processes that are left are then killed, with their
+        descendants.
+
+        Args:
+            grace_seconds: how long the learner may take; math.inf: no limit.
+            at_once: whether not to wait any longer.
+            show: called again and again during the wait, with its length so far in seconds.
         """
         buffers = [child for child in self._children if child.spec.role == "buffer"]
         others = [child for child in self._children if child.spec.role != "buffer"]
         _ask_to_end(others)
-        _wait([child for child in others if child.spec.role == "learner"], grace_seconds)
+        self._await_learner(grace_seconds, at_once, show)
         _ask_to_end(buffers)
-        _wait(self._children, 1.0)
+        _wait(self._children, 0.0 if at_once() else 1.0)
         for child in self._children:
             _kill_tree(child)
             child.process.wait()
+
+    def _await_learner(self, grace_seconds: float, at_once: Callable[[], bool], show: Callable[[float], None]) -> None:
+        began, halted, next_look = time.monotonic(), HaltedProcesses(), 0.0
+        learners = [child for child in self._children if child.spec.role == "learner"]
+        others = [child for child in self._children if child.spec.role not in ("learner", "buffer")]
+        while any(child.process.poll() is None for child in learners) and not at_once():
+            now = time.monotonic()
+            if now - began >= grace_seconds:
+                return
+            if now >= next_look:
+                next_look = now + HALTED_EVERY_SECONDS
+                pids = [pid for child in learners for pid in marked_processes(child.mark)]
+                if halted.longest(pids, now) >= HALTED_SECONDS:
+                    return
+            if now - began >= OTHERS_SECONDS:
+                for child in others:
+                    if child.process.poll() is None:
+                        _kill_tree(child)
+            show(now - began)
+            time.sleep(WAIT_SECONDS)
 
     def _start(self, spec: ProcessSpec, mark: str) -> subprocess.Popen[bytes]:
         logger.info("starting %s: %s", spec.name, spec.command_line)
@@ -196,16 +239,20 @@ class Supervisor:
                 # In a session of its own, so that Ctrl-C reaches only the launcher, which ends the others in order.
                 start_new_session=True,
                 # Safe despite other threads: the function only makes system calls.
-                preexec_fn=partial(_end_with_the_launcher, os.getpid()),  # noqa: PLW1509
+                preexec_fn=partial(_end_with_the_launcher, os.getpid(), spec.role),  # noqa: PLW1509
             )
 
     def _log_path(self, spec: ProcessSpec) -> Path:
         return self._log_dir / f"{spec.name}.log"
 
 
-def _end_with_the_launcher(launcher: int) -> None:
-    """In the child: ask the kernel for SIGTERM when the launcher ends, for whatever reason."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with_the_launcher(launcher: int, role: str) -> None:
+    """In the child: ask the kernel for SIGTERM when the launcher ends, for whatever reason.
+
+    The guardian ends the buffer, after the learner has reported its checkpoint to it.
+    """
+    if role != "buffer":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:
         os._exit(1)
 

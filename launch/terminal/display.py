@@ -21,7 +21,7 @@ SILENT_SECONDS = 5.0
 FORGOTTEN_SECONDS = 60.0
 """Silence after which an actor that the launcher did not start is no longer shown."""
 LONG_WAIT_SECONDS = 5.0
-"""Shortest wait that is shown with its length; shorter ones are normal."""
+"""Shortest wait that is shown with its length, and shortest work that is named; shorter ones are normal."""
 WAITS_SHOWN = 5
 WORKING = "working"
 WARNINGS = {
@@ -50,7 +50,7 @@ class Display:
         # The launcher's loop refreshes the table. A refreshing thread could hold a lock during a fork.
         self._live = Live(console=console, auto_refresh=False, transient=True)
         self._next_line = 0.0
-        self._last_version = -1
+        self._is_ending = False
 
     def __enter__(self) -> Display:
         if self._console.is_terminal:
@@ -100,6 +100,15 @@ class Display:
             self._live.update(Group(self._progress, _table(status), *notes), refresh=True)
         else:
             self._print_line("; ".join([_line(status, self._total_steps), *notes]))
+
+    def ending(self, text: str) -> None:
+        """Show what the end of the run waits for."""
+        if not self._is_ending:
+            self._is_ending, self._next_line = True, 0.0
+        if self._console.is_terminal:
+            self._live.update(Group(self._progress, text), refresh=True)
+        else:
+            self._print_line(text)
 
     def _print_line(self, text: str) -> None:
         if time.monotonic() >= self._next_line:
@@ -176,9 +185,11 @@ def _stage(stage: StageStatus) -> list[str]:
 
 
 def _doing(peer: Peer) -> str:
+    """What a process does. A step that takes long is named, with its duration."""
+    activity = f"{peer.activity}{_since(peer.activity_seconds)}" if peer.activity_seconds >= LONG_WAIT_SECONDS else ""
     if peer.silent_seconds > SILENT_SECONDS:
-        return f"silent for {peer.silent_seconds:.0f} s"
-    return f"waits for {peer.waiting_for}{_since(peer.waiting_seconds)}" if peer.waiting_for else WORKING
+        return f"silent for {peer.silent_seconds:.0f} s" + (f", it {activity}" if activity else "")
+    return f"waits for {peer.waiting_for}{_since(peer.waiting_seconds)}" if peer.waiting_for else activity or WORKING
 
 
 def _since(seconds: float) -> str:

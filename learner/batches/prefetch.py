@@ -62,8 +62,8 @@ class Prefetch:
     def ask(self, policy_version: int) -> Future[Received | NoMoreBatches]:
         """Request the batch for `policy_version`. Repeated calls for one version send one request.
 
-        The future has no deadline. It raises RequestRefused when the buffer refuses, and ConnectionError when the
-        connection is closed.
+        The future has no deadline: the actors may need hours for enough groups. It raises RequestRefused when the
+        buffer refuses, and ConnectionError when the connection is closed.
         """
         if self._asked is None or self._asked[0] != policy_version:
             request = BatchRequest(policy_version, self._rank, self._world_size, self._attention_crossover_tokens)

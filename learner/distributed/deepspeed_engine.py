@@ -7,6 +7,7 @@ finite makes the gradient of every rank not finite, and all ranks skip such a st
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -33,14 +34,16 @@ GATHER_ELEMENTS = 1 << 26
 """Parameter elements gathered at a time when weights are collected from ZeRO-3 shards."""
 PERSISTENT_ELEMENTS = 1 << 14
 """Under ZeRO-3, parameters of at most this many elements (norms and biases) stay gathered between steps."""
+LONGEST_WAIT_SECONDS = 24 * 3600.0
+"""How long a rank waits for the others in a collective. Rank 0 alone publishes, digests and flushes checkpoints and
+waits for the buffer, which takes as long as it takes. A rank that ended or is halted is found by torchrun and by the
+launcher, not by this limit."""
 STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 """Classes that DeepSpeed's saved state may hold besides tensors and plain containers."""
 
 
-def init_distributed(device: torch.device, timeout_seconds: float = 600.0) -> None:
+def init_distributed(device: torch.device, timeout_seconds: float = LONGEST_WAIT_SECONDS) -> None:
     """Join the ranks that torchrun started. A process started without torchrun becomes rank 0 of 1."""
-    import datetime
-
     if "RANK" not in os.environ:
         single_rank = {
             "RANK": "0",

@@ -14,6 +14,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+LONGEST_END_SECONDS = str(7 * 24 * 3600)
+"""After SIGTERM torchrun kills a rank that has not ended by then, by default after 30 s, which may be in the middle of
+the last checkpoint. Whoever sent the SIGTERM decides how long to wait."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all ranks until they end. Returns the exit status of the rank that failed first, 128 + N after signal N."""
@@ -23,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("num_ranks", type=int)
     parser.add_argument("run_dir", help="the run's folder; its config.yaml holds all settings")
     options = parser.parse_args(arguments)
-    ranks = ["--standalone", "--nproc-per-node", str(options.num_ranks)]
+    ranks = ["--standalone", "--nproc-per-node", str(options.num_ranks), "--shutdown-timeout", LONGEST_END_SECONDS]
     try:
         torchrun([*ranks, "-m", "learner", options.run_dir])
     except ChildFailedError as error:

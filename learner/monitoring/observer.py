@@ -21,12 +21,12 @@ from buffer.transport.messages import (
     EvaluationReport,
     EvaluationReports,
     EvaluationRequest,
-    Heartbeat,
     Message,
     Status,
     StatusRequest,
 )
 from learner.batches.batch import TrainingBatch
+from learner.monitoring.heartbeat import Heartbeats
 from learner.monitoring.patient_requests import PatientRequests
 from learner.monitoring.tensorboard import Reporter, StepClock
 
@@ -63,19 +63,24 @@ class Observer:
         rank: int,
         world_size: int,
     ) -> None:
-        self._buffer, self._requests, self._rank, self._world_size = buffer, requests, rank, world_size
+        self._buffer, self._requests, self._world_size = buffer, requests, world_size
+        self._heartbeats = Heartbeats(buffer, rank)
         self._reporter = Reporter(directory, first_version) if rank == 0 else None
         self._clock = StepClock()
         self._evaluated: set[tuple[int, int]] = set()
         self._status: Future[Message] | None = None
-        self._shown: dict[str, float] = {}
 
-    def heartbeat(self, policy_version: int, waiting_for: str = "") -> Future[Message]:
-        """Tell the buffer that this rank is alive at `policy_version`, and what the rank waits for (empty: nothing)."""
-        return self._buffer.request(self._beat(policy_version, waiting_for), timeout_seconds=60.0)
+    def heartbeat(self, policy_version: int, waiting_for: str = "", activity: str = "") -> Future[Message]:
+        """Tell the buffer now that this rank is alive at `policy_version`, and what it waits for or does.
 
-    def _beat(self, policy_version: int, waiting_for: str) -> Heartbeat:
-        return Heartbeat("learner", f"learner-{self._rank}", policy_version, waiting_for, self._shown)
+        A thread repeats it every second.
+        """
+        self._heartbeats.say(policy_version, waiting_for=waiting_for, activity=activity)
+        return self._heartbeats.send()
+
+    def doing(self, policy_version: int, activity: str) -> None:
+        """Note what this rank does from now on, in words that complete "learner-0". The next heartbeat says so."""
+        self._heartbeats.say(policy_version, activity=activity)
 
     def report(self, batch: TrainingBatch, metrics: Mapping[str, float], policy_version: int) -> None:
         """Report the metrics of the batch that led to `policy_version`; does nothing except on rank 0."""
@@ -87,8 +92,9 @@ class Observer:
             num_tokens=batch.num_scored_tokens * self._world_size,
         )
         rates = self._clock.summary()
-        self._shown = {"reward": metrics["reward/mean"], "staleness": metrics["staleness/mean"], **rates}
-        self._shown |= {name.partition("/")[2]: metrics[name] for name in TROUBLES if metrics.get(name)}
+        shown = {"reward": metrics["reward/mean"], "staleness": metrics["staleness/mean"], **rates}
+        shown |= {name.partition("/")[2]: metrics[name] for name in TROUBLES if metrics.get(name)}
+        self._heartbeats.metrics = shown
         self._reporter.scalars(
             {**metrics, **{f"learner/{name}": value for name, value in rates.items()}}, policy_version
         )
@@ -115,19 +121,24 @@ class Observer:
     def last_evaluation(self, policy_version: int, timeout_seconds: float, stopping: threading.Event) -> None:
         """Close the run to new groups and evaluate its last version; does nothing except on rank 0.
 
-        Waits for: an actor's report. Unblocked by: the report or `stopping`. Gives up after: `timeout_seconds`.
+        Waits for: an actor's report, as long as an actor evaluates. Unblocked by: the report or `stopping`. Gives up
+        after: `timeout_seconds` in which no actor evaluates anything.
         """
         if self._reporter is None:
             return
         self.request_evaluation(policy_version)
         self._requests.ask(Close(), "the buffer to end the run")
-        deadline = time.monotonic() + timeout_seconds
-        while time.monotonic() < deadline and not stopping.is_set():
+        idle_since = time.monotonic()
+        while not stopping.is_set():
             self.heartbeat(policy_version, "the last evaluation")
             reports = self._requests.ask(EvaluationQuery(policy_version), "the last evaluation")
             if isinstance(reports, EvaluationReports) and reports.reports:
                 self._report_evaluations(reports.reports)
                 return
+            if isinstance(reports, EvaluationReports) and reports.is_running:
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since >= timeout_seconds:
+                break
             time.sleep(0.2)
         logger.warning("policy %d was not evaluated in time", policy_version)
 
@@ -150,9 +161,11 @@ class Observer:
         Waits for: the buffer's answer, since this process may end at once.
         """
         if self._reporter is not None:
-            self._requests.ask(self._beat(policy_version, ""), "the buffer to hear of the end")
+            self._heartbeats.say(policy_version)
+            self._requests.ask(self._heartbeats.message(), "the buffer to hear of the end")
 
     def close(self) -> None:
-        """Flush and close the event files."""
+        """End the heartbeats; flush and close the event files."""
+        self._heartbeats.close()
         if self._reporter is not None:
             self._reporter.close()

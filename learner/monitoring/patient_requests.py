@@ -125,32 +125,25 @@ class PatientRequests:
         return _GAVE_UP if now >= self._stops_at else _WAITING
 
 
-class BatchPatience:
-    """Limits the wait for a batch, and shows when it is the buffer that is waited for.
+class BatchWait:
+    """Shows during the wait for a batch when it is the buffer that is waited for: an answer, or space on its disk.
 
-    Time in which the buffer does not answer, or waits for space on its disk, does not count: the actors cannot deliver
-    then.
+    The wait for groups has no limit: while actors live they bring them, and without actors somebody may start one.
 
     Args:
         buffer: connection to the buffer, which is asked for its state every few seconds.
-        seconds: the limit.
     """
 
-    def __init__(self, buffer: Connection, seconds: float) -> None:
-        self._buffer, self._seconds = buffer, seconds
-        self._waited, self._before = 0.0, time.monotonic()
-        self._asked_at = self._before
+    def __init__(self, buffer: Connection) -> None:
+        self._buffer = buffer
+        self._asked_at = time.monotonic()
         self._status: Future[Message] | None = None
         self._trouble = ""
         """What the buffer waits for; empty: nothing, as far as is known."""
         self._shown: _ShownWait | None = None
 
     def go_on(self) -> None:
-        """Call at every round of the wait.
-
-        Raises:
-            TimeoutError: the limit is reached.
-        """
+        """Call at every round of the wait."""
         now = time.monotonic()
         self._look_at_the_buffer(now)
         is_silent = self._status is not None and now - self._asked_at > STATUS_SECONDS
@@ -158,11 +151,7 @@ class BatchPatience:
             self._shown = self._shown or _ShownWait(self._trouble or "the buffer to answer", lambda _: None)
             self._shown.go_on()
         else:
-            self._waited += now - self._before
             self.end()
-        self._before = now
-        if self._waited > self._seconds:
-            raise TimeoutError(f"no batch within learner.batch_timeout_seconds={self._seconds:g}")
 
     def end(self) -> None:
         """Call when the wait is over."""

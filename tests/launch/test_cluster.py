@@ -66,6 +66,22 @@ print("trained", flush=True)
 SAYS_WHERE = f"{HEAD}\nimport os; print('memory', os.environ['SLIPSTREAM_MEMORY'])\nbuffer.close()"
 ENDS_WELL = f"{HEAD}\ntime.sleep(1)\nbuffer.close()"
 GOES_ON = f"{HEAD}\ntime.sleep(60)"
+SAVES = f"""
+import signal
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+{HEAD}
+while not asked:
+    time.sleep(0.01)
+from pathlib import Path
+from buffer.transport.messages import CheckpointCommitted
+for seconds in range(SECONDS):
+    buffer.call(Heartbeat("learner", "learner-0", 3, "", {{}}, activity="writes the checkpoint of policy 3"))
+    time.sleep(1)
+(Path(sys.argv[1]) / "checkpoints" / "00000003").mkdir(parents=True)
+buffer.call(CheckpointCommitted(3))
+print("saved", flush=True)
+"""
 FAILS = "import sys; print('out of memory'); sys.exit(2)"
 
 Launch = Callable[..., "subprocess.Popen[str]"]
@@ -165,11 +181,71 @@ def test_a_signal_ends_everything_and_leaves_a_run_to_resume(launch: Launch, run
         # A second signal must not leave processes behind.
         process.send_signal(number)
         output, errors = process.communicate(timeout=30)
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 20.0
         assert (process.returncode, errors) == (status, "")
         assert f"before the first checkpoint, continue with: python launch/cluster.py resume={run_dir}" in output
         assert not any(child.is_running() for child in children)
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_checkpoint_of_a_large_model_is_waited_for_and_the_wait_is_shown(
+    launch: Launch, run_dir: Path, number: signal.Signals
+):
+    process = launch(SAVES.replace("SECONDS", "6"))
+    children = wait_for_training(process, run_dir, times=1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (130 if number == signal.SIGINT else 0, "")
+    assert re.search(
+        r"waiting for the learner's last checkpoint, \d+ s( \(writes the checkpoint of policy 3\))?;"
+        r" policy 3 is reached, newest checkpoint: none yet; Ctrl-C or SIGTERM once more ends at once, without it",
+        output,
+    )
+    # The buffer heard of it.
+    assert (run_dir / "logs" / "learner.log").read_text().endswith("saved\n")
+    assert "at checkpoint 3, continue with" in output
+    assert not any(child.is_running() for child in children)
+
+
+def test_a_second_ctrl_c_ends_at_once(launch: Launch, run_dir: Path):
+    process = launch(SAVES.replace("SECONDS", "600"))
+    children = wait_for_training(process, run_dir, times=1)
+    folder = temporary_folder(children)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("waiting for the learner's last checkpoint"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert "before the first checkpoint, continue with" in output
+    assert not any(child.is_running() for child in children)
+    assert not folder.exists()
+
+
+def test_a_scheduler_may_limit_the_wait_for_the_checkpoint(launch: Launch, run_dir: Path, model_folder: Path):
+    overrides = (f"model.path={model_folder}", "total_steps=4", f"run_dir={run_dir}", "cluster.grace_seconds=2")
+    process = launch(SAVES.replace("SECONDS", "600"), *overrides)
+    children = wait_for_training(process, run_dir, times=1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "before the first checkpoint" in output
+    assert not any(child.is_running() for child in children)
+
+
+def test_a_killed_launcher_lets_the_learner_save_and_then_leaves_nothing(launch: Launch, run_dir: Path):
+    process = launch(SAVES.replace("SECONDS", "6"))
+    children = wait_for_training(process, run_dir, times=1)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    # Only the buffer's answer lets it say so.
+    assert (run_dir / "logs" / "learner.log").read_text().endswith("saved\n")
+    assert (run_dir / "checkpoints" / "00000003").is_dir()
 
 
 def test_a_killed_launcher_leaves_nothing_behind_and_the_run_can_be_continued(launch: Launch, run_dir: Path):
@@ -180,7 +256,7 @@ def test_a_killed_launcher_leaves_nothing_behind_and_the_run_can_be_continued(la
     folder = temporary_folder(children)
     process.kill()
     process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=15)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert not folder.exists()
     again = launch(GOES_ON, f"resume={run_dir}")

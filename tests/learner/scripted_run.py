@@ -34,6 +34,8 @@ from buffer.transport.messages import (
     ManifestRequest,
     Message,
     ProbeReport,
+    Status,
+    StatusRequest,
 )
 from buffer.transport.packed_group import pack_group
 from buffer.weights.config import WeightsConfig
@@ -193,7 +195,6 @@ def learn(
         "tokens_per_microbatch": 100,
         "evaluate_every": 0,
         "logprob_tolerance": 1e-4,
-        "batch_timeout_seconds": 60.0,
         "evaluation_timeout_seconds": 30.0,
     }
     config = LearnerConfig(
@@ -288,6 +289,13 @@ class ScriptedRun:
             updates_per_batch=self._updates,
             **settings,
         )
+
+    def status(self) -> Status:
+        """What the display would show now."""
+        with Connection(self._address, "launcher", CREDENTIALS) as launcher:
+            status = launcher.call(StatusRequest(), 60)
+        assert isinstance(status, Status)
+        return status
 
     def audit(self) -> Audit:
         """The ledger as it is now."""

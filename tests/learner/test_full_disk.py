@@ -102,8 +102,7 @@ def test_a_full_disk_is_waited_for_longer_than_any_deadline(
 
     freeing = threading.Thread(target=make_space)
     freeing.start()
-    settings = {"checkpoint_every": 1, "evaluate_every": 1, "batch_timeout_seconds": 2.0}
-    trainer, _ = disk.run.learn(GRPO(), 3, **settings)
+    trainer, _ = disk.run.learn(GRPO(), 3, checkpoint_every=1, evaluate_every=1)
     freeing.join()
     assert trainer.version == 3
     assert_trained_once(disk.run, 3, max_staleness=2)

@@ -1,7 +1,9 @@
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from learner.algorithms.base import Algorithm
+from buffer.transport.messages import Manifest, Peer
+from buffer.weights.shared_memory import Segment
+from learner.algorithms.base import Algorithm, LossInputs, LossOutputs
 from learner.algorithms.corrections import VTrace
 from learner.algorithms.grpo import GRPO
 from learner.algorithms.ppo import PPO
@@ -18,6 +22,7 @@ from learner.batches.prefetch import Prefetch
 from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring.logprob_check import LogprobMismatchError
 from learner.monitoring.tensorboard import LAYOUT
+from learner.weights.store import WeightStore
 from tests.learner.samples import plain_model
 from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
 
@@ -242,10 +247,59 @@ def test_a_version_that_cannot_be_written_ends_the_run(start_run: Runs):
         run.learn(GRPO(), 5, on_publish=lose_the_folder)
 
 
-def test_without_actors_it_gives_up_and_says_what_it_waited_for(start_run: Runs):
+def test_without_actors_it_waits_and_says_so_until_it_is_stopped(start_run: Runs):
     run = start_run()
-    with pytest.raises(TimeoutError, match=r"no batch within learner.batch_timeout_seconds=1"):
-        run.learn(GRPO(), 2, batch_timeout_seconds=1.0)
+
+    def stop_when_shown() -> None:
+        deadline = time.monotonic() + 60
+        while not any(peer.waiting_for == "groups from the actors" for peer in run.status().peers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.stopping.set()
+
+    with ThreadPoolExecutor(1) as executor:
+        stopped = executor.submit(stop_when_shown)
+        trainer, _ = run.learn(GRPO(), 2)
+        stopped.result()
+    assert trainer.version == 0
+
+
+def test_a_version_that_cannot_be_published_ends_the_wait_for_groups_that_nobody_can_sample(
+    start_run: Runs, monkeypatch: pytest.MonkeyPatch
+):
+    run = start_run(max_staleness=0)
+
+    def fail_later(store: WeightStore, policy_version: int, segment: Segment, started: float) -> Manifest:
+        if policy_version:
+            raise OSError("no room")
+        return announce(store, policy_version, segment, started)
+
+    announce = WeightStore._announce
+    monkeypatch.setattr(WeightStore, "_announce", fail_later)
+    run.start_actor()
+    # With staleness 0 no group comes before the actor has the version.
+    with pytest.raises(OSError, match="no room"):
+        run.learn(GRPO(), 5)
+
+
+def test_a_step_that_takes_long_is_shown_as_training_and_not_as_silence(start_run: Runs):
+    run = start_run()
+    run.start_actor()
+    seen: list[Peer] = []
+
+    class Slow(GRPO):
+        def loss(self, inputs: LossInputs) -> LossOutputs:
+            deadline = time.monotonic() + 60
+            while not seen or seen[-1].activity_seconds < 2.0:
+                assert time.monotonic() < deadline
+                seen.extend(peer for peer in run.status().peers if peer.activity.startswith("trains"))
+                time.sleep(0.05)
+            return super().loss(inputs)
+
+    run.learn(Slow(), 1)
+    assert {peer.activity for peer in seen} == {"trains on the batch for policy 0"}
+    # A heartbeat in the middle of the step: longer at it than silent.
+    assert any(peer.silent_seconds < peer.activity_seconds - 0.5 for peer in seen)
 
 
 def test_an_interrupt_while_waiting_ends_the_run_at_once(start_run: Runs):
@@ -253,4 +307,5 @@ def test_an_interrupt_while_waiting_ends_the_run_at_once(start_run: Runs):
     run.stopping.set()
     trainer, manifests = run.learn(GRPO(), 2)
     assert trainer.version == 0 and [manifest.policy_version for manifest in manifests] == [0]
-    assert newest_checkpoint(run.directory / "checkpoints") == run.directory / "checkpoints" / "00000000"
+    # Nothing was trained, so there is nothing to save.
+    assert newest_checkpoint(run.directory / "checkpoints") is None

@@ -283,6 +283,7 @@ def test_evaluations_go_to_the_first_actor_with_weights_new_enough(start: Any):
     assert buffer.tell(ACTOR, credit(3), 201)[ACTOR, 201] == handed
     assert buffer.tell(ACTOR, credit(3), 202)[ACTOR, 202].evaluate_version == 3
     assert buffer.tell(OTHER, credit(3, actor_id="actor-1"), 1) == {}
+    assert buffer.ask(LEARNER, messages.EvaluationQuery(0)) == messages.EvaluationReports((), is_running=True)
     buffer.ask(ACTOR, report(3, 2))
     buffer.ask(ACTOR, report(3, 2))
     assert buffer.ask(LEARNER, messages.EvaluationQuery(0)).reports == (report(3, 2),)
@@ -382,6 +383,15 @@ def test_a_checkpoint_or_an_evaluation_of_a_version_to_come_is_refused(start: An
     for message in (messages.CheckpointCommitted(2), messages.EvaluationRequest(2)):
         assert "is for policy 2, but batches were handed out only up to policy 1" in buffer.ask(LEARNER, message).reason
     assert buffer.ask(LEARNER, messages.CheckpointCommitted(1)) == messages.Done()
+
+
+def test_status_shows_what_a_rank_does_and_for_how_long(start: Any):
+    buffer = start()
+    busy = messages.Heartbeat("learner", "learner-0", 7, "", {}, activity="trains on the batch", activity_seconds=60.0)
+    buffer.ask(LEARNER, busy)
+    buffer.now += 4
+    [peer] = buffer.ask(LEARNER, messages.StatusRequest()).peers
+    assert (peer.activity, peer.activity_seconds, peer.silent_seconds) == ("trains on the batch", 64.0, 4.0)
 
 
 def test_a_wait_lasts_until_its_reason_changes(start: Any):

@@ -28,8 +28,7 @@ def test_a_model_of_the_users_gets_settings_for_a_real_model(make_plan: Any, mod
     assert sections["learner"]["optimizer"]["schedule"] == "constant"
     assert sections["learner"]["critic_optimizer"]["learning_rate"] == 1e-5
     assert sections["actor"]["evaluation_temperature"] == 0.0
-    assert sections["learner"]["batch_timeout_seconds"] == 7200.0
-    assert sections["cluster"]["grace_seconds"] == 120.0
+    assert sections["cluster"]["hung_seconds"] == 600.0
     assert "embedded" not in sections
 
 
@@ -45,7 +44,7 @@ def test_the_embedded_model_keeps_its_settings(make_plan: Any):
     sections = make_plan().sections
     assert sections["learner"]["optimizer"]["learning_rate"] == 3e-4
     assert sections["model"]["dtype"] == "float32"
-    assert sections["cluster"]["grace_seconds"] == 3.5
+    assert sections["cluster"]["hung_seconds"] == 60.0
 
 
 @pytest.mark.parametrize(("cuda", "dtype"), [(True, "bfloat16"), (False, "float32")])

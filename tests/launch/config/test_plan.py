@@ -142,7 +142,7 @@ def test_a_setting_or_option_that_does_not_exist_is_named(override: str, expecte
         (["learner.critic_warmup_steps=-1"], ["learner.critic_warmup_steps=-1 must be at least 0"]),
         (["learner.logprob_tolerance=-1"], ["learner.logprob_tolerance=-1.0 must be above 0"]),
         (["learner.logprob_tolerance=nan"], ["learner.logprob_tolerance=nan must be above 0"]),
-        (["learner.batch_timeout_seconds=-1"], ["learner.batch_timeout_seconds=-1.0 must be above 0"]),
+        (["learner.evaluation_timeout_seconds=-1"], ["learner.evaluation_timeout_seconds=-1.0 must be above 0"]),
         (["learner.optimizer.betas=[2,3]"], ["betas=[2.0, 3.0] must each be 0 or above and below 1"]),
         (["learner.optimizer.eps=0"], ["eps=0.0 must be above 0"]),
         (["learner.optimizer.weight_decay=-1"], ["weight_decay=-1.0 must be 0 (none) or above"]),

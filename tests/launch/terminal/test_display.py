@@ -41,6 +41,28 @@ def test_a_file_gets_one_line_with_everything():
 
 
 @pytest.mark.parametrize(
+    ("silent", "seconds", "expected"),
+    [
+        (0.5, 4.0, ""),
+        (0.5, 80.0, "learner-0 trains on the batch for policy 12 since 80 s"),
+        (12.0, 80.0, "learner-0 silent for 12 s, it trains on the batch for policy 12 since 80 s"),
+    ],
+)
+def test_a_long_step_of_the_learner_is_named_and_not_called_silent(silent: float, seconds: float, expected: str):
+    training = replace(
+        LEARNER,
+        waiting_for="",
+        silent_seconds=silent,
+        activity="trains on the batch for policy 12",
+        activity_seconds=seconds,
+    )
+    console, stream = plain_console()
+    with Display(console, 40) as shown:
+        shown.status(status(training))
+    assert stream.getvalue().endswith(f"4321 tokens/s{'; ' * bool(expected)}{expected}\n")
+
+
+@pytest.mark.parametrize(
     ("stage", "expected"),
     [
         (StageStatus(), ""),

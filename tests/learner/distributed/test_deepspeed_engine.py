@@ -1,8 +1,10 @@
+import datetime
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from learner.algorithms.base import LossInputs, ValueLossInputs
 from learner.algorithms.losses import batch_counts
 from learner.algorithms.ppo import PPO
 from learner.batches.batch import MicroBatch
-from learner.distributed.deepspeed_engine import TrainingEngine
+from learner.distributed.deepspeed_engine import TrainingEngine, init_distributed
 from learner.models.policy import PolicyModel, ValueModel
 from tests.learner.ranks import (
     LEARNING_RATE,
@@ -242,3 +244,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_no_trace(model_folder: 
     one_step(*undisturbed, algorithm, batch, 60)
     expected = dict(undisturbed[0].gather(torch.float32))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in pair[0].gather(torch.float32))
+
+
+def test_ranks_wait_for_work_that_rank_0_does_alone_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch):
+    given: list[Any] = []
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **named: given.append(named["timeout"]))
+    init_distributed(CPU)
+    # Digesting and flushing the checkpoint of a model of 70B parameters takes rank 0 half an hour.
+    assert given[0] >= datetime.timedelta(hours=12)

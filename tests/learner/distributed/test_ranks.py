@@ -28,7 +28,10 @@ def failure(status: int) -> ChildFailedError:
 )
 def test_the_exit_status_is_that_of_the_rank(monkeypatch: pytest.MonkeyPatch, error: Exception | None, status: int):
     def torchrun(arguments: list[str]) -> None:
-        assert arguments == ["--standalone", "--nproc-per-node", "2", "-m", "learner", "runs/one"]
+        assert arguments == [
+            *("--standalone", "--nproc-per-node", "2", "--shutdown-timeout", "604800"),
+            *("-m", "learner", "runs/one"),
+        ]
         if error is not None:
             raise error
 
