@@ -3,14 +3,15 @@
 Weights that never arrive are silent: the actor names the new version and samples with old weights, and the loss
 corrects for a distance that is not the true one. So the comparison goes on after the log-probability check.
 
-The canary is a piece of the first batch: the end of a prompt and the first tokens sampled after it. It stays the same
-for the life of this process, and the learner keeps its own log-probabilities under every version that it scored. So
-versions may move on while a probe is under way. With a newly sampled completion they could not, because the learner
-keeps no old weights. An actor scores the canary token by token, as it samples, at the sampling temperature.
+The canary is a piece of a batch: the end of a prompt and the first tokens sampled after it. It stays the same while it
+says anything, and the learner keeps its own log-probabilities under every version that it scored. So versions may move
+on while a probe is under way. With a newly sampled completion they could not, because the learner keeps no old weights.
+An actor scores the canary token by token, as it samples, at the sampling temperature. When the policy has become
+certain of all its tokens, no version can be told from another, and a later batch gives another canary.
 
 In a *round* the learner scores every version that it publishes, and the buffer asks actors in turn
 (`buffer/service/probes.py`). An answer counts if the version that the engine names was scored. A pause after every
-round keeps the cost of scoring at half a percent of the time, on either side.
+round keeps the cost of scoring below one percent of the time, on either side.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ logger = logging.getLogger(__name__)
 
 PROMPT_HEAD, PROMPT_TAIL = 4, 12
 """Tokens of a longer prompt's start and end that the canary keeps, so that scoring it is cheap for any model."""
+LEAST_LIKELY = -2.0
+"""A token counts as uncertain up to this log-probability; rarer tokens only carry more rounding."""
+FLAT = 0.05
+"""Nats per token of a canary that says nothing any more."""
 TIMES_TOLERANCE = 2.0
 """The canary is short, so its mean difference may be this many times what a batch's may be."""
 LEAST_SHARE = 0.01
 """Of the tolerance: differences below it are rounding, whatever version fits best."""
-PAUSE_PER_COST = 200.0
+PAUSE_PER_COST = 100.0
 """Seconds from one round to the next, for every second that a round cost the learner or an actor."""
 LONGEST_PAUSE_FOR_ACTORS = 600.0
 """Seconds; an actor's time includes waiting for its engine."""
@@ -81,8 +86,11 @@ def compare(kept: Mapping[int, Logprobs], policy_version: int, reported: Sequenc
 
 
 def canary_of(batch: TrainingBatch) -> TrainingBatch:
-    """Return a batch of one short sequence: the end of a prompt and up to 16 tokens that were sampled after it."""
-    chosen = max(batch.trajectories, key=lambda trajectory: _first_run(trajectory)[1])
+    """Return a batch of one short sequence: the end of a prompt and up to 16 tokens that were sampled after it.
+
+    Of the rank's trajectories the one whose tokens could most easily have been others, because there versions differ.
+    """
+    chosen = min(batch.trajectories, key=_certainty)
     start, length = _first_run(chosen)
     if start > PROMPT_HEAD + PROMPT_TAIL:
         prompt = np.concatenate([chosen.token_ids[:PROMPT_HEAD], chosen.token_ids[start - PROMPT_TAIL : start]])
@@ -104,6 +112,11 @@ def canary_of(batch: TrainingBatch) -> TrainingBatch:
     )
     group = TrajectoryGroup("canary", 0, (canary,))
     return TrainingBatch.from_groups([group], [0], batch.policy_version, batch.device)
+
+
+def _certainty(trajectory: Trajectory) -> float:
+    start, length = _first_run(trajectory)
+    return float(np.maximum(trajectory.behavior_logprobs[start : start + length], LEAST_LIKELY).sum())
 
 
 def _first_run(trajectory: Trajectory) -> tuple[int, int]:
@@ -168,7 +181,14 @@ class WeightProbe:
         """What rounds have found for the log-probability check: whether an actor agreed, and why none did."""
 
     def begin(self, batch: TrainingBatch) -> None:
-        """Choose the canary before the first batch is trained on, and score it; later calls do nothing."""
+        """Choose the canary before the first batch is trained on, and score it; every rank must call it.
+
+        In a later pause this batch replaces a canary that says nothing any more.
+        """
+        if self._canary is not None and self._probe is None and self._is_flat():
+            # Each rank may have a canary of its own, because only that of rank 0 is compared.
+            self._canary = canary_of(batch)
+            self._kept.clear()
         if self._canary is None:
             self._canary = canary_of(batch)
             self._score_canary(batch.policy_version)
@@ -196,6 +216,9 @@ class WeightProbe:
                 raise LogprobMismatchError(self._refusal or "rank 0 names the difference")
             check.agreed = any_rank(self._agreed, self._device)
         return metrics | {"weights/logprob_alarms": float(len(self._alarms))}
+
+    def _is_flat(self) -> bool:
+        return bool(self._kept) and float(np.abs(self._kept[max(self._kept)]).mean()) < FLAT
 
     def _score_canary(self, policy_version: int) -> None:
         assert self._canary is not None

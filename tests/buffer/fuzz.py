@@ -192,7 +192,8 @@ class Buffer:
         group = group_of(lease.group_id, lease.prompt_id, version)
         report = wire.EvaluationReport("actor-0", version, version, 10, 0.5, 0.2, 12.0, 1.0)
         peer = wire.Peer("actor", "actor-0", version, "", 0.5, {"actor/tokens": 1.0})
-        probe = wire.Probe(7, version, (1, 2, 3), 2)
+        probe = wire.Probe(chance.randrange(3), version, (5, 6, 7), 2)
+        probed = wire.ProbeReport("actor-0", chance.randrange(3), version, (-0.5, -0.25), 0.1)
         tensor = wire.TensorEntry("layer.0", "float32", (2, 3), 64, 24, "0123456789abcdef")
         found: list[wire.Message] = [
             wire.LeaseRequest("actor-0", version, chance.randrange(9), "abc"),
@@ -201,8 +202,11 @@ class Buffer:
             wire.GroupReceipt(lease.group_id, "stored"),
             wire.LeaseReturn("actor-0", (lease.group_id, "0.1"), chance.choice(["", "prompt_too_long"])),
             wire.Heartbeat(chance.choice(["actor", "learner"]), "actor-0", version, "prompts", {"actor/tokens": 1.0}),
-            wire.HeartbeatReply(version, False),
+            wire.HeartbeatReply(version, False, (), (probe,)),
             report,
+            wire.ProbeRequest(probe),
+            probed,
+            wire.ProbeReports((probed,), 1, 2),
             wire.Done(),
             wire.Refused("no such thing"),
             wire.LearnerHello(version),
@@ -228,8 +232,6 @@ class Buffer:
             wire.CheckpointBegun(version),
             wire.GroupRequest(version, int(lease.group_id.partition(".")[0])),
             wire.ShardGroup(group),
-            wire.ProbeRequest(probe),
-            wire.ProbeReport("actor-0", 7, version, (-1.0, -2.0), 0.1),
         ]
         return [wire.with_epoch(message, self.epoch) for message in found]
 

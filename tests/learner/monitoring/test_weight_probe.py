@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from buffer.trajectory import TrajectoryGroup
 from buffer.transport.messages import Message, Probe, ProbeReport, ProbeReports, ProbeRequest
 from learner.batches.batch import TrainingBatch
 from learner.monitoring import weight_probe
@@ -82,17 +83,27 @@ def test_stuck_weights_are_found_and_fresh_ones_are_not(noise: float, step: floa
 def test_the_canary_is_the_end_of_a_prompt_and_what_was_sampled_after_it():
     short = make_trajectory(0, range(3, 9), [False] * 4 + [True] * 2)
     long = make_trajectory(1, [*range(100, 130), *range(3, 43)], [False] * 30 + [True] * 40)
-    group = make_group("g", 0)
-    [canary] = canary_of(make_batch([type(group)("g", 0, (short, long))], 5)).trajectories
+    [canary] = canary_of(make_batch([TrajectoryGroup("g", 0, (short, long))], 5)).trajectories
     assert canary.token_ids.tolist() == [100, 101, 102, 103, *range(118, 130), *range(3, 19)]
     assert canary.loss_mask.tolist() == [False] * 16 + [True] * 16
     assert canary.newest_version == 5
 
 
+def test_the_canary_is_what_could_most_easily_have_been_sampled_otherwise():
+    mask = [False] * 2 + [True] * 4
+    certain = make_trajectory(0, range(3, 9), mask, logprobs=[0, 0, -0.1, -0.1, -0.1, -0.1])
+    uncertain = make_trajectory(1, range(4, 10), mask, logprobs=[0, 0, -0.5, -0.5, -0.5, -0.5])
+    rare = make_trajectory(2, range(5, 11), mask, logprobs=[0, 0, -30, 0, 0, 0])
+    for order in ((certain, uncertain), (uncertain, certain)):
+        group = TrajectoryGroup("g", 0, order)
+        assert canary_of(make_batch([group])).trajectories[0].token_ids[0] == 4
+    still = make_trajectory(3, range(6, 12), mask, logprobs=[0, 0, -0.6, -0.6, -0.6, -0.6])
+    assert canary_of(make_batch([TrajectoryGroup("g", 0, (rare, still))])).trajectories[0].token_ids[0] == 6
+
+
 def test_the_canary_ends_where_an_observation_begins():
     turns = make_trajectory(0, range(3, 12), [False, False, True, True, True, False, True, True, True])
-    group = make_group("g", 0)
-    [canary] = canary_of(make_batch([type(group)("g", 0, (turns,))])).trajectories
+    [canary] = canary_of(make_batch([TrajectoryGroup("g", 0, (turns,))])).trajectories
     assert canary.token_ids.tolist() == [3, 4, 5, 6, 7]
     assert canary.loss_mask.tolist() == [False, False, True, True, True]
 
@@ -266,9 +277,9 @@ def test_nothing_is_scored_in_the_pause_after_a_round(monkeypatch: pytest.Monkey
 
 
 def test_the_pause_follows_the_cost(monkeypatch: pytest.MonkeyPatch):
-    """Half a percent at most, whatever a scoring pass takes: by a clock that the test moves."""
+    """One percent at most, whatever a scoring pass takes: by a clock that the test moves."""
     now = [0.0]
-    monkeypatch.setattr(weight_probe, "PAUSE_PER_COST", 200.0)
+    monkeypatch.setattr(weight_probe, "PAUSE_PER_COST", 100.0)
     monkeypatch.setattr("learner.monitoring.weight_probe.time.monotonic", lambda: now[0])
     run, cost = Run(), [0.0]
     score = run.policy.__call__
@@ -299,6 +310,30 @@ def test_a_round_without_answers_ends(monkeypatch: pytest.MonkeyPatch):
         run.publish()
     assert run.policy.num_scored == weight_probe.MOST_VERSIONS
     assert not run.check.agreed
+
+
+def test_a_canary_that_says_nothing_any_more_is_replaced_after_the_round(monkeypatch: pytest.MonkeyPatch):
+    run = Run()
+    run.round(("a", None))
+    first = run.buffer.probes[-1].token_ids
+    later = make_batch([make_group("h", 1, seed=1)], 3)
+    run.probe.begin(later)
+    assert run.round(("a", None))["weights/logprob_alarms"] == 0.0
+    assert run.buffer.probes[-1].token_ids == first
+    # The policy becomes certain: every log-probability is near 0 under every version.
+    run.policy.at = lambda version, num_tokens: [-1e-3] * num_tokens  # type: ignore[method-assign]
+    run.publish()
+    run.probe.begin(later)
+    assert run.buffer.probes[-1].token_ids == first
+    run.answer("a", run.policy.version)
+    monkeypatch.setattr(weight_probe, "PAUSE_PER_COST", 1e12)
+    run.publish()
+    run.publish()
+    run.probe.begin(later)
+    run.probe._due = 0.0
+    run.publish()
+    assert run.buffer.probes[-1].token_ids != first
+    assert sorted(run.probe._kept) == [run.policy.version]
 
 
 def test_a_buffer_that_does_not_answer_is_never_waited_for():
