@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,20 +38,33 @@ TICK_SECONDS = 0.2
 class Server:
     """Serves a run's ledger at `config.address`.
 
+    Args:
+        config: the run.
+        credentials: the run's id and keys.
+        clock: returns seconds of a monotonic clock.
+        open_router: makes the socket. A simulation passes its own clock and network.
+
     Raises:
         ValueError: when the ledger is in use or belongs to other data; or the address is in use, or is not local and
             the credentials have no keys.
     """
 
-    def __init__(self, config: BufferConfig, credentials: Credentials) -> None:
-        self._config = config
-        self._ledger = Ledger(config, time.monotonic())
+    def __init__(
+        self,
+        config: BufferConfig,
+        credentials: Credentials,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        open_router: Callable[[str, Credentials], Router] = Router,
+    ) -> None:
+        self._config, self._clock = config, clock
+        self._ledger = Ledger(config, clock())
         self._stopping = False
         self._waits_saved = -REFRESH_SECONDS
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="waits")
         self._saving: Future[None] | None = None
         try:
-            self._router = Router(config.address, credentials)
+            self._router = open_router(config.address, credentials)
         except BaseException:
             self._ledger.close()
             raise
@@ -76,7 +90,7 @@ class Server:
         log.info("buffer closed")
 
     def _turn(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         messages, more_waiting = self._router.receive(MESSAGES_PER_TURN, now)
         self._ledger.file.check_present()
         for answer in self._turns.carry_out(messages, more_waiting, now, self._router.take_counts()):
