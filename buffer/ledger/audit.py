@@ -33,6 +33,11 @@ _BROKEN_RULES = {
         "SELECT COUNT(*) FROM payloads WHERE occurrence NOT IN"
         " (SELECT occurrence FROM occurrences WHERE state IN ('ready', 'used'))"
     ),
+    "states whose stored number of occurrences is wrong": (
+        "SELECT COUNT(*) FROM (SELECT name FROM (SELECT iif(state = 'dropped', 'dropped:' || reason, state) AS name,"
+        " COUNT(*) AS number FROM occurrences GROUP BY name UNION ALL SELECT name, -value FROM state_counts)"
+        " GROUP BY name HAVING SUM(number) != 0)"
+    ),
     "batches with an empty place": (
         "SELECT COUNT(*) FROM (SELECT 1 FROM uses GROUP BY used_version HAVING COUNT(*) != MAX(batch_order) + 1)"
     ),

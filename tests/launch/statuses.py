@@ -1,6 +1,7 @@
 """Statuses of the buffer, for the tests of display and summary."""
 
-from buffer.transport.messages import EvaluationReport, Peer, StageStatus, Status, Wait
+from buffer.actor_metrics import over_actors
+from buffer.transport.messages import ActorTotals, EvaluationReport, Peer, StageStatus, Status, Wait
 
 
 def report(version: int, pass_at_1: float, requested: int | None = None) -> EvaluationReport:
@@ -33,4 +34,7 @@ def status(
     waits: tuple[Wait, ...] = (),
     stage: StageStatus | None = None,
 ) -> Status:
-    return Status(COUNTS, policy_version, False, peers, reports, waits, stage or StageStatus())
+    reported = [peer.metrics for peer in peers if peer.role == "actor"]
+    metrics = over_actors(reported, {name for metrics in reported for name in metrics})
+    actors = ActorTotals(sum(peer.role == "actor" and peer.silent_seconds < 60 for peer in peers), metrics=metrics)
+    return Status(COUNTS, policy_version, False, peers, reports, waits, stage or StageStatus(), actors=actors)

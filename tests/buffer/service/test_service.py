@@ -8,7 +8,7 @@ import pytest
 from buffer.config import BufferConfig
 from buffer.ledger.audit import audit
 from buffer.ledger.ledger import Ledger
-from buffer.service import service
+from buffer.service import peers
 from buffer.service.leases import PRESUMED_DEAD_SECONDS
 from buffer.service.service import Service
 from buffer.transport import messages
@@ -336,7 +336,7 @@ def test_no_peer_claims_a_version_that_cannot_exist(start: Any):
 
 def test_processes_that_left_are_forgotten(start: Any, monkeypatch: pytest.MonkeyPatch):
     buffer = start()
-    monkeypatch.setattr(service, "MAX_PEERS", 3)
+    monkeypatch.setattr(peers, "MAX_PEERS", 3)
 
     def names(*beating: str) -> list[str]:
         for name in beating:
@@ -346,7 +346,7 @@ def test_processes_that_left_are_forgotten(start: Any, monkeypatch: pytest.Monke
 
     assert names("a", "b", "c", "a") == ["a", "b", "c"]
     assert names("d") == ["a", "c", "d"], "b was silent the longest"
-    buffer.now += service.FORGOTTEN_SECONDS - 1
+    buffer.now += peers.FORGOTTEN_SECONDS - 1
     assert names("d") == ["d"]
 
 
@@ -477,3 +477,27 @@ def test_a_group_is_masked_also_when_it_is_fetched_alone(start: Any, monkeypatch
     assert not shard.groups and not seen
     buffer.ask(LEARNER, messages.GroupRequest(0, shard.rest[0][0]))
     assert seen == list(shard.staleness)
+
+
+def test_a_status_has_a_bounded_size_and_names_the_worst_and_those_asked_for(start: Any):
+    """5,000 actors with long names, texts and metrics; one is silent, one waits longest, and one is asked for."""
+    buffer = start()
+    metrics = {f"{'m' * 50}{number}": 1.0 for number in range(64)}
+    buffer.ask(LEARNER, messages.Heartbeat("learner", "learner-0", 0, "", {"reward": 0.5}))
+    names = [f"{'a' * 100}-{number}" for number in range(5_000)]
+    for number, name in enumerate(names):
+        with buffer.ledger.transaction():
+            beat = messages.Heartbeat("actor", name, 0, "x" * 4_096 if number == 17 else "prompts", metrics)
+            buffer.service.receive(name[-100:].encode(), beat, 1, buffer.now)
+        if number == 17:
+            buffer.now += 30
+    buffer.now += 1
+    status = buffer.service.status(buffer.now, (names[4_000], "unknown"))
+    shown = [peer.name for peer in status.peers]
+    assert {"learner-0", names[17], names[0], names[4_000]} <= set(shown) and len(shown) == peers.WORST + 2
+    assert (status.actors.num_actors, status.actors.num_silent, status.actors.num_waiting) == (5_000, 18, 5_000)
+    assert status.actors.metrics[f"{'m' * 50}7"] == 5_000
+    assert len(status.waits) == peers.WORST and status.waits[0].seconds == 31.0
+    frames = messages.encode(status, 1, "run")
+    assert len(frames[0]) < 1 << 20
+    assert messages.decode(frames, "run")[0] == status

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from buffer.trajectory import TrajectoryGroup, VersionSpan
-from buffer.transport.messages import LearnerHello, LearnerWelcome, Message, Peer, Status, StatusRequest
+from buffer.transport.messages import ActorTotals, LearnerHello, LearnerWelcome, Message, Status, StatusRequest
 from learner.batches.batch import TrainingBatch
 from learner.monitoring.logprob_check import LogprobCheck, LogprobMismatchError, OlderGroups, say_hello
 from tests.learner.samples import CPU, make_batch, make_group
@@ -106,8 +106,8 @@ class Buffer:
     """Answers as the buffer does."""
 
     def __init__(self, issued: int, policy_version: int, actor_version: int, outstanding: int) -> None:
-        peer = Peer("actor", "actor-0", actor_version, "", 0.0, {})
-        self.status = Status({"issued": issued}, policy_version, False, (peer,), ())
+        actors = ActorTotals(1, newest_version=actor_version)
+        self.status = Status({"issued": issued}, policy_version, False, (), (), actors=actors)
         self.outstanding = outstanding
         self.heard: list[Message] = []
         self.epoch = 0

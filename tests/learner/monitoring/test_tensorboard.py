@@ -5,7 +5,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from buffer.trajectory import TrajectoryGroup
-from buffer.transport.messages import EvaluationReport, Peer, StageStatus, Status, Wait
+from buffer.transport.messages import ActorTotals, EvaluationReport, Peer, StageStatus, Status, Wait
 from learner.batches.batch import TrainingBatch
 from learner.monitoring.tensorboard import Reporter, StepClock, batch_metrics
 from tests.learner.samples import CPU, make_trajectory
@@ -87,13 +87,10 @@ def test_event_files_hold_everything_by_policy_version(tmp_path: Path):
         reporter.scalars({"reward/mean": version / 2}, version)
         reporter.staleness(batch(), version)
     reporter.evaluation(EvaluationReport("actor-0", 3, 2, 100, 0.75, 0.5, 12.0, 1.5))
-    peers = (
-        peer("actor", 1, tokens=10.0, idle_fraction=0.0),
-        peer("actor", 0, tokens=30.0, idle_fraction=0.5),
-        peer("learner", 2),
-    )
+    peers = (peer("actor", 1), peer("learner", 2))
+    actors = ActorTotals(7000, oldest_version=0, newest_version=2, metrics={"tokens": 40.0, "idle_fraction": 0.25})
     stage = StageStatus(2, 3, 0.75, 200, 11)
-    reporter.status(Status({"ready": 4, "dropped:late": 1}, 2, False, peers, (), stage=stage), 2)
+    reporter.status(Status({"ready": 4, "dropped:late": 1}, 2, False, peers, (), stage=stage, actors=actors), 2)
     reporter.close()
     assert scalars(tmp_path, "reward/mean") == [(1, 0.5), (2, 1.0)]
     assert scalars(tmp_path, "evaluation/pass_at_1") == [(2, 0.75)]
@@ -116,6 +113,18 @@ def test_without_actors_nothing_is_said_about_them(tmp_path: Path):
     reporter.close()
     names = ("ready", "stage", "success", "prompts_passed_over")
     assert events(tmp_path).Tags()["scalars"] == [*(f"buffer/{name}" for name in names), "waiting/learner-2_seconds"]
+
+
+def test_with_more_actors_than_a_status_names_only_the_learner_has_curves(tmp_path: Path):
+    reporter = Reporter(tmp_path, 0)
+    waits = (Wait("learner-1", "3 more groups", 12.0), Wait("actor-1", "a lease", 20.0))
+    peers = (peer("learner", 1), peer("actor", 1))
+    reporter.status(Status({}, 1, False, peers, (), waits, actors=ActorTotals(7000)), 1)
+    reporter.close()
+    curves = [name for name in events(tmp_path).Tags()["scalars"] if name.startswith("waiting/")]
+    assert curves == ["waiting/learner-1_seconds"]
+    (page,) = events(tmp_path).Tensors("waits/text_summary")
+    assert "actor-1 waits for a lease" in page.tensor_proto.string_val[0].decode()
 
 
 def test_who_waits_for_whom_is_a_curve_and_a_page_of_text(tmp_path: Path):
