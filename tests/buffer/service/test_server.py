@@ -244,7 +244,7 @@ def test_a_batch_of_large_groups_is_sent_a_few_groups_per_turn_while_others_are_
         for lease in answer(actor.request(credit(num_groups=num_groups))).leases:
             group = make_group(lease.group_id, lease.prompt_id, num_tokens=5_000)
             answer(actor.request(messages.GroupDelivery("actor-0", group)))
-        prefetch = Prefetch(learner, 0, 1, torch.device("cpu"), 20.0, 0.0)
+        prefetch = Prefetch(learner, 0, 1, torch.device("cpu"), 0.0)
         coming = prefetch.ask(0)
         while not coming.done():
             # A heartbeat is answered in the turn that reads it, whatever the learner has asked for.
