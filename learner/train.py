@@ -33,6 +33,12 @@ from learner.checkpoints.checkpoint import (
 from learner.config import LearnerConfig, LoraConfig, ModelConfig
 from learner.distributed.collectives import all_reduce_max, any_rank, rank_and_world_size
 from learner.monitoring.bad_batch import save_bad_batch
+from learner.monitoring.failed_batch import (
+    forget_failed_batch,
+    load_failed_batch,
+    may_be_the_batchs,
+    save_failed_batch,
+)
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
 from learner.monitoring.patient_requests import BatchWait, PatientRequests
@@ -80,6 +86,7 @@ class Trainer:
         self.config, self.model_config, self.algorithm = config, model, algorithm
         self.buffer, self.store, self.device, self.stopping = buffer, store, device, stopping
         self.rank, self.world_size = rank_and_world_size()
+        self.run_dir = run_dir
         self.checkpoints, self.bad_batches = run_dir / "checkpoints", run_dir / "bad_batches"
         self.networks = Networks.load(config, model, algorithm, device)
         self._batch_trainer = BatchTrainer(config, algorithm, self.networks, stopping)
@@ -145,6 +152,11 @@ class Trainer:
         except PassAbandonedError:
             logger.info("policy %d: the current batch is abandoned; a resumed run trains on it", self.version)
             return False
+        except Exception as error:
+            if self._shard is not None and may_be_the_batchs(error, self.world_size):
+                groups = [packed.header.group_id for packed in self._shard.groups]
+                save_failed_batch(self.run_dir, self.version, groups, error)
+            raise
         self.version += len(steps)
         trained = time.monotonic()
         if self.version < self.config.total_steps:
@@ -219,9 +231,12 @@ class Trainer:
     def _say_hello(self) -> bool:
         """Begin with the buffer and publish the first version. False when `stopping` ended the wait for the buffer."""
         # Also a barrier, because the buffer would refuse another rank's batch request that arrived before the hello.
-        older = say_hello(self._requests, self.version, self.config.updates_per_batch, self.device)
+        updates, failed = self.config.updates_per_batch, load_failed_batch(self.run_dir)
+        older = say_hello(self._requests, self.version, updates, self.device, failed)
         if older is None:
             return False
+        if self.rank == 0:
+            forget_failed_batch(self.run_dir)
         self._logprobs = LogprobCheck(self.config.logprob_tolerance, older)
         self._publish()
         self._await_publication()

@@ -30,6 +30,8 @@ from buffer.ledger.batches import Batches
 from buffer.ledger.curriculum import Curriculum
 from buffer.ledger.evaluations import Evaluations
 from buffer.ledger.ledger_file import LedgerFile
+from buffer.ledger.poison import REASON as POISON
+from buffer.ledger.poison import Poison
 from buffer.ledger.sampler import Candidate
 from buffer.ledger.stale_tokens import newest_sampled_version
 from buffer.ledger.states import FIRST_STATE
@@ -66,7 +68,7 @@ class Ledger:
     def __init__(self, config: BufferConfig, now: float) -> None:
         self._config = config
         self.file = LedgerFile(Path(config.run_dir), config.durability)
-        self.evaluations = Evaluations(self.file)
+        self.evaluations, self.poison = Evaluations(self.file), Poison(self.file)
         self.counts: Counter[str] = Counter()
         """Number of occurrences by state; dropped ones by reason, as `dropped:reason`."""
         self.leased: Counter[int] = Counter()
@@ -433,6 +435,22 @@ class Ledger:
         self._move("done", "pending", resampled)
         self._load_live()
         return int(number)
+
+    def set_aside(self, occurrences: Sequence[int]) -> int:
+        """Drop those of the groups that are ready, because the learner fails on them. Returns their number."""
+        listed = json.dumps(occurrences)
+        ready = [
+            row[0]
+            for row in self.file.rows(f"SELECT occurrence FROM occurrences WHERE state = 'ready' AND {_THESE}", listed)
+        ]
+        if ready:
+            listed = json.dumps(ready)
+            self.file.write(f"DELETE FROM payloads WHERE {_THESE}", listed)
+            self.file.write(
+                f"UPDATE OR FAIL occurrences SET state = 'dropped', reason = '{POISON}' WHERE {_THESE}", listed
+            )
+            self._load()
+        return len(ready)
 
     def _find(self, group_id: str) -> _Row | None:
         match = _GROUP_ID.fullmatch(group_id)

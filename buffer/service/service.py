@@ -166,7 +166,8 @@ class Service:
         actors, peers = self._peers.totals(now), self._peers.shown(now, names)
         reports, waits, stage = ledger.evaluations.latest(REPORTS_SHOWN), self.waits(now), ledger.curriculum.status()
         known = counts, progress.policy_version, progress.closing, peers, reports, waits, stage
-        return messages.Status(*known, notes=(self.last_error,) if self.last_error else (), actors=actors)
+        notes = self.last_error, ledger.file.meta("poison_note", "")
+        return messages.Status(*known, notes=tuple(note for note in notes if note), actors=actors)
 
     def waits(self, now: float) -> tuple[messages.Wait, ...]:
         """Return the longest waits, longest first: of parked requests, and those that heartbeats of others report."""
@@ -383,7 +384,12 @@ class Service:
             )
         # Durable, so that no later hello gets the same number after a power cut.
         file.make_durable()
+        poison = self._ledger.poison.failed(hello.failed_version, hello.failed_groups, hello.failure_id)
         rolled_back = self._ledger.roll_back(version)
+        if poison and (number_aside := self._ledger.set_aside(poison)):
+            note = f"{number_aside} groups were set aside, the learner failed twice on their batch: {hello.failure}"
+            log.error("%s; policy %d, groups %s", note, hello.failed_version, ", ".join(hello.failed_groups))
+            file.set_meta("poison_note", note)
         for key in list(self._batches):
             file.guard(self._batches, key)
         self._batches.clear()

@@ -251,6 +251,14 @@ class LearnerHello:
     """The learner starts, or resumes, at `policy_version`. The buffer undoes all batches of that version and later."""
 
     policy_version: Version
+    failed_version: VersionOrNone = -1
+    """Version of the batch on which the learner's last process failed with an error; -1: it did not."""
+    failed_groups: tuple[Name, ...] = ()
+    """Group ids that the failed rank trained on. Those that fail twice are set aside (`buffer/ledger/poison.py`)."""
+    failure: Line = ""
+    """The error, for the user."""
+    failure_id: Name = ""
+    """Another one for every failure."""
 
 
 @dataclass(frozen=True, slots=True)

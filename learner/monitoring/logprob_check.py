@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from buffer.transport.connection import RequestRefused
-from buffer.transport.messages import LearnerHello, LearnerWelcome, Status, StatusRequest
+from buffer.transport.messages import LearnerWelcome, Status, StatusRequest
 from learner.batches.batch import TrainingBatch
 from learner.checkpoints.checkpoint import CheckpointError
 from learner.distributed.collectives import all_reduce_max, all_reduce_sum, any_rank, rank_and_world_size
+from learner.monitoring.failed_batch import FailedBatch, hello
 from learner.monitoring.patient_requests import PatientRequests
 from learner.monitoring.stop_conditions import RunStoppedError
 
@@ -58,12 +59,16 @@ class OlderGroups:
 
 
 def say_hello(
-    requests: PatientRequests, policy_version: int, updates_per_batch: int, device: torch.device
+    requests: PatientRequests,
+    policy_version: int,
+    updates_per_batch: int,
+    device: torch.device,
+    failed: FailedBatch | None = None,
 ) -> OlderGroups | None:
     """Tell the buffer, on rank 0, the version that the learner starts at. Returns, on every rank, the older groups.
 
-    Sets the learner's epoch on every rank's connection. Also a barrier. None on every rank when the learner was told to
-    end before the buffer answered.
+    Reports too how the learner's last process `failed`. Sets the learner's epoch on every rank's connection. Also a
+    barrier. None on every rank when the learner was told to end before the buffer answered.
 
     Raises:
         CheckpointError: the buffer refuses the version, because its ledger is older than the checkpoint.
@@ -71,7 +76,7 @@ def say_hello(
     older = torch.tensor([0, -1, 0], device=device)
     before = requests.ask_together(StatusRequest(), BUFFER)
     try:
-        welcome = before and requests.ask_together(LearnerHello(policy_version), BUFFER)
+        welcome = before and requests.ask_together(hello(policy_version, failed), BUFFER)
     except RequestRefused as error:
         raise CheckpointError(str(error)) from error
     if welcome is None:

@@ -18,6 +18,8 @@ from learner.algorithms.base import Algorithm, LossInputs, LossOutputs
 from learner.algorithms.corrections import VTrace
 from learner.algorithms.grpo import GRPO
 from learner.algorithms.ppo import PPO
+from learner.batch_trainer import BatchTrainer
+from learner.batches.batch import TrainingBatch
 from learner.batches.prefetch import Prefetch
 from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring.logprob_check import LogprobMismatchError
@@ -309,3 +311,29 @@ def test_an_interrupt_while_waiting_ends_the_run_at_once(start_run: Runs):
     assert trainer.version == 0 and [manifest.policy_version for manifest in manifests] == [0]
     # Nothing was trained, so there is nothing to save.
     assert newest_checkpoint(run.directory / "checkpoints") is None
+
+
+def test_a_batch_that_ends_the_learner_twice_is_set_aside_and_the_run_goes_on(
+    start_run: Runs, monkeypatch: pytest.MonkeyPatch
+):
+    run = start_run(max_staleness=2)
+    run.start_actor()
+    train_on, failed_on = BatchTrainer.train_on, []
+
+    def fail(trainer: BatchTrainer, batch: TrainingBatch, *arguments: Any) -> Any:
+        groups = {trajectory.group_id for trajectory in batch.trajectories}
+        if "5.0" in groups:
+            failed_on.append(groups)
+            raise IndexError("index out of range in self")
+        return train_on(trainer, batch, *arguments)
+
+    monkeypatch.setattr(BatchTrainer, "train_on", fail)
+    for _ in range(2):
+        with pytest.raises(IndexError):
+            run.learn(GRPO(), 4, checkpoint_every=1)
+    trainer, _ = run.learn(GRPO(), 4, checkpoint_every=1)
+    assert trainer.version == 4
+    assert len(failed_on) == 2 and failed_on[0] == failed_on[1]
+    found = run.audit()
+    assert found.dropped == {"poison": GROUPS_PER_BATCH} and found.holds
+    assert not (run.directory / "failed_batch.json").exists()
