@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket as sockets
+import time
 from collections.abc import Callable
 
 import zmq
@@ -36,7 +38,15 @@ _REASONS = {
     int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): _NO_KEY,
     int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): _NO_KEY,
 }
-_WATCHED = sum(_REASONS) | zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+NO_FILES_SECONDS = 60.0
+"""Interval of the message that connections cannot be accepted."""
+_WATCHED = (
+    sum(_REASONS)
+    | zmq.EVENT_ACCEPT_FAILED
+    | zmq.EVENT_ACCEPTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+)
 
 
 class Authenticator:
@@ -56,6 +66,7 @@ class Authenticator:
         self._count = count
         self._handshakes = _Handshakes()
         self._logged: set[str] = set()
+        self._quiet_until = 0.0
         self._requests = context.socket(zmq.REP)
         self._requests.bind(ZAP_ADDRESS)
         socket.monitor(MONITOR_ADDRESS, _WATCHED)
@@ -100,6 +111,9 @@ class Authenticator:
 
     def _watch(self, frames: list[bytes]) -> None:
         event = parse_monitor_message(frames)
+        if event["event"] == zmq.EVENT_ACCEPT_FAILED:
+            self._cannot_accept(int(event["value"]))
+            return
         turned_away = self._handshakes.happened(int(event["event"]), int(event["value"]))
         if turned_away is None:
             return
@@ -109,6 +123,18 @@ class Authenticator:
             log.warning("a connection from %s was turned away: %s", address, reason)
         # Counted last, so that the log line exists when the count is seen.
         self._count("rejected")
+
+    def _cannot_accept(self, error: int) -> None:
+        """Say, now and then, that peers cannot connect, and why. They try again."""
+        if time.monotonic() < self._quiet_until:
+            return
+        self._quiet_until = time.monotonic() + NO_FILES_SECONDS
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        log.error(
+            "no further connection can be accepted (%s): this process may have %d open files, and every connection"
+            " takes one; raise the hard limit (ulimit -Hn, or LimitNOFILE of the service) and start again",
+            *(os.strerror(error), limit),
+        )
 
 
 class _Handshakes:

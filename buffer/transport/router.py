@@ -8,9 +8,12 @@ messages and those of other runs are counted and dropped; a peer that keeps send
 from __future__ import annotations
 
 import logging
+import os
 import re
+import resource
 import threading
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 import zmq
@@ -36,6 +39,8 @@ log = logging.getLogger(__name__)
 
 IDENTITY = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9_.:@-]{0,254}")
 """Valid names of connections. The names appear in the ledger and in logs."""
+MAX_ARRIVING = 4_096
+"""Connections that may wait to be accepted, as when all actors of a run start at once. The kernel may allow fewer."""
 LARGE_FRAME_BYTES = 1 << 20
 """Frames of at least this size are sent without a copy. Smaller ones are copied faster than their release is noted."""
 LARGE_MESSAGE_BYTES = 4 << 20
@@ -55,6 +60,20 @@ class Incoming:
     number: int
     role: str = ""
     """The role of the peer's key (`buffer/transport/roles.py`); empty without encryption."""
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many open files as its hard limit says, because every connection takes one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # Without permission, or in a container that forbids it, the soft limit stays.
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _num_io_threads() -> int:
+    """Return the number of threads that read, write and encrypt: one has enough to do where there are few cores."""
+    return min(4, max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def read_incoming(identity: bytes, frames: list[bytes], run_id: str, role: str = "") -> Incoming:
@@ -89,7 +108,8 @@ class Router:
         self._leaving: dict[tuple[bytes, int], zmq.MessageTracker] = {}
         """Large answers that ZeroMQ has not passed on, by connection and request number; also some that it has."""
         self._prune_at = FIRST_PRUNE
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        raise_file_limit()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(_num_io_threads())
         self.socket = self._open(credentials)
         self._authenticator = Authenticator(self.context, self.socket, credentials, self._count)
         try:
@@ -108,6 +128,7 @@ class Router:
         socket = bounded_socket(self.context, zmq.ROUTER)
         # A client that reopens its socket keeps its identity. Without handover ZeroMQ would keep the dead connection.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        socket.setsockopt(zmq.BACKLOG, MAX_ARRIVING)
         if credentials.encrypted:
             socket.curve_server = True
             socket.curve_secretkey = credentials.secret
