@@ -17,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -423,7 +425,7 @@ class Actor:
         """Compare the weights that Slipstream loaded with the same weights from vLLM's own loader.
 
         Version 0 is in the folder that the engine started from. A later version is written to a folder, from which
-        vLLM loads it once more.
+        vLLM loads it once more, and which is removed then.
 
         Raises:
             RuntimeError: a parameter differs.
@@ -432,14 +434,13 @@ class Actor:
         if version > 0 and not local.on_host:
             logger.info("policy %d stays on the learner's device and is not compared after the first load", version)
             return
-        if version > 0:
-            from actors.weights.vllm_loader import export_folder
-
-            folder = await asyncio.to_thread(export_folder, local, Path(self.config.model_path), self.spool / "verify")
         ours = await self.engine.checksums()
         if version > 0:
-            await self.engine.reload_from_folder(str(folder))
-            engine_checksums = await self.engine.checksums()
+            reloaded = await self._reloaded_checksums(local)
+            if reloaded is None:
+                logger.warning("policy %d is not compared after the first load: no disk has room for it", version)
+                return
+            engine_checksums = reloaded
         wrong = sorted(name for name in engine_checksums if engine_checksums[name] != ours.get(name))
         if wrong:
             raise RuntimeError(
@@ -448,6 +449,23 @@ class Actor:
                 " trains"
             )
         logger.info("policy %d: %d parameters verified after the first load", version, len(ours))
+
+    async def _reloaded_checksums(self, local: FetchedVersion) -> dict[str, str] | None:
+        """Let vLLM load `local` from a folder and return its checksums; None without room for the folder."""
+        from actors.weights.vllm_loader import export_folder
+
+        for place in (self.spool, Path(tempfile.gettempdir())):
+            folder = place / f"verify-{self.actor_id}"
+            try:
+                await asyncio.to_thread(export_folder, local, Path(self.config.model_path), folder)
+                await self.engine.reload_from_folder(str(folder))
+                return await self.engine.checksums()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        return None
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ class WeightClient:
                     f"policy {manifest.policy_version}: {path} has {size} bytes, the learner published"
                     f" {manifest.num_bytes}"
                 )
-            check_tensors(manifest, self._mapped.of(file, manifest))
+            check_tensors(manifest, self._mapped.of(file))
         except BaseException:
             let_go(file)
             raise

@@ -16,9 +16,6 @@ from numpy.typing import NDArray
 from buffer.transport.messages import Manifest
 from buffer.weights.shared_memory import let_go
 
-MAX_MAPPINGS = 8
-"""Largest number of mappings that are kept. When it is reached, all are dropped: some may belong to deleted files."""
-
 
 @dataclass(frozen=True, slots=True)
 class LocalWeights:
@@ -87,23 +84,41 @@ class HostCopy:
         os.close(self._descriptor)
 
 
+class _Mapping:
+    """A mapped file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.array: NDArray[np.uint8] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        """[num_bytes] uint8."""
+        # Opened anew: a copy of the caller's descriptor would share its lock.
+        self._descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the file has no name any more, so that no later version comes in it."""
+        return not os.fstat(self._descriptor).st_nlink
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
+
+
 class Mappings:
-    """Keeps the learner's files mapped, because mapping one again costs more than reading all of it."""
+    """Keeps the learner's files mapped, because mapping one again costs more than reading all of it.
+
+    Files that were deleted are unmapped, because a mapping keeps a whole version in memory.
+    """
 
     def __init__(self) -> None:
-        self._arrays: dict[int, NDArray[np.uint8]] = {}
-        """[num_bytes] uint8 per inode. The learner reuses a file for later versions, and its inode stays the same."""
-        self._store = ""
+        self._mapped: dict[int, _Mapping] = {}
+        """By inode. The learner reuses a file for later versions, and its inode stays the same."""
 
-    def of(self, file: BinaryIO, manifest: Manifest) -> NDArray[np.uint8]:
+    def of(self, file: BinaryIO) -> NDArray[np.uint8]:
         """Return the contents of `file`, which the caller holds locked, as [num_bytes] uint8."""
-        store, inode = manifest.publication.partition(":")[0], os.fstat(file.fileno()).st_ino
-        if store != self._store or len(self._arrays) >= MAX_MAPPINGS:
-            self._arrays, self._store = {}, store
-        if inode not in self._arrays:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._arrays[inode] = np.frombuffer(mapped, np.uint8)
-        return self._arrays[inode]
+        inode = os.fstat(file.fileno()).st_ino
+        self._mapped = {other: mapping for other, mapping in self._mapped.items() if not mapping.is_deleted}
+        if inode not in self._mapped:
+            self._mapped[inode] = _Mapping(file)
+        return self._mapped[inode].array
 
 
 class TensorCheck:

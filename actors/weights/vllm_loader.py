@@ -7,6 +7,7 @@ Tensor parallelism and weight repacking therefore work as in vLLM's own loader.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,20 @@ def export_folder(weights: FetchedVersion, base: Path, folder: Path) -> Path:
     """Write a version as a Hugging Face folder with the configuration and tokenizer of `base`. Returns the folder.
 
     The bytes of the version must be on this host.
+
+    Raises:
+        OSError: there is no room for the folder.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in base.iterdir():
         if path.is_file() and path.suffix == ".json" and "index" not in path.name:
             shutil.copy2(path, folder / path.name)
-    info = FileUpdateInfo(**weights.update_info())
-    tensors = {name: tensor.clone() for name, tensor in info.map_tensors()}
+    tensors = dict(FileUpdateInfo(**weights.update_info()).map_tensors())
+    wanted, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    # safetensors would fail with an error of its own.
+    if wanted > free:
+        raise OSError(errno.ENOSPC, f"{wanted} bytes do not fit in the {free} that are free", str(folder))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -1,6 +1,8 @@
 """Loading a file of weights in vLLM's workers."""
 
-from collections.abc import Iterable
+import asyncio
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from actors.actor import Actor
 from actors.weights.local import LocalWeights
 from actors.weights.vllm_loader import FileTransferEngine, FileUpdateInfo, export_folder
 from buffer.transport.messages import Manifest, TensorEntry
@@ -58,6 +61,80 @@ def test_a_version_becomes_a_folder_that_transformers_loads(tmp_path: Path):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert_same(loaded.state_dict(), dict(named))
     slot.remove()
+
+
+class Reloading:
+    """An engine that loads folders. Its checksums are the sums of the tensors that it holds."""
+
+    def __init__(self, tensors: dict[str, Tensor], error: Exception | None = None) -> None:
+        self.tensors, self.error = tensors, error
+        self.folders: list[Path] = []
+
+    async def checksums(self) -> dict[str, str]:
+        return {name: str(tensor.sum()) for name, tensor in self.tensors.items()}
+
+    async def reload_from_folder(self, folder: str) -> None:
+        self.folders.append(Path(folder))
+        if self.error is not None:
+            raise self.error
+        self.tensors = load_file(Path(folder) / "model.safetensors")
+
+
+def verify(engine: Reloading, local: LocalWeights, base: Path, spool: Path) -> None:
+    actor = Actor.__new__(Actor)
+    actor.actor_id, actor.engine, actor.spool = "actor-0", engine, spool  # type: ignore[assignment]
+    actor.config = SimpleNamespace(model_path=str(base))  # type: ignore[assignment]
+    asyncio.run(actor._verify_first_load(local, {}))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Iterator[tuple[dict[str, Tensor], LocalWeights]]:
+    (tmp_path / "base").mkdir()
+    tensors = {"embed": torch.randn(37, 11), "norm": torch.randn(5)}
+    slot, local = published(tmp_path / "published", tensors.items())
+    yield tensors, local
+    slot.remove()
+
+
+def test_the_copy_for_the_comparison_after_the_first_load_does_not_stay(
+    tmp_path: Path, model: tuple[dict[str, Tensor], LocalWeights]
+):
+    tensors, local = model
+    spool = tmp_path / "spool"
+    engine = Reloading(dict(tensors))
+    verify(engine, local, tmp_path / "base", spool)
+    assert [folder.parent for folder in engine.folders] == [spool] and list(spool.iterdir()) == []
+    # Nor when the comparison finds a difference, or the engine fails.
+    for engine, error in (
+        (
+            Reloading(tensors | {"norm": torch.zeros(5)}),
+            "1 of 2 parameters differ .*, the first is norm",
+        ),
+        (Reloading(dict(tensors), RuntimeError("no memory")), "no memory"),
+    ):
+        with pytest.raises(RuntimeError, match=error):
+            verify(engine, local, tmp_path / "base", spool)
+        assert list(spool.iterdir()) == []
+
+
+def test_where_no_disk_has_room_for_the_copy_the_comparison_is_left_out(
+    tmp_path: Path,
+    model: tuple[dict[str, Tensor], LocalWeights],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    tensors, local = model
+    free = {tmp_path / "spool": 100, tmp_path / "temporary": 1 << 30}
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[Path(path).parent]))
+    engine = Reloading(dict(tensors))
+    verify(engine, local, tmp_path / "base", tmp_path / "spool")
+    assert [folder.parent for folder in engine.folders] == [tmp_path / "temporary"]
+    free[tmp_path / "temporary"] = 100
+    verify(engine, local, tmp_path / "base", tmp_path / "spool")
+    assert len(engine.folders) == 1
+    assert "policy 4 is not compared after the first load: no disk has room for it" in caplog.text
+    assert [list(folder.iterdir()) for folder in free] == [[], []]
 
 
 def test_mapped_tensors_may_be_changed_without_changing_the_learners_file(tmp_path: Path):
