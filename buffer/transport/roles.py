@@ -18,6 +18,7 @@ SENDERS: dict[type[Any], tuple[str, ...]] = {
     messages.LeaseRequest: (ACTOR,),
     messages.GroupDelivery: (ACTOR,),
     messages.LeaseReturn: (ACTOR,),
+    messages.ActorGoodbye: (ACTOR,),
     messages.EvaluationReport: (ACTOR,),
     messages.Heartbeat: (ACTOR, LEARNER),
     messages.LearnerHello: (LEARNER,),
