@@ -6,6 +6,10 @@ ledger, a shard, the learner's connection. Actor, buffer and learner are process
 Compared, alternating: the same frames through a ZeroMQ process that stores nothing on disk, and, where installed, Redis
 with its append-only file and a Ray queue. `--peers-python` names an interpreter that has Redis and Ray.
 
+`--actors 1 100 1000 5000` instead measures groups per second, the length of the buffer's turns and its memory with
+that many connected actors, each with a heartbeat every second (`benchmarks/parts/buffer/crowd.py`). Groups are small
+(10 kB), batches large, and a launcher asks for the status four times a second.
+
 `--memory-groups N` instead sends N small groups through the buffer, and records the memory of its process and the size
 of its files, in MB.
 """
@@ -42,6 +46,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks.parts.buffer.crowd import crowd
 from benchmarks.parts.figures import command, machine, versions, wide_console, write
 from buffer.config import BufferConfig
 from buffer.service.server import Server
@@ -57,6 +62,11 @@ MAX_STALENESS = 3
 COMMIT_EVERY = 4
 IN_FLIGHT = 64
 WARM_UP_BATCHES = 6
+CROWD_SHAPE = (8, 128)
+CROWD_BATCH = 256
+CROWD_STALENESS = 16
+CROWD_PROCESSES = 2
+CROWD_SECONDS, QUICK_SECONDS = 15.0, 2.0
 PROCESSES = multiprocessing.get_context("spawn")
 
 
@@ -105,6 +115,32 @@ def serve(config: BufferConfig, credentials: Credentials, ready: Any) -> None:
     server = Server(config, credentials)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     ready.set()
+    server.run()
+
+
+class TimedServer(Server):
+    """A server that writes how long its turns took to RUN_DIR/turns.json when a file RUN_DIR/measure appears."""
+
+    def __init__(self, config: BufferConfig, credentials: Credentials) -> None:
+        super().__init__(config, credentials)
+        self._turns_seconds: list[float] = []
+        self._folder = Path(config.run_dir)
+
+    def _turn(self) -> None:
+        begin = time.perf_counter()
+        super()._turn()
+        self._turns_seconds.append(time.perf_counter() - begin)
+        if len(self._turns_seconds) % 50 == 0 and (self._folder / "measure").exists():
+            (self._folder / "measure").unlink()
+            (self._folder / "turns.json.incomplete").write_text(json.dumps(self._turns_seconds))
+            (self._folder / "turns.json.incomplete").replace(self._folder / "turns.json")
+            self._turns_seconds.clear()
+
+
+def serve_timed(config: BufferConfig, credentials: Credentials, address: Any) -> None:
+    server = TimedServer(config, credentials)
+    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    address.put(server.address)
     server.run()
 
 
@@ -237,6 +273,95 @@ def through_the_buffer(
                 return taken / (time.perf_counter() - begin)
 
 
+def with_many_actors(num_actors: int, keys: RunKeys, seconds: float) -> dict[str, float]:
+    """Returns rate, turns and memory of a buffer with `num_actors` connected actors, measured over `seconds`."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        config = BufferConfig(
+            run_dir=folder,
+            address="tcp://127.0.0.1:*",
+            num_prompts=10**6,
+            data_fingerprint="prompts",
+            groups_per_batch=CROWD_BATCH,
+            max_staleness=CROWD_STALENESS,
+            lease_seconds=600.0,
+        )
+        found, policy_version = PROCESSES.Queue(), PROCESSES.Value("q", 0)
+        contents = pattern(*CROWD_SHAPE)
+        names = [f"actor-{number}" for number in range(num_actors)]
+        with started((serve_timed, (config, keys.buffer, found))) as (server,):
+            address = found.get(timeout=60)
+            shares = [names[first::CROWD_PROCESSES] for first in range(min(CROWD_PROCESSES, num_actors))]
+            acting = [
+                (crowd, (address, share, keys.clients["actor"], contents, named, policy_version)) for share in shares
+            ]
+            with (
+                Connection(address, "learner", keys.clients["learner"]) as learner,
+                Connection(address, "launcher", keys.clients["observer"]) as launcher,
+                started(*acting),
+            ):
+                return _watch_crowd(num_actors, learner, launcher, Path(folder), server.pid, policy_version, seconds)
+
+
+def _watch_crowd(
+    num_actors: int,
+    learner: Connection,
+    launcher: Connection,
+    folder: Path,
+    server_pid: int,
+    policy_version: Any,
+    seconds: float,
+) -> dict[str, float]:
+    """Train, and ask for the status four times a second. Measuring begins when every actor has sent a heartbeat."""
+    welcome = learner.call(messages.LearnerHello(0))
+    assert isinstance(welcome, messages.LearnerWelcome)
+    learner.epoch = welcome.epoch
+    process = psutil.Process(server_pid)
+    asked, ask_at, taken, batch, begin, connected = launcher.request(messages.StatusRequest()), 0.0, 0, 0, 0.0, 0
+    started_at, used = time.monotonic(), 0.0
+    while not begin or time.monotonic() - begin < seconds:
+        shard = learner.call(messages.BatchRequest(batch, 0, 1), 120)
+        assert isinstance(shard, messages.Shard) and not shard.rest
+        batch += 1
+        policy_version.value = batch
+        if batch % COMMIT_EVERY == 0:
+            learner.request(messages.CheckpointCommitted(batch))
+        taken += len(shard.groups)
+        if asked.done() and time.monotonic() >= ask_at:
+            status = asked.result()
+            assert isinstance(status, messages.Status)
+            connected = status.actors.num_actors
+            asked, ask_at = launcher.request(messages.StatusRequest()), time.monotonic() + 0.25
+        if not begin and connected == num_actors and batch > WARM_UP_BATCHES:
+            begin, taken, arrived = time.monotonic(), 0, time.monotonic() - started_at
+            used = sum(process.cpu_times()[:2])
+            (folder / "measure").touch()
+            while not (folder / "turns.json").exists():
+                time.sleep(0.01)
+            (folder / "turns.json").unlink()
+        elif not begin and time.monotonic() - started_at > 300:
+            raise RuntimeError(f"only {connected} of {num_actors} actors are connected")
+    elapsed = time.monotonic() - begin
+    used = sum(process.cpu_times()[:2]) - used
+    (folder / "measure").touch()
+    deadline = time.monotonic() + 60
+    while not (folder / "turns.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    turns = np.array(json.loads((folder / "turns.json").read_text())) * 1e3
+    memory = process.memory_info()
+    return {
+        "actors": num_actors,
+        "groups_per_second": taken / elapsed,
+        "turns_per_second": len(turns) / elapsed,
+        "turn_ms_median": float(np.median(turns)),
+        "turn_ms_p99": float(np.quantile(turns, 0.99)),
+        "turn_ms_max": float(turns.max()),
+        "cores_used": used / elapsed,
+        "memory_mb": memory.rss / 1e6,
+        "anonymous_mb": (memory.rss - memory.shared) / 1e6,
+        "seconds_until_all_connected": arrived,
+    }
+
+
 def through_zeromq(num_groups: int, shape: tuple[int, int]) -> float:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         address, ready = f"ipc://{folder}/socket", PROCESSES.Event()
@@ -308,6 +433,27 @@ def compare(repeats: int, num_groups: int, peers_python: str) -> dict[str, Any]:
     return {"group_bytes": num_bytes, "groups": num_groups, "repeats": repeats, "rates": rates, "skipped": skipped}
 
 
+def many_actors(numbers: list[int], repeats: int, seconds: float) -> dict[str, Any]:
+    """Measure with each number of actors, unencrypted and encrypted, alternating."""
+    ways = {"plain": RunKeys.new("benchmark", encrypted=False), "CURVE": RunKeys.new("benchmark")}
+    found: dict[str, dict[int, list[dict[str, float]]]] = {way: {number: [] for number in numbers} for way in ways}
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=repeats * len(ways) * len(numbers))
+        for _ in range(repeats):
+            for way, keys in ways.items():
+                for number in numbers:
+                    progress.update(task, description=f"{number} actors, {way}")
+                    found[way][number].append(with_many_actors(number, keys, seconds))
+                    progress.advance(task)
+    medians = {
+        way: [{name: statistics.median(row[name] for row in rows) for name in rows[0]} for rows in by_number.values()]
+        for way, by_number in found.items()
+    }
+    group_bytes = pattern(*CROWD_SHAPE).num_bytes
+    return {"group_bytes": group_bytes, "repeats": repeats, "seconds": seconds, "many_actors": medians, "runs": found}
+
+
 def watch_memory(num_groups: int) -> dict[str, Any]:
     """Record the memory of the buffer's process and the size of its files while `num_groups` small groups pass."""
     samples: list[dict[str, float]] = []
@@ -345,6 +491,49 @@ def watch_memory(num_groups: int) -> dict[str, Any]:
 # --- the report ---
 
 
+def show_many_actors(figures: dict[str, Any], console: Console) -> None:
+    table = Table(title=f"connected actors, groups of {figures['group_bytes'] / 1e3:.0f} kB, a heartbeat a second each")
+    names = (
+        "actors",
+        "groups/s",
+        "of one",
+        "turn ms, median",
+        "p99",
+        "turns/s",
+        "cores",
+        "memory MB",
+        "connected in s",
+    )
+    for column in ("", *names):
+        table.add_column(column, justify="right" if column else "left")
+    for way, rows in figures["many_actors"].items():
+        for row in rows:
+            rate, first = row["groups_per_second"], rows[0]["groups_per_second"]
+            turns = (f"{row['turn_ms_median']:.1f}", f"{row['turn_ms_p99']:.1f}", f"{row['turns_per_second']:,.0f}")
+            more = (f"{row['cores_used']:.2f}", f"{row['memory_mb']:,.0f}", f"{row['seconds_until_all_connected']:.1f}")
+            table.add_row(way, f"{row['actors']:,.0f}", f"{rate:,.0f}", f"{rate / first:.2f}", *turns, *more)
+    console.print(table)
+
+
+def plot_many_actors(figures: dict[str, Any], axes: Any) -> None:
+    memory = axes.twinx()
+    for way, rows in figures["many_actors"].items():
+        numbers, style = [row["actors"] for row in rows], "-" if way == "plain" else "--"
+        for name, color in (("turn_ms_median", "#1f6f8b"), ("turn_ms_p99", "#99c1d6")):
+            label = f"{name.removeprefix('turn_ms_')} of a turn, {way}"
+            axes.plot(numbers, [row[name] for row in rows], style, color=color, marker="o", label=label)
+        label = f"memory, {way}"
+        memory.plot(numbers, [row["memory_mb"] for row in rows], style, color="#c8743a", marker="s", label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("connected actors")
+    axes.set_ylabel("milliseconds")
+    axes.set_ylim(bottom=0)
+    memory.set_ylabel("MB")
+    memory.set_ylim(bottom=0)
+    axes.legend(loc="upper left")
+    memory.legend(loc="lower right")
+
+
 def show(figures: dict[str, Any], console: Console) -> None:
     table = Table(title=f"groups of 8 x 1,024 tokens ({figures['group_bytes'] / 1e3:.0f} kB), client to client")
     for column in ("", "groups/s", "spread", "MB/s", "million tokens/s"):
@@ -365,7 +554,10 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    if "rates" in figures:
+    if "many_actors" in figures:
+        figure, axes = pyplot.subplots(figsize=(8, 4))
+        plot_many_actors(figures, axes)
+    elif "rates" in figures:
         figure, axes = pyplot.subplots(figsize=(8, 4))
         labels = list(reversed(figures["rates"]))
         medians = [figures["rates"][label]["groups_per_second"] for label in labels]
@@ -400,10 +592,16 @@ def main() -> None:
     parser.add_argument(
         "--memory-groups", type=int, default=0, metavar="N", help="measure memory and files over N groups instead"
     )
+    parser.add_argument(
+        "--actors", type=int, nargs="+", metavar="N", help="measure with these numbers of connected actors instead"
+    )
     options = parser.parse_args()
     repeats, groups = (1, min(options.groups, 600)) if options.quick else (options.repeats, options.groups)
     console = wide_console()
-    if options.memory_groups:
+    if options.actors:
+        figures = many_actors(options.actors, repeats, QUICK_SECONDS if options.quick else CROWD_SECONDS)
+        show_many_actors(figures, console)
+    elif options.memory_groups:
         figures = watch_memory(options.memory_groups)
         console.print({name: value for name, value in figures.items() if name != "samples"})
     else:

@@ -42,7 +42,7 @@ from buffer.transport.packed_group import PackedGroup, read_group_header
 
 STALE, INVALID = "stale", "invalid"
 MAX_INVALID_ATTEMPTS = 3
-CONTENTS_BYTES = 1 << 26
+CONTENTS_BYTES = 1 << 25
 """Contents of groups kept in memory, so that a batch need not read them from the file."""
 _THESE = "occurrence IN (SELECT value FROM json_each(?))"
 _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")

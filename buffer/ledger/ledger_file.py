@@ -40,7 +40,7 @@ PAGE_BYTES = 1 << 15
 WAL_BYTES = 1 << 26
 MERGE_BYTES = 1 << 25
 """Contents written since the last merge of the log after which the next one begins."""
-CACHE_BYTES = 1 << 25
+CACHE_BYTES = 1 << 24
 """Pages kept in memory, so that a group's contents need not be read again to be deleted."""
 LOCK_SECONDS = 10.0
 """How long to wait for a previous buffer process that is about to exit."""
