@@ -194,15 +194,25 @@ MANY = {str(number): 0.0 for number in range(65)}
         (header(messages.SCHEMA, "run", "LearnerHello", 0, ["3"]), "expected int, got str"),
         (header(messages.SCHEMA, "run", "LearnerHello", 0, [True]), "expected int, got bool"),
         (header(messages.SCHEMA, "run", "LearnerHello", 0, [2**63]), "is not between"),
-        (header(messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x": "y"}, [], 0]), "expected"),
-        (header(messages.SCHEMA, "run", "Heartbeat", 0, ["spy", "b", 0, "", {}, [], 0]), "characters that are not"),
+        (header(messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x": "y"}, [], 0, "", 0.0]), "expected"),
+        (
+            header(messages.SCHEMA, "run", "Heartbeat", 0, ["spy", "b", 0, "", {}, [], 0, "", 0.0]),
+            "characters that are not",
+        ),
         (
             header(
-                messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {f"{i}": 0 for i in range(65)}, [], 0]
+                messages.SCHEMA,
+                "run",
+                "Heartbeat",
+                0,
+                ["actor", "b", 0, "", {f"{i}": 0 for i in range(65)}, [], 0, "", 0.0],
             ),
             "at most 64",
         ),
-        (header(messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x" * 65: 0}, [], 0]), "at most 64"),
+        (
+            header(messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x" * 65: 0}, [], 0, "", 0.0]),
+            "at most 64",
+        ),
         (header(messages.SCHEMA, "run", "GroupDelivery", 0, ["a", None]), "frames are missing"),
         (header(messages.SCHEMA, "run", "Chunk", 0, [1, "", None]), "frame of bytes is missing"),
     ],
