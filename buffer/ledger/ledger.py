@@ -26,12 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from buffer.config import BufferConfig
-from buffer.ledger.batches import Batches
+from buffer.ledger.batches import POISON, Batches, Poison
 from buffer.ledger.curriculum import Curriculum
 from buffer.ledger.evaluations import Evaluations
 from buffer.ledger.ledger_file import LedgerFile
-from buffer.ledger.poison import REASON as POISON
-from buffer.ledger.poison import Poison
 from buffer.ledger.sampler import Candidate
 from buffer.ledger.stale_tokens import newest_sampled_version
 from buffer.ledger.states import FIRST_STATE
@@ -438,18 +436,16 @@ class Ledger:
 
     def set_aside(self, occurrences: Sequence[int]) -> int:
         """Drop those of the groups that are ready, because the learner fails on them. Returns their number."""
-        listed = json.dumps(occurrences)
-        ready = [
-            row[0]
-            for row in self.file.rows(f"SELECT occurrence FROM occurrences WHERE state = 'ready' AND {_THESE}", listed)
-        ]
-        if ready:
-            listed = json.dumps(ready)
-            self.file.write(f"DELETE FROM payloads WHERE {_THESE}", listed)
-            self.file.write(
-                f"UPDATE OR FAIL occurrences SET state = 'dropped', reason = '{POISON}' WHERE {_THESE}", listed
-            )
-            self._load()
+        sql = f"SELECT occurrence, oldest_version FROM occurrences WHERE state = 'ready' AND {_THESE}"
+        rows = self.file.rows(sql, json.dumps(occurrences))
+        ready = [occurrence for occurrence, _ in rows]
+        listed = json.dumps(ready)
+        self.file.write(f"DELETE FROM payloads WHERE {_THESE}", listed)
+        self.file.write(f"UPDATE OR FAIL occurrences SET state = 'dropped', reason = '{POISON}' WHERE {_THESE}", listed)
+        self._move("ready", _count_key("dropped", POISON), len(ready))
+        for _, version in rows:
+            _decrement(self.ready, version)
+        self._contents.remove(ready)
         return len(ready)
 
     def _find(self, group_id: str) -> _Row | None:

@@ -18,7 +18,7 @@ TRANSITIONS = {
         "dropped",
     ): "the lease is returned with a reason, or the group has zero advantage, is too stale or invalid",
     ("ready", "pending"): "the group has become too stale; its prompt will be sampled again",
-    ("ready", "dropped"): "the group has become too stale, and buffer.max_reissues is exceeded",
+    ("ready", "dropped"): "the group has become too stale, and buffer.max_reissues is exceeded; or it is poison",
     ("ready", "used"): "the group is in a batch for the first time",
     ("used", "done"): "a checkpoint with the group's effect is committed, and no later batch can use the group",
     ("used", "ready"): "the learner was rolled back to an older version",

@@ -254,7 +254,7 @@ class LearnerHello:
     failed_version: VersionOrNone = -1
     """Version of the batch on which the learner's last process failed with an error; -1: it did not."""
     failed_groups: tuple[Name, ...] = ()
-    """Group ids that the failed rank trained on. Those that fail twice are set aside (`buffer/ledger/poison.py`)."""
+    """Group ids that the failed rank trained on. Those that fail twice are set aside (`buffer/ledger/batches.py`)."""
     failure: Line = ""
     """The error, for the user."""
     failure_id: Name = ""

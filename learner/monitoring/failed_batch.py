@@ -1,6 +1,6 @@
 """The file RUN_DIR/failed_batch.json: the batch on which the learner failed, for its next process to report.
 
-The buffer sets groups aside on which the learner failed twice (`buffer/ledger/poison.py`). So only an error that the
+The buffer sets groups aside on which the learner failed twice (`buffer/ledger/batches.py`). So only an error that the
 batch itself may have caused is written: one that was raised while the batch was trained on, and that is not about
 files, connections or other ranks. A process that was killed or told to stop writes nothing.
 """

@@ -175,6 +175,7 @@ def header(*fields: Any) -> list[bytes]:
 
 
 MANY = {str(number): 0.0 for number in range(65)}
+HELLO = [-1, [], "", ""]
 
 
 @pytest.mark.parametrize(
@@ -191,9 +192,9 @@ MANY = {str(number): 0.0 for number in range(65)}
         (header(messages.SCHEMA, "run", "Done", 2**64 - 1, []), "request number"),
         (header(messages.SCHEMA, "run", "Done", True, []), "request number"),
         (header(messages.SCHEMA, "run", "Done", 0, [1]), "has 0 fields"),
-        (header(messages.SCHEMA, "run", "LearnerHello", 0, ["3"]), "expected int, got str"),
-        (header(messages.SCHEMA, "run", "LearnerHello", 0, [True]), "expected int, got bool"),
-        (header(messages.SCHEMA, "run", "LearnerHello", 0, [2**63]), "is not between"),
+        (header(messages.SCHEMA, "run", "LearnerHello", 0, ["3", *HELLO]), "expected int, got str"),
+        (header(messages.SCHEMA, "run", "LearnerHello", 0, [True, *HELLO]), "expected int, got bool"),
+        (header(messages.SCHEMA, "run", "LearnerHello", 0, [2**63, *HELLO]), "is not between"),
         (header(messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x": "y"}, [], 0, "", 0.0]), "expected"),
         (
             header(messages.SCHEMA, "run", "Heartbeat", 0, ["spy", "b", 0, "", {}, [], 0, "", 0.0]),
