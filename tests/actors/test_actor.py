@@ -108,7 +108,7 @@ def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
             actor = Actor("actor-0", config, task, Characters(), *parts, max_staleness)  # type: ignore[arg-type]
             work = asyncio.create_task(actor.run(dict(PARAMETERS)))
             running = Loop(actor, engine, weights, learner, work, tmp_path)
-            await running.ask(messages.LearnerHello(0))
+            learner.epoch = (await running.ask(messages.LearnerHello(0))).epoch
             yield running
             work.cancel()
             await asyncio.wait([work], timeout=SECONDS)
@@ -284,6 +284,7 @@ def test_a_probe_is_answered_under_the_newest_weights_and_not_during_an_evaluati
             assert [(r.actor_id, r.policy_version, r.logprobs) for r in found] == [("actor-0", 1, (-51.0, -52.0))]
             probes = [name for name, _ in running.engine.requests if name.startswith("probe")]
             assert probes == ["probe-7"]
+            await running.batch(0)
             running.engine.open.clear()
             await running.ask(messages.EvaluationRequest(1))
             await running.until(evaluating)
@@ -327,12 +328,14 @@ def test_weights_that_are_too_late_when_they_come_are_what_an_actor_says_it_wait
             running.weights.link.clear()
             running.weights.publish(1)
             await running.until(lambda: running.weights.under_way == 1)
-            await running.ask(messages.Heartbeat("learner", "learner", 3, "", {}))
-            await running.until(lambda: running.actor._learner_version == 3)
+            for version in (0, 1):
+                await running.batch(version)
+            await running.ask(messages.Heartbeat("learner", "learner", 2, "", {}))
+            await running.until(lambda: running.actor._learner_version == 2)
             running.weights.link.set()
             said = await waits_for("weights in time: policy 1 ")
-            assert "the learner made 3 versions, more than max_staleness=1" in said
-            running.weights.publish(3)
+            assert "the learner made 2 versions, more than max_staleness=1" in said
+            running.weights.publish(2)
             await waits_for("prompts from the buffer")
 
     asyncio.run(check())
