@@ -97,6 +97,8 @@ ONLY_CALLED_IN = {
     # The futures of these have readers; `tests/buffer/test_threads.py` and `tests/learner` say who.
     "ThreadPoolExecutor": (
         "actors/rollouts/episode.py",
+        "buffer/ledger/ledger_file.py",
+        "buffer/service/server.py",
         "buffer/weights/versions.py",
         "learner/batches/prefetch.py",
         "learner/weights/device_store.py",

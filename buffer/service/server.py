@@ -118,6 +118,8 @@ class Server:
             self._turns.note_error("the list of waits", "all", error)
         else:
             # By a thread, because a network file system may block.
+            if self._saving is not None:
+                self._saving.result()
             self._saving = self._saver.submit(save_waits, Path(self._config.run_dir), waits)
 
 
