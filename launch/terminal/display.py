@@ -32,7 +32,7 @@ WARNINGS = {
     "bad_steps": (1, "{:.0f} steps were skipped, their loss or gradient was not finite"),
     "failed_checkpoints": (1, "{:.0f} checkpoints could not be written"),
     "far_batches": (1, "batches far off-policy so far: {:.0f}, its log says by which bound"),
-    "logprob_alarms": (1, "{:.0f} actors sample with other weights than they name, its log says which"),
+    "logprob_alarms": (1, "actors that sample with other weights than they name: {:.0f}, its log says which"),
     "batches_without_signal": (3, "nothing to learn from {:.0f} batches in a row, its log says why"),
 }
 """Metrics of a process that are shown as a warning, each with its smallest value to show."""
