@@ -22,7 +22,7 @@ from actors.weights.interface import VersionClient
 from buffer.config import load_run_config, read_section
 from buffer.curriculum_config import Stage
 from buffer.process import exit_now, pause_gc, resume_gc
-from buffer.transport.connection import Connection, host_id
+from buffer.transport.connection import Connection, RequestRefused, host_id
 from buffer.transport.credentials import Credentials, client_credentials
 from buffer.transport.roles import ACTOR
 from buffer.transport.schema import check_name
@@ -70,14 +70,22 @@ def main() -> int:
     except asyncio.CancelledError:
         logger.info("stopped")
     except ExceptionGroup as failed:
-        logger.exception("the actor's tasks failed")
-        # The launcher shows the log's last line, so the last line names the error.
-        print(f"error: {failed.exceptions[0]!r}", file=sys.stderr)
-        return 1
+        return exit_status(failed)
     except PromptsTooLongError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def exit_status(failed: ExceptionGroup[Exception]) -> int:
+    """Print why the actor's tasks failed, and return the exit status: 2 when a restart would fail in the same way."""
+    # What the buffer refuses once, it refuses again: another process took the actor's name over, for example.
+    refused = failed.subgroup(RequestRefused)
+    if refused is None:
+        logger.error("the actor's tasks failed", exc_info=failed)
+    # The launcher shows the log's last line, so the last line names the error.
+    print(f"error: {failed.exceptions[0]!r}" if refused is None else f"error: {refused.exceptions[0]}", file=sys.stderr)
+    return 1 if refused is None else 2
 
 
 def read_cores(listed: str) -> list[int]:

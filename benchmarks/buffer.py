@@ -148,6 +148,7 @@ def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_v
     """Lease and deliver groups as an actor does, until the buffer closes."""
     contents = pattern(*shape)
     receipts: deque[Future[messages.Message]] = deque()
+    held: deque[str] = deque()
     with Connection(address, "actor-0", credentials) as buffer:
         version, lease = -1, None
         while True:
@@ -155,7 +156,8 @@ def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_v
             if newest != version:
                 version = newest
                 buffer.request(messages.Heartbeat("actor", "actor-0", version, "", {}))
-            lease = lease or buffer.request(messages.LeaseRequest("actor-0", version, IN_FLIGHT // 2, "prompts"))
+            wanted = messages.LeaseRequest("actor-0", version, IN_FLIGHT // 2, "prompts", tuple(held))
+            lease = lease or buffer.request(wanted)
             wait_for_any([lease], timeout=0.002)
             if not lease.done():
                 continue
@@ -165,8 +167,10 @@ def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_v
                 return
             for granted in reply.leases:
                 receipts.append(buffer.request(messages.GroupDelivery("actor-0", named(contents, granted, version))))
+                held.append(granted.group_id)
             while len(receipts) > IN_FLIGHT:
                 assert receipts.popleft().result().outcome == "stored"
+                held.popleft()
 
 
 def relay(address: str, ready: Any) -> None:

@@ -1,12 +1,15 @@
 """Held-out evaluations: the requests, the actors that run them, and their reports.
 
 Owned by `buffer/ledger/ledger.py`, written inside its transactions. An evaluation's states are
-pending -> running -> reported. It becomes pending again when its actor falls silent. Only its first report is stored.
+pending -> running -> reported. It becomes pending again when its actor falls silent or no longer says that it works on
+the evaluation. Only its first report is stored.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import msgpack
 
@@ -24,43 +27,65 @@ def _decoded(frame: bytes) -> EvaluationReport:
     return report
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The lease request that an evaluation was assigned to."""
+
+    holder: str
+    request_number: int
+
+
 class Evaluations:
-    """The table `evaluations`, by requested version."""
+    """The table `evaluations`, by requested version. Call `load` first, and after a transaction was rolled back."""
 
     def __init__(self, file: LedgerFile) -> None:
         self._file = file
+        self._unfinished: dict[int, _Run | None] = {}
+        """The evaluations without a report, oldest first; None: pending."""
+
+    def load(self) -> None:
+        """Read the evaluations without a report from the file."""
+        sql = "SELECT requested_version, state, holder, request_number FROM evaluations WHERE state != 'reported'"
+        self._unfinished = {
+            version: _Run(holder, number) if state == "running" else None
+            for version, state, holder, number in self._file.rows(sql + " ORDER BY requested_version")
+        }
+
+    @property
+    def oldest_pending(self) -> int | None:
+        """The oldest version whose evaluation no actor runs; None: there is none."""
+        return next((version for version, run in self._unfinished.items() if run is None), None)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Number of evaluations without a report."""
+        return len(self._unfinished)
 
     def request(self, version: int) -> None:
         """Add a pending evaluation of `version`. A repeated call changes nothing."""
-        self._file.write("INSERT OR IGNORE INTO evaluations (requested_version, state) VALUES (?, 'pending')", version)
+        sql = "INSERT OR IGNORE INTO evaluations (requested_version, state) VALUES (?, 'pending')"
+        if self._file.write(sql, version):
+            self._unfinished[version] = None
+            self._unfinished = dict(sorted(self._unfinished.items()))
 
-    def take(self, policy_version: int, holder: str, request_number: int) -> int:
-        """Assign the oldest pending evaluation up to `policy_version` to `holder`. Returns its version; -1: none."""
-        version = self._file.one(
-            "SELECT MIN(requested_version) FROM evaluations WHERE state = 'pending' AND requested_version <= ?",
-            policy_version,
-        )
-        if version is None:
-            return -1
+    def assign(self, version: int, holder: str, request_number: int) -> None:
+        """Assign the pending evaluation of `version` to a lease request of `holder`."""
         self._file.write(
             "UPDATE evaluations SET state = 'running', holder = ?, request_number = ? WHERE requested_version = ?",
             holder,
             request_number,
             version,
         )
-        return int(version)
+        self._unfinished[version] = _Run(holder, request_number)
 
     def taken(self, holder: str, request_number: int) -> int:
         """Return the running evaluation that this lease request was assigned; -1 when there is none."""
-        version = self._file.one(
-            "SELECT requested_version FROM evaluations WHERE state = 'running' AND holder = ? AND request_number = ?",
-            holder,
-            request_number,
-        )
-        return -1 if version is None else int(version)
+        run = _Run(holder, request_number)
+        return next((version for version, known in self._unfinished.items() if known == run), -1)
 
     def report(self, report: EvaluationReport) -> bool:
         """Store a report. Returns False when the evaluation is already reported or was rolled back."""
+        self._unfinished.pop(report.requested_version, None)
         return bool(
             self._file.write(
                 "UPDATE evaluations SET state = 'reported', report = ?"
@@ -87,20 +112,37 @@ class Evaluations:
             rows[-1:] = self._file.rows(f"{sql} LIMIT 1")
         return tuple(_decoded(row[0]) for row in reversed(rows))
 
-    def num_unfinished(self) -> int:
-        """Return the number of evaluations without a report."""
-        return int(self._file.one("SELECT COUNT(*) FROM evaluations WHERE state != 'reported'"))
-
     def holders(self) -> set[str]:
         """Return the names of the holders that run evaluations."""
-        return {row[0] for row in self._file.rows("SELECT DISTINCT holder FROM evaluations WHERE state = 'running'")}
+        return {run.holder for run in self._unfinished.values() if run is not None}
 
-    def release(self, holder: str) -> int:
-        """Make the evaluations of a holder pending again. Returns their number."""
-        return self._file.write(
-            "UPDATE evaluations SET state = 'pending' WHERE state = 'running' AND holder = ?", holder
-        )
+    def newest_request(self, holder: str) -> int:
+        """Return the newest lease request of the holder that was assigned a running evaluation; -1: none."""
+        runs = (run for run in self._unfinished.values() if run is not None)
+        return max((run.request_number for run in runs if run.holder == holder), default=-1)
+
+    def release(self, holder: str, before: int | None = None, kept: Collection[int] = ()) -> int:
+        """Make evaluations of a holder pending again. Returns their number.
+
+        Args:
+            holder: name of the holder.
+            before: only those assigned to lease requests before this number.
+            kept: versions that stay assigned.
+        """
+        ended = [
+            version
+            for version, run in self._unfinished.items()
+            if run is not None
+            and run.holder == holder
+            and (before is None or run.request_number < before)
+            and version not in kept
+        ]
+        for version in ended:
+            self._file.write("UPDATE evaluations SET state = 'pending' WHERE requested_version = ?", version)
+            self._unfinished[version] = None
+        return len(ended)
 
     def roll_back(self, version: int) -> None:
         """Delete the evaluations of versions above `version`, because the learner will compute those versions again."""
         self._file.write("DELETE FROM evaluations WHERE requested_version > ?", version)
+        self._unfinished = {known: run for known, run in self._unfinished.items() if known <= version}

@@ -17,13 +17,15 @@ the ledger is reopened, every holder of a lease gets a new, full deadline.
 
 from __future__ import annotations
 
+import heapq
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from buffer.config import BufferConfig
 from buffer.ledger.batches import POISON, Batches, Poison
@@ -43,6 +45,7 @@ MAX_INVALID_ATTEMPTS = 3
 CONTENTS_BYTES = 1 << 25
 """Contents of groups kept in memory, so that a batch need not read them from the file."""
 _THESE = "occurrence IN (SELECT value FROM json_each(?))"
+_Key = TypeVar("_Key", int, str)
 _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
 
 
@@ -73,7 +76,15 @@ class Ledger:
         """Number of leased groups by the version of the actor's weights at the lease."""
         self.ready: Counter[int] = Counter()
         """Number of ready groups by oldest version."""
+        self.held: Counter[str] = Counter()
+        """Number of leased groups by holder."""
         self._deadlines: dict[str, float] = {}
+        self._alarms: list[tuple[float, str]] = []
+        """A heap with at most one entry per holder: when to look at its deadline next, which is never too late."""
+        self._watched: set[str] = set()
+        """The holders in the heap."""
+        self._released: dict[str, float] = {}
+        """Deadlines of the holders whose leases ended in the current transaction."""
         self._contents = RecentContents()
         try:
             self.curriculum = Curriculum(config, self.file)
@@ -88,7 +99,7 @@ class Ledger:
             self.close()
             raise
         for name in self._holder_names():
-            self._deadlines[name] = now + config.lease_seconds
+            self.start_deadline(name, now)
 
     def _check_identity(self) -> None:
         config = self._config
@@ -131,9 +142,15 @@ class Ledger:
         by_version = "SELECT oldest_version, COUNT(*) FROM occurrences WHERE state = '{}' GROUP BY oldest_version"
         self.leased = Counter(dict(self.file.rows(by_version.format("leased"))))
         self.ready = Counter(dict(self.file.rows(by_version.format("ready"))))
+        self._load_holders()
         self.curriculum.load()
         self.batches.load()
         self.zero_advantage.load()
+
+    def _load_holders(self) -> None:
+        by_holder = "SELECT holder, COUNT(*) FROM occurrences WHERE state = 'leased' GROUP BY holder"
+        self.held = Counter(dict(self.file.rows(by_holder)))
+        self.evaluations.load()
 
     def _save_counts(self) -> None:
         for name, number in self.counts.items():
@@ -142,14 +159,13 @@ class Ledger:
         self._saved_counts = self.counts.copy()
 
     def _holder_names(self) -> set[str]:
-        rows = self.file.rows("SELECT DISTINCT holder FROM occurrences WHERE state = 'leased'")
-        return {row[0] for row in rows} | self.evaluations.holders()
+        return set(self.held) | self.evaluations.holders()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Commit all changes inside the block together when it ends; undo all of them when it raises."""
-        deadlines = dict(self._deadlines)
         before = self.counts.copy(), self.leased.copy(), self.ready.copy()
+        self._released.clear()
         try:
             with self.file.transaction():
                 yield
@@ -157,11 +173,13 @@ class Ledger:
         except BaseException:
             self.counts, self.leased, self.ready = before
             self._saved_counts = self.counts.copy()
+            self._load_holders()
             self.curriculum.undone()
             self.batches.load()
             self.zero_advantage.load()
             # Extended deadlines stay extended. A holder whose release was undone gets its old deadline back.
-            self._deadlines = deadlines | self._deadlines
+            for name, deadline in self._released.items():
+                self._set_deadline(name, self._deadlines.get(name, deadline))
             raise
         self.curriculum.committed()
 
@@ -199,16 +217,17 @@ class Ledger:
             )
             self.counts["leased"] += 1
         self.leased[policy_version] += 1
+        self.held[holder.name] += 1
         self.start_deadline(holder.name, now)
         return f"{occurrence}.{attempt}", prompt_id
 
-    def leases_of(self, holder: Holder) -> list[tuple[str, int]]:
-        """Return the leases granted to this request that are still held, as (group_id, prompt_id)."""
+    def leases_of(self, holder_name: str, request_number: int) -> list[tuple[str, int]]:
+        """Return the leases granted to this request that have not ended, as (group_id, prompt_id)."""
         rows = self.file.rows(
             "SELECT occurrence || '.' || attempt, prompt_id FROM occurrences"
             " WHERE state = 'leased' AND holder = ? AND request_number = ? ORDER BY occurrence",
-            holder.name,
-            holder.request_number,
+            holder_name,
+            request_number,
         )
         return [(group_id, prompt_id) for group_id, prompt_id in rows]
 
@@ -235,7 +254,7 @@ class Ledger:
         masks = self._config.on_stale == "mask"
         useful_version = newest_sampled_version(group) if masks else header.oldest_version
         if self._config.on_stale != "wait" and useful_version + self._config.max_staleness < next_version:
-            self._end_lease(row.occurrence, row.oldest_version, self._count_stale(row.occurrence))
+            self._end_lease(row.occurrence, row.oldest_version, row.holder, self._count_stale(row.occurrence))
             return "dropped"
         reason = NO_SIGNAL if self.zero_advantage.drops(header) else ""
         state = "dropped" if reason else "ready"
@@ -252,6 +271,7 @@ class Ledger:
         self._move("leased", _count_key(state, reason))
         self.curriculum.delivered(row.occurrence, row.prompt_id, success)
         _decrement(self.leased, row.oldest_version)
+        _decrement(self.held, row.holder)
         if reason:
             return "dropped"
         self.file.write_contents(row.occurrence, group.header_frame, group.arrays_frame)
@@ -268,7 +288,7 @@ class Ledger:
         row = self._find(group_id)
         if row is not None and not row.is_older_attempt and row.state == "leased":
             is_last = int(group_id.partition(".")[2]) + 1 >= MAX_INVALID_ATTEMPTS
-            self._end_lease(row.occurrence, row.oldest_version, INVALID if is_last else "")
+            self._end_lease(row.occurrence, row.oldest_version, row.holder, INVALID if is_last else "")
         self.file.count(INVALID)
         return INVALID
 
@@ -280,7 +300,7 @@ class Ledger:
         row = self._find(group_id)
         if row is None or row.is_older_attempt or row.state != "leased":
             return False
-        self._end_lease(row.occurrence, row.oldest_version, reason)
+        self._end_lease(row.occurrence, row.oldest_version, row.holder, reason)
         return True
 
     def release(self, holder_name: str) -> int:
@@ -289,11 +309,50 @@ class Ledger:
             "SELECT occurrence, oldest_version FROM occurrences WHERE state = 'leased' AND holder = ?", holder_name
         )
         for occurrence, version in rows:
-            self._end_lease(occurrence, version, "")
-        self._deadlines.pop(holder_name, None)
+            self._end_lease(occurrence, version, holder_name, "")
+        deadline = self._deadlines.pop(holder_name, None)
+        if deadline is not None:
+            self._released.setdefault(holder_name, deadline)
         if rows:
             self.file.count("expired", len(rows))
         return len(rows) + self.evaluations.release(holder_name)
+
+    def release_unheld(self, holder: Holder, held: Collection[str], evaluating: Collection[int]) -> int:
+        """End what the holder was granted before this request and does not say it has. Returns the number of leases.
+
+        Their prompts, and the evaluations, become pending again.
+        """
+        ended = 0
+        if self.held[holder.name]:
+            known = set(held)
+            rows = self.file.rows(
+                "SELECT occurrence, attempt, oldest_version FROM occurrences"
+                " WHERE state = 'leased' AND holder = ? AND request_number < ?",
+                holder.name,
+                holder.request_number,
+            )
+            for occurrence, attempt, version in rows:
+                if f"{occurrence}.{attempt}" not in known:
+                    self._end_lease(occurrence, version, holder.name, "")
+                    ended += 1
+        if ended:
+            self.file.count("unheld", ended)
+        self.evaluations.release(holder.name, holder.request_number, evaluating)
+        return ended
+
+    def not_leased(self, holder_name: str, group_ids: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the groups that are not leased to the holder."""
+        leased = self.held[holder_name] and self.file.rows(
+            "SELECT occurrence || '.' || attempt FROM occurrences WHERE state = 'leased' AND holder = ?", holder_name
+        )
+        known = {row[0] for row in leased or ()}
+        return tuple(group_id for group_id in group_ids if group_id not in known)
+
+    def newest_request(self, holder_name: str) -> int:
+        """Return the number of the newest request of the holder that has a lease or an evaluation; -1: none."""
+        sql = "SELECT MAX(request_number) FROM occurrences WHERE state = 'leased' AND holder = ?"
+        newest = self.file.one(sql, holder_name) if self.held[holder_name] else None
+        return max(-1 if newest is None else newest, self.evaluations.newest_request(holder_name))
 
     def extend_deadline(self, holder_name: str, now: float) -> None:
         """Extend the holder's deadline, because the holder is alive."""
@@ -302,11 +361,29 @@ class Ledger:
 
     def start_deadline(self, holder_name: str, now: float) -> None:
         """Start the holder's deadline, because the holder was granted a lease or an evaluation."""
-        self._deadlines[holder_name] = now + self._config.lease_seconds
+        self._set_deadline(holder_name, now + self._config.lease_seconds)
+
+    def _set_deadline(self, holder_name: str, deadline: float) -> None:
+        self._deadlines[holder_name] = deadline
+        self._watch(holder_name)
+
+    def _watch(self, holder_name: str) -> None:
+        if holder_name not in self._watched:
+            self._watched.add(holder_name)
+            heapq.heappush(self._alarms, (self._deadlines[holder_name], holder_name))
 
     def silent_holders(self, now: float) -> list[str]:
         """Return the holders whose deadline has passed."""
-        return [name for name, deadline in self._deadlines.items() if deadline <= now]
+        due = []
+        while self._alarms and self._alarms[0][0] <= now:
+            name = heapq.heappop(self._alarms)[1]
+            self._watched.remove(name)
+            if name in self._deadlines:
+                due.append(name)
+        # Silent ones are watched, too: they are found again until they are released.
+        for name in due:
+            self._watch(name)
+        return [name for name in due if self._deadlines[name] <= now]
 
     def other_holders(self, holder_name: str, actor_id: str) -> list[str]:
         """Return the other holders that have leases of the same actor."""
@@ -453,22 +530,23 @@ class Ledger:
         if match is None:
             return None
         rows = self.file.rows(
-            "SELECT occurrence, prompt_id, attempt, state, oldest_version, num_samples IS NOT NULL FROM occurrences"
-            " WHERE occurrence = ?",
+            "SELECT occurrence, prompt_id, attempt, state, oldest_version, num_samples IS NOT NULL, holder"
+            " FROM occurrences WHERE occurrence = ?",
             int(match[1]),
         )
         if not rows or int(match[2]) > rows[0][2]:
             return None
-        occurrence, prompt_id, attempt, state, oldest_version, is_judged = rows[0]
-        return _Row(occurrence, prompt_id, int(match[2]) < attempt, state, oldest_version, bool(is_judged))
+        occurrence, prompt_id, attempt, state, oldest_version, is_judged, holder = rows[0]
+        return _Row(occurrence, prompt_id, int(match[2]) < attempt, state, oldest_version, bool(is_judged), holder)
 
-    def _end_lease(self, occurrence: int, version: int, reason: str) -> None:
+    def _end_lease(self, occurrence: int, version: int, holder_name: str, reason: str) -> None:
         state = "dropped" if reason else "pending"
         self.file.write(
             "UPDATE OR FAIL occurrences SET state = ?, reason = ? WHERE occurrence = ?", state, reason, occurrence
         )
         self._move("leased", _count_key(state, reason))
         _decrement(self.leased, version)
+        _decrement(self.held, holder_name)
 
     def _count_stale(self, occurrence: int) -> str:
         """Count a group of the occurrence as too stale.
@@ -520,6 +598,7 @@ class _Row:
     oldest_version: int
     is_judged: bool
     """Whether the current attempt was delivered, even if the group was then dropped for its rewards."""
+    holder: str
 
 
 def _count_key(state: str, reason: str) -> str:
@@ -532,8 +611,8 @@ def _spread(rewards: Sequence[float]) -> float:
     return sum(abs(reward - mean) for reward in rewards) / len(rewards)
 
 
-def _decrement(counts: Counter[int], version: int) -> None:
-    """Subtract one group. Versions without groups are removed, so that a counter never outgrows max_staleness."""
-    counts[version] -= 1
-    if not counts[version]:
-        del counts[version]
+def _decrement(counts: Counter[_Key], key: _Key) -> None:
+    """Subtract one group. Keys without groups are removed, so that a counter never outgrows what is outstanding."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

@@ -45,8 +45,14 @@ BEGIN SELECT RAISE(FAIL, 'an occurrence begins as {FIRST_STATE}'); END;
 
 _STATE_COUNTS = "CREATE TABLE state_counts (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;"
 """Number of occurrences by state; of dropped ones by reason, as `dropped:REASON`."""
+_INCARNATIONS = (
+    "CREATE TABLE incarnations (number INTEGER PRIMARY KEY, process TEXT NOT NULL UNIQUE, actor_id TEXT NOT NULL)"
+    " STRICT;"
+)
+"""The processes of each actor's name, in the order in which they were first heard."""
 FROM_SCHEMA_5 = f"""
 {_STATE_COUNTS}
+{_INCARNATIONS}
 INSERT INTO state_counts SELECT iif(state = 'dropped', 'dropped:' || reason, state) AS name, COUNT(*)
 FROM occurrences GROUP BY name;
 """
@@ -55,6 +61,7 @@ TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 {_STATE_COUNTS}
+{_INCARNATIONS}
 CREATE TABLE occurrences (
     occurrence INTEGER PRIMARY KEY,
     prompt_id INTEGER NOT NULL,

@@ -62,6 +62,8 @@ class Service:
         self._progress = Progress(ledger.file)
         self._leases = Leases(config, ledger, self._progress)
         self._batches: dict[tuple[bytes, int], _ParkedBatch] = {}
+        self._unchanged = -1
+        """Number of changes of the ledger when no batch could be formed; while it stands, none can be."""
         self._peers = Peers(ledger.file)
         self._probes = Probes()
         self._learner_heard: float | None = None
@@ -79,6 +81,9 @@ class Service:
             self._note(identity, ValueError(reason), now)
             return [Outgoing(identity, number, messages.Refused(reason))]
         self._leases.heard(identity, now)
+        if reason := self._refuse_replaced(identity, message):
+            self._ledger.file.count("replaced")
+            return [Outgoing(identity, number, messages.Refused(reason))]
         if reason := self._refuse_late(message):
             self._ledger.file.count("earlier_learner")
             return [Outgoing(identity, number, messages.Refused(reason))]
@@ -129,6 +134,26 @@ class Service:
             " one goes on"
         )
 
+    def _refuse_replaced(self, identity: bytes, message: messages.Message) -> str:
+        """Return why an actor's process is refused; empty: no newer one has taken its name over.
+
+        A process that was not heard before takes the name over.
+        """
+        match message:
+            case messages.LeaseRequest(actor_id=name) | messages.Heartbeat(role="actor", name=name):
+                self._leases.take_over(identity, name)
+            case (
+                messages.GroupDelivery(actor_id=name)
+                | messages.LeaseReturn(actor_id=name)
+                | messages.EvaluationReport(actor_id=name)
+            ):
+                pass
+            case _:
+                return ""
+        if not self._leases.is_replaced(identity):
+            return ""
+        return f"another process took the name {name} over; give this one another --name"
+
     def wake(self, now: float, *, may_expire: bool = True) -> list[Outgoing]:
         """Answer every parked request that can be answered. First end the leases of silent actors, if `may_expire`."""
         if may_expire:
@@ -137,7 +162,7 @@ class Service:
         self._leases.handling = None
         for key, parked in list(self._batches.items()):
             self._leases.handling = key[0], parked.request_number
-            reply = self._shard(parked.request, now - parked.since)
+            reply = self._shard(parked.request, now - parked.since, now)
             if reply is not None:
                 self._ledger.file.guard(self._batches, key)
                 del self._batches[key]
@@ -203,11 +228,14 @@ class Service:
                     self._note(identity, error, now)
                     return messages.GroupReceipt(group_id, self._ledger.refuse_delivery(group_id))
                 outcome = self._ledger.deliver(message.group, self._progress.next_version)
-                if outcome not in ("stored", "dropped"):
+                if outcome in ("stored", "dropped"):
+                    self._leases.finished(identity, group_id, now)
+                else:
                     log.info("group %s of %s is %s", group_id, message.actor_id, outcome)
                 return messages.GroupReceipt(group_id, outcome)
             case messages.LeaseReturn():
                 given_back = sum(self._ledger.give_back(group_id, message.reason) for group_id in message.group_ids)
+                self._leases.given_back(identity)
                 log.info("%s gave %d leases back %s", message.actor_id, given_back, message.reason)
                 return messages.Done()
             case messages.ProbeReport():
@@ -282,7 +310,7 @@ class Service:
         parked = self._batches.get((identity, request.rank))
         return parked.since if parked and parked.request == request else now
 
-    def _shard(self, request: messages.BatchRequest, waited_seconds: float) -> messages.Message | None:
+    def _shard(self, request: messages.BatchRequest, waited_seconds: float, now: float) -> messages.Message | None:
         """Return the rank's shard of the batch, which is formed for the first rank that asks.
 
         None while the learner has to wait.
@@ -297,7 +325,7 @@ class Service:
         rows = self._ledger.batches.batch(version)
         if not rows:
             refused = self._refuse_batch(version)
-            if refused is not None or not self._cut(version, waited_seconds):
+            if refused is not None or not self._cut(version, waited_seconds, now):
                 return refused
             rows = self._ledger.batches.batch(version)
         costs = [row.cost(request.attention_crossover_tokens) for row in rows]
@@ -339,9 +367,11 @@ class Service:
             )
         return None
 
-    def _cut(self, version: int, waited_seconds: float) -> bool:
+    def _cut(self, version: int, waited_seconds: float, now: float) -> bool:
         """Form the batch for `version` and hand it out. Returns False when the learner has to wait."""
         ledger, config = self._ledger, self._config
+        if self._unchanged == ledger.file.num_changes:
+            return False
         candidates = ledger.candidates(version)
         waits = config.on_stale == "wait"
         following = version + self._limits.updates_per_batch
@@ -349,6 +379,10 @@ class Service:
         groups = candidates, leased, ledger.ready
         chosen = next_batch(SAMPLERS[config.sampler], *groups, version, self._limits, seed=config.seed, waits=waits)
         if not chosen:
+            if candidates:
+                self._leases.places.wait_for_old_leases(now)
+            ledger.file.guard(self.__dict__, "_unchanged")
+            self._unchanged = ledger.file.num_changes
             return False
         ledger.use(chosen, version)
         self._progress.set(next_version=following)
@@ -359,6 +393,7 @@ class Service:
         too_old = sum(number > self._limits.max_staleness for number in staleness)
         if too_old and config.on_stale == "mask":
             ledger.file.count("masked", too_old)
+        self._leases.places.take_batch(now)
         log.info(
             "batch for policy %d: %d groups, staleness mean %.2f max %d, waited %.1f s",
             *(version, len(chosen), sum(staleness) / len(staleness), max(staleness), waited_seconds),
@@ -409,6 +444,7 @@ class Service:
         heartbeat = replace(heartbeat, policy_version=min(heartbeat.policy_version, self._newest_possible))
         self._peers.heard(heartbeat, now)
         probes: tuple[messages.Probe, ...] = ()
+        ended = self._ledger.not_leased(holder_name(identity), heartbeat.held) if heartbeat.held else ()
         if heartbeat.role == "learner":
             self._learner_heard = now
             self._set_policy_version(heartbeat.policy_version)
@@ -417,7 +453,7 @@ class Service:
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard
         state = self._progress.policy_version, self._progress.closing
-        return messages.HeartbeatReply(*state, probes=probes, learner_silent_seconds=silent)
+        return messages.HeartbeatReply(*state, probes=probes, learner_silent_seconds=silent, ended=ended)
 
     def _set_policy_version(self, version: int) -> None:
         """Note the learner's version. The learner cannot be further than the batches that it was given."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from actors.__main__ import exit_status
 from actors.actor import Actor
 from actors.config import ActorConfig
 from actors.metrics import Meter
@@ -485,6 +486,44 @@ def test_an_actor_that_was_cut_off_goes_on_and_its_late_copies_are_not_trained_o
             assert [name for name, _ in running.engine.requests[:4]] == ["0.0", "1.0", "0.1", "1.1"]
 
     asyncio.run(check())
+
+
+def test_rollouts_whose_leases_have_ended_are_stopped(loop: Looper):
+    async def check() -> None:
+        async with loop(max_staleness=0, max_groups_in_flight=2) as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.until(lambda: len(running.engine.requests) == 2)
+            await running.ask(messages.LeaseReturn("actor-0", ("0.0", "1.0"), ""))
+            # Without room in the actor nobody would sample the prompts again.
+            await running.until(lambda: len(running.engine.requests) == 4)
+            running.engine.open.set()
+            shard = await running.batch(0)
+            assert [packed.header.group_id for packed in shard.groups] == ["0.1", "1.1"]
+            assert "late" not in audit(running.run_dir).counters
+
+    asyncio.run(check())
+
+
+def test_an_actor_whose_name_another_process_took_over_ends_with_a_sentence(
+    loop: Looper, capsys: pytest.CaptureFixture[str]
+):
+    async def check() -> ExceptionGroup[Exception]:
+        async with loop() as running:
+            running.weights.publish(0)
+            await running.batch(0)
+            await running.until(lambda: running.counts()["ready"] == 2)
+            await running.ask(messages.Heartbeat("actor", "actor-0", 0, "", {}))
+            with pytest.raises(ExceptionGroup) as ended:
+                await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
+            return ended.value
+
+    failed = asyncio.run(check())
+    assert exit_status(failed) == 2, "the supervisor does not start it again"
+    assert capsys.readouterr().err == (
+        "error: another process took the name actor-0 over; give this one another --name\n"
+    )
+    assert exit_status(ExceptionGroup("", [OSError("no space")])) == 1
 
 
 def test_a_full_disk_is_waited_for(loop: Looper, monkeypatch: pytest.MonkeyPatch):

@@ -40,6 +40,7 @@ class Run:
         self.buffer, self.random, self.make_group = buffer, random.Random(seed), make_group
         self.number, self.lives, self.version, self.committed, self.epoch = 0, 0, 0, 0, 0
         self.stored: set[str] = set()
+        self.held: set[str] = set()
         """Groups whose receipt arrived."""
         self.lineage: dict[int, tuple[str, ...]] = {}
         """Groups of each version's batch, as the learner received them."""
@@ -61,7 +62,7 @@ class Run:
     def go_on(self) -> None:
         """Run until the last batch is committed."""
         self.begin_learning()
-        self.ask(ACTOR, messages.LeaseRequest("actor-0", 0, 3, "abc"))
+        self.ask(ACTOR, messages.LeaseRequest("actor-0", 0, 3, "abc", tuple(self.held)))
         for answer in self.buffer.answers():
             if answer is None:
                 self.check_the_file()
@@ -78,13 +79,15 @@ class Run:
         match reply:
             case messages.LeaseReply():
                 for lease in reply.leases:
+                    self.held.add(lease.group_id)
                     size = lease.samples_per_group or 2
                     group = self.make_group(lease.group_id, lease.prompt_id, self.version, size=size)
                     self.ask(ACTOR, messages.GroupDelivery("actor-0", group))
-                self.ask(ACTOR, messages.LeaseRequest("actor-0", self.version, 3, "abc"))
+                self.ask(ACTOR, messages.LeaseRequest("actor-0", self.version, 3, "abc", tuple(self.held)))
             case messages.GroupReceipt():
                 assert reply.outcome in ("stored", "duplicate"), reply
                 self.stored.add(reply.group_id)
+                self.held.discard(reply.group_id)
             case _:
                 assert isinstance(request, messages.Heartbeat)
 

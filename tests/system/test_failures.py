@@ -109,6 +109,9 @@ def test_everybody_may_die_or_freeze_while_the_run_goes_on(launch: Launch, tmp_p
     run.process.terminate()
     [trained] = re.findall(r"stopped by SIGTERM; at checkpoint (\d+), continue with: ", finish(run.process, run_dir))
     assert_nothing_lost(run_dir, int(trained))
+    groups = [contributions(run_dir, name) for name in ("actor-0", "actor-1")]
+    # Each was away for a while, and both run at the same speed otherwise.
+    assert min(groups) >= sum(groups) / 10, groups
     for name in ("actor-0", "learner", "buffer"):
         assert f"{name} ended with status -9" in run.log("launcher")
     assert "actor-1 ended" not in run.log("launcher")

@@ -1,7 +1,7 @@
 """The gain of a second actor where generation is the bottleneck: `benchmarks/async_vs_sync.py --actors`.
 
-Two cores are used. Few completions are in flight, so that generating a batch takes several times as long as training on
-the batch. With one actor, core 0 generates, and core 1 runs all other processes and is mostly idle. The second actor
+Two cores are used, and the settings are the defaults: the buffer divides the places of the batches between the actors.
+With one actor, core 0 generates, and core 1 runs all other processes and is mostly idle. The second actor
 also runs on core 1.
 
 The gain, in groups trained per second, has a limit. With one actor, let the actor use a cores and all other processes u
@@ -35,8 +35,6 @@ GROUPS_PER_BATCH = 16
 GENERATION_BOUND = (
     f"groups_per_batch={GROUPS_PER_BATCH}",
     "samples_per_group=4",
-    # Eight completions in flight: an engine step takes nearly as long as with a hundred.
-    "actor.max_groups_in_flight=2",
     "cluster.pin_cores=false",
     "total_steps=100000",
 )

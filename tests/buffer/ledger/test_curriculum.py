@@ -29,6 +29,7 @@ class Run:
 
     def __init__(self, config: BufferConfig, make_group: Any) -> None:
         self.config, self.make_group, self.number = config, make_group, 0
+        self.held: list[str] = []
         self.version = 0
         self.open()
         self.tell(b"learner", messages.LearnerHello(0))
@@ -49,7 +50,9 @@ class Run:
         return next((answer.message for answer in answers if answer.identity == identity), None)
 
     def lease(self, number: int = 2) -> list[messages.Lease]:
-        reply = self.tell(b"actor-0", messages.LeaseRequest("actor-0", self.version, number, "abc"))
+        held = tuple(self.held)
+        reply = self.tell(b"actor-0", messages.LeaseRequest("actor-0", self.version, number, "abc", held))
+        self.held += [lease.group_id for lease in reply.leases]
         return list(reply.leases)
 
     def deliver(self, leases: list[messages.Lease], success: float = 0.5) -> None:

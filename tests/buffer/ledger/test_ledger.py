@@ -195,13 +195,17 @@ def test_evaluations_are_handed_out_once_and_reported_once(ledger: Ledger):
     with ledger.transaction():
         for version in (4, 0, 4):
             evaluations.request(version)
-        assert [evaluations.take(3, "a", n) for n in (1, 2)] == [0, -1]
+        assert evaluations.oldest_pending == 0
+        evaluations.assign(0, "a", 1)
         assert (evaluations.taken("a", 1), evaluations.taken("a", 2)) == (0, -1)
-        assert evaluations.take(9, "b", 1) == 4
+        assert evaluations.oldest_pending == 4
+        evaluations.assign(4, "b", 1)
+        assert (evaluations.oldest_pending, evaluations.newest_request("b")) == (None, 1)
         assert evaluations.release("b") == 1
-        assert evaluations.take(9, "a", 3) == 4
+        evaluations.assign(4, "a", 3)
+        assert evaluations.release("a", before=3, kept=(0,)) == 0, "one is kept, and one is newer"
         assert [evaluations.report(report(4)), evaluations.report(report(4))] == [True, False]
-        assert evaluations.num_unfinished() == 1
+        assert evaluations.num_unfinished == 1
         assert evaluations.report(report(0))
     assert evaluations.reports() == (report(0), report(4))
     assert evaluations.reports(1) == (report(4),)
@@ -221,7 +225,7 @@ def test_reopening_keeps_everything_and_gives_leases_a_full_deadline(config: Buf
     assert (+ledger.counts, ledger.leased, ledger.ready) == (counts, leased, ready)
     assert ledger.silent_holders(1000 + config.lease_seconds - 1) == []
     assert ledger.silent_holders(1000 + config.lease_seconds) == [HOLDER.name]
-    assert ledger.leases_of(HOLDER) == [("0.0", ReferenceCurriculum(config).draw())]
+    assert ledger.leases_of(HOLDER.name, HOLDER.request_number) == [("0.0", ReferenceCurriculum(config).draw())]
     assert issue(ledger)[0] == "2.0"
     ledger.close()
 
@@ -263,7 +267,7 @@ def test_a_killed_process_loses_nothing_it_committed(config: BufferConfig, run_d
     assert ended.returncode == -signal.SIGKILL
     assert audit(run_dir).counts["leased"] == 5
     ledger = Ledger(config, 0.0)
-    assert len(ledger.leases_of(HOLDER)) == 5
+    assert len(ledger.leases_of(HOLDER.name, HOLDER.request_number)) == 5
     assert issue(ledger)[0] == "5.0"
     ledger.close()
     assert audit(run_dir).holds

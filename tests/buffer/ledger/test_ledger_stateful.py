@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,8 @@ class Occurrence:
     holder: bytes
     version: int
     """The version of the actor's weights at the lease; after delivery the group's oldest version."""
+    number: int
+    """Number of the request that it was last leased to."""
     num_stale: int = 0
     used: list[int] = field(default_factory=list)
     """Versions of the batches that used the group."""
@@ -140,6 +142,8 @@ class BufferMachine(RuleBasedStateMachine):
         self.identity = {actor: self.new_process(actor) for actor in ACTORS}
         self.told: dict[bytes, int] = {}
         """Policy version in each process's newest lease request."""
+        self.said: dict[bytes, tuple[str, ...]] = {}
+        """Groups that it said it holds there."""
         self.granted: dict[tuple[bytes, int], wire.LeaseReply] = {}
         """Answers that the buffer remembers for resent requests."""
         self.lineage: dict[int, list[str]] = {}
@@ -189,6 +193,7 @@ class BufferMachine(RuleBasedStateMachine):
                 self.deadlines[identity] = self.now + LEASE_SECONDS
             if isinstance(message, wire.LeaseRequest):
                 self.replace_predecessors(identity, message.actor_id)
+                self.take_inventory(identity, message.held, number)
             if isinstance(message, wire.LeaseReturn):
                 self.end_leases(message.group_ids, message.reason)
             outgoing += self.service.wake(self.now)
@@ -204,6 +209,13 @@ class BufferMachine(RuleBasedStateMachine):
             if holder != identity and holder.startswith(f"{actor_id}-".encode()):
                 self.model[k].state = "pending"
                 self.deadlines.pop(holder, None)
+
+    def take_inventory(self, identity: bytes, held: tuple[str, ...], number: int) -> None:
+        """End the leases that were granted to earlier requests and that the holder does not say it has."""
+        for k in self.having("leased"):
+            known = self.model[k]
+            if known.holder == identity and known.number < number and f"{k}.{known.attempt}" not in held:
+                known.state = "pending"
 
     def end_leases(self, group_ids: tuple[str, ...], reason: str) -> None:
         for k, attempt in (map(int, group_id.split(".")) for group_id in group_ids):
@@ -225,9 +237,9 @@ class BufferMachine(RuleBasedStateMachine):
             case wire.LeaseReply() if (answer.identity, answer.request_number) not in self.granted:
                 self.granted[answer.identity, answer.request_number] = answer.message
                 for lease in answer.message.leases:
-                    self.absorb_lease(answer.identity, lease)
+                    self.absorb_lease(answer, lease)
 
-    def absorb_lease(self, identity: bytes, lease: wire.Lease) -> None:
+    def absorb_lease(self, answer: Outgoing, lease: wire.Lease) -> None:
         """Check a lease: the oldest pending occurrence, or else the next drawn prompt."""
         pending = self.having("pending")
         k = pending[0] if pending else len(self.model)
@@ -237,7 +249,10 @@ class BufferMachine(RuleBasedStateMachine):
         stage = self.reference.stage_of(k)
         assert (lease.samples_per_group, lease.max_new_tokens) == (stage.samples_per_group, stage.max_new_tokens)
         num_stale = self.model[k].num_stale if pending else 0
-        self.model[k] = Occurrence("leased", attempt, identity, self.told[identity], num_stale)
+        identity = answer.identity
+        self.model[k] = Occurrence(
+            *("leased", attempt, identity, self.told[identity], answer.request_number, num_stale)
+        )
         self.deadlines[identity] = self.now + LEASE_SECONDS
 
     def absorb_shard(self, shard: wire.Shard) -> None:
@@ -288,11 +303,32 @@ class BufferMachine(RuleBasedStateMachine):
 
     # Actors.
 
-    @rule(actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), behind=st.integers(0, 3))
-    def ask_for_leases(self, actor: str, credit: int, behind: int) -> None:
+    def held(self, identity: bytes) -> tuple[str, ...]:
+        """What the process works on."""
+        mine = (k for k in self.having("leased") if self.model[k].holder == identity)
+        return tuple(f"{k}.{self.model[k].attempt}" for k in mine)
+
+    @rule(
+        actor=st.sampled_from(ACTORS), credit=st.integers(1, 4), behind=st.integers(0, 3), lost=st.sampled_from([0, 2])
+    )
+    def ask_for_leases(self, actor: str, credit: int, behind: int, lost: int = 0) -> None:
+        """Ask, without up to `lost` of the groups that the buffer has leased to the process."""
         identity, version = self.identity[actor], max(0, self.next_version - behind)
-        self.told[identity] = version
-        self.tell(identity, wire.LeaseRequest(actor, version, credit, "abc"))
+        self.told[identity], self.said[identity] = version, self.held(identity)[lost:]
+        self.tell(identity, wire.LeaseRequest(actor, version, credit, "abc", self.said[identity]))
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def send_heartbeat(self, actor: str) -> None:
+        """The answer names what the process works on in vain."""
+        identity = self.identity[actor]
+        held = self.held(identity)
+        attempts = [(k, self.model[k].attempt + ahead) for k in sorted(self.model) for ahead in (-1, 0, 1)]
+        claimed = tuple(f"{k}.{attempt}" for k, attempt in attempts if attempt >= 0)
+        # The process of an actor is its newest one, which takes over.
+        self.replace_predecessors(identity, actor)
+        heartbeat = wire.Heartbeat("actor", actor, self.told.get(identity, 0), "", {}, claimed)
+        (answer,) = self.tell(identity, heartbeat)
+        assert set(answer.message.ended) == set(claimed) - set(held)
 
     @precondition(lambda self: self.granted)
     @rule(data=st.data())
@@ -300,8 +336,10 @@ class BufferMachine(RuleBasedStateMachine):
         (identity, number), first = data.draw(st.sampled_from(sorted(self.granted.items(), key=lambda item: item[0])))
         actor = identity.decode().rsplit("-", 1)[0]
         if identity == self.identity[actor] and number == max(n for i, n in self.granted if i == identity):
-            request = wire.LeaseRequest(actor, self.told[identity], 4, "abc")
-            assert [answer.message for answer in self.tell(identity, request, number)] == [first]
+            request = wire.LeaseRequest(actor, self.told[identity], 4, "abc", self.said[identity])
+            held = self.held(identity)
+            again = replace(first, leases=tuple(lease for lease in first.leases if lease.group_id in held))
+            assert [answer.message for answer in self.tell(identity, request, number)] == [again]
 
     @precondition(lambda self: self.model)
     @rule(data=st.data(), back=st.integers(0, 1), ahead=st.integers(0, 1))
@@ -310,7 +348,7 @@ class BufferMachine(RuleBasedStateMachine):
         k = data.draw(st.sampled_from(sorted(self.model)))
         known = self.model[k]
         attempt = max(0, known.attempt - back)
-        version = known.version + ahead
+        version = self.bounded(k, known.version + ahead)
         is_late = attempt < known.attempt or known.state == "pending"
         is_late |= known.state == "dropped" and not known.is_judged
         expected = "late" if is_late else self.take_in(k, version) if known.state == "leased" else "duplicate"
@@ -331,13 +369,15 @@ class BufferMachine(RuleBasedStateMachine):
         known.is_judged, self.successes[k] = True, success(k, known.attempt)
         return "stored" if known.state == "ready" else "dropped"
 
+    def bounded(self, k: int, version: int) -> int:
+        """Return the version, at most the newest that the tokens of the group can have; later ones are refused."""
+        return min(version, self.ledger.file.meta("newest_version", 0) + 1 - k % 2)
+
     def finish(self, k: int, ahead: int) -> None:
         """Deliver the group of a lease by its holder."""
         known = self.model[k]
         identity, attempt = known.holder, known.attempt
-        # The newest version that any token of this group can have: a later one would be refused.
-        newest_version = self.ledger.file.meta("newest_version", 0) + 1 - k % 2
-        version = min(known.version + ahead, newest_version)
+        version = self.bounded(k, known.version + ahead)
         expected = self.take_in(k, version)
         packed = group(f"{k}.{attempt}", self.reference.prompts[k], version)
         answers = self.tell(identity, wire.GroupDelivery("x", packed))

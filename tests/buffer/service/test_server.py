@@ -45,8 +45,8 @@ def server(make_config: Any) -> Iterator[Server]:
     thread.join()
 
 
-def credit(version: int = 0, num_groups: int = 4) -> messages.LeaseRequest:
-    return messages.LeaseRequest("actor-0", version, num_groups, "abc")
+def credit(version: int = 0, num_groups: int = 4, held: tuple[str, ...] = ()) -> messages.LeaseRequest:
+    return messages.LeaseRequest("actor-0", version, num_groups, "abc", held)
 
 
 def connect(address: str, name: str, credentials: Credentials = CREDENTIALS) -> Connection:
@@ -141,7 +141,7 @@ def test_a_killed_buffer_is_restarted_and_everybody_goes_on(run_dir: Path, make_
         assert isinstance(granted, messages.LeaseReply)
         assert finish(actor, granted.leases[:1], 0, make_group) == ["stored"]
         waiting = learner.request(messages.BatchRequest(0, 0, 1))
-        more = actor.request(credit(version=1))
+        more = actor.request(credit(1, held=tuple(lease.group_id for lease in granted.leases)))
         process.kill()
         process.communicate()
         deliveries = [

@@ -9,7 +9,7 @@ from buffer.config import BufferConfig
 from buffer.ledger.audit import audit
 from buffer.ledger.ledger import Ledger
 from buffer.service import peers
-from buffer.service.leases import PRESUMED_DEAD_SECONDS
+from buffer.service.leases import PRESUMED_DEAD_SECONDS, Outgoing
 from buffer.service.service import Service
 from buffer.transport import messages
 from buffer.transport.packed_group import BYTES_PER_TOKEN
@@ -17,11 +17,17 @@ from buffer.transport.packed_group import BYTES_PER_TOKEN
 ACTOR, OTHER, LEARNER = b"actor-0-aa", b"actor-1-bb", b"learner-cc"
 
 
+ALL = ("all",)
+"""In place of the group ids that a lease request holds: all that its connection was ever granted."""
+
+
 class Buffer:
     """A service with a simulated clock. `tell` returns all answers as {(identity, number): message}."""
 
     def __init__(self, config: BufferConfig, make_group: Any) -> None:
         self.config, self.make_group, self.now, self.number = config, make_group, 0.0, 100
+        self.granted: dict[bytes, tuple[list[str], list[int]]] = {}
+        """Group ids and evaluations by connection."""
         self.open()
 
     def open(self) -> None:
@@ -35,8 +41,19 @@ class Buffer:
     def tell(self, identity: bytes, message: messages.Message, number: int) -> dict[tuple[bytes, int], Any]:
         """Send a message; one that names no epoch is of the newest learner."""
         message = messages.with_epoch(message, self.ledger.file.meta("epoch", 0))
+        if isinstance(message, messages.LeaseRequest) and message.held == ALL:
+            held, evaluating = self.granted.get(identity, ([], []))
+            message = dataclasses.replace(message, held=tuple(held), evaluating=tuple(evaluating))
         with self.ledger.transaction():
             outgoing = self.service.receive(identity, message, number, self.now) + self.service.wake(self.now)
+        return self.absorb(outgoing)
+
+    def absorb(self, outgoing: list[Outgoing]) -> dict[tuple[bytes, int], Any]:
+        for answer in outgoing:
+            if isinstance(answer.message, messages.LeaseReply):
+                held, evaluating = self.granted.setdefault(answer.identity, ([], []))
+                held += ids(answer.message)
+                evaluating += [answer.message.evaluate_version] if answer.message.evaluate_version >= 0 else []
         return {(o.identity, o.request_number): o.message for o in outgoing}
 
     def ask(self, identity: bytes, message: messages.Message) -> Any:
@@ -47,15 +64,18 @@ class Buffer:
     def wait(self, seconds: float) -> dict[tuple[bytes, int], Any]:
         self.now += seconds
         with self.ledger.transaction():
-            return {(o.identity, o.request_number): o.message for o in self.service.wake(self.now)}
+            outgoing = self.service.wake(self.now)
+        return self.absorb(outgoing)
 
     def deliver(self, leases: tuple[messages.Lease, ...], version: int = 0, actor: bytes = ACTOR) -> list[str]:
         groups = (self.make_group(lease.group_id, lease.prompt_id, version) for lease in leases)
         return [self.ask(actor, messages.GroupDelivery("actor-0", group)).outcome for group in groups]
 
 
-def credit(version: int = 0, num_groups: int = 4, actor_id: str = "actor-0") -> messages.LeaseRequest:
-    return messages.LeaseRequest(actor_id, version, num_groups, "abc")
+def credit(
+    version: int = 0, num_groups: int = 4, actor_id: str = "actor-0", held: tuple[str, ...] = ALL
+) -> messages.LeaseRequest:
+    return messages.LeaseRequest(actor_id, version, num_groups, "abc", held)
 
 
 def run_to(buffer: Buffer, policy_version: int) -> None:

@@ -41,7 +41,7 @@ class Buffer:
         """Everything that a message may change, in the file and in memory."""
         ledger, service = self.ledger, self.turns.service
         tables = [ledger.file.rows(f"SELECT * FROM {name}") for name in ("occurrences", "meta", "uses", "payloads")]
-        memory: list[Any] = [ledger.counts, ledger.leased, ledger.ready, ledger._deadlines]
+        memory: list[Any] = [ledger.counts, ledger.leased, ledger.ready, sorted(ledger._deadlines.items()), ledger.held]
         memory += [service._batches, service._peers._peers, vars(service._progress) | {"_file": None}]
         return repr((tables, memory, sorted(service._leases._clients.items(), key=lambda item: item[0])))
 
