@@ -99,6 +99,8 @@ class LedgerFile:
             raise ValueError(f"{self._path} cannot be written: {error.strerror}; choose another run_dir") from error
         try:
             self._take_lock()
+            # Before SQLite opens the file and begins a log.
+            self._is_checked = self._mark.fits()
             # Autocommit mode: transactions begin and end only in `transaction`. One thread may open the file and
             # another one use it, but never both at the same time.
             self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
@@ -138,7 +140,7 @@ class LedgerFile:
             self._db.execute(f"PRAGMA wal_autocheckpoint = {2 * WAL_BYTES // PAGE_BYTES}")
             self._db.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
             self._db.execute(f"PRAGMA cache_size = {-CACHE_BYTES // 1024}")
-            found = "ok" if self._mark.fits() else self.one("PRAGMA quick_check(1)")
+            found = "ok" if self._is_checked else self.one("PRAGMA quick_check(1)")
             self._mark.remove()
             if found == "ok":
                 self._create_or_check(self._path)
