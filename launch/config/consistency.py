@@ -31,7 +31,7 @@ COMPUTED = {
     "buffer.num_batches": "total_steps",
     "buffer.num_prompts": "the section task",
     "buffer.run_dir": "run_dir",
-    "buffer.samples_per_group": "samples_per_group and the curriculum's stages",
+    "buffer.samples_per_group": "samples_per_group",
     "buffer.stages": "curriculum",
     "buffer.vocab_size": "model.path",
     "learner.cpu_affinity": "cluster.pin_cores and cluster.learner_cores",

@@ -262,7 +262,6 @@ def _read_actor(sections: dict[str, Any], embedded: EmbeddedConfig | None) -> Ac
 
 def _fill_buffer(sections: dict[str, Any], run_dir: Path, task: Task, learner: LearnerConfig) -> None:
     sections["run_dir"] = str(run_dir)
-    sizes = [learner.samples_per_group, *(stage.get("samples_per_group") or 0 for stage in sections["curriculum"])]
     sections["buffer"] |= {
         "run_dir": str(run_dir),
         "num_prompts": len(task.train),
@@ -270,7 +269,7 @@ def _fill_buffer(sections: dict[str, Any], run_dir: Path, task: Task, learner: L
         "num_batches": learner.total_steps // learner.updates_per_batch,
         "stages": sections["curriculum"],
         "max_tokens": sections["model"]["max_tokens"],
-        "samples_per_group": max(sizes),
+        "samples_per_group": learner.samples_per_group,
     }
 
 

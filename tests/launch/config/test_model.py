@@ -8,7 +8,7 @@ import pytest
 
 from launch.config import model
 from launch.config.compose import compose_config
-from launch.config.model import local_folder, longest_context, num_parameters
+from launch.config.model import local_folder, longest_context, num_parameters, vocabulary_size
 from launch.config.plan import plan_run
 from launch.config.sections import KNOWN
 
@@ -147,3 +147,19 @@ def test_a_model_the_hub_does_not_have_is_one_sentence(hub: Path, path: str):
     assert said.startswith(f"model.path={path} ")
     assert "or give a folder" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        ({"vocab_size": 100}, 100),
+        ({"text_config": {"vocab_size": 200}, "vision_config": {"vocab_size": 9}}, 200),
+        ({}, 0),
+        ({"vocab_size": "many"}, 0),
+        (None, 0),
+    ],
+)
+def test_the_vocabulary_bounds_the_token_ids_that_actors_may_deliver(tmp_path: Path, config: Any, size: int):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert vocabulary_size(tmp_path) == size

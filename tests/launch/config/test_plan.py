@@ -456,3 +456,11 @@ def test_the_command_ends_with_status_2_and_one_sentence(overrides: list[str], e
     assert expected in ended.stderr
     assert ended.stdout == ""
     assert not run_dir.exists()
+
+
+def test_the_buffer_knows_the_bounds_of_a_group(make_plan: Any, run_dir: Path, model_folder: Path):
+    config = model_folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 77}))
+    write_config(make_plan(f"model.path={model_folder}", "samples_per_group=4", "model.max_tokens=64"))
+    written = load_run_config(run_dir)["buffer"]
+    assert (written["vocab_size"], written["max_tokens"], written["samples_per_group"]) == (77, 64, 4)
