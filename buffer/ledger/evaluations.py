@@ -83,17 +83,18 @@ class Evaluations:
         run = _Run(holder, request_number)
         return next((version for version, known in self._unfinished.items() if known == run), -1)
 
-    def report(self, report: EvaluationReport) -> bool:
-        """Store a report. Returns False when the evaluation is already reported or was rolled back."""
-        self._unfinished.pop(report.requested_version, None)
-        return bool(
-            self._file.write(
-                "UPDATE evaluations SET state = 'reported', report = ?"
-                " WHERE requested_version = ? AND state != 'reported'",
-                encode(report, 0, "")[0],
-                report.requested_version,
-            )
+    def report(self, report: EvaluationReport, holder: str) -> bool:
+        """Store a report. Returns False when `holder` does not run the evaluation, or no longer."""
+        run = self._unfinished.get(report.requested_version)
+        if run is None or run.holder != holder:
+            return False
+        del self._unfinished[report.requested_version]
+        self._file.write(
+            "UPDATE evaluations SET state = 'reported', report = ? WHERE requested_version = ?",
+            encode(report, 0, "")[0],
+            report.requested_version,
         )
+        return True
 
     def reports(self, since_version: int = 0) -> tuple[EvaluationReport, ...]:
         """Return the reports with requested_version >= `since_version`, oldest first."""

@@ -292,13 +292,13 @@ class Ledger:
         self.file.count(INVALID)
         return INVALID
 
-    def give_back(self, group_id: str, reason: str) -> bool:
-        """End a lease. Returns False when the lease has already ended.
+    def give_back(self, group_id: str, holder_name: str, reason: str) -> bool:
+        """End a lease of a holder. Returns False when the holder does not have the lease, or no longer.
 
         The occurrence becomes pending again, or is dropped if a `reason` is given.
         """
         row = self._find(group_id)
-        if row is None or row.is_older_attempt or row.state != "leased":
+        if row is None or row.is_older_attempt or row.state != "leased" or row.holder != holder_name:
             return False
         self._end_lease(row.occurrence, row.oldest_version, row.holder, reason)
         return True

@@ -35,7 +35,8 @@ class Incarnations:
     def is_replaced(self, process: str) -> bool:
         """Return whether a newer process has taken the name over."""
         actor_id = self._actors.get(process)
-        return actor_id is not None and self._newest[actor_id] != process
+        # The name has no newest process when that one went on under another name, as no correct process does.
+        return actor_id is not None and self._newest.get(actor_id, process) != process
 
     def hear(self, process: str, actor_id: str) -> str | None:
         """Note that the process works under the name. A process that is not known takes the name over.
@@ -59,5 +60,5 @@ class Incarnations:
         actor_id = self._actors.pop(process, None)
         if actor_id is not None:
             self._file.write("DELETE FROM incarnations WHERE process = ?", process)
-            if self._newest[actor_id] == process:
+            if self._newest.get(actor_id) == process:
                 del self._newest[actor_id]

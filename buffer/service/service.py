@@ -219,6 +219,7 @@ class Service:
         return f"older groups that would become too stale ({where})"
 
     def _from_actor(self, identity: bytes, message: messages.Message, now: float) -> messages.Message | None:
+        ledger, holder = self._ledger, holder_name(identity)
         match message:
             case messages.GroupDelivery():
                 group_id = message.group.header.group_id
@@ -226,15 +227,15 @@ class Service:
                     self._check_bounds(message.group)
                 except WireError as error:
                     self._note(identity, error, now)
-                    return messages.GroupReceipt(group_id, self._ledger.refuse_delivery(group_id))
-                outcome = self._ledger.deliver(message.group, self._progress.next_version)
+                    return messages.GroupReceipt(group_id, ledger.refuse_delivery(group_id))
+                outcome = ledger.deliver(message.group, self._progress.next_version)
                 if outcome in ("stored", "dropped"):
                     self._leases.finished(identity, group_id, now)
                 else:
                     log.info("group %s of %s is %s", group_id, message.actor_id, outcome)
                 return messages.GroupReceipt(group_id, outcome)
             case messages.LeaseReturn():
-                given_back = sum(self._ledger.give_back(group_id, message.reason) for group_id in message.group_ids)
+                given_back = sum(ledger.give_back(group_id, holder, message.reason) for group_id in message.group_ids)
                 self._leases.given_back(identity)
                 log.info("%s gave %d leases back %s", message.actor_id, given_back, message.reason)
                 return messages.Done()
@@ -242,7 +243,7 @@ class Service:
                 self._probes.report(message)
                 return messages.Done()
             case messages.EvaluationReport():
-                if self._ledger.evaluations.report(message):
+                if ledger.evaluations.report(message, holder):
                     log.info("policy %d: pass@1 %.3f", message.policy_version, message.pass_at_1)
                 return messages.Done()
             case _:

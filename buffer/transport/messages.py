@@ -34,6 +34,7 @@ from buffer.transport.schema import (
     Reader,
     Role,
     Seconds,
+    Share,
     SmallCount,
     TokenId,
     Version,
@@ -224,7 +225,7 @@ class EvaluationReport:
     requested_version: Version
     policy_version: Version
     num_prompts: Count
-    pass_at_1: Number
+    pass_at_1: Share
     reward_mean: Number
     completion_tokens_mean: Number
     seconds: Seconds

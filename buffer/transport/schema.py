@@ -73,6 +73,7 @@ Count = Annotated[int, Within(0, MAX_INTEGER)]
 SmallCount = Annotated[int, Within(0, MAX_ITEMS)]
 TokenId = Annotated[int, Within(0, (1 << 31) - 1)]
 Number = Annotated[float, Within(-1e300, 1e300)]
+Share = Annotated[float, Within(0, 1)]
 Seconds = Annotated[float, Within(0, 1e12)]
 
 

@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from benchmarks import chaos
+from benchmarks.parts.chaos.storm import Storm
+from benchmarks.parts.chaos.targets import Target
 from buffer.config import BufferConfig
 from buffer.ledger.ledger import Holder, Ledger
 from buffer.transport.packed_group import pack_group
@@ -41,42 +44,85 @@ def launcher():
     process.wait()
 
 
-def make_injector(launcher: "subprocess.Popen[bytes]", run_dir: Path, seed: int = 0) -> chaos.FaultInjector:
+class NoGuest:
+    """Stands for actors that are started by hand: there are none."""
+
+    processes: tuple[()] = ()
+
+    def step(self) -> None:
+        pass
+
+
+def make_storm(launcher: "subprocess.Popen[bytes]", run_dir: Path, kinds: list[str]) -> Storm:
+    """A storm of faults of these kinds."""
     (run_dir / "logs").mkdir(parents=True)
-    return chaos.FaultInjector(launcher.pid, run_dir, seed=seed, interval_seconds=0.01)
+    storm = Storm(
+        launcher.pid,
+        run_dir,
+        run_dir / "logs",
+        NoGuest(),
+        lease_seconds=0.2,
+        addresses=(),
+        images=None,
+        small_disk=False,
+        seed=0,
+        interval_seconds=0.01,
+    )
+    storm._kinds = kinds
+    return storm
+
+
+def rage(storm: Storm, until: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not until():
+        assert time.monotonic() < deadline
+        storm.step()
+        time.sleep(0.01)
 
 
 def test_only_the_runs_own_processes_are_hit(launcher, tmp_path):
-    injector = make_injector(launcher, tmp_path)
     children = {tuple(child.cmdline()[3:]): child for child in psutil.Process(launcher.pid).children()}
-    deadline = time.monotonic() + 30
-    while not injector.kills and time.monotonic() < deadline:
-        injector.step()
-        time.sleep(0.01)
-    injector.end()
-    assert set(injector.kills) | set(injector.freezes) <= {"buffer", "actor"}
-    assert injector.kills
+    storm = make_storm(launcher, tmp_path, ["kill", "freeze", "freeze", "kill a child"])
+    rage(storm, lambda: storm.faults["kill"] and storm.faults["freeze"])
+    storm.end()
+    assert set(storm.hits) <= {"buffer", "actor"}
+    # The stand-ins have no child processes, so this kind waits for its turn.
+    assert set(storm.faults) == {"kill", "freeze"}
     bystander = children["-m", "tensorboard.main"]
-    assert bystander.status() != psutil.STATUS_STOPPED
+    assert bystander.is_running()
     assert all(child.status() != psutil.STATUS_STOPPED for child in children.values() if child.is_running())
 
 
-def test_a_target_has_recovered_when_its_log_says_so_after_the_kill(launcher, tmp_path):
-    injector = make_injector(launcher, tmp_path)
+def test_a_frozen_container_thaws_after_its_leases_have_ended(launcher, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.parts.chaos.storm.CONTAINER_SECONDS", (0.1, 0.2))
+    storm = make_storm(launcher, tmp_path, ["freeze a container"])
+    [actor] = [child for child in psutil.Process(launcher.pid).children() if "actors" in child.cmdline()]
+    rage(storm, lambda: actor.status() == psutil.STATUS_STOPPED)
+    frozen = time.monotonic()
+    storm._kinds = storm._deck = []
+    storm._next_fault = float("inf")
+    rage(storm, lambda: actor.status() != psutil.STATUS_STOPPED)
+    assert time.monotonic() - frozen > 0.2
+
+
+def test_a_target_has_recovered_when_its_log_says_so_after_the_first_fault(launcher, tmp_path):
+    storm = make_storm(launcher, tmp_path, ["kill"])
     log = tmp_path / "logs" / "actor-7.log"
     log.write_text("policy 1 loaded\n")
-    deadline = time.monotonic() + 30
-    while not injector.kills["actor"] and time.monotonic() < deadline:
-        injector.step()
-        time.sleep(0.01)
-    assert injector.kills["actor"]
-    injector.record_recoveries()
-    assert "actor" not in injector.recovery_seconds
+    [actor] = [child for child in psutil.Process(launcher.pid).children() if "actors" in child.cmdline()]
+    target = Target("actor", "actor-7", actor, log)
+    storm.recoveries.ended(target)
+    storm.recoveries.look()
+    assert not storm.recoveries.complete
+    # It is hit again before it works: the clock goes on.
+    time.sleep(0.1)
+    storm.recoveries.ended(target)
     with log.open("a") as appended:
         appended.write("starting\npolicy 2 loaded, generation paused\n")
-    injector.record_recoveries()
-    assert len(injector.recovery_seconds["actor"]) == 1
-    injector.end()
+    storm.recoveries.look()
+    assert storm.recoveries.complete
+    [seconds] = storm.recoveries.seconds["actor"]
+    assert seconds > 0.1
 
 
 def test_the_last_lineage_is_what_was_written_last():

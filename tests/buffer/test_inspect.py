@@ -24,8 +24,8 @@ def ledger(make_config: Any, make_group: Any):
         opened.use([0], 0)
         opened.use([1], 1)
         opened.commit(1, 2)
-        opened.give_back("4.0", "too_long")
-        opened.give_back("5.0", "")
+        opened.give_back("4.0", "a-1", "too_long")
+        opened.give_back("5.0", "a-1", "")
         opened.deliver(make_group("5.0", leases[5][1]), 0)
         opened.evaluations.request(0)
     yield opened

@@ -75,8 +75,9 @@ def test_copies_are_told_apart_and_counted(ledger: Ledger, make_group: Any):
     group_id, prompt_id = issue(ledger)
     first = make_group(group_id, prompt_id)
     with ledger.transaction():
-        assert ledger.give_back(group_id, "")
-        assert not ledger.give_back(group_id, "")
+        assert not ledger.give_back(group_id, "another", ""), "it is another's lease"
+        assert ledger.give_back(group_id, HOLDER.name, "")
+        assert not ledger.give_back(group_id, HOLDER.name, "")
     assert deliver(ledger, first) == "late", "its lease was given up"
     again, same_prompt = issue(ledger)
     assert (again, same_prompt) == ("0.1", prompt_id)
@@ -92,15 +93,15 @@ def test_copies_are_told_apart_and_counted(ledger: Ledger, make_group: Any):
 def test_pending_occurrences_come_before_new_ones_oldest_first(ledger: Ledger):
     ids = [issue(ledger)[0] for _ in range(3)]
     with ledger.transaction():
-        ledger.give_back(ids[2], "")
-        ledger.give_back(ids[1], "")
+        ledger.give_back(ids[2], HOLDER.name, "")
+        ledger.give_back(ids[1], HOLDER.name, "")
     assert [issue(ledger)[0] for _ in range(3)] == ["1.1", "2.1", "3.0"]
 
 
 def test_a_drop_names_its_reason(ledger: Ledger, config: BufferConfig, make_group: Any):
     group_id, prompt_id = issue(ledger)
     with ledger.transaction():
-        ledger.give_back(group_id, "prompt_too_long")
+        ledger.give_back(group_id, HOLDER.name, "prompt_too_long")
     assert ledger.counts["dropped:prompt_too_long"] == 1
     assert deliver(ledger, make_group(group_id, prompt_id)) == "late"
     assert audit(config.run_dir).dropped == {"prompt_too_long": 1}
@@ -204,9 +205,10 @@ def test_evaluations_are_handed_out_once_and_reported_once(ledger: Ledger):
         assert evaluations.release("b") == 1
         evaluations.assign(4, "a", 3)
         assert evaluations.release("a", before=3, kept=(0,)) == 0, "one is kept, and one is newer"
-        assert [evaluations.report(report(4)), evaluations.report(report(4))] == [True, False]
+        assert not evaluations.report(report(4), "b"), "it is not b's any more"
+        assert [evaluations.report(report(4), "a"), evaluations.report(report(4), "a")] == [True, False]
         assert evaluations.num_unfinished == 1
-        assert evaluations.report(report(0))
+        assert evaluations.report(report(0), "a")
     assert evaluations.reports() == (report(0), report(4))
     assert evaluations.reports(1) == (report(4),)
     with ledger.transaction():

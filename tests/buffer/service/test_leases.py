@@ -75,7 +75,9 @@ def test_a_late_copy_of_an_older_request_changes_nothing(start: Any, restarts: b
 def test_leases_that_have_ended_are_not_granted_again_to_the_same_request(start: Any):
     buffer = start()
     granted = buffer.tell(ACTOR, credit(held=()), 1)[ACTOR, 1]
-    buffer.ask(OTHER, messages.LeaseReturn("actor-1", tuple(ids(granted)[:1]), ""))
+    buffer.ask(OTHER, messages.LeaseReturn("actor-1", tuple(ids(granted)), "no longer mine"))
+    assert buffer.ledger.counts["leased"] == len(ids(granted)), "an actor gives back only what it has"
+    buffer.ask(ACTOR, messages.LeaseReturn("actor-0", tuple(ids(granted)[:1]), ""))
     assert ids(buffer.tell(ACTOR, credit(held=()), 1)[ACTOR, 1]) == ids(granted)[1:]
     # Exactly at the deadline the leases end, and the connection is still known.
     buffer.wait(buffer.config.lease_seconds)
@@ -94,6 +96,14 @@ def test_an_evaluation_that_its_holder_does_not_have_goes_to_another_actor(start
 
 
 # Incarnations.
+
+
+def test_a_process_that_goes_on_under_another_name_leaves_its_name_to_the_older_one(start: Any):
+    buffer = start()
+    for identity, name in ((b"old-aa", "actor-0"), (b"new-bb", "actor-0"), (b"new-bb", "actor-1")):
+        buffer.ask(identity, messages.Heartbeat("actor", name, 0, "", {}))
+    buffer.ask(b"old-aa", messages.Heartbeat("actor", "actor-0", 0, "", {}))
+    assert buffer.tell(b"old-aa", credit(held=()), 9)[b"old-aa", 9].leases
 
 
 def test_of_two_processes_of_one_name_the_newest_works_and_the_older_is_told_why(start: Any):
