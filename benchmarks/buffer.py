@@ -277,7 +277,7 @@ def through_the_buffer(
                 return taken / (time.perf_counter() - begin)
 
 
-def with_many_actors(num_actors: int, keys: RunKeys, seconds: float) -> dict[str, float]:
+def with_many_actors(num_actors: int, keys: RunKeys, seconds: float, heartbeat_seconds: float) -> dict[str, float]:
     """Returns rate, turns and memory of a buffer with `num_actors` connected actors, measured over `seconds`."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         config = BufferConfig(
@@ -295,9 +295,8 @@ def with_many_actors(num_actors: int, keys: RunKeys, seconds: float) -> dict[str
         with started((serve_timed, (config, keys.buffer, found))) as (server,):
             address = found.get(timeout=60)
             shares = [names[first::CROWD_PROCESSES] for first in range(min(CROWD_PROCESSES, num_actors))]
-            acting = [
-                (crowd, (address, share, keys.clients["actor"], contents, named, policy_version)) for share in shares
-            ]
+            like = keys.clients["actor"], contents, named, policy_version, heartbeat_seconds
+            acting = [(crowd, (address, share, *like)) for share in shares]
             with (
                 Connection(address, "learner", keys.clients["learner"]) as learner,
                 Connection(address, "launcher", keys.clients["observer"]) as launcher,
@@ -437,7 +436,7 @@ def compare(repeats: int, num_groups: int, peers_python: str) -> dict[str, Any]:
     return {"group_bytes": num_bytes, "groups": num_groups, "repeats": repeats, "rates": rates, "skipped": skipped}
 
 
-def many_actors(numbers: list[int], repeats: int, seconds: float) -> dict[str, Any]:
+def many_actors(numbers: list[int], repeats: int, seconds: float, heartbeat_seconds: float) -> dict[str, Any]:
     """Measure with each number of actors, unencrypted and encrypted, alternating."""
     ways = {"plain": RunKeys.new("benchmark", encrypted=False), "CURVE": RunKeys.new("benchmark")}
     found: dict[str, dict[int, list[dict[str, float]]]] = {way: {number: [] for number in numbers} for way in ways}
@@ -448,14 +447,21 @@ def many_actors(numbers: list[int], repeats: int, seconds: float) -> dict[str, A
             for way, keys in ways.items():
                 for number in numbers:
                     progress.update(task, description=f"{number} actors, {way}")
-                    found[way][number].append(with_many_actors(number, keys, seconds))
+                    found[way][number].append(with_many_actors(number, keys, seconds, heartbeat_seconds))
                     progress.advance(task)
     medians = {
         way: [{name: statistics.median(row[name] for row in rows) for name in rows[0]} for rows in by_number.values()]
         for way, by_number in found.items()
     }
     group_bytes = pattern(*CROWD_SHAPE).num_bytes
-    return {"group_bytes": group_bytes, "repeats": repeats, "seconds": seconds, "many_actors": medians, "runs": found}
+    return {
+        "group_bytes": group_bytes,
+        "repeats": repeats,
+        "seconds": seconds,
+        "heartbeat_seconds": heartbeat_seconds,
+        "many_actors": medians,
+        "runs": found,
+    }
 
 
 def watch_memory(num_groups: int) -> dict[str, Any]:
@@ -496,7 +502,7 @@ def watch_memory(num_groups: int) -> dict[str, Any]:
 
 
 def show_many_actors(figures: dict[str, Any], console: Console) -> None:
-    table = Table(title=f"connected actors, groups of {figures['group_bytes'] / 1e3:.0f} kB, a heartbeat a second each")
+    table = Table(title=f"connected actors, groups of {figures['group_bytes'] / 1e3:.0f} kB")
     names = (
         "actors",
         "groups/s",
@@ -599,11 +605,15 @@ def main() -> None:
     parser.add_argument(
         "--actors", type=int, nargs="+", metavar="N", help="measure with these numbers of connected actors instead"
     )
+    parser.add_argument(
+        "--heartbeat-seconds", type=float, default=1.0, help="interval of an actor's heartbeats, with --actors"
+    )
     options = parser.parse_args()
     repeats, groups = (1, min(options.groups, 600)) if options.quick else (options.repeats, options.groups)
     console = wide_console()
     if options.actors:
-        figures = many_actors(options.actors, repeats, QUICK_SECONDS if options.quick else CROWD_SECONDS)
+        seconds = QUICK_SECONDS if options.quick else CROWD_SECONDS
+        figures = many_actors(options.actors, repeats, seconds, options.heartbeat_seconds)
         show_many_actors(figures, console)
     elif options.memory_groups:
         figures = watch_memory(options.memory_groups)

@@ -433,7 +433,7 @@ class Ledger:
 
     def payload(self, occurrence: int) -> PackedGroup:
         """Return the contents of a ready or used group."""
-        group = self._contents.get(occurrence)
+        group = self._contents.take(occurrence)
         if group is None:
             frames = self.file.rows("SELECT header, arrays FROM payloads WHERE occurrence = ?", occurrence)[0]
             group = read_group_header(*frames)
@@ -452,7 +452,6 @@ class Ledger:
         if expired:
             self.file.count("uses_expired", expired)
         self._move("used", "done", len(done))
-        self._contents.remove(done)
         self.batches.load()
         return len(done)
 
@@ -474,7 +473,7 @@ class Ledger:
             )
             self._move("ready", _count_key(state, reason))
             _decrement(self.ready, version)
-        self._contents.remove([occurrence for occurrence, *_ in rows])
+            self._contents.take(occurrence)
         self.curriculum.read_again({prompt_id for _, prompt_id, _ in rows})
         return len(rows)
 
@@ -522,7 +521,8 @@ class Ledger:
         self._move("ready", _count_key("dropped", POISON), len(ready))
         for _, version in rows:
             _decrement(self.ready, version)
-        self._contents.remove(ready)
+        for occurrence in ready:
+            self._contents.take(occurrence)
         return len(ready)
 
     def _find(self, group_id: str) -> _Row | None:
@@ -564,29 +564,24 @@ class Ledger:
 
 
 class RecentContents:
-    """The latest contents that this process received: at most `CONTENTS_BYTES`, so that a batch need not read them."""
+    """Contents that this process received and that no batch has had yet: at most `CONTENTS_BYTES`, the oldest ones."""
 
     def __init__(self) -> None:
         self._groups: dict[int, PackedGroup] = {}
         self._num_bytes = 0
 
     def add(self, occurrence: int, group: PackedGroup) -> None:
-        """Keep a group's contents, and forget the oldest if there are too many."""
-        self.remove([occurrence])
-        self._groups[occurrence] = group
-        self._num_bytes += group.num_bytes
-        while self._num_bytes > CONTENTS_BYTES:
-            self.remove([next(iter(self._groups))])
+        """Keep a group's contents if there is room: groups that came earlier are in a batch earlier."""
+        self.take(occurrence)
+        if self._num_bytes + group.num_bytes <= CONTENTS_BYTES:
+            self._groups[occurrence] = group
+            self._num_bytes += group.num_bytes
 
-    def get(self, occurrence: int) -> PackedGroup | None:
-        """Return the group's contents if they are kept."""
-        return self._groups.get(occurrence)
-
-    def remove(self, occurrences: Sequence[int]) -> None:
-        """Forget the contents of groups that are not ready or used any more."""
-        for occurrence in occurrences:
-            group = self._groups.pop(occurrence, None)
-            self._num_bytes -= group.num_bytes if group is not None else 0
+    def take(self, occurrence: int) -> PackedGroup | None:
+        """Return the group's contents if they are kept, and forget them."""
+        group = self._groups.pop(occurrence, None)
+        self._num_bytes -= group.num_bytes if group is not None else 0
+        return group
 
 
 @dataclass(frozen=True, slots=True)

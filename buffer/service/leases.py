@@ -138,12 +138,15 @@ class Leases:
 
     def learn_version(self, identity: bytes, number: int, policy_version: int) -> None:
         """Note the version of the actor's weights, from its heartbeat `number`."""
-        client = self._changing(identity)
-        if client is not None:
-            before = client.policy_version
-            client.learn(number, policy_version)
-            if client.policy_version != before:
-                self._queue(identity, client)
+        client = self._clients.get(identity)
+        if client is None or client.policy_version == policy_version:
+            # Most heartbeats say nothing new, and thousands of actors send them.
+            return
+        self._changing(identity)
+        before = client.policy_version
+        client.learn(number, policy_version)
+        if client.policy_version != before:
+            self._queue(identity, client)
 
     def finished(self, identity: bytes, group_id: str, now: float) -> None:
         """Note that the sender has delivered a group that was leased to it."""

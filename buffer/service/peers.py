@@ -8,7 +8,6 @@ wait longest. A process that has been silent for `COUNTED_SECONDS` is shown only
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from heapq import nlargest
@@ -27,7 +26,7 @@ SILENT_SECONDS = 5.0
 METRICS_KEPT = 64
 TEXT_KEPT = 200
 """Characters of what a process waits for."""
-SECONDS_PER_PEER = 1e-4
+SECONDS_PER_PEER = 2e-4
 """Totals are computed again after this time per process, so that frequent status requests cost little."""
 
 
@@ -124,13 +123,11 @@ class Peers:
     def _count(self, now: float) -> messages.ActorTotals:
         newest = max((peer.heartbeat.policy_version for peer in self._peers.values()), default=-1)
         actors = [p for p in self._peers.values() if p.heartbeat.role == "actor" and p.counts(now)]
-        reports = Counter(name for peer in actors for name in peer.heartbeat.metrics)
-        names = {name for name, _ in reports.most_common(METRICS_KEPT)}
         return messages.ActorTotals(
             num_actors=len(actors),
             num_silent=sum(peer.silent_seconds(now) > SILENT_SECONDS for peer in actors),
             num_waiting=sum(bool(peer.heartbeat.waiting_for) for peer in actors),
             oldest_version=min((peer.heartbeat.policy_version for peer in actors), default=-1),
             newest_version=newest,
-            metrics=over_actors([peer.heartbeat.metrics for peer in actors], names),
+            metrics=over_actors([peer.heartbeat.metrics for peer in actors], METRICS_KEPT),
         )

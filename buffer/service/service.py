@@ -442,7 +442,8 @@ class Service:
         return messages.LearnerWelcome(meta("hello_rolled_back", 0), meta("hello_outstanding", 0), self._progress.epoch)
 
     def _heartbeat(self, identity: bytes, heartbeat: messages.Heartbeat, number: int, now: float) -> messages.Message:
-        heartbeat = replace(heartbeat, policy_version=min(heartbeat.policy_version, self._newest_possible))
+        if heartbeat.policy_version > self._newest_possible:
+            heartbeat = replace(heartbeat, policy_version=self._newest_possible)
         self._peers.heard(heartbeat, now)
         probes: tuple[messages.Probe, ...] = ()
         ended = self._ledger.not_leased(holder_name(identity), heartbeat.held) if heartbeat.held else ()

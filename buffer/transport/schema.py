@@ -23,6 +23,7 @@ import msgpack
 import msgspec
 
 MAX_HEADER_BYTES = 1 << 22
+SMALL_HEADER_BYTES = 1 << 12
 MAX_INTEGER = (1 << 63) - 1
 """Largest integer that SQLite stores. msgpack also accepts larger, unsigned ones."""
 MAX_VERSION = 1 << 40
@@ -97,10 +98,12 @@ def unpack_header(frame: bytes, max_bytes: int | None = None) -> Any:
     if len(frame) > max_bytes:
         raise WireError(f"a header of {len(frame)} bytes; at most {max_bytes} are allowed")
     try:
-        # A first pass skips through the value without building it, so that no false length reaches the second pass.
-        walker = msgpack.Unpacker(read_size=len(frame), max_buffer_size=max_bytes)
-        walker.feed(frame)
-        walker.skip()
+        # A first pass skips through the value without building it, so that no false length reaches the second pass. For
+        # a small frame the second pass is bounded by itself: it refuses lengths above the frame's.
+        if len(frame) > SMALL_HEADER_BYTES:
+            walker = msgpack.Unpacker(read_size=len(frame), max_buffer_size=max_bytes)
+            walker.feed(frame)
+            walker.skip()
         return msgpack.unpackb(frame, raw=False, strict_map_key=True)
     # msgpack raises ValueError subclasses, UnicodeDecodeError and, on deep nesting, RecursionError or StackError.
     except (ValueError, RecursionError, msgpack.UnpackException) as error:
@@ -118,7 +121,9 @@ def reader(wanted: Any, special: dict[Any, Reader]) -> Reader:
     if origin is Annotated:
         if typing.get_origin(arguments[0]) is dict:
             key, item = typing.get_args(arguments[0])
-            return _mapping(reader(key, special), reader(item, special), int(arguments[1].most))
+            limit = typing.get_args(key)[1]
+            longest = limit.longest if item is float and not limit.pattern else 0
+            return _mapping(reader(key, special), reader(item, special), int(arguments[1].most), longest)
         return _text(arguments[1]) if arguments[0] is str else _number(arguments[0], arguments[1])
     if wanted is float:
         return _float
@@ -219,10 +224,17 @@ def _sequence(read_one: Reader) -> Reader:
     return read
 
 
-def _mapping(read_key: Reader, read_value: Reader, most: int = MAX_ITEMS) -> Reader:
+def _mapping(read_key: Reader, read_value: Reader, most: int = MAX_ITEMS, longest: int = 0) -> Reader:
+    """Return a reader of maps. `longest` is the most characters of a key if keys are any text and values any floats."""
+
     def read(value: Any, rest: Frames) -> Any:
         if type(value) is not dict or len(value) > most:
             raise WireError(f"expected a map of at most {most} entries, got {_describe(value)}")
+        # Metrics, which every process sends every second, are checked together.
+        if longest and set(map(type, value)) == {str} and set(map(type, value.values())) == {float}:
+            names = "".join(value)
+            if names.isprintable() and max(map(len, value)) <= longest:
+                return value
         return {read_key(key, rest): read_value(item, rest) for key, item in value.items()}
 
     return read

@@ -32,3 +32,16 @@ def test_memory_is_watched(tmp_path: Path):
     assert figures["samples"][-1]["groups"] >= 100
     assert figures["log_mb_max"] > 0
     assert drawn.stat().st_size > 0
+
+
+def test_many_connected_actors_are_served(tmp_path: Path):
+    found, drawn = tmp_path / "figures.json", tmp_path / "actors.svg"
+    run("--actors", "1", "20", "--quick", "--json", str(found), "--plot", str(drawn))
+    figures = json.loads(found.read_text())
+    assert {way: [row["actors"] for row in rows] for way, rows in figures["many_actors"].items()} == {
+        "plain": [1, 20],
+        "CURVE": [1, 20],
+    }
+    rows = [row for rows in figures["many_actors"].values() for row in rows]
+    assert all(row["turn_ms_median"] > 0 and row["memory_mb"] > 0 for row in rows)
+    assert drawn.stat().st_size > 0

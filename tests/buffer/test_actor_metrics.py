@@ -6,9 +6,8 @@ from buffer.actor_metrics import over_actors
 def test_counts_are_summed_and_shares_and_seconds_averaged_over_the_actors_that_report_them():
     reported = [
         {"tokens": 10.0, "idle_fraction": 0.0, "weight_pause_seconds": 1.0},
-        {"tokens": 30.0, "idle_fraction": 0.5, "unasked": 1.0},
+        {"tokens": 30.0, "idle_fraction": 0.5, "one_too_many": 1.0},
         {},
     ]
-    names = {"tokens", "idle_fraction", "weight_pause_seconds"}
-    assert over_actors(reported, names) == {"tokens": 40.0, "idle_fraction": 0.25, "weight_pause_seconds": 1.0}
-    assert over_actors([], set()) == {}
+    assert over_actors(reported, 3) == {"tokens": 40.0, "idle_fraction": 0.25, "weight_pause_seconds": 1.0}
+    assert over_actors([], 3) == {}

@@ -35,6 +35,6 @@ def status(
     stage: StageStatus | None = None,
 ) -> Status:
     reported = [peer.metrics for peer in peers if peer.role == "actor"]
-    metrics = over_actors(reported, {name for metrics in reported for name in metrics})
+    metrics = over_actors(reported, 64)
     actors = ActorTotals(sum(peer.role == "actor" and peer.silent_seconds < 60 for peer in peers), metrics=metrics)
     return Status(COUNTS, policy_version, False, peers, reports, waits, stage or StageStatus(), actors=actors)
