@@ -101,6 +101,7 @@ class Model:
         heapq.heappush(self.events, (self.now + seconds, next(self.order), what, details))
 
     def tell(self, identity: bytes, message: messages.Message) -> None:
+        message = messages.with_epoch(message, self.ledger.file.meta("epoch", 0))
         with self.ledger.transaction():
             answers = self.service.receive(identity, message, next(self.numbers), self.now)
             answers += self.service.wake(self.now)
