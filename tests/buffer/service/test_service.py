@@ -476,6 +476,21 @@ def test_large_groups_are_named_in_the_shard_and_read_one_by_one(start: Any, mon
         assert (complete.groups, complete.rest) == (groups, ())
 
 
+def test_the_hello_of_a_dead_learner_that_arrives_late_undoes_nothing(start: Any):
+    buffer = start()
+    epoch = buffer.ask(LEARNER, messages.StatusRequest()).epoch
+    late = messages.LearnerHello(0, after_epoch=epoch)
+    welcome = buffer.ask(b"learner-dd", messages.LearnerHello(0, after_epoch=epoch))
+    buffer.deliver(buffer.ask(ACTOR, credit()).leases)
+    batch = messages.BatchRequest(0, 0, 1, epoch=welcome.epoch)
+    shard = buffer.ask(b"learner-dd", batch)
+    assert buffer.ask(LEARNER, late) == messages.LearnerWelcome(0, 0, 0)
+    assert buffer.ask(b"learner-dd", batch) == shard
+    now = buffer.ask(LEARNER, messages.StatusRequest()).epoch
+    assert now == welcome.epoch
+    assert buffer.ask(LEARNER, messages.LearnerHello(0, after_epoch=now)).epoch == now + 1
+
+
 @pytest.mark.parametrize("request_", [messages.GroupRequest(0, 2), messages.GroupRequest(1, 0)])
 def test_a_group_that_is_in_no_such_batch_is_refused(start: Any, request_: messages.GroupRequest):
     buffer = start()
