@@ -195,10 +195,15 @@ class Actor:
     def _start_rollout(self, lease: Lease, tasks: asyncio.TaskGroup) -> None:
         """Start the rollout. When it has ended, for whatever reason, the actor no longer holds the lease."""
 
-        def ended(_: asyncio.Task[None]) -> None:
-            del self._rollouts[lease.group_id]
+        def ended(rollout: asyncio.Task[None]) -> None:
+            if self._rollouts.get(lease.group_id) is rollout:
+                del self._rollouts[lease.group_id]
             self._room_changed.set()
 
+        earlier = self._rollouts.get(lease.group_id)
+        if earlier is not None:
+            # A ledger that lost its last moments in a power cut leases its groups again under the same ids.
+            earlier.cancel()
         rollout = tasks.create_task(self._roll_out(lease))
         self._rollouts[lease.group_id] = rollout
         rollout.add_done_callback(ended)

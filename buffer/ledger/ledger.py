@@ -317,10 +317,10 @@ class Ledger:
             self.file.count("expired", len(rows))
         return len(rows) + self.evaluations.release(holder_name)
 
-    def release_unheld(self, holder: Holder, held: Collection[str], evaluating: Collection[int]) -> int:
+    def release_unheld(self, holder: Holder, held: Collection[str], evaluating: Collection[int] | None = None) -> int:
         """End what the holder was granted before this request and does not say it has. Returns the number of leases.
 
-        Their prompts, and the evaluations, become pending again.
+        Their prompts, and the evaluations, become pending again. `evaluating` None: the holder did not say.
         """
         ended = 0
         if self.held[holder.name]:
@@ -337,7 +337,8 @@ class Ledger:
                     ended += 1
         if ended:
             self.file.count("unheld", ended)
-        self.evaluations.release(holder.name, holder.request_number, evaluating)
+        if evaluating is not None:
+            self.evaluations.release(holder.name, holder.request_number, evaluating)
         return ended
 
     def not_leased(self, holder_name: str, group_ids: Sequence[str]) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -147,6 +147,21 @@ class Leases:
         client.learn(number, policy_version)
         if client.policy_version != before:
             self._queue(identity, client)
+
+    def learn_inventory(self, identity: bytes, number: int, held: Collection[str]) -> None:
+        """End what the sender does not have any more, by its heartbeat `number`.
+
+        A parked request says what its sender had when it was first sent. If the ledger loses receipts in a power cut,
+        their groups are leased again, to a sender that may never send another request because they leave no room.
+        """
+        client, name = self._clients.get(identity), holder_name(identity)
+        if client is None or self._ledger.held[name] <= len(held):
+            return
+        # The sender had the answers to all requests before this one when it sent this one, and the heartbeat after it.
+        newest = client.answered if client.parked is None else client.parked[0]
+        if number > newest and self._ledger.release_unheld(Holder(name, client.actor_id, newest), held):
+            log.warning("%s has finished groups that are leased to it: pending again", name)
+            self.given_back(identity)
 
     def finished(self, identity: bytes, group_id: str, now: float) -> None:
         """Note that the sender has delivered a group that was leased to it."""

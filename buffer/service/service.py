@@ -192,7 +192,7 @@ class Service:
         reports, waits, stage = ledger.evaluations.latest(REPORTS_SHOWN), self.waits(now), ledger.curriculum.status()
         known = counts, progress.policy_version, progress.closing, peers, reports, waits, stage
         notes = self.last_error, ledger.file.meta("poison_note", "")
-        return messages.Status(*known, notes=tuple(note for note in notes if note), actors=actors)
+        return messages.Status(*known, notes=tuple(filter(None, notes)), actors=actors, epoch=progress.epoch)
 
     def waits(self, now: float) -> tuple[messages.Wait, ...]:
         """Return the longest waits, longest first: of parked requests, and those that heartbeats of others report."""
@@ -411,6 +411,8 @@ class Service:
             return self._welcome()
         if call in calls:
             return messages.Refused("another learner has started since this hello was answered; the newest one goes on")
+        if hello.after_epoch not in (-1, self._progress.epoch):
+            return messages.LearnerWelcome(0, 0, 0)
         version, next_version = hello.policy_version, self._progress.next_version
         if version > next_version:
             return messages.Refused(
@@ -452,6 +454,7 @@ class Service:
             self._set_policy_version(heartbeat.policy_version)
         else:
             self._leases.learn_version(identity, number, heartbeat.policy_version)
+            self._leases.learn_inventory(identity, number, heartbeat.held)
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard
         state = self._progress.policy_version, self._progress.closing

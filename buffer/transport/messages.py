@@ -260,6 +260,9 @@ class LearnerHello:
     """The error, for the user."""
     failure_id: Name = ""
     """Another one for every failure."""
+    after_epoch: VersionOrNone = -1
+    """`epoch` of the status that this learner read before. If another learner has started since, the hello changes
+    nothing: it may be the last message of a dead learner, which arrives after its successor's. -1: not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +275,7 @@ class LearnerWelcome:
     """Groups that are leased or ready."""
     epoch: Count = 0
     """Number of the learner, which grows with every hello. All later messages of the learner carry it, and the buffer
-    refuses those of an earlier learner."""
+    refuses those of an earlier learner. 0: another learner has started since the status; ask for the status again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,6 +499,8 @@ class Status:
     """Sentences for the user about what went wrong."""
     actors: ActorTotals = ActorTotals()
     """All actors together, also those that are not among `peers`."""
+    epoch: Count = 0
+    """Number of the current learner, as in `LearnerWelcome`."""
 
 
 # Actor or relay -> weight server, and the answers.

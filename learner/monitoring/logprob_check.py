@@ -12,6 +12,7 @@ mismatch is only reported.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -73,22 +74,26 @@ def say_hello(
     Raises:
         CheckpointError: the buffer refuses the version, because its ledger is older than the checkpoint.
     """
-    older = torch.tensor([0, -1, 0], device=device)
-    before = requests.ask_together(StatusRequest(), BUFFER)
-    try:
-        welcome = before and requests.ask_together(hello(policy_version, failed), BUFFER)
-    except RequestRefused as error:
-        raise CheckpointError(str(error)) from error
-    if welcome is None:
-        return None
-    if isinstance(before, Status) and isinstance(welcome, LearnerWelcome):
-        logger.info("starting at policy %d; %d groups are ready again", policy_version, welcome.num_rolled_back)
-        newest = max(before.policy_version, before.actors.newest_version)
-        if before.counts["issued"]:
-            # An earlier learner may have published one more version than the buffer was told.
-            older[1] = newest + updates_per_batch
-        older[0], older[2] = welcome.num_outstanding, welcome.epoch
-    number, newest_version, epoch = all_reduce_max(older).tolist()
+    first, number, newest_version, epoch = hello(policy_version, failed), 0, 0, 0
+    while not epoch:
+        older = torch.tensor([0, -1, 0], device=device)
+        before = requests.ask_together(StatusRequest(), BUFFER)
+        said = replace(first, after_epoch=before.epoch if isinstance(before, Status) else -1)
+        try:
+            welcome = before and requests.ask_together(said, BUFFER)
+        except RequestRefused as error:
+            raise CheckpointError(str(error)) from error
+        if welcome is None:
+            return None
+        if isinstance(before, Status) and isinstance(welcome, LearnerWelcome):
+            logger.info("starting at policy %d; %d groups are ready again", policy_version, welcome.num_rolled_back)
+            newest = max(before.policy_version, before.actors.newest_version)
+            if before.counts["issued"]:
+                # An earlier learner may have published one more version than the buffer was told.
+                older[1] = newest + updates_per_batch
+            older[0], older[2] = welcome.num_outstanding, welcome.epoch
+        # 0 on every rank when the hello of a dead learner has arrived since the status.
+        number, newest_version, epoch = all_reduce_max(older).tolist()
     requests.begin_epoch(epoch)
     return OlderGroups(number, newest_version)
 

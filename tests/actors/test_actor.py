@@ -737,6 +737,29 @@ def test_leases_in_an_answer_that_nobody_waits_for_are_given_back_unless_the_act
     asyncio.run(check())
 
 
+def test_a_group_that_is_leased_again_under_the_same_id_replaces_the_earlier_rollout(loop: Looper):
+    """As after a power cut of the buffer's machine, whose ledger forgot the first lease."""
+    errors: list[dict[str, Any]] = []
+
+    async def check() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        async with loop(max_groups_in_flight=2) as running:
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.until(lambda: len(running.engine.requests) == 2)
+            earlier = running.actor._rollouts["0.0"]
+            async with asyncio.TaskGroup() as tasks:
+                running.actor._start_rollout(messages.Lease("0.0", 0), tasks)
+                await running.until(lambda: len(running.engine.requests) == 3)
+                assert earlier.cancelled()
+                assert set(running.actor._rollouts) == {"0.0", "1.0"}, "it still holds both"
+                running.engine.open.set()
+            assert [group.header.group_id for group in (await running.batch(0)).groups] == ["0.0", "1.0"]
+        assert not errors
+
+    asyncio.run(check())
+
+
 def test_one_stuck_completion_costs_its_group_and_in_the_end_its_prompt(
     loop: Looper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -476,6 +476,39 @@ def test_large_groups_are_named_in_the_shard_and_read_one_by_one(start: Any, mon
         assert (complete.groups, complete.rest) == (groups, ())
 
 
+def test_a_heartbeat_ends_what_its_actor_has_finished_while_its_request_is_parked(start: Any):
+    """As after a power cut, in which the ledger lost the deliveries."""
+    buffer = start(max_staleness=0)
+    first = buffer.tell(ACTOR, credit(), 1)[ACTOR, 1]
+    held = tuple(lease.group_id for lease in first.leases)
+    assert held == ("0.0", "1.0")
+    assert (ACTOR, 2) not in buffer.tell(ACTOR, dataclasses.replace(credit(), held=held), 2), "no room: it is parked"
+
+    def beat(number: int, *held: str) -> dict[Any, Any]:
+        return buffer.tell(ACTOR, messages.Heartbeat("actor", "actor-0", 0, "", {}, held), number)
+
+    assert (ACTOR, 2) not in beat(0), "sent before the parked request, and late"
+    assert (ACTOR, 2) not in beat(3, *held)
+    assert [lease.group_id for lease in beat(4, "1.0")[ACTOR, 2].leases] == ["0.1"]
+    assert not beat(5, "1.0")[ACTOR, 5].ended, "the answer to request 2 is on its way"
+    assert buffer.ledger.counts["leased"] == 2
+
+
+def test_the_hello_of_a_dead_learner_that_arrives_late_undoes_nothing(start: Any):
+    buffer = start()
+    epoch = buffer.ask(LEARNER, messages.StatusRequest()).epoch
+    late = messages.LearnerHello(0, after_epoch=epoch)
+    welcome = buffer.ask(b"learner-dd", messages.LearnerHello(0, after_epoch=epoch))
+    buffer.deliver(buffer.ask(ACTOR, credit()).leases)
+    batch = messages.BatchRequest(0, 0, 1, epoch=welcome.epoch)
+    shard = buffer.ask(b"learner-dd", batch)
+    assert buffer.ask(LEARNER, late) == messages.LearnerWelcome(0, 0, 0)
+    assert buffer.ask(b"learner-dd", batch) == shard
+    now = buffer.ask(LEARNER, messages.StatusRequest()).epoch
+    assert now == welcome.epoch
+    assert buffer.ask(LEARNER, messages.LearnerHello(0, after_epoch=now)).epoch == now + 1
+
+
 @pytest.mark.parametrize("request_", [messages.GroupRequest(0, 2), messages.GroupRequest(1, 0)])
 def test_a_group_that_is_in_no_such_batch_is_refused(start: Any, request_: messages.GroupRequest):
     buffer = start()

@@ -1,6 +1,6 @@
 """The faults of a run. Each seed has some kinds of them, at its own rate, and its own weather.
 
-Args of `Faults`: the simulation, and the kinds of its faults; none: the seed chooses them.
+Args of `Faults`: the simulation, and the kinds of its faults; without them the seed chooses; `none`: no faults at all.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ KINDS = (
     "actor cut off",
     "actor twice",
     "learner killed",
+    "learner overtaken",
     "learner frozen",
     "learner cut off",
     "buffer killed",
@@ -43,16 +44,17 @@ class Faults:
         rng = self._world.rng
         # Few kinds in many seeds, because other faults often undo what one did wrong.
         drawn = sorted(rng.sample(KINDS, rng.choice((1, 1, 2, 3, 5, 8))))
-        self._kinds = list(kinds) or drawn
+        self._kinds = [] if "none" in kinds else list(kinds) or drawn
         self._interval = rng.choice((1.0, 3.0, 8.0))
         self.weather = Weather()
-        if rng.random() < 0.6:
+        if rng.random() < 0.6 and "none" not in kinds:
             self.weather = Weather(
                 *(rng.choice((0.0, 0.02, 0.2)), rng.choice((0.0, 0.05, 0.3)), rng.choice((0.0, 0.01, 0.1))),
                 late_seconds=rng.choice((0.5, 5.0, 30.0)),
             )
         if simulation.config.durability == "memory":
             self._kinds = [kind for kind in self._kinds if kind != "power cut"]
+        self.has_any = bool(self._kinds)
         self.cuts_power = "power cut" in self._kinds
         self.counts: Counter[str] = Counter()
         self._over = not self._kinds
@@ -65,9 +67,6 @@ class Faults:
         self._over = True
         if self._simulation.buffer.disk_is_full:
             self._simulation.buffer.fill_disk(False)
-        for actor in self._simulation.actors:
-            for older in actor.living[:-1]:
-                actor.kill(older)
 
     def _plan(self) -> None:
         self._world.after(self._world.rng.expovariate(1.0) * self._interval, self._inject)
@@ -126,6 +125,9 @@ class Faults:
             return False
         match what:
             case "killed":
+                learner.kill()
+            case "overtaken":
+                learner.is_overtaken = True
                 learner.kill()
             case "frozen":
                 process.freeze(self._freeze_seconds())

@@ -56,6 +56,8 @@ class LearnerHost:
     """Of the present process."""
     is_over: bool = False
     num_starts: int = 0
+    is_overtaken: bool = False
+    """Whether the next process dies soon, and its messages arrive late."""
     over: list[Process] = field(default_factory=list)
 
     def start(self) -> None:
@@ -63,6 +65,10 @@ class LearnerHost:
         self.num_starts += 1
         process.on_end.append(lambda error: self._ended(process, error))
         process.log("starts")
+        if self.is_overtaken:
+            self.is_overtaken = False
+            self.network.hold_back(process, 30.0)
+            self.world.after(self.world.uniform(1.0, 8.0), lambda: self.kill() if self.process is process else None)
         process.run(lambda: process.start(self._run(process)))
 
     def kill(self) -> None:
@@ -96,10 +102,12 @@ class LearnerHost:
         saved, lineage = self.checkpoints[-1] if self.checkpoints else (-1, {})
         self.version, self.lineage = version, lineage = max(saved, 0), dict(lineage)
         process.log(f"resumes at {version}")
-        await first.call(messages.StatusRequest())
-        welcome = await first.call(messages.LearnerHello(version))
+        epoch = 0
+        while not epoch:
+            before = await first.call(messages.StatusRequest())
+            epoch = (await first.call(messages.LearnerHello(version, after_epoch=before.epoch))).epoch
         for rank in ranks:
-            rank.epoch = welcome.epoch
+            rank.epoch = epoch
         self._publish(process, version)
         if version == 0:
             first.request(messages.EvaluationRequest(0))

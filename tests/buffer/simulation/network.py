@@ -51,11 +51,17 @@ class Network:
         """Called with the arrays of every group that a client delivers."""
         self._cut: dict[str, float] = {}
         self._freeze: dict[str, float] = {}
+        self._straggling: dict[str, float] = {}
 
     def cut(self, process: Process, seconds: float) -> None:
         """Carry nothing to and from `process` for a while."""
         process.log(f"is cut off for {seconds:.2f} s")
         self._cut[process.identity] = self.world.now + seconds
+
+    def hold_back(self, process: Process, seconds: float) -> None:
+        """Let half of the messages that `process` sends arrive up to `seconds` later, even after its death."""
+        process.log(f"sends messages that come up to {seconds:.2f} s late")
+        self._straggling[process.identity] = seconds
 
     def freeze_at_leases(self, process: Process, seconds: float) -> None:
         """Freeze `process` when the next leases are on their way to it."""
@@ -71,6 +77,7 @@ class Network:
         self.weather = CALM
         self._cut.clear()
         self._freeze.clear()
+        self._straggling.clear()
 
     def _delays(self, process: Process) -> list[float]:
         """Return when each copy of a message arrives."""
@@ -90,8 +97,9 @@ class Network:
             if self.router is not None:
                 self.router.arrived(client.identity, frames)
 
+        late = self._straggling.get(client.process.identity, 0.0) if self.world.chance(0.5) else 0.0
         for delay in self._delays(client.process):
-            self.world.after(delay, arrive)
+            self.world.after(delay + self.world.uniform(0.0, late), arrive)
 
     def to_client(self, identity: bytes, message: messages.Message, number: int) -> None:
         client = self.clients.get(identity.decode())

@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -116,6 +116,11 @@ class Simulation:
             )
             for number in range(rng.choice((1, 2, 2, 3, 4)))
         ]
+        if not self.faults.has_any:
+            # Equal actors that the learner waits for, so nothing but the buffer keeps one from work.
+            self.learner.pace = self.pace = replace(self.pace, train_seconds=0.5)
+            for actor in self.actors:
+                actor.rollout_seconds, actor.fetch_seconds, actor.max_groups_in_flight = 1.0, 0.05, 4
         self.unknown_since: dict[str, float] = {}
         self.calm_since = -1.0
 
@@ -181,8 +186,12 @@ class Simulation:
     def _known(self) -> set[str]:
         return {group_id for actor in self.actors for incarnation in actor.living for group_id in incarnation.held}
 
+    def _doubled(self) -> list[str]:
+        """Return the living processes of names that have several."""
+        return [i.process.identity for actor in self.actors if len(actor.living) > 1 for i in actor.living]
+
     def _look(self) -> None:
-        """Find leases that no living process knows of, and that do not end either."""
+        """Find leases that no living process knows of, and names of which two processes live on."""
         self.world.after(1.0, self._look)
         known = self._known()
         leased = {f"{row[0]}.{row[1]}" for row in self.checker.states.values() if row[2] == "leased"}
@@ -190,6 +199,8 @@ class Simulation:
         self.unknown_since = {
             group_id: self.unknown_since.get(group_id, self.world.now) for group_id in sorted(leased - known) if quiet
         }
+        if quiet and self._doubled() and self.world.now - self.calm_since > UNKNOWN_SECONDS:
+            raise InvariantError(f"{self._doubled()} live on, {UNKNOWN_SECONDS:.0f} s after the last fault")
         for group_id, since in self.unknown_since.items():
             if self.world.now - since > UNKNOWN_SECONDS:
                 row = self.checker.states[int(group_id.partition(".")[0])]
@@ -199,8 +210,14 @@ class Simulation:
 
     def _check_end(self) -> None:
         end = self.world.now + 2.0
-        while self.world.now < end:
+        while self.world.now < end or (self._doubled() and self.world.now < end + UNKNOWN_SECONDS):
             self.world.step()
+        if self._doubled():
+            raise InvariantError(f"{self._doubled()} live on, {UNKNOWN_SECONDS:.0f} s after the end of the run")
+        if not self.faults.has_any and self.config.max_staleness:
+            idle = [actor.name for actor in self.actors if not sum(i.num_stored for i in actor.living)]
+            if idle:
+                raise InvariantError(f"{idle} did nothing for this run, without any fault")
         self.checker.account(self.buffer.reader, self.learner.checkpoints[-1][1])
 
     def close(self) -> None:

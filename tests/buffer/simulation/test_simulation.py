@@ -2,15 +2,19 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from buffer.ledger.ledger import Ledger
 from buffer.service.leases import Leases
+from buffer.service.service import Service
 from buffer.service.turn import Turns
+from buffer.transport import messages
 from buffer.transport.packed_group import PackedGroup
 from tests.buffer.simulation.faults import KINDS
+from tests.buffer.simulation.network import Client
 from tests.buffer.simulation.simulation import Simulation, SimulationError, simulate
 
 CHUNKS, SEEDS_PER_CHUNK = 20, 10
@@ -38,6 +42,11 @@ def test_every_kind_of_fault_happens_and_is_survived(kind: str):
         if happened > 3:
             return
     raise AssertionError(f"{kind}: only {happened} times")
+
+
+def test_without_faults_every_actor_contributes():
+    for seed in range(1_000, 1_010):
+        simulate(seed, kinds=("none",))
 
 
 def test_a_seed_reproduces_every_event(monkeypatch: pytest.MonkeyPatch):
@@ -77,6 +86,17 @@ def test_leases_without_admission_are_found(monkeypatch: pytest.MonkeyPatch):
     assert "staleness" in found(("learner frozen",))
 
 
+def test_an_inventory_that_is_ignored_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Ledger, "release_unheld", lambda *_: 0)
+    monkeypatch.setattr(Client, "_hand_over", lambda *_: None)
+    assert "leased to" in found(("actor frozen",))
+
+
+def test_two_processes_that_steal_from_each_other_are_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Leases, "is_replaced", lambda *_: False)
+    assert "live on" in found(("actor twice",))
+
+
 def test_deliveries_that_are_stored_twice_are_found(monkeypatch: pytest.MonkeyPatch):
     """A repeated delivery of a used group makes the group ready again."""
     original = Ledger.deliver
@@ -85,11 +105,12 @@ def test_deliveries_that_are_stored_twice_are_found(monkeypatch: pytest.MonkeyPa
         outcome = original(ledger, group, next_version)
         if outcome == "duplicate":
             occurrence = int(group.header.group_id.partition(".")[0])
-            ledger.file.write("DELETE FROM uses WHERE occurrence = ?", occurrence)
-            ledger.file.write(
-                "UPDATE occurrences SET state = 'ready' WHERE occurrence = ? AND state = 'used'", occurrence
-            )
-            ledger._load()
+            sql = "UPDATE occurrences SET state = 'ready' WHERE occurrence = ? AND state = 'used'"
+            if ledger.file.write(sql, occurrence):
+                ledger.file.write("DELETE FROM uses WHERE occurrence = ?", occurrence)
+                ledger._move("used", "ready")
+                ledger.ready[group.header.oldest_version] += 1
+                ledger.batches.load()
         return outcome
 
     monkeypatch.setattr(Ledger, "deliver", deliver)
@@ -122,3 +143,18 @@ def test_receipts_before_the_commit_are_found(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(Turns, "_together", together)
     assert found(("buffer killed",))
+
+
+def test_checkpoints_that_are_named_before_the_ledger_is_on_the_disk_are_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Service, "_begin_checkpoint", lambda *_: messages.Done())
+    assert found(("power cut",))
+
+
+def test_late_hellos_of_dead_learners_are_found(monkeypatch: pytest.MonkeyPatch):
+    original = Service._learner_hello
+
+    def learner_hello(service: Service, identity: bytes, hello: messages.LearnerHello, number: int) -> messages.Message:
+        return original(service, identity, replace(hello, after_epoch=-1), number)
+
+    monkeypatch.setattr(Service, "_learner_hello", learner_hello)
+    assert found(("learner overtaken",))

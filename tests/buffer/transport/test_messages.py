@@ -175,7 +175,7 @@ def header(*fields: Any) -> list[bytes]:
 
 
 MANY = {str(number): 0.0 for number in range(65)}
-HELLO = [-1, [], "", ""]
+HELLO = [-1, [], "", "", -1]
 
 
 @pytest.mark.parametrize(

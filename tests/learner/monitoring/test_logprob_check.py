@@ -128,9 +128,24 @@ class Buffer:
 def test_the_hello_finds_out_what_is_older(buffer: Buffer, last_tolerated: int):
     older = say_hello(buffer, 3, 2, CPU)  # type: ignore[arg-type]
     # The status is requested before the hello, because the hello moves the buffer's version back.
-    assert buffer.heard == [StatusRequest(), LearnerHello(3)]
+    assert buffer.heard == [StatusRequest(), LearnerHello(3, after_epoch=0)]
     assert buffer.epoch == 7, "all later messages carry it"
     assert [version for version in range(20) if older.may_come(version)] == list(range(last_tolerated + 1))
+
+
+def test_a_hello_that_comes_after_another_learners_is_said_again():
+    class Overtaken(Buffer):
+        def ask_together(self, message: Message, waiting_for: str) -> Message | None:
+            answer = super().ask_together(message, waiting_for)
+            if len(self.heard) == 1:
+                self.status = replace(self.status, epoch=4)
+            return LearnerWelcome(0, 0, 0) if len(self.heard) == 2 else answer
+
+    buffer = Overtaken(9, 4, 4, 5)
+    assert say_hello(buffer, 3, 1, CPU) is not None  # type: ignore[arg-type]
+    hellos = [message for message in buffer.heard if isinstance(message, LearnerHello)]
+    assert hellos == [LearnerHello(3, after_epoch=0), LearnerHello(3, after_epoch=4)]
+    assert buffer.epoch == 7
 
 
 def test_groups_that_are_out_are_older_whatever_their_version():
