@@ -25,8 +25,9 @@ granted to the connection's earlier requests. Why this ends only leases that the
   next request has a larger number and does not hold them, so they end. A client that has room always makes a next
   request; one without room makes it when its next group is finished, at the latest.
 
-Heartbeats end no leases, because an answer may be on its way when they are sent. Their answer names the held groups
-that are not leased to the sender, and the actor stops them. A group id whose lease has ended is never leased again, so
+A heartbeat ends only leases granted to requests before the newest one that the buffer knows, because the answer to that
+one may be on its way (`learn_inventory`). Its answer names the held groups that are not leased to the sender, and the
+actor stops them. A group id whose lease has ended is never leased again, so
 this answer cannot be outdated.
 """
 
