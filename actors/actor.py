@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 DISK_RETRY_SECONDS = 5.0
 GOODBYE_SECONDS = 1.0
+UNCLAIMED_SECONDS = 0.1
+"""Time after which leases in an answer that no request waits for are given back."""
 MANIFEST_SECONDS = 10.0
 """Longest wait for one answer of the weight store about its newest version."""
 ENGINE_SECONDS = 60.0
@@ -217,7 +219,7 @@ class Actor:
 
         async def give_back(reply: LeaseReply) -> None:
             # By then the rollouts of the answer before have been started.
-            await asyncio.sleep(self.config.heartbeat_seconds)
+            await asyncio.sleep(UNCLAIMED_SECONDS)
             unknown = tuple(lease.group_id for lease in reply.leases if lease.group_id not in self._rollouts)
             if unknown:
                 logger.warning("%d leases came twice or too late, such as %s; given back", len(unknown), unknown[0])

@@ -40,7 +40,10 @@ MAX_QUEUED_MESSAGES = 1_000
 LARGE_FRAME_BYTES = 1 << 18
 """Received frames of at least this size are passed on as views of ZeroMQ's memory, not copied."""
 SILENT_RESENDS = 15
-"""Multiples of `resend_seconds` without any answer after which the socket is reopened."""
+"""Multiples of `resend_seconds` without any answer after which the socket is reopened. The time doubles with every
+reopening until an answer arrives, because a large answer on a slow link may take longer."""
+LONGEST_SILENCE = 16
+"""Largest factor of that time."""
 LEAVING_SECONDS = 0.05
 """Time between two looks at whether a large request has left ZeroMQ's queue."""
 DEAD_PEER_MILLISECONDS = 30_000
@@ -167,7 +170,7 @@ class Connection:
 
     def _run(self) -> None:
         socket, handshakes = self._open()
-        heard = time.monotonic()
+        heard, factor = time.monotonic(), 1
         try:
             while not self._closing:
                 self._take_new()
@@ -176,10 +179,11 @@ class Connection:
                 now = time.monotonic()
                 self._outbox.postpone(asleep)
                 if self._receive(socket) or not self._outbox or self._outbox.is_leaving():
-                    heard = now
+                    heard, factor = now, 1
                 heard += asleep
                 self._expire()
-                if now - heard > SILENT_RESENDS * self._resend_seconds:
+                if now - heard > factor * SILENT_RESENDS * self._resend_seconds:
+                    factor = min(2 * factor, LONGEST_SILENCE)
                     log.info("nothing heard from %s for %.0f s; reconnecting", self.address, now - heard)
                     socket.close()
                     handshakes.close()

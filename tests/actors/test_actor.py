@@ -494,7 +494,9 @@ def test_rollouts_whose_leases_have_ended_are_stopped(loop: Looper):
             running.engine.open.clear()
             running.weights.publish(0)
             await running.until(lambda: len(running.engine.requests) == 2)
-            await running.ask(messages.LeaseReturn("actor-0", ("0.0", "1.0"), ""))
+            # The actor's own connection returns them, behind the back of its rollouts.
+            returned = running.actor.buffer.request(messages.LeaseReturn("actor-0", ("0.0", "1.0"), ""))
+            await asyncio.wait_for(asyncio.wrap_future(returned), SECONDS)
             # Without room in the actor nobody would sample the prompts again.
             await running.until(lambda: len(running.engine.requests) == 4)
             running.engine.open.set()
@@ -718,14 +720,18 @@ def test_an_actor_ends_within_its_patience_when_the_buffer_does_not_answer(
 
 def test_leases_in_an_answer_that_nobody_waits_for_are_given_back_unless_the_actor_works_on_them(loop: Looper):
     async def check() -> None:
-        async with loop(max_groups_in_flight=2) as running:
+        # Neither a heartbeat nor a lease request tells the buffer what the actor holds.
+        async with loop(max_groups_in_flight=2, heartbeat_seconds=1000.0) as running:
             running.engine.open.clear()
             running.weights.publish(0)
             await running.until(lambda: len(running.engine.requests) == 2)
             # Stands for a second answer to the actor's request, which granted other leases than the first.
-            leaked = await running.ask(messages.LeaseRequest("actor-1", 0, 1, running.actor.task.fingerprint))
+            held_ids = ("0.0", "1.0")
+            request = messages.LeaseRequest("actor-0", 0, 1, running.actor.task.fingerprint, held_ids)
+            leaked = await asyncio.wait_for(asyncio.wrap_future(running.actor.buffer.request(request)), SECONDS)
+            assert isinstance(leaked, messages.LeaseReply)
             assert [lease.group_id for lease in leaked.leases] == ["2.0"]
-            held = tuple(messages.Lease(group_id, 0) for group_id in ("0.0", "1.0"))
+            held = tuple(messages.Lease(group_id, 0) for group_id in held_ids)
             unclaimed = running.actor.buffer.unclaimed
             assert unclaimed is not None
             await asyncio.to_thread(unclaimed, replace(leaked, leases=held + leaked.leases))

@@ -89,9 +89,19 @@ def test_a_large_answer_is_not_sent_again_while_it_is_on_its_way(serve: type[Ser
         return socket
 
     monkeypatch.setattr("buffer.transport.router.bounded_socket", small_buffer)
-    server = serve(4e6, 12_000_000)
-    with Connection(server.link.address, "actor-0", CREDENTIALS, timeout_seconds=120, resend_seconds=0.3) as actor:
+    server = serve(3e6, 12_000_000)
+    with Connection(server.link.address, "actor-0", CREDENTIALS, timeout_seconds=120, resend_seconds=1.0) as actor:
         chunk = actor.call(messages.ChunkRequest("p", "", 0, 12_000_000))
         assert isinstance(chunk, messages.Chunk) and len(chunk.data) == 12_000_000
     [copies] = Counter(each.number for each in server.received).values()
     assert copies <= 2
+
+
+def test_an_answer_that_takes_longer_than_the_silence_before_a_reopening_arrives(
+    serve: type[Server], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("buffer.transport.connection.SILENT_RESENDS", 1)
+    server = serve(3e6, 3_000_000)
+    with Connection(server.link.address, "actor-0", CREDENTIALS, timeout_seconds=120, resend_seconds=0.3) as actor:
+        chunk = actor.call(messages.ChunkRequest("p", "", 0, 3_000_000))
+        assert isinstance(chunk, messages.Chunk) and len(chunk.data) == 3_000_000
