@@ -2,10 +2,14 @@
 
 import logging
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -229,3 +233,54 @@ def test_names_made_up_by_the_thousand_cost_bounded_memory_and_lines(caplog: pyt
     assert len(peers._peers) == ban_list.MAX_PEERS
     assert len(caplog.records) == ban_list.LINES_PER_WINDOW
     assert all(record.levelno == logging.WARNING and record.message.isprintable() for record in caplog.records)
+
+
+MANY_PEERS = """
+import logging, resource, sys, time
+import zmq
+from buffer.transport import messages
+from buffer.transport.credentials import Credentials
+from buffer.transport.router import Router
+
+soft, hard = (int(limit) for limit in sys.argv[1:])
+logging.basicConfig()
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+router = Router("tcp://127.0.0.1:*", Credentials.plain("run"))
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0], router.address, flush=True)
+while True:
+    router.socket.poll(100)
+    for incoming in router.receive(256, time.monotonic())[0]:
+        router.send(incoming.identity, messages.Done(), incoming.number)
+"""
+
+
+@pytest.mark.parametrize(("soft", "hard", "num_peers"), [(64, 64, 100), (64, 1_000, 300)])
+def test_as_many_peers_are_served_as_the_hard_limit_of_open_files_allows(soft: int, hard: int, num_peers: int):
+    """Beyond it the log names the limit and the way out, and does not say that a peer has no key."""
+    command = [sys.executable, "-c", MANY_PEERS, str(soft), str(hard)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with (
+        subprocess.Popen(command, cwd=Path(__file__).parents[3], text=True, **pipes) as server,
+        zmq.Context() as context,
+    ):
+        assert server.stdout is not None and server.stderr is not None
+        limit, address = server.stdout.readline().split()
+        assert int(limit) == hard
+        peers = []
+        for number in range(num_peers):
+            peers.append(context.socket(zmq.DEALER))
+            peers[-1].setsockopt(zmq.LINGER, 0)
+            peers[-1].setsockopt(zmq.IDENTITY, b"peer-%d" % number)
+            peers[-1].connect(address)
+            peers[-1].send_multipart(messages.encode(messages.StatusRequest(), 1, "run"))
+        if hard > num_peers:
+            assert all(peer.poll(60_000) for peer in peers)
+            server.kill()
+            assert server.stderr.read() == ""
+        else:
+            said = server.stderr.readline()
+            assert "no further connection can be accepted (Too many open files)" in said
+            assert "may have 64 open files" in said and "ulimit -Hn" in said
+            server.kill()
+        for peer in peers:
+            peer.close()
