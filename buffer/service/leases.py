@@ -140,8 +140,12 @@ class Leases:
     def learn_version(self, identity: bytes, number: int, policy_version: int) -> None:
         """Note the version of the actor's weights, from its heartbeat `number`."""
         client = self._clients.get(identity)
-        if client is None or client.policy_version == policy_version:
-            # Most heartbeats say nothing new, and thousands of actors send them.
+        if client is None:
+            return
+        if client.policy_version == policy_version:
+            # Most heartbeats say nothing new, and thousands of actors send them. That this one is the newest is true
+            # whatever becomes of the transaction.
+            client.version_number = max(client.version_number, number)
             return
         self._changing(identity)
         before = client.policy_version
