@@ -366,7 +366,9 @@ def test_the_buffer_hears_which_weights_an_actor_has_and_what_it_waits_for(loop:
             await running.batch(0)
             peer = None
             async with asyncio.timeout(SECONDS):
-                while peer is None or not peer.waiting_for or peer.metrics["samples"] < 4:
+                while (
+                    peer is None or not peer.waiting_for or peer.metrics["samples"] < 4 or peer.metrics["groups_leased"]
+                ):
                     status = await running.ask(messages.StatusRequest())
                     peer = next((peer for peer in status.peers if peer.role == "actor"), None)
                     await asyncio.sleep(0.02)
