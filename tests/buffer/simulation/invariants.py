@@ -41,7 +41,8 @@ class Checker:
         """The buffer has a new process; it may have forgotten what was not durable."""
         self._data_version = -1
         if forgot:
-            self.may_forget = True
+            # The learner goes back, too, to a version that the ledger knows.
+            self.may_forget = self.has_rolled_back = True
             self._read(reader)
             self.acknowledged = {group_id for group_id in self.acknowledged if self._state(group_id) in KEPT}
 
