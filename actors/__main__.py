@@ -79,8 +79,9 @@ def main() -> int:
 
 def exit_status(failed: ExceptionGroup[Exception]) -> int:
     """Print why the actor's tasks failed, and return the exit status: 2 when a restart would fail in the same way."""
-    # What the buffer refuses once, it refuses again: another process took the actor's name over, for example.
-    refused = failed.subgroup(RequestRefused)
+    # What the buffer refuses once, it refuses again: another process took the actor's name over, for example. A request
+    # that the buffer failed to handle is no fault of this actor, so a restart may help.
+    refused = failed.subgroup(lambda error: isinstance(error, RequestRefused) and not error.is_server_error)
     if refused is None:
         logger.error("the actor's tasks failed", exc_info=failed)
     # The launcher shows the log's last line, so the last line names the error.

@@ -40,6 +40,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 from buffer.config import BufferConfig
@@ -143,9 +144,10 @@ class Leases:
         if client is None:
             return
         if client.policy_version == policy_version:
-            # Most heartbeats say nothing new, and thousands of actors send them. That this one is the newest is true
-            # whatever becomes of the transaction.
-            client.version_number = max(client.version_number, number)
+            # Most heartbeats say nothing new, and thousands of actors send them.
+            if number > client.version_number:
+                self._ledger.file.on_undo(partial(setattr, client, "version_number", client.version_number))
+                client.version_number = number
             return
         self._changing(identity)
         before = client.policy_version

@@ -136,7 +136,7 @@ class Turns:
         self.note_error(what, holder_name(identity), error)
         self._note(identity, error, now)
         reason = f"the buffer failed to handle {what}: {type(error).__name__}; its log has the traceback"
-        return Outgoing(identity, number, Refused(reason))
+        return Outgoing(identity, number, Refused(reason, is_server_error=True))
 
     def note_error(self, what: str, whose: str, error: Exception) -> None:
         """Log, count and show an error while `what` was handled."""

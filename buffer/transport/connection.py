@@ -58,7 +58,16 @@ _TURNED_AWAY = {
 
 
 class RequestRefused(RuntimeError):
-    """The server will never grant the request. The error's text is the server's reason."""
+    """The server will never grant the request.
+
+    Args:
+        reason: the server's.
+        is_server_error: as in `Refused`.
+    """
+
+    def __init__(self, reason: str, *, is_server_error: bool = False) -> None:
+        super().__init__(reason)
+        self.is_server_error = is_server_error
 
 
 class Connection:
@@ -297,9 +306,10 @@ class Connection:
             claimed = False
             if entry is not None:
                 self._outbox.answered(entry, time.monotonic())
-                claimed = self._finish(
-                    entry, RequestRefused(message.reason) if isinstance(message, Refused) else message
-                )
+                outcome: Message | RequestRefused = message
+                if isinstance(message, Refused):
+                    outcome = RequestRefused(message.reason, is_server_error=message.is_server_error)
+                claimed = self._finish(entry, outcome)
             if not claimed and self.unclaimed is not None:
                 self.unclaimed(message)
 

@@ -242,6 +242,8 @@ class Refused:
     """The request is valid but will never be granted. `reason` is one sentence for the user."""
 
     reason: Line
+    is_server_error: bool = False
+    """Whether the server failed; otherwise the request is at fault, and its sender would be refused again."""
 
 
 # Learner -> buffer, and the answers.

@@ -23,7 +23,7 @@ from buffer.curriculum_config import Stage
 from buffer.ledger.audit import audit
 from buffer.service.server import Server
 from buffer.transport import messages
-from buffer.transport.connection import Connection
+from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import Credentials
 from buffer.transport.packed_group import pack_group, unpack_group
 from tests.actors.stand_ins import CORRIDOR, PARAMETERS, TURNS, Characters, FakeEngine, FakeWeights, sampled, sums
@@ -528,6 +528,7 @@ def test_an_actor_whose_name_another_process_took_over_ends_with_a_sentence(
         "error: another process took the name actor-0 over; give this one another --name\n"
     )
     assert exit_status(ExceptionGroup("", [OSError("no space")])) == 1
+    assert exit_status(ExceptionGroup("", [RequestRefused("the buffer failed", is_server_error=True)])) == 1
 
 
 def test_a_full_disk_is_waited_for(loop: Looper, monkeypatch: pytest.MonkeyPatch):

@@ -85,6 +85,7 @@ def test_a_message_that_raises_is_refused_and_the_others_of_its_turn_are_handled
     assert (
         isinstance(refused, messages.Refused) and "failed to handle GroupDelivery: ZeroDivisionError" in refused.reason
     )
+    assert refused.is_server_error, "its sender is not at fault, and may start again"
     assert (buffer.ledger.counts["ready"], buffer.ledger.counts["leased"]) == (2, 2)
     assert buffer.message_errors() == 1
     assert buffer.noted == [ACTOR]
