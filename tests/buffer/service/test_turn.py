@@ -104,7 +104,7 @@ def test_a_message_that_raises_is_refused_and_the_others_of_its_turn_are_handled
         (LEARNER, messages.LearnerHello(0)),
         (ACTOR, messages.LeaseReturn("actor-0", ("0.0",), "")),
         (LEARNER, messages.Close(epoch=1)),
-        (ACTOR, messages.Heartbeat("actor", "actor-0", 0, "leases", {})),
+        (ACTOR, messages.Heartbeat("actor", "actor-0", 1, "leases", {})),
     ],
     ids=lambda said: type(said[1]).__name__,
 )

@@ -62,7 +62,8 @@ class Checker:
             match answer:
                 case messages.GroupReceipt():
                     self._check_receipt(answer)
-                case messages.HeartbeatReply():
+                # After a power cut a group may be leased again under the same id, in the turn that says it has ended.
+                case messages.HeartbeatReply() if not self.may_forget:
                     for group_id in answer.ended:
                         row = self.states.get(int(group_id.partition(".")[0]))
                         if self._state(group_id) == "leased" and row is not None and row[4] == identity.decode():
