@@ -14,7 +14,7 @@ from pathlib import Path
 from learner.__main__ import _train
 # `_train` fails when it reads the configuration; PyTorch is imported by then.
 with suppress(Exception):
-    _train(Path(), {"learner": {"device": "cpu"}}, None)
+    _train(Path(), {"learner": {"device": "cpu"}}, None, None)
 import torch
 print(torch.get_num_threads())
 """
