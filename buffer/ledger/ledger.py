@@ -44,6 +44,8 @@ STALE, INVALID = "stale", "invalid"
 MAX_INVALID_ATTEMPTS = 3
 CONTENTS_BYTES = 1 << 25
 """Contents of groups kept in memory, so that a batch need not read them from the file."""
+LOST_VERSIONS = 1_000
+"""Most versions that a ledger may lose when its machine is started again: those since the last checkpoint."""
 _THESE = "occurrence IN (SELECT value FROM json_each(?))"
 _Key = TypeVar("_Key", int, str)
 _GROUP_ID = re.compile(r"(0|[1-9][0-9]{0,17})\.(0|[1-9][0-9]{0,17})")
@@ -124,13 +126,16 @@ class Ledger:
         """End the learner's epoch if the machine was started again, because the ledger may have lost its last moments.
 
         A learner on another machine may have lived on, with batches that the ledger no longer knows. It is refused then
-        and starts again from a checkpoint, all of whose batches the ledger knows.
+        and starts again from a checkpoint, all of whose batches the ledger knows. Actors go on with the weights of the
+        versions that are lost, so these versions stay possible.
         """
         boot, before = host_id(), self.file.meta("boot", None)
         if boot != before:
             self.file.set_meta("boot", boot)
         if before not in (None, boot):
             self.file.set_meta("epoch", self.file.meta("epoch", 0) + 1)
+            newest = self.file.meta("newest_version", self.file.meta("next_version", 0))
+            self.file.set_meta("newest_version", newest + LOST_VERSIONS)
 
     def _load(self) -> None:
         """Read the state from the file. Reads only what is live: no row of a done or dropped group."""

@@ -494,6 +494,19 @@ def test_a_heartbeat_ends_what_its_actor_has_finished_while_its_request_is_parke
     assert buffer.ledger.counts["leased"] == 2
 
 
+def test_after_a_power_cut_groups_of_versions_that_the_ledger_lost_are_welcome(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+):
+    buffer = start()
+    lease, other = buffer.ask(ACTOR, credit()).leases[:2]
+    monkeypatch.setattr("buffer.ledger.ledger.host_id", lambda: "the next boot")
+    buffer.reopen()
+    for lost, expected in ((lease, "stored"), (other, "invalid")):
+        version = 7 if expected == "stored" else 10**9
+        group = buffer.make_group(lost.group_id, lost.prompt_id, version=version)
+        assert buffer.ask(ACTOR, messages.GroupDelivery("actor-0", group)).outcome == expected
+
+
 def test_the_hello_of_a_dead_learner_that_arrives_late_undoes_nothing(start: Any):
     buffer = start()
     epoch = buffer.ask(LEARNER, messages.StatusRequest()).epoch
