@@ -48,17 +48,17 @@ settings = load_run_config(sys.argv[1])["buffer"]
 size, fingerprint = settings["groups_per_batch"], settings["data_fingerprint"]
 buffer, actor = (Connection(settings["address"], r, client_credentials(sys.argv[1], r)) for r in ("learner", "actor"))
 buffer.epoch = buffer.call(LearnerHello(0)).epoch
-asked = None
+leasing = None
 for version in range(3):
     batch = buffer.request(BatchRequest(version, 0, 1))
     while not batch.done():
-        asked = asked or actor.request(LeaseRequest("actor-9", version, size, fingerprint))
-        if not asked.done():
+        leasing = leasing or actor.request(LeaseRequest("actor-9", version, size, fingerprint))
+        if not leasing.done():
             time.sleep(0.01)
             continue
-        for lease in asked.result().leases:
+        for lease in leasing.result().leases:
             actor.call(GroupDelivery("actor-9", group_of(lease.group_id, lease.prompt_id, version, newer=0)))
-        asked = None
+        leasing = None
 actor.close()
 buffer.call(Heartbeat("learner", "learner-0", 3, "", {"samples_per_second": 8.0, "idle_fraction": 0.5}))
 print("trained", flush=True)
