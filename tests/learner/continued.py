@@ -80,7 +80,14 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of the version reached."""
-        self.networks.save(self.checkpoints, self.version, model=ModelConfig(str(self.folder)), state={}, keep=9)
+        self.networks.save(
+            self.checkpoints,
+            self.version,
+            model=ModelConfig(str(self.folder)),
+            state={},
+            keep=9,
+            may_be_named=lambda: True,
+        )
 
 
 def main(folder: Path, checkpoints: Path, stage: int, stops: list[int]) -> None:
