@@ -58,7 +58,7 @@ def assert_checkpoint_loads(run_dir: Path, version: int) -> None:
 def assert_keys_stay_in_their_folder(run_dir: Path) -> None:
     """Asserts that no log, configuration, ledger or event file contains a secret key."""
     keys = [json.loads(path.read_text()) for path in (run_dir / "keys").iterdir()]
-    secrets = [value.encode() for content in keys for name, value in content.items() if name.endswith("_secret")]
+    secrets = [value.encode() for content in keys for name, value in content.items() if name == "secret"]
     # One of each role, of the buffer, and of the weight stores.
     assert [len(secret) for secret in secrets] == [40] * 5
     files = [path for path in run_dir.rglob("*") if path.is_file() and path.parent.name != "keys"]
