@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from buffer.files import sync
 from buffer.ledger.states import FROM_SCHEMA_5, TABLES
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class LedgerFile:
             self._merger = LogMerger(self._path, _SYNCHRONOUS[durability])
             self._inode = self._path.stat().st_ino
             # The names of the file and its log; SQLite itself makes only the name of a log durable.
-            _sync(run_dir)
+            sync(run_dir)
         except BaseException:
             self.close()
             raise
@@ -226,7 +227,7 @@ class LedgerFile:
             # descriptor covers what others wrote. A second descriptor of the log does no harm; closing one of the
             # file itself would end SQLite's locks.
             try:
-                _sync(Path(f"{self._path}-wal"))
+                sync(Path(f"{self._path}-wal"))
             except OSError as error:
                 raise LogSyncError(error.errno, f"{self._path}-wal cannot be synced: {error.strerror}") from error
 
@@ -385,15 +386,6 @@ class FileMark:
         """Remember the ledger as it is. Without space for the mark the next process checks the whole ledger."""
         with suppress(OSError):
             self._mark.write_text(self._now())
-
-
-def _sync(path: Path) -> None:
-    """Wait until everything written to the file is on the disk; for a folder: the names in it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_out_of_space(error: Exception) -> bool:

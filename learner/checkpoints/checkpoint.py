@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import nn
 
+from buffer.files import sync
 from learner.checkpoints.manifest import complete_checkpoints, defect, write_manifest
 from learner.checkpoints.rng import load_generators, save_generators
 from learner.config import LoraConfig
@@ -129,8 +129,8 @@ def save_checkpoint(
     def name() -> None:
         temporary.rename(final)
         try:
-            _flush_one(directory)
-            _flush_one(directory.parent)
+            sync(directory)
+            sync(directory.parent)
         except OSError:
             # If the rename is not durable, discard the checkpoint.
             shutil.rmtree(final, ignore_errors=True)
@@ -273,12 +273,4 @@ def _remove_old(directory: Path, keep: int) -> None:
 
 def _flush(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _flush_one(path)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

@@ -100,7 +100,7 @@ class Storm:
                 self._deck = self._random.sample(self._kinds, len(self._kinds))
             with suppress(psutil.NoSuchProcess):
                 kind = self._deck[-1]
-                if self._inject(kind, now):
+                if self._inject(kind):
                     self.faults[kind] += 1
                     self._deck.pop()
                 else:
@@ -119,7 +119,7 @@ class Storm:
     def _later(self, seconds: float, function: Callable[[], None]) -> None:
         heapq.heappush(self._undoings, (time.monotonic() + seconds, next(self._ties), function))
 
-    def _inject(self, kind: str, now: float) -> bool:
+    def _inject(self, kind: str) -> bool:
         """Do it. Returns False when it is not possible now."""
         match kind:
             case "kill" | "freeze" | "kill a child":
@@ -156,7 +156,7 @@ class Storm:
             return True
         if kind == "kill":
             # A killed child may be replaced while its parent lives on, so the log shows no recovery.
-            self._note_end(target)
+            self.recoveries.ended(target)
         process.kill()
         return True
 
@@ -183,7 +183,7 @@ class Storm:
         if target is None:
             return False
         self.hits["actor"] += 1
-        self._note_end(target)
+        self.recoveries.ended(target)
         target.process.terminate()
         return True
 
@@ -201,7 +201,7 @@ class Storm:
             # There is no room to put the files back.
             return False
         self.hits["buffer"] += 1
-        self._note_end(target)
+        self.recoveries.ended(target)
         cut_power(self._launcher, target.process, self._run_dir, self._images)
         return True
 
@@ -238,9 +238,6 @@ class Storm:
             return None
         wanted = self._random.choice(roles)
         return self._random.choice([target for target in found if target.role == wanted])
-
-    def _note_end(self, target: Target) -> None:
-        self.recoveries.ended(target)
 
 
 def _resume(processes: list[psutil.Process]) -> None:

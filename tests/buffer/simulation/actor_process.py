@@ -16,9 +16,10 @@ from actors.config import ActorConfig
 from actors.tasks.base import Problem
 from actors.tasks.task import Task
 from actors.tasks.templates import Template
-from buffer.trajectory import FinishReason, VersionSpan
+from buffer.trajectory import VersionSpan
 from buffer.transport import messages
 from buffer.transport.connection import RequestRefused
+from tests.actors.stand_ins import Characters, Sampled
 from tests.buffer.simulation.network import Client, Network
 from tests.buffer.simulation.virtual_time import InvariantError, Process, World
 from verifier.base import Score, Verdict
@@ -36,27 +37,6 @@ def make_task() -> Task:
 
 
 TASK = make_task()
-
-
-class Characters:
-    """A tokenizer with one token per character."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return [ord(character) for character in text]
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        return "".join(map(chr, token_ids))
-
-    def get_added_vocab(self) -> dict[str, int]:
-        return {}
-
-
-@dataclass
-class Sampled:
-    token_ids: np.ndarray
-    logprobs: np.ndarray
-    versions: tuple[VersionSpan, ...]
-    finish_reason: FinishReason = FinishReason.STOP
 
 
 class Engine:

@@ -1,33 +1,19 @@
 import logging
-import math
 import time
-from concurrent.futures import Future
 
 import pytest
 
 from buffer.transport.messages import (
     BatchRequest,
     GroupRequest,
-    Message,
     NoMoreBatches,
     Shard,
     ShardGroup,
 )
 from buffer.transport.packed_group import BYTES_PER_TOKEN, pack_group
 from learner.batches.prefetch import Prefetch, Received
+from tests.learner.held_requests import Buffer
 from tests.learner.samples import CPU, make_batch, make_group
-
-
-class Buffer:
-    """Collects requests; the test answers them."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Message, Future[Message]]] = []
-
-    def request(self, message: Message, timeout_seconds: float) -> Future[Message]:
-        assert timeout_seconds == math.inf
-        self.asked.append((message, Future()))
-        return self.asked[-1][1]
 
 
 @pytest.fixture

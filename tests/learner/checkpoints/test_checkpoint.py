@@ -118,14 +118,14 @@ def test_an_interrupted_save_leaves_nothing_that_counts(
 
 def test_it_is_flushed_before_it_gets_its_name(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flushed: set[Path] = set()
-    flush_one = learner.checkpoints.checkpoint._flush_one
+    flush_one = learner.checkpoints.checkpoint.sync
 
     def remember(path: Path) -> None:
         assert path in (tmp_path, tmp_path.parent) or not (tmp_path / "00000001").exists()
         flushed.add(path)
         flush_one(path)
 
-    monkeypatch.setattr(learner.checkpoints.checkpoint, "_flush_one", remember)
+    monkeypatch.setattr(learner.checkpoints.checkpoint, "sync", remember)
     checkpoint = save(tmp_path, 1, engines(model_folder), model_folder)
     written = {tmp_path / "00000001.incomplete" / path.relative_to(checkpoint) for path in checkpoint.rglob("*")}
     assert flushed == written | {tmp_path / "00000001.incomplete", tmp_path, tmp_path.parent}
@@ -264,7 +264,7 @@ WRITES = [
     (learner.checkpoints.rng, "write_state"),
     (learner.checkpoints.checkpoint, "write_manifest"),
     (learner.checkpoints.checkpoint, "save_torch_state_dict"),
-    (learner.checkpoints.checkpoint, "_flush_one"),
+    (learner.checkpoints.checkpoint, "sync"),
     (shutil, "copy2"),
 ]
 

@@ -1,5 +1,4 @@
 import logging
-import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from buffer.transport.connection import RequestRefused
 from buffer.transport.messages import Close, Done, Message, Status, StatusRequest, Wait
 from learner.monitoring import patient_requests
 from learner.monitoring.patient_requests import BatchWait, PatientRequests
+from tests.learner.held_requests import Buffer
 from tests.learner.samples import CPU
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -23,18 +23,6 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patient_requests, "FIRST_LINE_SECONDS", 0.05)
     monkeypatch.setattr(patient_requests, "STATUS_SECONDS", 0.0)
     monkeypatch.setattr(patient_requests, "STOPPING_SECONDS", 0.1)
-
-
-class Buffer:
-    """Keeps every request; the test answers."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Message, Future[Message]]] = []
-
-    def request(self, message: Message, timeout_seconds: float) -> Future[Message]:
-        assert timeout_seconds == math.inf
-        self.asked.append((message, Future()))
-        return self.asked[-1][1]
 
 
 class Asker:

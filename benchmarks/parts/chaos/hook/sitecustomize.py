@@ -30,6 +30,8 @@ def _record(images: Path) -> Any:
     return recording
 
 
-if "SLIPSTREAM_CHAOS_IMAGES" in os.environ and ("-m", "buffer") in pairwise(sys.orig_argv):
+if ("-m", "buffer") in pairwise(sys.orig_argv):
+    from benchmarks.parts.chaos.power_cut import IMAGES_VARIABLE
+
     # Kept, because the end of the recording would end the copies.
-    _RECORDING = _record(Path(os.environ["SLIPSTREAM_CHAOS_IMAGES"]))
+    _RECORDING = _record(Path(os.environ[IMAGES_VARIABLE]))
