@@ -225,9 +225,17 @@ class Actor:
                 logger.warning("%d leases came twice or too late, such as %s; given back", len(unknown), unknown[0])
                 await self._call(LeaseReturn(self.actor_id, unknown, ""))
 
+        def start(reply: LeaseReply) -> None:
+            work = give_back(reply)
+            try:
+                tasks.create_task(work)
+            except RuntimeError:
+                # The actor ends, and its goodbye gives all leases back.
+                work.close()
+
         def unclaimed(message: Message) -> None:
             if isinstance(message, LeaseReply) and message.leases:
-                loop.call_soon_threadsafe(lambda: tasks.create_task(give_back(message)))
+                loop.call_soon_threadsafe(start, message)
 
         self.buffer.unclaimed = unclaimed
 

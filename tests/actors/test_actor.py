@@ -746,6 +746,26 @@ def test_leases_in_an_answer_that_nobody_waits_for_are_given_back_unless_the_act
     asyncio.run(check())
 
 
+def test_an_answer_that_comes_when_the_actor_ends_starts_nothing(loop: Looper):
+    errors: list[dict[str, Any]] = []
+
+    async def check() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        async with loop() as running:
+            running.weights.publish(0)
+            await running.until(lambda: running.actor.buffer.unclaimed)
+            unclaimed = running.actor.buffer.unclaimed
+            assert unclaimed is not None
+            running.work.cancel()
+            await asyncio.wait([running.work], timeout=SECONDS)
+            unclaimed(messages.LeaseReply((messages.Lease("9.0", 0),), -1, False))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    asyncio.run(check())
+    assert not errors
+
+
 def test_a_group_that_is_leased_again_under_the_same_id_replaces_the_earlier_rollout(loop: Looper):
     """As after a power cut of the buffer's machine, whose ledger forgot the first lease."""
     errors: list[dict[str, Any]] = []
