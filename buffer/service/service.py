@@ -458,7 +458,7 @@ class Service:
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard
         state = self._progress.policy_version, self._progress.closing
-        return messages.HeartbeatReply(*state, probes=probes, learner_silent_seconds=silent, ended=ended)
+        return messages.HeartbeatReply(*state, ended, probes, silent, self._peers.heartbeat_seconds)
 
     def _set_policy_version(self, version: int) -> None:
         """Note the learner's version. The learner cannot be further than the batches that it was given."""
