@@ -89,7 +89,8 @@ class Service:
             return [Outgoing(identity, number, messages.Refused(reason))]
         match message:
             case messages.LeaseRequest():
-                message = replace(message, policy_version=min(message.policy_version, self._newest_possible))
+                if message.policy_version > self._newest_possible:
+                    message = replace(message, policy_version=self._newest_possible)
                 return self._leases.request(identity, message, number, now)
             case messages.BatchRequest():
                 since = self._since(identity, message, now)

@@ -246,9 +246,9 @@ def _texts(limit: Text) -> Reader:
     def read(value: Any, rest: Frames) -> Any:
         if type(value) is not list or len(value) > MAX_ITEMS:
             raise WireError(f"expected at most {MAX_ITEMS} values, got {_describe(value)}")
-        if value and set(map(type, value)) == {str} and max(map(len, value)) <= limit.longest:
-            if _all_match(limit, value):
-                return tuple(value)
+        are_texts = set(map(type, value)) <= {str} and max(map(len, value), default=0) <= limit.longest
+        if are_texts and _all_match(limit, value):
+            return tuple(value)
         return tuple([read_one(item, rest) for item in value])
 
     return read
