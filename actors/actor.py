@@ -121,6 +121,8 @@ class Actor:
         self._lateness = ""
         """What the actor waits for when the last version was fetched too slowly; empty: it was in time."""
         self._closing = False
+        self._least_heartbeat_seconds = 0.0
+        """Time between two heartbeats that the buffer asks for: longer with thousands of actors."""
         self._num_unscored = self._num_overdue = 0
         self._rollouts: dict[str, asyncio.Task[None]] = {}
         """One per lease, from its grant to the receipt of its group, by group id."""
@@ -548,7 +550,7 @@ class Actor:
     async def _send_heartbeats(self) -> None:
         while True:
             await self._send_heartbeat(self._what_it_waits_for())
-            await asyncio.sleep(self.config.heartbeat_seconds)
+            await asyncio.sleep(max(self.config.heartbeat_seconds, self._least_heartbeat_seconds))
 
     def _what_it_waits_for(self) -> str:
         if self.policy_version < 0:
@@ -566,6 +568,7 @@ class Actor:
         if isinstance(reply, HeartbeatReply):
             self._stop_rollouts(reply.ended)
             self._closing, self._learner_version = reply.closing, reply.policy_version
+            self._least_heartbeat_seconds = reply.least_seconds
             # During an evaluation a probe would wait behind it. The buffer repeats the probe.
             if not self._loading.locked():
                 self._prober.offer(reply.probes, self.policy_version)

@@ -155,7 +155,7 @@ def act(address: str, credentials: Credentials, shape: tuple[int, int], policy_v
             newest = policy_version.value
             if newest != version:
                 version = newest
-                buffer.request(messages.Heartbeat("actor", "actor-0", version, "", {}))
+                buffer.request(messages.Heartbeat("actor", "actor-0", version, "", {}, tuple(held)))
             wanted = messages.LeaseRequest("actor-0", version, IN_FLIGHT // 2, "prompts", tuple(held))
             lease = lease or buffer.request(wanted)
             wait_for_any([lease], timeout=0.002)

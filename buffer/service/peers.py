@@ -23,6 +23,10 @@ MAX_PEERS = 10_000
 COUNTED_SECONDS = 60.0
 SILENT_SECONDS = 5.0
 """Silence that is worse than any wait."""
+HEARTBEATS_PER_SECOND = 1_000.0
+"""Actors are asked to send fewer heartbeats than one a second when they would send more than this together."""
+LONGEST_HEARTBEAT_SECONDS = 3.0
+"""Longest time that they are asked to leave between two, so that one late heartbeat is not taken for silence."""
 METRICS_KEPT = 64
 TEXT_KEPT = 200
 """Characters of what a process waits for."""
@@ -83,6 +87,11 @@ class Peers:
         self._forget(now, is_full=known is None and len(self._peers) >= MAX_PEERS)
         self._file.guard(self._peers, key)
         self._peers[key] = _Peer(heartbeat, now, since)
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """Least time between two heartbeats of a process."""
+        return min(len(self._peers) / HEARTBEATS_PER_SECOND, LONGEST_HEARTBEAT_SECONDS)
 
     def _forget(self, now: float, *, is_full: bool) -> None:
         """Forget the processes that left: now and then all that were silent for long; the most silent one if full."""

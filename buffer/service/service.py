@@ -89,7 +89,8 @@ class Service:
             return [Outgoing(identity, number, messages.Refused(reason))]
         match message:
             case messages.LeaseRequest():
-                message = replace(message, policy_version=min(message.policy_version, self._newest_possible))
+                if message.policy_version > self._newest_possible:
+                    message = replace(message, policy_version=self._newest_possible)
                 return self._leases.request(identity, message, number, now)
             case messages.BatchRequest():
                 since = self._since(identity, message, now)
@@ -458,7 +459,7 @@ class Service:
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard
         state = self._progress.policy_version, self._progress.closing
-        return messages.HeartbeatReply(*state, probes=probes, learner_silent_seconds=silent, ended=ended)
+        return messages.HeartbeatReply(*state, ended, probes, silent, self._peers.heartbeat_seconds)
 
     def _set_policy_version(self, version: int) -> None:
         """Note the learner's version. The learner cannot be further than the batches that it was given."""

@@ -199,6 +199,8 @@ class HeartbeatReply:
     """At most one: the probe that this actor shall answer, repeated until its report has arrived."""
     learner_silent_seconds: Number = -1.0
     """Time since the buffer last heard from a learner rank; -1: never since the buffer started."""
+    least_seconds: Seconds = 0.0
+    """Time until the next heartbeat, at least. It grows with the number of actors (`buffer/service/peers.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from actors.tasks.task import Task
 from buffer.config import BufferConfig
 from buffer.curriculum_config import Stage
 from buffer.ledger.audit import audit
+from buffer.service.peers import LONGEST_HEARTBEAT_SECONDS
 from buffer.service.server import Server
 from buffer.transport import messages
 from buffer.transport.connection import Connection, RequestRefused
@@ -742,6 +743,23 @@ def test_leases_in_an_answer_that_nobody_waits_for_are_given_back_unless_the_act
             assert running.counts()["leased"] == 2
             running.engine.open.set()
             assert [group.header.group_id for group in (await running.batch(0)).groups] == ["0.0", "1.0"]
+
+    asyncio.run(check())
+
+
+def test_an_actor_sends_no_more_heartbeats_than_the_buffer_asks_for(loop: Looper, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("buffer.service.peers.HEARTBEATS_PER_SECOND", 1e-3)
+
+    async def check() -> None:
+        async with loop(heartbeat_seconds=0.01) as running:
+            await running.until(lambda: running.actor._least_heartbeat_seconds == LONGEST_HEARTBEAT_SECONDS)
+            sent: list[messages.Message] = []
+            request = running.actor.buffer.request
+            monkeypatch.setattr(
+                running.actor.buffer, "request", lambda message: (sent.append(message), request(message))[1]
+            )
+            await asyncio.sleep(0.5)
+            assert len(sent) <= 1
 
     asyncio.run(check())
 

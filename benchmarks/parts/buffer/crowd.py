@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import resource
 import select
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,8 @@ class Actor:
         self._held: set[str] = set()
         self._said: Any = None
         """What the last heartbeat said."""
+        self.least_heartbeat_seconds = 0.0
+        """As the buffer asks in its last answer to a heartbeat."""
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.IDENTITY, f"{name}-00000000".encode())
@@ -85,6 +88,8 @@ class Actor:
             except zmq.Again:
                 return
             if b"HeartbeatReply" in frames[0][:64]:
+                # Its last value, which ends the frame. All of it is not decoded, to keep this process light.
+                self.least_heartbeat_seconds = struct.unpack(">d", frames[0][-8:])[0]
                 continue
             answer, _ = messages.decode(frames, self._run_id)
             if isinstance(answer, messages.LeaseReply):
@@ -129,6 +134,7 @@ def crowd(
         while beats[0][0] <= now:
             due, number = beats[0]
             actors[number].beat()
-            heapq.heapreplace(beats, (max(due + heartbeat_seconds, now), number))
+            seconds = max(heartbeat_seconds, actors[number].least_heartbeat_seconds)
+            heapq.heapreplace(beats, (max(due + seconds, now), number))
         for number, _ in ready.poll(max(0.0, beats[0][0] - time.monotonic())):
             by_file[number].read()

@@ -370,6 +370,20 @@ def test_processes_that_left_are_forgotten(start: Any, monkeypatch: pytest.Monke
     assert names("d") == ["d"]
 
 
+def test_thousands_of_actors_are_asked_for_fewer_heartbeats(start: Any):
+    buffer = start()
+
+    def seconds(number: int) -> float:
+        buffer.now += 0.001
+        reply = buffer.ask(ACTOR, messages.Heartbeat("actor", f"actor-{number}", 0, "", {}))
+        assert isinstance(reply, messages.HeartbeatReply)
+        return reply.least_seconds
+
+    asked = [seconds(number) for number in range(5_000)]
+    assert asked[0] == 0.001 and asked[999] == 1.0 and asked[2_499] == 2.5
+    assert max(asked) == peers.LONGEST_HEARTBEAT_SECONDS < peers.SILENT_SECONDS
+
+
 def test_what_a_learner_sent_before_its_successor_started_is_refused(start: Any):
     buffer = start()
     run_to(buffer, 2)

@@ -223,6 +223,23 @@ def test_what_is_wrong_is_named(frames: list[bytes], complaint: str):
         decode(frames)
 
 
+@pytest.mark.parametrize(
+    ("held", "complaint"),
+    [
+        (["1.0", "2.0\n3.0"], r"'2.0\\n3.0' has characters that are not"),
+        (["1.0", "2.0\n"], r"'2.0\\n' has characters"),
+        (["1.0", "2 0", "3.0"], "'2 0' has characters"),
+        (["1.0", "x" * 129], "129 characters"),
+        (["1.0", 2], "expected str, got int"),
+    ],
+)
+def test_each_of_many_names_is_checked(held: list[Any], complaint: str):
+    names = messages.LeaseReturn("actor-0", ("1.0", "", "2.0"), "")
+    assert decode(messages.encode(names, 5, "run"))[0] == names
+    with pytest.raises(messages.WireError, match=complaint):
+        decode(header(messages.SCHEMA, "run", "LeaseReturn", 0, ["actor-0", held, ""]))
+
+
 def test_sizes_are_checked_before_decoding(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(schema, "MAX_HEADER_BYTES", 10)
     with pytest.raises(messages.WireError, match="at most 10"):
