@@ -22,16 +22,18 @@ FORGOTTEN_SECONDS = 900.0
 MAX_PEERS = 10_000
 COUNTED_SECONDS = 60.0
 SILENT_SECONDS = 5.0
-"""Silence that is worse than any wait."""
-HEARTBEATS_PER_SECOND = 1_000.0
+"""Silence that is worse than any wait, with a heartbeat every second."""
+HEARTBEATS_PER_SECOND = 500.0
 """Actors are asked to send fewer heartbeats than one a second when they would send more than this together."""
-LONGEST_HEARTBEAT_SECONDS = 3.0
-"""Longest time that they are asked to leave between two, so that one late heartbeat is not taken for silence."""
+LONGEST_HEARTBEAT_SECONDS = 10.0
+"""Longest time that they are asked to leave between two. Parked requests of an actor that has been silent for longer
+than `PRESUMED_DEAD_SECONDS` are not granted."""
 METRICS_KEPT = 64
 TEXT_KEPT = 200
 """Characters of what a process waits for."""
 SECONDS_PER_PEER = 2e-4
-"""Totals are computed again after this time per process, so that frequent status requests cost little."""
+"""With more than `WORST` processes, the worst ones are looked for, and the totals computed, again only after this time
+per process, so that frequent status requests cost little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,9 @@ class _Peer:
     def counts(self, now: float) -> bool:
         return self.silent_seconds(now) < COUNTED_SECONDS
 
-    def badness(self, now: float) -> tuple[float, float]:
+    def badness(self, now: float, silent_after: float) -> tuple[float, float]:
         silent = self.silent_seconds(now)
-        return silent if silent > SILENT_SECONDS else 0.0, self.waiting_seconds(now)
+        return silent if silent > silent_after else 0.0, self.waiting_seconds(now)
 
     def shown(self, now: float) -> messages.Peer:
         beat = self.heartbeat
@@ -75,8 +77,11 @@ class Peers:
         self._file = file
         self._forget_at = 0.0
         self._peers: dict[tuple[str, str], _Peer] = {}
+        self._looked_at: float | None = None
         self._totals = messages.ActorTotals()
-        self._totals_at: float | None = None
+        self._worst: list[tuple[str, str]] = []
+        """Processes, the worst first, that a status may name although nobody asked for them."""
+        self._longest_waits: list[tuple[str, str]] = []
 
     def heard(self, heartbeat: messages.Heartbeat, now: float) -> None:
         """Note a heartbeat."""
@@ -90,8 +95,13 @@ class Peers:
 
     @property
     def heartbeat_seconds(self) -> float:
-        """Least time between two heartbeats of a process."""
+        """Least time between two heartbeats of an actor."""
         return min(len(self._peers) / HEARTBEATS_PER_SECOND, LONGEST_HEARTBEAT_SECONDS)
+
+    @property
+    def _silent_after(self) -> float:
+        """Silence that is worse than any wait: two heartbeats that did not come."""
+        return max(SILENT_SECONDS, 2 * self.heartbeat_seconds)
 
     def _forget(self, now: float, *, is_full: bool) -> None:
         """Forget the processes that left: now and then all that were silent for long; the most silent one if full."""
@@ -105,11 +115,12 @@ class Peers:
 
     def shown(self, now: float, names: Collection[str] = ()) -> tuple[messages.Peer, ...]:
         """Return the learner's ranks and the processes called `names`, as far as known, and the worst of the others."""
+        self._look(now)
         wanted = set(names)
         first = {key: peer for key, peer in self._peers.items() if key[0] == "learner" or key[1] in wanted}
-        others = (item for item in self._peers.items() if item[0] not in first and item[1].counts(now))
         chosen = dict(list(first.items())[: messages.MAX_NAMED])
-        chosen |= nlargest(WORST, others, key=lambda item: item[1].badness(now))
+        others = [key for key in self._worst if key in self._peers and key not in first][:WORST]
+        chosen |= {key: self._peers[key] for key in others}
         # In the order in which they came, so that no table jumps.
         if len(chosen) == len(self._peers):
             chosen = self._peers
@@ -117,26 +128,42 @@ class Peers:
 
     def waits(self, now: float, known: Collection[str]) -> list[messages.Wait]:
         """Return the longest waits that heartbeats report, of processes that are not `known` already."""
-        waiting = (p for p in self._peers.values() if p.heartbeat.waiting_for and p.heartbeat.name not in known)
+        self._look(now)
+        found = [self._peers[key] for key in self._longest_waits if key in self._peers and key[1] not in known]
         return [
             messages.Wait(p.heartbeat.name, p.heartbeat.waiting_for[:TEXT_KEPT], p.waiting_seconds(now))
-            for p in nlargest(WORST, waiting, key=lambda peer: peer.waiting_seconds(now))
+            for p in found[:WORST]
+            if p.heartbeat.waiting_for
         ]
 
     def totals(self, now: float) -> messages.ActorTotals:
-        """Return the totals over all actors, at most `SECONDS_PER_PEER` per process old."""
-        if self._totals_at is None or now - self._totals_at >= SECONDS_PER_PEER * len(self._peers) - SECONDS_PER_PEER:
-            self._totals_at, self._totals = now, self._count(now)
+        """Return the totals over all actors."""
+        self._look(now)
         return self._totals
+
+    def _look(self, now: float) -> None:
+        """Look at all processes, unless that was done a short while ago."""
+        number = len(self._peers)
+        if self._looked_at is not None and number > WORST and now - self._looked_at < SECONDS_PER_PEER * number:
+            return
+        self._looked_at, silent_after = now, self._silent_after
+        self._totals = self._count(now)
+        # Twice as many as a status names, because some of them may be named already.
+        counted = (item for item in self._peers.items() if item[1].counts(now))
+        worst = nlargest(2 * WORST, counted, key=lambda item: item[1].badness(now, silent_after))
+        waiting = (item for item in self._peers.items() if item[1].heartbeat.waiting_for)
+        longest = nlargest(2 * WORST, waiting, key=lambda item: item[1].waiting_seconds(now))
+        self._worst, self._longest_waits = [key for key, _ in worst], [key for key, _ in longest]
 
     def _count(self, now: float) -> messages.ActorTotals:
         newest = max((peer.heartbeat.policy_version for peer in self._peers.values()), default=-1)
         actors = [p for p in self._peers.values() if p.heartbeat.role == "actor" and p.counts(now)]
         return messages.ActorTotals(
             num_actors=len(actors),
-            num_silent=sum(peer.silent_seconds(now) > SILENT_SECONDS for peer in actors),
+            num_silent=sum(peer.silent_seconds(now) > self._silent_after for peer in actors),
             num_waiting=sum(bool(peer.heartbeat.waiting_for) for peer in actors),
             oldest_version=min((peer.heartbeat.policy_version for peer in actors), default=-1),
             newest_version=newest,
             metrics=over_actors([peer.heartbeat.metrics for peer in actors], METRICS_KEPT),
+            silent_after_seconds=self._silent_after,
         )

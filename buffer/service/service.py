@@ -459,7 +459,8 @@ class Service:
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard
         state = self._progress.policy_version, self._progress.closing
-        return messages.HeartbeatReply(*state, ended, probes, silent, self._peers.heartbeat_seconds)
+        next_seconds = min(self._peers.heartbeat_seconds, self._config.lease_seconds / 4)
+        return messages.HeartbeatReply(*state, ended, probes, silent, next_seconds)
 
     def _set_policy_version(self, version: int) -> None:
         """Note the learner's version. The learner cannot be further than the batches that it was given."""

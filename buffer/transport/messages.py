@@ -456,6 +456,8 @@ class ActorTotals:
     """Newest version on any process."""
     metrics: dict[Line, float] = dataclasses.field(default_factory=dict)
     """Sums, or means of shares and seconds, over the actors that report the metric (`buffer/actor_metrics.py`)."""
+    silent_after_seconds: Seconds = 5.0
+    """Silence that counts as such: longer with thousands of actors, which send fewer heartbeats."""
 
 
 @dataclass(frozen=True, slots=True)

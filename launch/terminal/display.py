@@ -16,8 +16,6 @@ from buffer.transport.messages import Peer, StageStatus, Status
 
 PLAIN_SECONDS = 10.0
 """Interval between lines if standard output is not a terminal."""
-SILENT_SECONDS = 5.0
-"""Silence after which a process is shown as silent."""
 FORGOTTEN_SECONDS = 60.0
 """Silence after which an actor that the launcher did not start is no longer shown."""
 LONG_WAIT_SECONDS = 5.0
@@ -118,7 +116,7 @@ class Display:
 
 def _line(status: Status, total_steps: int) -> str:
     learner = _learner_metrics(status)
-    doing = [(peer.name, _doing(peer)) for peer in status.peers]
+    doing = [(peer.name, _doing(peer, status)) for peer in status.peers]
     waits = ", ".join([*_others(status), *(f"{name} {what}" for name, what in doing if what != WORKING)])
     parts = [f"step {status.policy_version}/{total_steps}"]
     if "reward" in learner:
@@ -151,7 +149,7 @@ def _table(status: Status) -> Table:
     for text in _stage(status.stage):
         table.add_row("curriculum", text)
     for peer in status.peers:
-        table.add_row(peer.name, _doing(peer), "policy", str(peer.policy_version))
+        table.add_row(peer.name, _doing(peer, status), "policy", str(peer.policy_version))
     for text in _others(status):
         table.add_row("", text)
     for wait in status.waits[:WAITS_SHOWN]:
@@ -184,10 +182,10 @@ def _stage(stage: StageStatus) -> list[str]:
     return [text + (f", {stage.num_passed_over} prompts passed over" if stage.num_passed_over else "")]
 
 
-def _doing(peer: Peer) -> str:
+def _doing(peer: Peer, status: Status) -> str:
     """What a process does. A step that takes long is named, with its duration."""
     activity = f"{peer.activity}{_since(peer.activity_seconds)}" if peer.activity_seconds >= LONG_WAIT_SECONDS else ""
-    if peer.silent_seconds > SILENT_SECONDS:
+    if peer.silent_seconds > status.actors.silent_after_seconds:
         return f"silent for {peer.silent_seconds:.0f} s" + (f", it {activity}" if activity else "")
     return f"waits for {peer.waiting_for}{_since(peer.waiting_seconds)}" if peer.waiting_for else activity or WORKING
 

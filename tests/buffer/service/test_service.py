@@ -380,8 +380,13 @@ def test_thousands_of_actors_are_asked_for_fewer_heartbeats(start: Any):
         return reply.least_seconds
 
     asked = [seconds(number) for number in range(5_000)]
-    assert asked[0] == 0.001 and asked[999] == 1.0 and asked[2_499] == 2.5
-    assert max(asked) == peers.LONGEST_HEARTBEAT_SECONDS < peers.SILENT_SECONDS
+    assert asked[0] == 0.002 and asked[499] == 1.0 and asked[2_499] == 5.0
+    assert asked[-1] == peers.LONGEST_HEARTBEAT_SECONDS < PRESUMED_DEAD_SECONDS
+    # Silence is judged by what they are asked for.
+    buffer.now += 1.5 * peers.LONGEST_HEARTBEAT_SECONDS
+    assert buffer.service.status(buffer.now).actors.num_silent == 0
+    buffer.now += peers.LONGEST_HEARTBEAT_SECONDS
+    assert buffer.service.status(buffer.now).actors.num_silent == 5_000
 
 
 def test_what_a_learner_sent_before_its_successor_started_is_refused(start: Any):
