@@ -6,6 +6,7 @@ Every grader takes the options `correct`, `wrong` and `no_answer`: the reward of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 
 from verifier.base import Completion, Grader, Verdict
@@ -15,6 +16,12 @@ from verifier.mathematics.extract import ANSWER_FORMATS, AnswerFormat, extract_a
 from verifier.rewards import countdown, knights_knaves
 from verifier.rewards.format import LOGIC_TAGS, has_tags_in_order
 from verifier.rewards.registry import register
+
+_INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)", re.ASCII)
+_SPACES = (r"\,", r"\;", r"\:", r"\!", "~", "\\")
+"""LaTeX's spaces. The last one is what `strip` leaves of a backslash with a space."""
+MAX_EXACT = 1_000
+"""Characters of an answer that may be a whole number."""
 
 
 @register("accuracy")
@@ -139,17 +146,35 @@ def _verdict(answer: str | None, is_right: Callable[[str], bool]) -> Verdict:
 
 
 def _same_exactly(answer: str, gold: str) -> bool:
+    answer, gold = _trimmed(answer), _trimmed(gold)
     first, second = as_integer(answer), as_integer(gold)
     if first is not None and second is not None:
         return first == second
     return "".join(answer.split()) == "".join(gold.split())
 
 
+def _trimmed(text: str) -> str:
+    """Return `text` without spaces at its ends, also LaTeX's, and without a final period."""
+    if len(text) > MAX_EXACT:
+        return text
+    return _without_spaces(_without_spaces(text).removesuffix("."))
+
+
+def _without_spaces(text: str) -> str:
+    before = ""
+    while text != before:
+        before, text = text, text.strip()
+        for space in _SPACES:
+            text = text.removeprefix(space).removesuffix(space)
+    return text
+
+
 def as_integer(text: str) -> int | None:
-    """`text` as a whole number, such as `-1,234`; None unless it is ASCII digits with at most a sign and commas."""
-    digits = text.strip().replace(",", "").removeprefix("+")
-    is_short = digits.removeprefix("-").isdecimal() and digits.isascii() and len(digits) < 1000
-    return int(digits) if is_short else None
+    """Return `text` as a whole number, such as `-1,234`.
+
+    None unless it is ASCII digits with at most a sign, and commas only between groups of three digits. `4,2` is a list.
+    """
+    return int(text.replace(",", "")) if len(text) <= MAX_EXACT and _INTEGER.fullmatch(text) else None
 
 
 def _read_countdown(gold: str) -> tuple[list[int], int]:
