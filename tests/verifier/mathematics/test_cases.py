@@ -43,10 +43,7 @@ def test_the_judge_agrees_with_a_careful_human(cases: list[dict[str, Any]]):
         verdict = judge(case["completion"], case["gold"], format=case.get("format", "any")).verdict
         if (verdict is Verdict.CORRECT) != case["correct"]:
             wrong.append(case)
-    false_positives = [case for case in wrong if not case["correct"]]
-    num_near_misses = sum(not case["correct"] for case in cases)
-    assert len(wrong) <= 0.05 * len(cases), table(cases, wrong)
-    assert len(false_positives) <= 0.01 * num_near_misses, table(cases, false_positives)
+    assert not wrong, table(cases, wrong)
 
 
 def test_the_cases_cover_every_kind_from_both_sides(cases: list[dict[str, Any]]):
