@@ -1,8 +1,10 @@
 """The accounting of `benchmarks/chaos.py`: ledger against learner's log, processes that are hit, and recoveries."""
 
 import json
+import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,15 @@ import psutil
 import pytest
 
 from benchmarks import chaos
+from benchmarks.parts.chaos.poison import send_poison
 from benchmarks.parts.chaos.storm import Storm
 from benchmarks.parts.chaos.targets import Target
 from buffer.config import BufferConfig
 from buffer.ledger.ledger import Holder, Ledger
+from buffer.service.server import Server
+from buffer.transport import messages
+from buffer.transport.connection import Connection
+from buffer.transport.credentials import RunKeys
 from buffer.transport.packed_group import pack_group
 from tests.learner.samples import make_group
 
@@ -193,3 +200,22 @@ def test_a_group_may_be_trained_on_as_often_as_the_ledger_says(tmp_path, third, 
     log = f"policy 0 trains on groups 0-1\npolicy 1 trains on groups 0-1\npolicy 2 trains on groups {third}\n"
     figures = make_run(tmp_path, log, uses=2)
     assert (figures["trained"], figures["lost"], figures["trained_twice"]) == (2, 0, expected)
+
+
+def test_poison_reaches_an_encrypted_buffer_which_goes_on(tmp_path: Path):
+    keys = RunKeys.new("run")
+    config = BufferConfig(str(tmp_path), "tcp://127.0.0.1:*", 8, "prompts", groups_per_batch=2, max_staleness=1)
+    server = Server(config, keys.buffer)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        chance = random.Random(0)
+        assert all([send_poison(keys.clients["actor"], server.address, chance) for _ in range(5)])
+        with Connection(server.address, "launcher", keys.clients["observer"]) as launcher:
+            status = launcher.call(messages.StatusRequest())
+        assert isinstance(status, messages.Status)
+        assert status.counts["wire_errors"] > 0 and status.counts["wrong_role"] > 0
+        assert not status.closing and status.counts["leased"] == 0
+    finally:
+        server.stop()
+        thread.join()

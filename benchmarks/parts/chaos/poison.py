@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import secrets
-from pathlib import Path
 
 import msgpack
 import zmq
 
 from buffer.transport import messages
 from buffer.transport.connection import bounded_socket
-from buffer.transport.credentials import client_credentials
+from buffer.transport.credentials import Credentials
 from buffer.transport.schema import Frames
 
 NUM_MESSAGES = 19
@@ -20,21 +19,27 @@ ANSWER_MILLISECONDS = 1_000
 _EXTREMES = (0, -1, 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63), 1e300, "", "x" * 4_000, None, [], {}, b"", [0] * 300)
 
 
-def send_poison(run_dir: Path, address: str, chance: random.Random) -> None:
-    """Send `NUM_MESSAGES` from a new connection to the server at `address`. The server's answers are not read."""
-    credentials = client_credentials(run_dir, "actor")
+def send_poison(credentials: Credentials, address: str, chance: random.Random) -> bool:
+    """Send `NUM_MESSAGES` from a new connection to the server at `address`. Returns whether the server answered one.
+
+    Args:
+        credentials: of a client; `for_weights` if the server is the weight store.
+        address: of the server.
+        chance: decides the messages.
+    """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         socket = bounded_socket(context, zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, f"poison-{secrets.token_hex(4)}".encode())
-        socket.curve_serverkey = credentials.server_public
-        socket.curve_publickey = credentials.client_public
-        socket.curve_secretkey = credentials.client_secret
+        if credentials.encrypted:
+            socket.curve_serverkey = credentials.server_public
+            socket.curve_publickey = credentials.public
+            socket.curve_secretkey = credentials.secret
         socket.connect(address)
         for number in range(NUM_MESSAGES):
             socket.send_multipart(_poison(credentials.run_id, number, chance))
         # Closing discards what is not sent yet, so wait for a first answer.
-        socket.poll(ANSWER_MILLISECONDS)
+        return bool(socket.poll(ANSWER_MILLISECONDS))
     finally:
         context.destroy(linger=0)
 

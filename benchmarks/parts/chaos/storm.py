@@ -20,6 +20,7 @@ from benchmarks.parts.chaos.guest import Guest
 from benchmarks.parts.chaos.poison import send_poison
 from benchmarks.parts.chaos.power_cut import cut_power
 from benchmarks.parts.chaos.targets import Recoveries, Target, targets
+from buffer.transport.credentials import client_credentials
 
 DECK = {
     "kill": 5,
@@ -48,7 +49,7 @@ class Storm:
         logs: folder of its logs.
         guest: actors that are started by hand.
         lease_seconds: the run's `buffer.lease_seconds`.
-        addresses: of the servers that get poisoned messages.
+        addresses: of the buffer and of the weight store, which get poisoned messages.
         images: folder of the ledger's files as of their last fsync; None: leave power cuts out.
         small_disk: whether `run_dir` is a file system of its own, which can be filled; if not, full disks are left out.
         seed: decides what happens, and when.
@@ -63,7 +64,7 @@ class Storm:
         guest: Guest,
         *,
         lease_seconds: float,
-        addresses: tuple[str, ...],
+        addresses: tuple[str, str],
         images: Path | None,
         small_disk: bool,
         seed: int,
@@ -133,8 +134,9 @@ class Storm:
             case "power cut":
                 return self._power_cut()
             case "poisoned messages":
-                for address in self._addresses:
-                    send_poison(self._run_dir, address, self._random)
+                actor = client_credentials(self._run_dir, "actor")
+                for address, credentials in zip(self._addresses, (actor, actor.for_weights()), strict=True):
+                    send_poison(credentials, address, self._random)
                 return True
             case _:
                 return self._fill_disk()
