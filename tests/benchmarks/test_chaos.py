@@ -210,7 +210,8 @@ def test_poison_reaches_an_encrypted_buffer_which_goes_on(tmp_path: Path):
     thread.start()
     try:
         chance = random.Random(0)
-        assert all([send_poison(keys.clients["actor"], server.address, chance) for _ in range(5)])
+        answered = [send_poison(keys.clients["actor"], server.address, chance) for _ in range(5)]
+        assert all(answered)
         with Connection(server.address, "launcher", keys.clients["observer"]) as launcher:
             status = launcher.call(messages.StatusRequest())
         assert isinstance(status, messages.Status)
