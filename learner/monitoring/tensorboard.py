@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-from torch.utils.tensorboard import SummaryWriter
 
 from buffer.trajectory import Trajectory
 from buffer.transport.messages import EvaluationReport, Status
 from learner.batches.batch import TrainingBatch
+from learner.monitoring.event_file import open_summary_writer
 
 LONG_WAIT_SECONDS = 1.0
 """Waits from this length on get a line of text; shorter ones are part of normal work."""
@@ -73,7 +73,7 @@ class Reporter:
 
     def __init__(self, directory: Path, first_version: int) -> None:
         # A resumed run repeats steps; TensorBoard hides what the earlier attempt wrote from `first_version` + 1 on.
-        self._writer = SummaryWriter(str(directory), purge_step=first_version + 1, flush_secs=5)
+        self._writer = open_summary_writer(directory, first_version + 1)
         self._writer.add_custom_scalars(LAYOUT)
 
     def scalars(self, metrics: Mapping[str, float], policy_version: int) -> None:
