@@ -103,25 +103,21 @@ def test_a_learner_that_is_told_to_end_waits_only_a_little_longer(caplog: pytest
     assert "the next" not in asker.beats
 
 
-def say_how_it_is(asker: Asker, *waits: Wait) -> None:
-    """Answer the questions how the buffer is."""
-    for message, future in asker.buffer.asked:
-        if isinstance(message, StatusRequest) and not future.done():
-            future.set_result(status(*waits))
-
-
 @pytest.mark.usefixtures("one_rank")
-def test_for_the_last_checkpoint_a_full_buffer_is_waited_for_and_the_reason_is_said(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(patient_requests, "STOPPING_SECONDS", 1.0)
+def test_for_the_last_checkpoint_a_full_buffer_is_waited_for_and_the_reason_is_said():
     asker, began = Asker(), time.monotonic()
+    request = asker.buffer.request
+
+    def says_how_it_is(message: Message, timeout_seconds: float) -> Future[Message]:
+        future = request(message, timeout_seconds)
+        if isinstance(message, StatusRequest):
+            future.set_result(status(Wait("buffer", "space on the ledger's disk", 3.0)))
+        return future
+
+    asker.buffer.request = says_how_it_is  # type: ignore[method-assign]
     asker.stopping.set()
-
-    def look() -> None:
-        say_how_it_is(asker, Wait("buffer", "space on the ledger's disk", 3.0))
-        if time.monotonic() - began > 3.0:
-            asker.answer(Done())
-
-    asker.on_beat = look
+    # Much longer than a learner waits that is told to end.
+    asker.on_beat = lambda: asker.answer(Done()) if time.monotonic() - began > 1.0 else None
     assert asker.requests.ask_together(Close(), "the buffer", until_gone=True) == Done()
     assert "the buffer, which waits for space on the ledger's disk" in asker.beats
 
@@ -172,7 +168,14 @@ def test_all_ranks_wait_for_the_answer_to_the_first(
     two_ranks: Callable[..., list[Any]], outcome: Message | Exception | None, expected: tuple[Any, Any]
 ):
     askers = [Asker(), Asker()]
-    askers[0].on_beat = askers[0].stopping.set if outcome is None else lambda: askers[0].answer(outcome)
+
+    def end_the_wait() -> None:
+        if outcome is None:
+            askers[0].stopping.set()
+        elif askers[1].beats and not askers[0].asked().done():
+            askers[0].answer(outcome)
+
+    askers[0].on_beat = end_the_wait
     found = two_ranks(lambda rank: askers[rank].requests.ask_together(Close(), "the end"))
     assert [None if one is None else type(one) for one in found] == list(expected)
     assert askers[1].buffer.asked == [] and askers[1].beats != []
