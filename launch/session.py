@@ -93,10 +93,13 @@ class Session:
             return
         checkpoint = newest_checkpoint(self._plan.run_dir / "checkpoints")
         saved = "none yet" if checkpoint is None else f"policy {int(checkpoint.name)}"
-        activity = next((peer.activity for peer in self._last.peers if peer.name == "learner-0"), "")
+        learner = next((peer for peer in self._last.peers if peer.name == "learner-0"), None)
+        doing = learner.activity if learner else ""
+        if learner and learner.waiting_for:
+            doing = f"it waits for {learner.waiting_for}"
         self._display.ending(
             f"waiting for the learner's last checkpoint, {seconds:.0f} s"
-            + (f" ({activity})" if activity else "")
+            + (f" ({doing})" if doing else "")
             + f"; policy {self._last.policy_version} is reached, newest checkpoint: {saved};"
             " Ctrl-C or SIGTERM once more ends at once, without it"
         )

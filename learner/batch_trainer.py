@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -36,12 +37,19 @@ class BatchTrainer:
         networks: this rank's networks.
         stopping: set from outside to end the run soon. A batch without an optimizer step so far is then abandoned
             between two microbatches; any other batch is finished.
+        end_piece: called before each microbatch, when the one before it is finished.
     """
 
     def __init__(
-        self, config: LearnerConfig, algorithm: Algorithm, networks: Networks, stopping: threading.Event
+        self,
+        config: LearnerConfig,
+        algorithm: Algorithm,
+        networks: Networks,
+        stopping: threading.Event,
+        end_piece: Callable[[], None],
     ) -> None:
         self._config, self._algorithm, self._networks, self._stopping = config, algorithm, networks, stopping
+        self._end_piece = end_piece
         self.kl_coef = algorithm.kl_coef
         """The adaptive KL coefficient, saved in checkpoints; algorithms with another schedule ignore it."""
         self._may_abandon = False
@@ -99,6 +107,8 @@ class BatchTrainer:
         return score_batch(network, batch, self._config.tokens_per_microbatch, self._abandoning)
 
     def _abandoning(self) -> bool:
+        """Between two microbatches: note the progress, and return whether to go no further."""
+        self._end_piece()
         return self._may_abandon and self._stopping.is_set()
 
     def _annotate(self, batch: TrainingBatch, policy_version: int, logprobs: Tensor | None) -> Annotations:

@@ -39,6 +39,7 @@ from learner.monitoring.failed_batch import (
     may_be_the_batchs,
     save_failed_batch,
 )
+from learner.monitoring.heartbeat import Heartbeats
 from learner.monitoring.logprob_check import LogprobCheck, OlderGroups, say_hello
 from learner.monitoring.observer import Observer
 from learner.monitoring.patient_requests import BatchWait, PatientRequests
@@ -88,8 +89,11 @@ class Trainer:
         self.rank, self.world_size = rank_and_world_size()
         self.run_dir = run_dir
         self.checkpoints, self.bad_batches = run_dir / "checkpoints", run_dir / "bad_batches"
+        heartbeats = Heartbeats(buffer, self.rank)
+        heartbeats.say(-1, activity="loads the model")
         self.networks = Networks.load(config, model, algorithm, device)
-        self._batch_trainer = BatchTrainer(config, algorithm, self.networks, stopping)
+        heartbeats.say(-1, activity="loads the newest checkpoint")
+        self._batch_trainer = BatchTrainer(config, algorithm, self.networks, stopping, heartbeats.pace.end_piece)
         self._saved_version = self._resume()
         """Version of the newest checkpoint; -1 before the first."""
         self.version = max(self._saved_version, 0)
@@ -97,7 +101,9 @@ class Trainer:
             buffer, lambda what: self.observer.heartbeat(self.version, what), stopping, device
         )
         self.observer = Observer(
-            buffer, self._requests, run_dir / "tensorboard", self.version, rank=self.rank, world_size=self.world_size
+            *(buffer, heartbeats, self._requests, run_dir / "tensorboard", self.version),
+            rank=self.rank,
+            world_size=self.world_size,
         )
         self._prefetch = Prefetch(
             buffer,
@@ -202,6 +208,7 @@ class Trainer:
         Waits for: a full batch in the buffer. Unblocked by: actors that deliver groups, or `stopping`. Gives up when
         the version that the actors wait for could not be published.
         """
+        self.observer.doing(self.version, "")
         future, shown = self._prefetch.ask(self.version), BatchWait(self.buffer)
         while not self.stopping.is_set():
             if wait([future], timeout=0.5).done:
@@ -212,6 +219,7 @@ class Trainer:
                 self._publication.result()
         shown.end()
         received = future.result() if future.done() else None
+        self.observer.doing(self.version, f"meets the other ranks at policy {self.version}")
         # All ranks stop or none: if one stopped alone, the others would wait for it in their first collective.
         if any_rank(received is None, self.device):
             return None
@@ -230,6 +238,7 @@ class Trainer:
 
     def _say_hello(self) -> bool:
         """Begin with the buffer and publish the first version. False when `stopping` ended the wait for the buffer."""
+        self.observer.doing(self.version, f"begins at policy {self.version}")
         # Also a barrier, because the buffer would refuse another rank's batch request that arrived before the hello.
         updates, failed = self.config.updates_per_batch, load_failed_batch(self.run_dir)
         older = say_hello(self._requests, self.version, updates, self.device, failed)
@@ -282,7 +291,7 @@ class Trainer:
                 model=self.model_config,
                 state={"config": asdict(self.config), "algorithm": {"kl_coef": self._batch_trainer.kl_coef}},
                 keep=self.config.keep_checkpoints,
-                may_be_named=lambda: self._requests.ask_together(begun, CONFIRMATION) is not None,
+                may_be_named=lambda: self._requests.ask_together(begun, CONFIRMATION, until_gone=True) is not None,
             )
         except CheckpointWriteError as error:
             if not may_fail:
@@ -319,6 +328,7 @@ class Trainer:
         # Policy 0 is the base model, so a run that is stopped there has nothing to save.
         if self._saved_version != self.version and self.version:
             self._checkpoint(may_fail=False)
+        self.observer.doing(self.version, f"publishes policy {self.version}")
         self._await_publication()
         if self.version >= self.config.total_steps:
             self.observer.last_evaluation(self.version, self.config.evaluation_timeout_seconds, self.stopping)

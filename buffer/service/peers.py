@@ -63,6 +63,8 @@ class _Peer:
             waiting_seconds=self.waiting_seconds(now),
             activity=beat.activity[:TEXT_KEPT],
             activity_seconds=beat.activity_seconds + self.silent_seconds(now) if beat.activity else 0.0,
+            num_pieces=beat.num_pieces,
+            limit_seconds=beat.limit_seconds,
         )
 
 

@@ -125,7 +125,8 @@ class Service:
     def _refuse_late(self, message: messages.Message) -> str:
         """Return why a message of a learner that was replaced is refused; empty: it is not of such a learner."""
         epoch = self._progress.epoch
-        if isinstance(message, messages.Heartbeat) and message.role != "learner":
+        # A learner that has not said hello yet has no epoch, and may say that it loads its model.
+        if isinstance(message, messages.Heartbeat) and not (message.role == "learner" and message.epoch):
             return ""
         said = getattr(message, "epoch", epoch)
         if said == epoch:
@@ -452,7 +453,8 @@ class Service:
         ended = self._ledger.not_leased(holder_name(identity), heartbeat.held) if heartbeat.held else ()
         if heartbeat.role == "learner":
             self._learner_heard = now
-            self._set_policy_version(heartbeat.policy_version)
+            if heartbeat.epoch == self._progress.epoch:
+                self._set_policy_version(heartbeat.policy_version)
         else:
             self._leases.learn_version(identity, number, heartbeat.policy_version)
             self._leases.learn_inventory(identity, number, heartbeat.held)

@@ -46,7 +46,7 @@ from buffer.transport.schema import (
     unpack_header,
 )
 
-SCHEMA = 6
+SCHEMA = 7
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
@@ -167,11 +167,15 @@ class Heartbeat:
     held: tuple[Name, ...] = ()
     """An actor's groups, as in `LeaseRequest`."""
     epoch: Count = 0
-    """Of a learner, as in its other messages; 0 of an actor."""
+    """Of a learner, as in its other messages; 0 before its hello, and of an actor."""
     activity: Line = ""
     """What a learner rank does, such as "trains on the batch for policy 41"; empty: nothing that takes long."""
     activity_seconds: Seconds = 0.0
     """How long it has been doing that."""
+    num_pieces: Count = 0
+    """Pieces of work that a learner rank has finished: activities, microbatches, waits."""
+    limit_seconds: Seconds = 0.0
+    """How long its present piece may take before the rank counts as hung; 0: as long as it likes, as in a wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +444,10 @@ class Peer:
     """As in `Heartbeat`."""
     activity_seconds: Seconds = 0.0
     """As in `Heartbeat`, up to now."""
+    num_pieces: Count = 0
+    """As in `Heartbeat`."""
+    limit_seconds: Seconds = 0.0
+    """As in `Heartbeat`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ class _Child:
     num_restarts: int = 0
     """Restarts since the last progress of the run."""
     version_at_failure: int = -1
+    killed_because: str = ""
+    """Why it was killed as hung; empty: it ended by itself."""
     restart_at: float = 0.0
     given_up: bool = False
 
@@ -126,6 +128,7 @@ class Supervisor:
         logger.warning("%s %s: killed", name, reason)
         _kill_tree(child)
         child.process.wait()
+        child.killed_because = reason
 
     def restart(self, name: str) -> None:
         """Restart a process that exited with status 0 before the run was finished."""
@@ -153,7 +156,8 @@ class Supervisor:
 
     def _schedule_restart(self, child: _Child, status: int, now: float) -> None:
         log = self._log_path(child.spec)
-        failed = f"{child.spec.name} ended with status {status}; its log is {log}"
+        ended, child.killed_because = child.killed_because or f"ended with status {status}", ""
+        failed = f"{child.spec.name} {ended}; its log is {log}"
         # Its descendants may still be running.
         _kill_tree(child)
         if status in NOT_WORTH_RETRYING or child.num_restarts >= self._max_restarts:
@@ -164,7 +168,7 @@ class Supervisor:
         child.restart_at = now + backoff
         child.version_at_failure = self._newest_version
         times = "once" if child.num_restarts == 1 else f"{child.num_restarts} times"
-        self.notes[child.spec.name] = f"{child.spec.name} was restarted {times}, last after status {status}"
+        self.notes[child.spec.name] = f"{child.spec.name} was restarted {times}, last because it {ended}"
         logger.warning("%s; restart %d in %.0f s", failed, child.num_restarts, backoff)
 
     def _give_up(self, child: _Child, why: str) -> None:

@@ -1,4 +1,8 @@
-"""Finds processes that are alive but do nothing: halted, silent, or not answering. The supervisor then kills them.
+"""Finds processes that are alive but do nothing: halted, silent, not answering, or a learner whose work stands still.
+
+The supervisor then kills them. A learner's ranks say in their heartbeats how many pieces of work they have finished,
+and how long the present one may take (`learner/monitoring/pace.py`). Ranks wait for each other, so the learner hangs
+only if every rank that is heard of is beyond its limit: then nobody waits for a rank that is still at work.
 
 Processes that have ended are left to the supervisor. Time in which the launcher itself was frozen is not counted.
 """
@@ -7,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 
-from buffer.transport.messages import Status
+from buffer.transport.messages import Peer, Status
 
 LONGEST_TURN_SECONDS = 1.0
 """Longest plausible time between two turns. Any time above it was spent frozen and is not counted."""
@@ -19,7 +23,8 @@ class Watch:
     """Call `turn` in every pass of the launcher's loop.
 
     Args:
-        hung_seconds: how long a process may be halted, silent or not answering; 0: for ever.
+        hung_seconds: how long a process may be halted, silent or not answering, and the lowest limit for a piece of the
+            learner's work; 0: for ever.
     """
 
     def __init__(self, hung_seconds: float) -> None:
@@ -29,6 +34,8 @@ class Watch:
         self._answered_at: float | None = None
         self._since: dict[tuple[str, str], float] = {}
         self._silent: dict[str, float] = {}
+        self._ranks: list[Peer] = []
+        self._num_pieces: dict[str, int] = {}
 
     @property
     def unanswered_seconds(self) -> float:
@@ -54,9 +61,12 @@ class Watch:
         if status is not None:
             self._answered_at = self._awake
             self._silent = {peer.name: peer.silent_seconds for peer in status.peers if peer.role == "actor"}
+            self._ranks = [peer for peer in status.peers if peer.role == "learner"]
         if not self._hung_seconds:
             return {}
         hung = {}
+        if standing := self._standing(running_seconds.get("learner", 0.0)):
+            hung["learner"] = standing
         for name, seconds in running_seconds.items():
             if self._lasts(name, "halted", name in stopped) > self._hung_seconds:
                 hung[name] = f"was halted for {self._hung_seconds:.0f} s"
@@ -67,6 +77,22 @@ class Watch:
         if self._hung_seconds < self.unanswered_seconds < running_seconds.get("buffer", 0.0):
             hung["buffer"] = f"did not answer for {self._hung_seconds:.0f} s"
         return hung
+
+    def _standing(self, running_seconds: float) -> str:
+        """Why the learner, which has been running for so long, hangs; empty: it does not."""
+        reasons, is_standing = [], True
+        for rank in self._ranks:
+            same = self._num_pieces.get(rank.name) == rank.num_pieces
+            self._num_pieces[rank.name] = rank.num_pieces
+            # Longer than this learner has been running its predecessor stood still.
+            seconds = min(self._lasts(rank.name, "standing", same and rank.limit_seconds > 0), running_seconds)
+            if rank.silent_seconds < CONFIRMING_SECONDS:
+                is_standing &= max(rank.limit_seconds, self._hung_seconds) < seconds
+                reasons.append(f"{rank.name} {rank.activity} and finished no piece of it for {seconds:.0f} s")
+        limit = max((rank.limit_seconds for rank in self._ranks), default=0.0)
+        if not reasons or not is_standing or self.unanswered_seconds > 1.0:
+            return ""
+        return f"stands still: {'; '.join(reasons)} (the limit is {limit:.0f} s)"
 
     def _lasts(self, name: str, what: str, holds: bool) -> float:
         """How long a condition has held for a process without a break."""

@@ -149,7 +149,7 @@ def _table(status: Status) -> Table:
     for text in _stage(status.stage):
         table.add_row("curriculum", text)
     for peer in status.peers:
-        table.add_row(peer.name, _doing(peer, status), "policy", str(peer.policy_version))
+        table.add_row(peer.name, _doing(peer, status), "policy", str(peer.policy_version) if peer.policy_version >= 0 else "-")
     for text in _others(status):
         table.add_row("", text)
     for wait in status.waits[:WAITS_SHOWN]:
@@ -184,7 +184,10 @@ def _stage(stage: StageStatus) -> list[str]:
 
 def _doing(peer: Peer, status: Status) -> str:
     """What a process does. A step that takes long is named, with its duration."""
-    activity = f"{peer.activity}{_since(peer.activity_seconds)}" if peer.activity_seconds >= LONG_WAIT_SECONDS else ""
+    activity = ""
+    if peer.activity_seconds >= LONG_WAIT_SECONDS:
+        limit = f" (limit {peer.limit_seconds:.0f} s without progress)" if peer.limit_seconds else ""
+        activity = f"{peer.activity}{_since(peer.activity_seconds)}{limit}"
     if peer.silent_seconds > status.actors.silent_after_seconds:
         return f"silent for {peer.silent_seconds:.0f} s" + (f", it {activity}" if activity else "")
     return f"waits for {peer.waiting_for}{_since(peer.waiting_seconds)}" if peer.waiting_for else activity or WORKING

@@ -149,7 +149,10 @@ def save_checkpoint(
         _together(lambda: save_generators(_generators(temporary, rank)), policy.device)
         _on_rank_0(describe, policy.device)
         if not may_be_named():
-            raise CheckpointWriteError(f"the buffer did not confirm policy {policy_version} before the learner's end")
+            raise CheckpointWriteError(
+                f"policy {policy_version} has no checkpoint: the buffer, which has to record it, is gone, and this"
+                " learner is to end; resume from the checkpoint before"
+            )
         _on_rank_0(name, policy.device)
     except CheckpointWriteError:
         if rank == 0:

@@ -36,8 +36,8 @@ PERSISTENT_ELEMENTS = 1 << 14
 """Under ZeRO-3, parameters of at most this many elements (norms and biases) stay gathered between steps."""
 LONGEST_WAIT_SECONDS = 24 * 3600.0
 """How long a rank waits for the others in a collective. Rank 0 alone publishes, digests and flushes checkpoints and
-waits for the buffer, which takes as long as it takes. A rank that ended or is halted is found by torchrun and by the
-launcher, not by this limit."""
+waits for the buffer, which takes as long as it takes. A rank that ended or is halted, and ranks that wait for each
+other, are found by torchrun and by the launcher, not by this limit."""
 STATE_CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
 """Classes that DeepSpeed's saved state may hold besides tensors and plain containers."""
 

@@ -1,6 +1,8 @@
 """Heartbeats of one learner rank, from a thread of their own: they go on while a step takes as long as it may.
 
-`Observer` owns the `Heartbeats`. The training loop says what it does or waits for; the display shows it.
+They begin before the rank loads its model. The training loop says what it does or waits for; the display shows it. A
+deadlock of the ranks does not end the heartbeats, so they also carry the number of finished pieces of work, and how
+long the present one may take (`learner/monitoring/pace.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from buffer.process import start_thread
 from buffer.transport.connection import Connection
 from buffer.transport.messages import Heartbeat, Message
+from learner.monitoring.pace import Pace
 
 BEAT_SECONDS = 1.0
 
@@ -38,32 +41,47 @@ class Heartbeats:
         self._buffer, self._name = buffer, f"learner-{rank}"
         self.metrics: dict[str, float] = {}
         """Sent with every heartbeat; replace it, do not change it."""
-        self._state = _State(0)
+        self.pace = Pace()
+        """Tell it of pieces of work that end within an activity."""
+        self._state = _State(-1)
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def say(self, policy_version: int, *, waiting_for: str = "", activity: str = "") -> None:
-        """Note the rank's version, and what it waits for or does. The next heartbeat says so."""
-        now = time.monotonic()
+    def say(self, policy_version: int, *, waiting_for: str = "", activity: str | None = None) -> None:
+        """Note the rank's version, and what it waits for or does. The next heartbeat says so.
+
+        Args:
+            policy_version: of this rank; -1: none yet.
+            waiting_for: words that complete "waits for"; empty: it does not wait.
+            activity: words that complete the rank's name, with the version at their end; empty: nothing that takes
+                long; None: the activity so far goes on, also after a wait.
+        """
         last = self._state
-        if (last.waiting_for, last.activity) == (waiting_for, activity):
-            now = last.since
-        self._state = _State(policy_version, waiting_for, activity, now)
+        since = last.since
+        self.pace.wait(bool(waiting_for))
+        if activity is None:
+            activity = last.activity
+        if activity != last.activity:
+            self.pace.begin(activity)
+            since = time.monotonic()
+        self._state = _State(policy_version, waiting_for, activity, since)
         if self._thread is None:
             self._thread = start_thread("heartbeat", self._beat)
 
     def message(self) -> Heartbeat:
         """Return the heartbeat of this moment."""
         state = self._state
-        seconds = time.monotonic() - state.since if state.activity else 0.0
+        activity = "" if state.waiting_for else state.activity
         return Heartbeat(
             "learner",
             self._name,
             state.policy_version,
             state.waiting_for,
             self.metrics,
-            activity=state.activity,
-            activity_seconds=seconds,
+            activity=activity,
+            activity_seconds=time.monotonic() - state.since if activity else 0.0,
+            num_pieces=self.pace.num_pieces,
+            limit_seconds=self.pace.limit_seconds,
         )
 
     def send(self) -> Future[Message]:

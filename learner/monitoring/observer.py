@@ -47,6 +47,7 @@ class Observer:
 
     Args:
         buffer: connection to the buffer.
+        heartbeats: of this rank; `close` ends them.
         requests: for what cannot go unanswered.
         directory: folder of the event files.
         first_version: the policy version that the learner starts at.
@@ -56,6 +57,7 @@ class Observer:
     def __init__(
         self,
         buffer: Connection,
+        heartbeats: Heartbeats,
         requests: PatientRequests,
         directory: Path,
         first_version: int,
@@ -64,16 +66,16 @@ class Observer:
         world_size: int,
     ) -> None:
         self._buffer, self._requests, self._world_size = buffer, requests, world_size
-        self._heartbeats = Heartbeats(buffer, rank)
+        self._heartbeats = heartbeats
         self._reporter = Reporter(directory, first_version) if rank == 0 else None
         self._clock = StepClock()
         self._evaluated: set[tuple[int, int]] = set()
         self._status: Future[Message] | None = None
 
-    def heartbeat(self, policy_version: int, waiting_for: str = "", activity: str = "") -> Future[Message]:
+    def heartbeat(self, policy_version: int, waiting_for: str = "", activity: str | None = None) -> Future[Message]:
         """Tell the buffer now that this rank is alive at `policy_version`, and what it waits for or does.
 
-        A thread repeats it every second.
+        The arguments are those of `Heartbeats.say`. A thread repeats the heartbeat every second.
         """
         self._heartbeats.say(policy_version, waiting_for=waiting_for, activity=activity)
         return self._heartbeats.send()
@@ -161,7 +163,7 @@ class Observer:
         Waits for: the buffer's answer, since this process may end at once.
         """
         if self._reporter is not None:
-            self._heartbeats.say(policy_version)
+            self._heartbeats.say(policy_version, activity="")
             self._requests.ask(self._heartbeats.message(), "the buffer to hear of the end")
 
     def close(self) -> None:

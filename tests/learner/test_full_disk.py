@@ -1,6 +1,5 @@
 """The learner while the ledger's disk is full: it waits, says so, goes on by itself, and ends when told to."""
 
-import contextlib
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -9,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from buffer.ledger.ledger_file import LedgerFile
 from buffer.transport.connection import Connection
 from buffer.transport.messages import Message
 from learner.algorithms.grpo import GRPO
-from learner.checkpoints.checkpoint import CheckpointWriteError
+from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring import patient_requests
 from tests.learner.scripted_run import ScriptedRun
 from tests.learner.test_train import assert_trained_once
@@ -22,13 +22,14 @@ pytestmark = pytest.mark.usefixtures("one_rank", "quickly")
 OLD_LIMIT_SECONDS = 1.0
 """Every request of the learner with a deadline gets this one instead."""
 FULL_SECONDS = 3.0
+STOPPING_SECONDS = 2.0
 
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patient_requests, "FIRST_LINE_SECONDS", 0.2)
     monkeypatch.setattr(patient_requests, "STATUS_SECONDS", 0.2)
-    monkeypatch.setattr(patient_requests, "STOPPING_SECONDS", 1.0)
+    monkeypatch.setattr(patient_requests, "STOPPING_SECONDS", STOPPING_SECONDS)
     monkeypatch.setattr("buffer.service.turn.SPACE_SECONDS", 0.5)
 
 
@@ -136,15 +137,38 @@ def test_a_learner_that_waits_to_begin_ends_when_told_to(disk: FullDisk, caplog:
     disk.free()
 
 
-def test_a_learner_that_waits_for_its_checkpoint_ends_when_told_to(disk: FullDisk, caplog: pytest.LogCaptureFixture):
+def test_a_learner_that_is_told_to_end_waits_for_space_and_has_its_checkpoint(
+    disk: FullDisk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     disk.moment = "CheckpointBegun"
+    # The question would write nothing, so the buffer could answer it between two attempts to write.
+    make_durable = LedgerFile.make_durable
+
+    def writes(file: LedgerFile) -> None:
+        if disk.filled.is_set():
+            file.set_meta("ballast", "x" * (1 << 16))
+        make_durable(file)
+
+    monkeypatch.setattr(LedgerFile, "make_durable", writes)
     disk.run.start_actor()
-    stopping = stop_in_the_wait(disk, caplog)
-    # The question writes nothing, so it may be answered between two attempts of the buffer to write.
-    with contextlib.suppress(CheckpointWriteError):
-        disk.run.learn(GRPO(), 3, checkpoint_every=1)
-    stopping.join()
-    disk.free()
+    told = threading.Event()
+
+    def free_much_later() -> None:
+        assert disk.run.stopping.wait(120)
+        # Longer than a learner waits that is told to end and waits for something else.
+        threading.Event().wait(3 * STOPPING_SECONDS)
+        told.set()
+        disk.free()
+
+    threads = [stop_in_the_wait(disk, caplog), threading.Thread(target=free_much_later)]
+    threads[1].start()
+    trainer, _ = disk.run.learn(GRPO(), 3, checkpoint_every=1)
+    for thread in threads:
+        thread.join()
+    assert told.is_set() and trainer.version == 1
+    assert newest_checkpoint(disk.run.directory / "checkpoints") == disk.run.directory / "checkpoints" / "00000001"
+    waits = [record.getMessage() for record in caplog.records if record.name == patient_requests.__name__]
+    assert any("which waits for space on the ledger's disk" in line for line in waits), waits
     disk.run.stopping.clear()
     trainer, _ = disk.run.learn(GRPO(), 3, checkpoint_every=1)
     assert trainer.version == 3

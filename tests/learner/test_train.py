@@ -24,6 +24,7 @@ from learner.batches.prefetch import Prefetch
 from learner.checkpoints.manifest import newest_checkpoint
 from learner.monitoring.logprob_check import LogprobMismatchError
 from learner.monitoring.tensorboard import LAYOUT
+from learner.networks import Networks
 from learner.weights.store import WeightStore
 from tests.learner.samples import plain_model
 from tests.learner.scripted_run import GROUPS_PER_BATCH, ScriptedRun
@@ -302,6 +303,28 @@ def test_a_step_that_takes_long_is_shown_as_training_and_not_as_silence(start_ru
     assert {peer.activity for peer in seen} == {"trains on the batch for policy 0"}
     # A heartbeat in the middle of the step: longer at it than silent.
     assert any(peer.silent_seconds < peer.activity_seconds - 0.5 for peer in seen)
+
+
+def test_a_model_that_takes_long_to_load_is_shown_also_after_a_restart(
+    start_run: Runs, monkeypatch: pytest.MonkeyPatch
+):
+    run = start_run()
+    run.start_actor()
+    run.learn(GRPO(), 1)
+    load, seen = Networks.load, list[Peer]()
+
+    def slow(*arguments: Any) -> Networks:
+        deadline = time.monotonic() + 60
+        while not seen:
+            assert time.monotonic() < deadline
+            seen.extend(peer for peer in run.status().peers if peer.activity == "loads the model")
+            time.sleep(0.05)
+        return load(*arguments)
+
+    monkeypatch.setattr(Networks, "load", slow)
+    run.learn(GRPO(), 2)
+    assert (seen[0].name, seen[0].policy_version) == ("learner-0", -1)
+    assert seen[0].limit_seconds > 3600
 
 
 def test_an_interrupt_while_waiting_ends_the_run_at_once(start_run: Runs):

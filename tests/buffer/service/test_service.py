@@ -433,6 +433,32 @@ def test_status_shows_what_a_rank_does_and_for_how_long(start: Any):
     assert (peer.activity, peer.activity_seconds, peer.silent_seconds) == ("trains on the batch", 64.0, 4.0)
 
 
+def test_a_learner_that_has_not_said_hello_may_say_what_it_does_and_changes_nothing(start: Any):
+    buffer = start()
+    buffer.ask(LEARNER, messages.LearnerHello(0))
+    run_to(buffer, 1)
+
+    def beat(version: int, epoch: int) -> messages.Message:
+        loading = messages.Heartbeat(
+            "learner", "learner-0", version, "", {}, (), epoch, "loads the model", 1.0, 2, 600.0
+        )
+        with buffer.ledger.transaction():
+            [answer] = buffer.service.receive(b"learner-new", loading, version + 9, buffer.now, "learner")
+        return answer.message
+
+    buffer.now += 5
+    reply = beat(-1, 0)
+    assert isinstance(reply, messages.HeartbeatReply) and reply.learner_silent_seconds == 0.0
+    [peer] = [peer for peer in buffer.service.status(buffer.now).peers if peer.name == "learner-0"]
+    assert (peer.activity, peer.num_pieces, peer.limit_seconds) == ("loads the model", 2, 600.0)
+    beat(1, 0)
+    assert buffer.service.status(buffer.now).policy_version == 0
+    epoch = buffer.service.status(buffer.now).epoch
+    assert isinstance(beat(1, epoch + 1), messages.Refused)
+    beat(1, epoch)
+    assert buffer.service.status(buffer.now).policy_version == 1
+
+
 def test_a_wait_lasts_until_its_reason_changes(start: Any):
     buffer = start()
     for waiting_for, seconds in (("lease", 2.0), ("lease", 5.0), ("weights", 0.0), ("", 0.0)):

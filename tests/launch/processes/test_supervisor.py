@@ -149,7 +149,7 @@ def test_restarts_are_forgotten_once_the_run_got_ahead_with_the_process(
     supervisor = supervise(ProcessSpec("actor", "actor-0", command, {}), max_restarts=1, healthy_seconds=0.2)
     supervisor.progress(7)
     wait_for(lambda: supervisor.poll() or "start 1" in log(tmp_path, "actor-0"))
-    assert supervisor.notes == {"actor-0": "actor-0 was restarted once, last after status 1"}
+    assert supervisor.notes == {"actor-0": "actor-0 was restarted once, last because it ended with status 1"}
     wait_for(lambda: supervisor.running_seconds()["actor-0"] > 0.2)
     # The process lives, but the run has made no progress.
     supervisor.progress(7)
@@ -160,7 +160,7 @@ def test_restarts_are_forgotten_once_the_run_got_ahead_with_the_process(
     # Without progress this would be one failure too many.
     wait_for(lambda: supervisor.poll() or "start 2" in log(tmp_path, "actor-0"))
     supervisor.kill("actor-0", "was tired again")
-    with pytest.raises(RunFailedError, match="actor-0 ended with status -9"):
+    with pytest.raises(RunFailedError, match="actor-0 was tired again; its log is "):
         poll_until_ended(supervisor)
 
 
@@ -172,7 +172,7 @@ def test_the_run_goes_on_with_the_actors_that_are_left(supervise: Callable[..., 
     assert supervisor.notes == {"actor-0": f"actor-0 is given up; its log is {tmp_path}/logs/actor-0.log"}
     assert set(supervisor.running_seconds()) == {"actor-1"}
     supervisor.kill("actor-1", "was next")
-    with pytest.raises(RunFailedError, match="actor-1 ended with status -9"):
+    with pytest.raises(RunFailedError, match="actor-1 was next; its log is "):
         poll_until_ended(supervisor)
 
 

@@ -1,8 +1,9 @@
 """Hung processes are found by a clock, the buffer's answers and the list of halted processes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from buffer.transport.messages import Status
+from buffer.transport.messages import Peer, Status
 from launch.processes.watch import Watch
 from tests.launch.statuses import LEARNER, peer, status
 
@@ -94,3 +95,55 @@ def test_time_in_which_the_launcher_was_frozen_counts_for_nobody():
 
 def test_zero_waits_for_ever():
     assert first(turns(Watch(0.0), 1000, silent_actor(500.0), stopped=frozenset({"learner"}))) is None
+
+
+def rank(number: int, limit: float, *, pieces: int = 7, silent_seconds: float = 0.5) -> Peer:
+    working = peer("learner", f"learner-{number}", silent_seconds=silent_seconds)
+    return replace(working, activity="trains on the batch for policy 41", num_pieces=pieces, limit_seconds=limit)
+
+
+def test_a_learner_whose_ranks_are_all_beyond_their_limits_hangs():
+    standing = status(rank(0, 100.0), rank(1, 200.0))
+    number, hung = first(turns(Watch(10.0), 1000, standing)) or (0, {})
+    # The first turn only sees how far the ranks are.
+    assert number == 2 * 200 + 2
+    assert hung == {
+        "learner": "stands still: learner-0 trains on the batch for policy 41 and finished no piece of it for 200 s;"
+        " learner-1 trains on the batch for policy 41 and finished no piece of it for 200 s (the limit is 200 s)"
+    }
+
+
+def test_a_rank_that_waits_or_makes_progress_excuses_the_others():
+    assert first(turns(Watch(10.0), 1000, status(rank(0, 100.0), rank(1, 0.0)))) is None
+    watch = Watch(10.0)
+    for piece in range(20):
+        ranks = status(rank(0, 100.0), rank(1, 100.0, pieces=piece))
+        assert first(turns(watch, 90, ranks, start=100.0 + 90 * piece)) is None
+
+
+def test_a_rank_that_is_silent_says_nothing_about_the_others():
+    gone = rank(1, 1e6, silent_seconds=60.0)
+    assert first(turns(Watch(10.0), 1000, status(rank(0, 100.0), gone))) is not None
+    assert first(turns(Watch(10.0), 1000, status(gone))) is None
+
+
+def test_a_learners_limit_is_not_below_that_of_others():
+    number, _ = first(turns(Watch(300.0), 1000, status(rank(0, 100.0)))) or (0, {})
+    assert number == 2 * 300 + 2
+
+
+def test_a_learner_that_was_restarted_has_its_time_again():
+    watch, standing = Watch(10.0), status(rank(0, 100.0))
+    assert first(turns(watch, 1000, standing)) is not None
+    # The new process is at the same number of pieces.
+    found = [
+        watch.turn(1000.0 + turn / 2, standing, set(), RUNNING | {"learner": turn / 2}) != {} for turn in range(300)
+    ]
+    assert found.index(True) == 2 * 100 + 1
+
+
+def test_while_the_buffer_does_not_answer_nothing_is_known_of_the_learner():
+    watch = Watch(10.0)
+    assert first(turns(watch, 50, status(rank(0, 100.0)))) is None
+    assert not any("learner" in hung for hung in turns(watch, 400, None, start=150.5))
+    assert first(turns(watch, 90, status(rank(0, 100.0, pieces=9)), start=551.0)) is None

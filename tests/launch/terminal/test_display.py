@@ -62,6 +62,14 @@ def test_a_long_step_of_the_learner_is_named_and_not_called_silent(silent: float
     assert stream.getvalue().endswith(f"4321 tokens/s{'; ' * bool(expected)}{expected}\n")
 
 
+def test_the_limit_of_a_long_step_is_shown():
+    working = replace(LEARNER, waiting_for="", activity="loads the model", activity_seconds=80.0, limit_seconds=600.0)
+    for console, stream in (plain_console(), terminal()):
+        with Display(console, 40) as shown:
+            shown.status(status(replace(working, policy_version=-1)))
+            assert "loads the model since 80 s (limit 600 s without progress)" in text_of(stream)
+
+
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [

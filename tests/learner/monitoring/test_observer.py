@@ -16,6 +16,7 @@ from buffer.transport.messages import (
     HeartbeatReply,
     Message,
 )
+from learner.monitoring.heartbeat import Heartbeats
 from learner.monitoring.observer import Observer
 
 REPORT = EvaluationReport("actor-0", 3, 3, 10, 0.25, 0.1, 5.0, 0.1)
@@ -45,7 +46,7 @@ class Buffer:
 
 
 def observe(buffer: Buffer, folder: Path) -> Observer:
-    return Observer(buffer, buffer, folder, 3, rank=0, world_size=1)  # type: ignore[arg-type]
+    return Observer(buffer, Heartbeats(buffer, 0), buffer, folder, 3, rank=0, world_size=1)  # type: ignore[arg-type]
 
 
 def test_a_running_evaluation_is_waited_for_beyond_the_time_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -84,3 +85,16 @@ def test_heartbeats_say_what_the_rank_does_and_for_how_long_while_it_does_it(tmp
     assert (buffer.beats[-1].activity, buffer.beats[-1].activity_seconds) == ("", 0.0)
     observer.close()
     assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_heartbeats_say_how_long_the_work_may_take_and_a_wait_interrupts_it(tmp_path: Path):
+    buffer = Buffer(EvaluationReports(()))
+    observer = observe(buffer, tmp_path)
+    observer.doing(3, "writes the checkpoint of policy 3")
+    observer.heartbeat(3, "the buffer")
+    observer.heartbeat(3)
+    observer.close()
+    waiting, working = buffer.beats[-2:]
+    assert (waiting.activity, waiting.waiting_for, waiting.limit_seconds) == ("", "the buffer", 0.0)
+    assert (working.activity, working.waiting_for) == ("writes the checkpoint of policy 3", "")
+    assert working.limit_seconds > 0 and working.num_pieces > waiting.num_pieces

@@ -1,5 +1,6 @@
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -26,7 +27,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Asker:
-    """A rank with requests; `wait` is called with every heartbeat."""
+    """A rank with requests; `on_beat` is called with every heartbeat that shows a wait."""
 
     def __init__(self) -> None:
         self.buffer, self.stopping, self.beats = Buffer(), threading.Event(), list[str]()
@@ -35,10 +36,15 @@ class Asker:
 
     def _beat(self, waiting_for: str) -> None:
         self.beats.append(waiting_for)
-        self.on_beat()
+        if waiting_for:
+            self.on_beat()
+
+    def asked(self) -> Future[Message]:
+        """The last request, without the questions how the buffer is."""
+        return next(f for message, f in reversed(self.buffer.asked) if not isinstance(message, StatusRequest))
 
     def answer(self, outcome: Message | Exception) -> None:
-        future = self.buffer.asked[-1][1]
+        future = self.asked()
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         else:
@@ -57,7 +63,8 @@ def test_a_wait_is_shown_at_growing_intervals_and_ends_with_the_answer(caplog: p
     assert asker.requests.ask_together(Close(), "the buffer to end the run") == Done()
     assert lines(caplog) == ["waits for the buffer to end the run"] * 4 + ["waited for the buffer to end the run"]
     # Each line comes after about twice the time, so there are more rounds between two lines than lines.
-    assert len(asker.beats) > 8 and set(asker.beats) == {"the buffer to end the run"}
+    assert len(asker.beats) > 8 and set(asker.beats[:-1]) == {"the buffer to end the run"}
+    assert asker.beats[-1] == "", "the work goes on"
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -89,11 +96,38 @@ def test_a_learner_that_is_told_to_end_waits_only_a_little_longer(caplog: pytest
     asker = Asker()
     asker.on_beat = asker.stopping.set
     assert asker.requests.ask(Close(), "the end") is None
-    assert asker.buffer.asked[-1][1].cancelled(), "or the connection would repeat the request for ever"
+    assert asker.asked().cancelled(), "or the connection would repeat the request for ever"
     assert lines(caplog)[-1] == "no longer waits for the end"
     # The time is for all requests together.
     assert asker.requests.ask(Close(), "the next") is None
     assert "the next" not in asker.beats
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_for_the_last_checkpoint_a_full_buffer_is_waited_for_and_the_reason_is_said():
+    asker, began = Asker(), time.monotonic()
+    request = asker.buffer.request
+
+    def says_how_it_is(message: Message, timeout_seconds: float) -> Future[Message]:
+        future = request(message, timeout_seconds)
+        if isinstance(message, StatusRequest):
+            future.set_result(status(Wait("buffer", "space on the ledger's disk", 3.0)))
+        return future
+
+    asker.buffer.request = says_how_it_is  # type: ignore[method-assign]
+    asker.stopping.set()
+    # Much longer than a learner waits that is told to end.
+    asker.on_beat = lambda: asker.answer(Done()) if time.monotonic() - began > 1.0 else None
+    assert asker.requests.ask_together(Close(), "the buffer", until_gone=True) == Done()
+    assert "the buffer, which waits for space on the ledger's disk" in asker.beats
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_for_the_last_checkpoint_a_buffer_that_is_gone_is_not_waited_for(caplog: pytest.LogCaptureFixture):
+    asker = Asker()
+    asker.stopping.set()
+    assert asker.requests.ask_together(Close(), "the buffer", until_gone=True) is None
+    assert any(line.startswith("the buffer is gone") for line in lines(caplog))
 
 
 @pytest.fixture
@@ -134,7 +168,14 @@ def test_all_ranks_wait_for_the_answer_to_the_first(
     two_ranks: Callable[..., list[Any]], outcome: Message | Exception | None, expected: tuple[Any, Any]
 ):
     askers = [Asker(), Asker()]
-    askers[0].on_beat = askers[0].stopping.set if outcome is None else lambda: askers[0].answer(outcome)
+
+    def end_the_wait() -> None:
+        if outcome is None:
+            askers[0].stopping.set()
+        elif askers[1].beats and not askers[0].asked().done():
+            askers[0].answer(outcome)
+
+    askers[0].on_beat = end_the_wait
     found = two_ranks(lambda rank: askers[rank].requests.ask_together(Close(), "the end"))
     assert [None if one is None else type(one) for one in found] == list(expected)
     assert askers[1].buffer.asked == [] and askers[1].beats != []
