@@ -9,6 +9,9 @@
 
 PYTHON_ENV := .venv/bin/python
 export PYTHON ENGINE
+# Python keeps what it has compiled, also where the variable forbids it: to compile PyTorch, vLLM and DeepSpeed again in
+# every process takes more than half of its start.
+export PYTHONDONTWRITEBYTECODE :=
 
 setup:
 	@bash launch/setup.sh
