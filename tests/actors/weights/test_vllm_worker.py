@@ -6,7 +6,7 @@ from vllm.config import ParallelConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-import actors.engine.engine  # noqa: F401
+import actors.engine.engine
 import actors.weights.vllm_loader  # noqa: F401
 from actors.weights.vllm_worker import BACKENDS, RELOAD_LOGGER, WORKER_EXTENSION, is_unexpected
 
