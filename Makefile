@@ -9,6 +9,9 @@
 
 PYTHON_ENV := .venv/bin/python
 export PYTHON ENGINE
+# Python keeps what it has compiled, also where the variable forbids it: to compile PyTorch, vLLM and DeepSpeed again in
+# every process takes more than half of its start.
+export PYTHONDONTWRITEBYTECODE :=
 
 setup:
 	@bash launch/setup.sh
@@ -16,12 +19,14 @@ setup:
 train: setup
 	@$(PYTHON_ENV) launch/cluster.py $(ARGS)
 
+# One worker more than cores, since many tests wait for processes and timers. A worker takes 1 GB, so at most four.
+WORKERS := $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
 # System tests start whole runs, so they run one at a time.
 test: setup
 ifdef ARGS
 	@$(PYTHON_ENV) -m pytest $(ARGS)
 else
-	@$(PYTHON_ENV) -m pytest -m "not system" -n auto --maxprocesses 4
+	@$(PYTHON_ENV) -m pytest -m "not system" -n $(WORKERS) --dist worksteal
 	@$(PYTHON_ENV) -m pytest -m system
 endif
 

@@ -20,6 +20,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,8 @@ class Buffer:
 
 # Sound messages with extreme values.
 
+types_of = cache(field_types)
+
 
 def extreme(message: Any, known: list[Any], chance: random.Random) -> Any:
     """A copy of a message in which some numbers, texts and lengths are the most extreme ones that are allowed.
@@ -249,7 +252,7 @@ def extreme(message: Any, known: list[Any], chance: random.Random) -> Any:
         chance: decides.
     """
     changes = {}
-    for name, wanted in field_types(type(message)).items():
+    for name, wanted in types_of(type(message)).items():
         if chance.random() < 0.4:
             changes[name] = _extreme(wanted, getattr(message, name), known, chance)
     return replace(message, **changes)

@@ -21,8 +21,12 @@ ROOT = Path(__file__).parents[2]
 LAUNCHER = """
 import sys
 import launch.cluster as cluster
+import launch.config.plan as plan
 import launch.session as session
 from launch.processes.topology import processes
+
+# This check makes the algorithm: the import of PyTorch takes longer than everything else the launcher does.
+plan.check_algorithm = lambda *_: None
 
 learner = ("-c", sys.argv[1])
 
@@ -63,8 +67,7 @@ actor.close()
 buffer.call(Heartbeat("learner", "learner-0", 3, "", {"samples_per_second": 8.0, "idle_fraction": 0.5}))
 print("trained", flush=True)
 """
-SAYS_WHERE = f"{HEAD}\nimport os; print('memory', os.environ['SLIPSTREAM_MEMORY'])\nbuffer.close()"
-ENDS_WELL = f"{HEAD}\ntime.sleep(1)\nbuffer.close()"
+ENDS_WELL = f"{HEAD}\nimport os; print('memory', os.environ['SLIPSTREAM_MEMORY'])\ntime.sleep(1)\nbuffer.close()"
 GOES_ON = f"{HEAD}\ntime.sleep(60)"
 SAVES = f"""
 import signal
@@ -117,6 +120,12 @@ def temporary_folder(children: list[psutil.Process]) -> Path:
     return Path(folder)
 
 
+def memory_folder(run_dir: Path) -> str:
+    """The folder for weights in shared memory that the learner was given; empty when it was given none."""
+    [where] = re.findall(r"^memory (.*)$", (run_dir / "logs/learner.log").read_text(), re.MULTILINE)
+    return str(where)
+
+
 def test_a_run_whose_learner_ends_well_leaves_a_summary(launch: Launch, run_dir: Path):
     output, errors = (process := launch(ENDS_WELL)).communicate(timeout=90)
     assert process.returncode == 0, errors
@@ -129,23 +138,17 @@ def test_a_run_whose_learner_ends_well_leaves_a_summary(launch: Launch, run_dir:
     log = (run_dir / "logs/launcher.log").read_text()
     assert re.search(rf"starting buffer: env .*{sys.executable} -m buffer serve {run_dir}", log)
     assert re.search(rf"another actor joins with: env .*{sys.executable} -m actors {run_dir}\n", output)
+    # The weights of this small model fit in shared memory.
+    assert "/dev/shm" not in output and memory_folder(run_dir).startswith("/dev/shm/slipstream-")
 
 
-@pytest.mark.parametrize(("num_bytes", "fits"), [(64 << 10, False), (64 << 20, True)])
-def test_weights_that_do_not_fit_in_shared_memory_lie_in_the_run_directory(
-    launch: Launch, run_dir: Path, num_bytes: int, fits: bool
-):
-    process = launch(SAYS_WHERE, inside=with_shared_memory(num_bytes))
+def test_weights_that_do_not_fit_in_shared_memory_lie_in_the_run_directory(launch: Launch, run_dir: Path):
+    process = launch(ENDS_WELL, inside=with_shared_memory(64 << 10))
     output, errors = process.communicate(timeout=90)
     assert process.returncode == 0, errors
-    notes = [line for line in output.splitlines() if "/dev/shm" in line]
-    [where] = re.findall(r"^memory (.*)$", (run_dir / "logs/learner.log").read_text(), re.MULTILINE)
-    if fits:
-        assert not notes and where.startswith("/dev/shm/slipstream-")
-    else:
-        [note] = notes
-        assert f"/dev/shm has 0.1 MB free, so they lie in {run_dir}/weights" in note and "--shm-size=1g" in note
-        assert not where
+    [note] = [line for line in output.splitlines() if "/dev/shm" in line]
+    assert f"/dev/shm has 0.1 MB free, so they lie in {run_dir}/weights" in note and "--shm-size=1g" in note
+    assert not memory_folder(run_dir)
 
 
 def test_the_launcher_has_one_thread_however_many_cores_there_are():
@@ -188,15 +191,12 @@ def test_a_signal_ends_everything_and_leaves_a_run_to_resume(launch: Launch, run
         assert not folder.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_checkpoint_of_a_large_model_is_waited_for_and_the_wait_is_shown(
-    launch: Launch, run_dir: Path, number: signal.Signals
-):
+def test_the_checkpoint_of_a_large_model_is_waited_for_and_the_wait_is_shown(launch: Launch, run_dir: Path):
     process = launch(SAVES.replace("SECONDS", "6"))
     children = wait_for_training(process, run_dir, times=1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (130 if number == signal.SIGINT else 0, "")
+    assert (process.returncode, errors) == (0, "")
     assert re.search(
         r"waiting for the learner's last checkpoint, \d+ s( \(writes the checkpoint of policy 3\))?;"
         r" policy 3 is reached, newest checkpoint: none yet; Ctrl-C or SIGTERM once more ends at once, without it",

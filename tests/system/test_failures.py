@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import sqlite3
 import subprocess
 import time
@@ -118,6 +119,7 @@ def test_everybody_may_die_or_freeze_while_the_run_goes_on(launch: Launch, tmp_p
 
 
 def test_a_killed_launcher_leaves_nothing_and_the_run_goes_on_at_once(launch: Launch, tmp_path: Path) -> None:
+    """And Ctrl-C ends everything with a checkpoint."""
     run_dir = tmp_path / "run"
     run = Run(launch(run_dir, *SMALL_AND_QUICK, "total_steps=100000"), run_dir)
     run.until(lambda: "another actor joins with:" in run.log("launcher"))
@@ -140,13 +142,27 @@ def test_a_killed_launcher_leaves_nothing_and_the_run_goes_on_at_once(launch: La
         assert time.monotonic() < deadline, traces.left()
         time.sleep(0.1)
 
-    # The rest of the run would take hours. It is shortened in config.yaml, which a user may also do.
-    last = max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit()) + 3
-    config = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(config.replace("total_steps: 100000", f"total_steps: {last}"))
-    finish(launch(run_dir, f"resume={run_dir}", small=False), run_dir)
-    assert_nothing_lost(run_dir, last)
-    assert [step for step, _ in reward_curve(run_dir)] == list(range(1, last + 1))
+    before = newest_checkpoint(run_dir)
+    # Only Ctrl-C makes a further checkpoint.
+    again = Run(launch(run_dir, f"resume={run_dir}", "learner.checkpoint_every=1000", small=False), run_dir)
+    again.until(lambda: f"policy {before + 3} published" in again.log("learner").rpartition("starting at policy")[2])
+    processes = again.processes
+    traces = Traces.of(processes)
+    again.process.send_signal(signal.SIGINT)
+    output, _ = again.process.communicate(timeout=30)
+    assert again.process.returncode == 130, output
+    assert not psutil.wait_procs(processes, timeout=2)[1]
+    assert not traces.left()
+    assert "Exception ignored" not in again.log("actor-0")
+    [last] = re.findall(rf"at checkpoint (\d+), continue with: .* resume={run_dir}", output)
+    assert newest_checkpoint(run_dir) == int(last) >= before + 3
+    assert_nothing_lost(run_dir, int(last))
+    assert [step for step, _ in reward_curve(run_dir)] == list(range(1, int(last) + 1))
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """The version of the newest checkpoint."""
+    return max(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def fair(groups: Iterable[int]) -> bool:

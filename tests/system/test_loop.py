@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from buffer.ledger.audit import audit
-from tests.system.runs import ROOT, Launch, Traces, finish, reward_curve
+from tests.system.runs import ROOT, Launch, finish, reward_curve
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(420)]
 
@@ -118,25 +118,6 @@ def test_runs_in_turn_repeat_themselves(launch: Launch, tmp_path: Path) -> None:
         assert_sound(run_dir, steps=4, groups_per_batch=8, max_staleness=0)
         curves.append(reward_curve(run_dir))
     assert curves[0] == curves[1]
-
-
-def test_ctrl_c_ends_everything_with_a_checkpoint(launch: Launch, tmp_path: Path) -> None:
-    run_dir = tmp_path / "interrupted"
-    process = launch(run_dir, "total_steps=400", "learner.checkpoint_every=1000")
-    processes = wait_for_versions(process, run_dir, at_least=3)
-    traces = Traces.of(processes)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130, output
-    assert f"resume={run_dir}" in output
-    _, alive = psutil.wait_procs(processes, timeout=2)
-    assert not alive
-    assert not traces.left()
-    assert "Exception ignored" not in (run_dir / "logs" / "actor-0.log").read_text()
-    assert audit(run_dir).holds
-    checkpoints = sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
-    assert len(checkpoints) == 1
-    assert checkpoints[0] >= 3
 
 
 def wait_for_versions(

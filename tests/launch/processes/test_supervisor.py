@@ -246,8 +246,9 @@ def test_what_ignores_the_request_is_killed_at_once_on_a_second_one(
 
 
 def test_a_learner_that_is_halted_is_not_waited_for_without_a_limit(
-    supervise: Callable[..., Supervisor], tmp_path: Path
+    supervise: Callable[..., Supervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("launch.processes.supervisor.HALTED_SECONDS", 0.5)
     supervisor = supervise(spec("learner", f"{IGNORES_SIGTERM} time.sleep(60)"))
     learner = supervisor.pids["learner"]
     wait_for(lambda: log(tmp_path, "learner"))
@@ -258,14 +259,15 @@ def test_a_learner_that_is_halted_is_not_waited_for_without_a_limit(
 
 @pytest.mark.parametrize("grace_seconds", [60.0, math.inf])
 def test_the_learner_ends_first_and_has_time_for_a_checkpoint(
-    supervise: Callable[..., Supervisor], tmp_path: Path, grace_seconds: float
+    supervise: Callable[..., Supervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grace_seconds: float
 ):
+    monkeypatch.setattr("launch.processes.supervisor.OTHERS_SECONDS", 0.5)
     buffer = spec("buffer", SLEEPS)
     code = """
 import os, pathlib, signal, sys, time
 def finish(*_):
     # Longer than any other process has to end.
-    time.sleep(7)
+    time.sleep(2)
     buffer = int(pathlib.Path(sys.argv[1]).read_text())
     os.kill(buffer, 0)
     print("checkpoint written", flush=True)
