@@ -563,8 +563,8 @@ class Actor:
             | {"groups_leased": float(len(self._rollouts)), "weight_pulled_bytes": float(self.weights.pulled_bytes)}
             | {f"verifier_{name}": number for name, number in (self.pool.counts() if self.pool else {}).items()}
         )
-        held = tuple(self._rollouts)
-        reply = await self._call(Heartbeat("actor", self.actor_id, self.policy_version, waiting_for, metrics, held))
+        version, held = self.policy_version, (tuple(self._rollouts), tuple(self._evaluating))
+        reply = await self._call(Heartbeat("actor", self.actor_id, version, waiting_for, metrics, *held))
         if isinstance(reply, HeartbeatReply):
             self._stop_rollouts(reply.ended)
             self._closing, self._learner_version = reply.closing, reply.policy_version

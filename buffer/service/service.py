@@ -455,7 +455,7 @@ class Service:
             self._set_policy_version(heartbeat.policy_version)
         else:
             self._leases.learn_version(identity, number, heartbeat.policy_version)
-            self._leases.learn_inventory(identity, number, heartbeat.held)
+            self._leases.learn_inventory(identity, number, heartbeat.held, heartbeat.evaluating)
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard
         state = self._progress.policy_version, self._progress.closing

@@ -46,7 +46,7 @@ from buffer.transport.schema import (
     unpack_header,
 )
 
-SCHEMA = 6
+SCHEMA = 7
 MAX_FRAME_BYTES = 1 << 28
 MAX_FRAMES = 1 << 16
 MAX_MESSAGE_BYTES = 1 << 30
@@ -166,6 +166,8 @@ class Heartbeat:
     """Values for the terminal display and TensorBoard, by name."""
     held: tuple[Name, ...] = ()
     """An actor's groups, as in `LeaseRequest`."""
+    evaluating: tuple[Version, ...] = ()
+    """An actor's evaluations, as in `LeaseRequest`."""
     epoch: Count = 0
     """Of a learner, as in its other messages; 0 of an actor."""
     activity: Line = ""

@@ -243,6 +243,31 @@ def test_an_evaluation_is_reported_once_with_the_version_it_measured(loop: Loope
     asyncio.run(check())
 
 
+def test_heartbeats_name_the_evaluation_under_way_until_its_report_has_arrived(
+    loop: Looper, monkeypatch: pytest.MonkeyPatch
+):
+    async def check() -> None:
+        async with loop() as running:
+            said: list[tuple[int, ...]] = []
+            request = running.actor.buffer.request
+
+            def listen(message: Any) -> Any:
+                if isinstance(message, messages.Heartbeat):
+                    said.append(message.evaluating)
+                return request(message)
+
+            monkeypatch.setattr(running.actor.buffer, "request", listen)
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.ask(messages.EvaluationRequest(0))
+            await running.until(lambda: (0,) in said)
+            running.engine.open.set()
+            await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
+            await running.until(lambda: said[-1] == ())
+
+    asyncio.run(check())
+
+
 def test_newer_weights_wait_until_an_evaluation_is_through(loop: Looper):
     async def check() -> None:
         async with loop(max_staleness=3) as running:

@@ -95,6 +95,27 @@ def test_an_evaluation_that_its_holder_does_not_have_goes_to_another_actor(start
     assert buffer.tell(ACTOR, credit(num_groups=0, held=held), 3)[OTHER, 1].evaluate_version == 0
 
 
+def test_a_heartbeat_ends_an_evaluation_whose_report_the_ledger_lost(start: Any):
+    """As after a power cut, while the request that still names the evaluation is parked."""
+    buffer = start()
+    buffer.ask(LEARNER, messages.EvaluationRequest(0))
+    first = buffer.tell(ACTOR, credit(held=()), 1)[ACTOR, 1]
+    assert first.evaluate_version == 0
+    held = tuple(ids(first))
+
+    def says(number: int, *evaluating: int) -> dict[Any, Any]:
+        return buffer.tell(ACTOR, messages.Heartbeat("actor", "actor-0", 0, "", {}, held, evaluating), number)
+
+    assert says(2)
+    assert buffer.ledger.evaluations.holders() == {"actor-0-aa"}, "the answer to request 1 may be on its way"
+    assert buffer.tell(ACTOR, messages.LeaseRequest("actor-0", 0, 1, "abc", held, (0,)), 3) == {}
+    assert buffer.tell(OTHER, credit(num_groups=0, actor_id="actor-1"), 1) == {}
+    assert (OTHER, 1) not in says(2), "sent before the parked request, and late"
+    assert (OTHER, 1) not in says(4, 0)
+    answers = says(5)
+    assert [answers[key].evaluate_version for key in answers if key in ((ACTOR, 3), (OTHER, 1))] == [0]
+
+
 # Incarnations.
 
 
