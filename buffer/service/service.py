@@ -83,7 +83,7 @@ class Service:
         self._leases.heard(identity, now)
         if reason := self._refuse_replaced(identity, message):
             self._ledger.file.count("replaced")
-            return [Outgoing(identity, number, messages.Refused(reason))]
+            return [Outgoing(identity, number, messages.Refused(reason, is_replaced=True))]
         if reason := self._refuse_late(message):
             self._ledger.file.count("earlier_learner")
             return [Outgoing(identity, number, messages.Refused(reason))]

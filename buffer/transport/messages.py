@@ -248,6 +248,8 @@ class Refused:
     reason: Line
     is_server_error: bool = False
     """Whether the server failed; otherwise the request is at fault, and its sender would be refused again."""
+    is_replaced: bool = False
+    """Whether a newer process works under the sender's name."""
 
 
 # Learner -> buffer, and the answers.

@@ -21,6 +21,7 @@ from actors.tasks.task import Task
 from buffer.config import BufferConfig
 from buffer.curriculum_config import Stage
 from buffer.ledger.audit import audit
+from buffer.process import REPLACED
 from buffer.service.peers import LONGEST_HEARTBEAT_SECONDS
 from buffer.service.server import Server
 from buffer.transport import messages
@@ -549,10 +550,11 @@ def test_an_actor_whose_name_another_process_took_over_ends_with_a_sentence(
             return ended.value
 
     failed = asyncio.run(check())
-    assert exit_status(failed) == 2, "the supervisor does not start it again"
+    assert exit_status(failed) == REPLACED, "the supervisor does not start it again while the other process works"
     assert capsys.readouterr().err == (
         "error: another process took the name actor-0 over; give this one another --name\n"
     )
+    assert exit_status(ExceptionGroup("", [RequestRefused("other data")])) == 2
     assert exit_status(ExceptionGroup("", [OSError("no space")])) == 1
     assert exit_status(ExceptionGroup("", [RequestRefused("the buffer failed", is_server_error=True)])) == 1
 

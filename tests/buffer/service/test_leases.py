@@ -135,7 +135,8 @@ def test_of_two_processes_of_one_name_the_newest_works_and_the_older_is_told_why
         granted = buffer.ask(YOUNGER, credit(num_groups=2))
         for message in (credit(num_groups=2), beat(), messages.LeaseReturn("actor-0", tuple(ids(granted)), "")):
             refused = buffer.ask(ELDER, message)
-            assert refused.reason == "another process took the name actor-0 over; give this one another --name"
+            why = "another process took the name actor-0 over; give this one another --name"
+            assert refused == messages.Refused(why, is_replaced=True)
         if round_ == 1:
             buffer.reopen()
         if round_ == 2:
@@ -147,6 +148,17 @@ def test_of_two_processes_of_one_name_the_newest_works_and_the_older_is_told_why
         assert buffer.deliver(granted.leases, actor=YOUNGER) == ["stored"] * len(granted.leases)
     counts = buffer.service.status(buffer.now).counts
     assert (counts["ready"], counts.get("late", 0)) == (8, 0)
+
+
+@pytest.mark.parametrize("role", ["learner", "observer"])
+def test_only_the_key_of_actors_takes_a_name_over(start: Any, role: str):
+    buffer = start()
+    buffer.ask(ELDER, beat())
+    for number, message in enumerate((beat(), credit(held=()))):
+        with buffer.ledger.transaction():
+            [answer] = buffer.service.receive(YOUNGER, message, number, buffer.now, role)
+        assert isinstance(answer.message, messages.Refused) and not answer.message.is_replaced
+    assert isinstance(buffer.ask(ELDER, beat()), messages.HeartbeatReply)
 
 
 def test_a_process_takes_over_with_its_first_heartbeat(start: Any):
