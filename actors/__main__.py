@@ -147,7 +147,7 @@ async def _run(
     # The environment of a multi-turn task gives the rewards, so the task needs no pool.
     pool = None if task.is_multi_turn else _scoring_pool(run)
     try:
-        checksums = await engine.start()
+        await engine.start()
         resume_gc()
         actor = Actor(
             name,
@@ -162,7 +162,7 @@ async def _run(
             max_staleness=run["buffer"]["max_staleness"],
         )
         logger.info("%s is ready", name)
-        await actor.run(checksums)
+        await actor.run()
     finally:
         buffer.close()
         weights.close()
