@@ -21,7 +21,7 @@ from actors.weights.device_client import DeviceClient, rank_offset
 from actors.weights.interface import VersionClient
 from buffer.config import load_run_config, read_section
 from buffer.curriculum_config import Stage
-from buffer.process import exit_now, pause_gc, resume_gc
+from buffer.process import REPLACED, exit_now, pause_gc, resume_gc
 from buffer.transport.connection import Connection, RequestRefused, host_id
 from buffer.transport.credentials import Credentials, client_credentials
 from buffer.transport.roles import ACTOR
@@ -78,15 +78,21 @@ def main() -> int:
 
 
 def exit_status(failed: ExceptionGroup[Exception]) -> int:
-    """Print why the actor's tasks failed, and return the exit status: 2 when a restart would fail in the same way."""
-    # What the buffer refuses once, it refuses again: another process took the actor's name over, for example. A request
-    # that the buffer failed to handle is no fault of this actor, so a restart may help.
+    """Print why the actor's tasks failed, and return the exit status.
+
+    2: a restart would fail in the same way; `REPLACED`: a newer process works under the actor's name.
+    """
+    # What the buffer refuses once, it refuses again. A request that the buffer failed to handle is no fault of this
+    # actor, so a restart may help.
     refused = failed.subgroup(lambda error: isinstance(error, RequestRefused) and not error.is_server_error)
     if refused is None:
         logger.error("the actor's tasks failed", exc_info=failed)
     # The launcher shows the log's last line, so the last line names the error.
     print(f"error: {failed.exceptions[0]!r}" if refused is None else f"error: {refused.exceptions[0]}", file=sys.stderr)
-    return 1 if refused is None else 2
+    if refused is None:
+        return 1
+    is_replaced = refused.subgroup(lambda error: isinstance(error, RequestRefused) and error.is_replaced) is not None
+    return REPLACED if is_replaced else 2
 
 
 def read_cores(listed: str) -> list[int]:
@@ -141,7 +147,7 @@ async def _run(
     # The environment of a multi-turn task gives the rewards, so the task needs no pool.
     pool = None if task.is_multi_turn else _scoring_pool(run)
     try:
-        checksums = await engine.start()
+        await engine.start()
         resume_gc()
         actor = Actor(
             name,
@@ -156,7 +162,7 @@ async def _run(
             max_staleness=run["buffer"]["max_staleness"],
         )
         logger.info("%s is ready", name)
-        await actor.run(checksums)
+        await actor.run()
     finally:
         buffer.close()
         weights.close()

@@ -17,6 +17,9 @@ from typing import NoReturn
 
 log = logging.getLogger(__name__)
 
+REPLACED = 4
+"""Exit status of an actor whose name a newer process took over."""
+
 
 def pause_gc() -> None:
     """Disable the garbage collector while heavy libraries are imported.

@@ -116,6 +116,8 @@ class Session:
             # Status 0 before the last step: the learner got a signal that the launcher did not send.
             self._supervisor.restart("learner")
         status = self._receive_status()
+        if status is not None:
+            self._supervisor.heard({peer.name: peer.silent_seconds for peer in status.peers if peer.role == "actor"})
         now = time.monotonic()
         if now >= self._halted_look and self._plan.cluster.hung_seconds:
             self._halted, self._halted_look = self._supervisor.stopped(), now + HALTED_EVERY_SECONDS

@@ -113,11 +113,10 @@ class Engine:
         patch_for_cpu(llm)
         return llm
 
-    async def start(self) -> dict[str, str]:
-        """Wait until the engine is ready and warm it up. Returns checksums of the weights from the model's folder."""
+    async def start(self) -> None:
+        """Wait until the engine is ready and warm it up."""
         await self._thread.call(lambda llm: llm.set_weight_version(str(NO_VERSION)))
         await self.sample([1, 2, 3], num_samples=1, temperature=1.0, max_new_tokens=4, request_id="warm-up")
-        return await self.checksums()
 
     async def sample(
         self,

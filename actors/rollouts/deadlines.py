@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,12 +47,14 @@ class GroupDeadlines:
 
     Args:
         most_seconds: the longest limit, which also holds while too few groups have been measured.
+        clock: seconds of a monotonic clock.
     """
 
-    def __init__(self, most_seconds: float) -> None:
-        self._most_seconds = most_seconds
+    def __init__(self, most_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most_seconds, self._clock = most_seconds, clock
         self._paces: deque[float] = deque(maxlen=NUM_PACES)
-        self._works: set[_Work] = set()
+        self._works: dict[_Work, None] = {}
+        """In the order of their starts."""
         self._paused_since: float | None = None
 
     async def complete(self, work: Awaitable[Completed], most_tokens: int) -> Completed:
@@ -66,20 +68,20 @@ class GroupDeadlines:
             OverdueError: the time was over.
         """
         timeout = asyncio.timeout(None)
-        entry = _Work(time.monotonic(), most_tokens, timeout)
-        self._works.add(entry)
+        entry = _Work(self._clock(), most_tokens, timeout)
+        self._works[entry] = None
         try:
             async with timeout:
                 completed = await work
         except TimeoutError as error:
             if not timeout.expired():
                 raise
-            seconds = time.monotonic() - entry.started
+            seconds = self._clock() - entry.started
             raise OverdueError(f"{seconds:.0f} s, at most {self.seconds(most_tokens):.0f} s were expected") from error
         finally:
-            self._works.discard(entry)
+            del self._works[entry]
         longest = max((completion.num_sampled for completion, _ in completed), default=0)
-        self._paces.append((time.monotonic() - entry.started) / max(longest, 1))
+        self._paces.append((self._clock() - entry.started) / max(longest, 1))
         return completed
 
     def seconds(self, most_tokens: int) -> float:
@@ -91,11 +93,11 @@ class GroupDeadlines:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Do not count the time in which the context is open, because generation is paused."""
-        since = self._paused_since = time.monotonic()
+        since = self._paused_since = self._clock()
         try:
             yield
         finally:
-            now, self._paused_since = time.monotonic(), None
+            now, self._paused_since = self._clock(), None
             for work in self._works:
                 work.started += now - max(since, work.started)
 
@@ -106,7 +108,7 @@ class GroupDeadlines:
 
     def check(self) -> None:
         """Cancel the work on all groups whose time is over."""
-        now, loop = time.monotonic(), asyncio.get_running_loop()
+        now, loop = self._clock(), asyncio.get_running_loop()
         for work in self._works:
             is_over = now - work.started > self.seconds(work.most_tokens)
             if is_over and not self.is_paused and work.timeout.when() is None:

@@ -25,10 +25,10 @@ granted to the connection's earlier requests. Why this ends only leases that the
   next request has a larger number and does not hold them, so they end. A client that has room always makes a next
   request; one without room makes it when its next group is finished, at the latest.
 
-A heartbeat ends only leases granted to requests before the newest one that the buffer knows, because the answer to that
-one may be on its way (`learn_inventory`). Its answer names the held groups that are not leased to the sender, and the
-actor stops them. A group id whose lease has ended is never leased again, so
-this answer cannot be outdated.
+A heartbeat ends only leases and evaluations granted to requests before the newest one that the buffer knows, because
+the answer to that one may be on its way (`learn_inventory`). Its answer names the held groups that are not leased to
+the sender, and the actor stops them. A group id whose lease has ended is never leased again, so this answer cannot be
+outdated.
 """
 
 from __future__ import annotations
@@ -155,18 +155,24 @@ class Leases:
         if client.policy_version != before:
             self._queue(identity, client)
 
-    def learn_inventory(self, identity: bytes, number: int, held: Collection[str]) -> None:
+    def learn_inventory(self, identity: bytes, number: int, held: Collection[str], evaluating: Collection[int]) -> None:
         """End what the sender does not have any more, by its heartbeat `number`.
 
         A parked request says what its sender had when it was first sent. If the ledger loses receipts in a power cut,
-        their groups are leased again, to a sender that may never send another request because they leave no room.
+        their groups are leased again, to a sender that may never send another request because they leave no room. A
+        lost report leaves its evaluation running, and an actor sends no other request while one is parked.
         """
-        client, name = self._clients.get(identity), holder_name(identity)
-        if client is None or self._ledger.held[name] <= len(held):
+        client, name, evaluations = self._clients.get(identity), holder_name(identity), self._ledger.evaluations
+        has_finished_groups = self._ledger.held[name] > len(held)
+        if client is None or not (has_finished_groups or evaluations.num_unfinished):
             return
         # The sender had the answers to all requests before this one when it sent this one, and the heartbeat after it.
         newest = client.answered if client.parked is None else client.parked[0]
-        if number > newest and self._ledger.release_unheld(Holder(name, client.actor_id, newest), held):
+        if number <= newest:
+            return
+        if evaluations.release(name, newest, evaluating):
+            log.warning("%s does not have an evaluation that is assigned to it: pending again", name)
+        if has_finished_groups and self._ledger.release_unheld(Holder(name, client.actor_id, newest), held):
             log.warning("%s has finished groups that are leased to it: pending again", name)
             self.given_back(identity)
 

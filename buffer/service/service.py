@@ -83,7 +83,7 @@ class Service:
         self._leases.heard(identity, now)
         if reason := self._refuse_replaced(identity, message):
             self._ledger.file.count("replaced")
-            return [Outgoing(identity, number, messages.Refused(reason))]
+            return [Outgoing(identity, number, messages.Refused(reason, is_replaced=True))]
         if reason := self._refuse_late(message):
             self._ledger.file.count("earlier_learner")
             return [Outgoing(identity, number, messages.Refused(reason))]
@@ -457,7 +457,7 @@ class Service:
                 self._set_policy_version(heartbeat.policy_version)
         else:
             self._leases.learn_version(identity, number, heartbeat.policy_version)
-            self._leases.learn_inventory(identity, number, heartbeat.held)
+            self._leases.learn_inventory(identity, number, heartbeat.held, heartbeat.evaluating)
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard
         state = self._progress.policy_version, self._progress.closing

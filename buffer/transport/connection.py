@@ -62,12 +62,12 @@ class RequestRefused(RuntimeError):
 
     Args:
         reason: the server's.
-        is_server_error: as in `Refused`.
+        is_server_error, is_replaced: as in `Refused`.
     """
 
-    def __init__(self, reason: str, *, is_server_error: bool = False) -> None:
+    def __init__(self, reason: str, *, is_server_error: bool = False, is_replaced: bool = False) -> None:
         super().__init__(reason)
-        self.is_server_error = is_server_error
+        self.is_server_error, self.is_replaced = is_server_error, is_replaced
 
 
 class Connection:
@@ -308,7 +308,8 @@ class Connection:
                 self._outbox.answered(entry, time.monotonic())
                 outcome: Message | RequestRefused = message
                 if isinstance(message, Refused):
-                    outcome = RequestRefused(message.reason, is_server_error=message.is_server_error)
+                    why = {"is_server_error": message.is_server_error, "is_replaced": message.is_replaced}
+                    outcome = RequestRefused(message.reason, **why)
                 claimed = self._finish(entry, outcome)
             if not claimed and self.unclaimed is not None:
                 self.unclaimed(message)

@@ -166,6 +166,8 @@ class Heartbeat:
     """Values for the terminal display and TensorBoard, by name."""
     held: tuple[Name, ...] = ()
     """An actor's groups, as in `LeaseRequest`."""
+    evaluating: tuple[Version, ...] = ()
+    """An actor's evaluations, as in `LeaseRequest`."""
     epoch: Count = 0
     """Of a learner, as in its other messages; 0 before its hello, and of an actor."""
     activity: Line = ""
@@ -250,6 +252,8 @@ class Refused:
     reason: Line
     is_server_error: bool = False
     """Whether the server failed; otherwise the request is at fault, and its sender would be refused again."""
+    is_replaced: bool = False
+    """Whether a newer process works under the sender's name."""
 
 
 # Learner -> buffer, and the answers.

@@ -1,23 +1,26 @@
 """Starts a run's processes, restarts those that fail, and ends all of them together.
 
 Actors, buffer and learner continue from durable state. Each is restarted a limited number of times without progress of
-the run in between. The run is over when the learner exits with status 0. `stop` leaves no process of the run and no
-descendant, in whatever process group or session. If the launcher is killed, the guardian does the same.
+the run in between. An actor whose name a newer process took over is restarted only when that one has left. The run is
+over when the learner exits with status 0. `stop` leaves no process of the run and no descendant, in whatever process
+group or session. If the launcher is killed, the guardian does the same.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from buffer.process import REPLACED
 from launch.processes.process_tree import (
     HALTED_SECONDS,
     MARK,
@@ -33,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 NOT_WORTH_RETRYING = (2, 3)
 """Exit statuses of a user's mistake and of a failed log-probability check, which a restart would repeat."""
+SILENT_SECONDS = 5.0
+"""Longest silence of a process that took an actor's name over and still works."""
+LEFT_SECONDS = 10.0
+"""How long it must be silent, or unknown to the buffer, to have left. A restarted buffer has not heard of it yet."""
 LONGEST_BACKOFF_SECONDS = 30.0
 WAIT_SECONDS = 0.1
 """Interval of the look at the learner while its checkpoint is waited for."""
@@ -59,6 +66,10 @@ class _Child:
     """Why it was killed as hung; empty: it ended by itself."""
     restart_at: float = 0.0
     given_up: bool = False
+    is_replaced: bool = False
+    """Whether the process has ended because a newer one, which this supervisor did not start, took its name over."""
+    unheard_since: float | None = None
+    """Time since when the buffer has not heard that newer process."""
 
 
 class Supervisor:
@@ -122,6 +133,26 @@ class Supervisor:
                 child.num_restarts = 0
                 self.notes.pop(name, None)
 
+    def heard(self, silent_seconds: Mapping[str, float]) -> None:
+        """Start an actor again if the process that took its name over has left.
+
+        Args:
+            silent_seconds: by an answer of the buffer, how long every actor that it knows has been silent, by name.
+        """
+        now = time.monotonic()
+        for child in self._children:
+            if not child.is_replaced:
+                continue
+            if silent_seconds.get(child.spec.name, math.inf) < SILENT_SECONDS:
+                child.unheard_since = None
+                continue
+            if child.unheard_since is None:
+                child.unheard_since = now
+            if now - child.unheard_since >= LEFT_SECONDS:
+                logger.info("the process that took the name %s over has left", child.spec.name)
+                self.notes.pop(child.spec.name, None)
+                child.is_replaced, child.unheard_since, child.restart_at = False, None, now
+
     def kill(self, name: str, reason: str) -> None:
         """Kill a process that hangs; `poll` then restarts it."""
         child = self._child(name)
@@ -143,11 +174,13 @@ class Supervisor:
         now = time.monotonic()
         for child in self._children:
             status = child.process.poll()
-            if status is None or child.given_up:
+            if status is None or child.given_up or child.is_replaced:
                 continue
             if child.spec.role == "learner" and status == 0 and child.restart_at == 0.0:
                 return True
-            if child.restart_at == 0.0:
+            if child.restart_at == 0.0 and child.spec.role == "actor" and status == REPLACED:
+                self._leave_name(child)
+            elif child.restart_at == 0.0:
                 self._schedule_restart(child, status, now)
             elif now >= child.restart_at:
                 child.restart_at = 0.0
@@ -170,6 +203,14 @@ class Supervisor:
         times = "once" if child.num_restarts == 1 else f"{child.num_restarts} times"
         self.notes[child.spec.name] = f"{child.spec.name} was restarted {times}, last because it {ended}"
         logger.warning("%s; restart %d in %.0f s", failed, child.num_restarts, backoff)
+
+    def _leave_name(self, child: _Child) -> None:
+        """Let the process that took an actor's name over work in its place. This is no failure."""
+        _kill_tree(child)
+        child.is_replaced = True
+        name = child.spec.name
+        self.notes[name] = f"another process took the name {name} over; when it has left, {name} is started again"
+        logger.warning("%s; the log of %s is %s", self.notes[name], name, self._log_path(child.spec))
 
     def _give_up(self, child: _Child, why: str) -> None:
         """Stop restarting a process. The run goes on while it has its buffer, its learner and one actor."""

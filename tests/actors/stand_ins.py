@@ -62,6 +62,7 @@ class Local:
     manifest: Manifest
     released: list[int]
     """Versions that were released."""
+    on_host: bool = False
 
     def release(self) -> None:
         self.released.append(self.policy_version)
@@ -81,7 +82,9 @@ class FakeEngine:
     open: asyncio.Event = field(default_factory=asyncio.Event)
     """Requests wait until this event is set."""
     wrong: dict[str, str] = field(default_factory=dict)
-    """Wrong checksums, by parameter."""
+    """Wrong checksums of loaded weights, by parameter."""
+    digested: list[int] = field(default_factory=list)
+    """Versions whose checksums were computed."""
     stuck: set[str] = field(default_factory=set)
     """Requests of these groups, and of all their attempts, never end; OCCURRENCE or a whole request_id."""
     aborted: list[str] = field(default_factory=list)
@@ -126,7 +129,8 @@ class FakeEngine:
         return not self.hung
 
     async def checksums(self) -> dict[str, str]:
-        return PARAMETERS | self.wrong
+        self.digested.append(self.version)
+        return PARAMETERS | (self.wrong if self.version >= 0 else {})
 
 
 class FakeWeights:

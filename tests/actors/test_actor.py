@@ -21,13 +21,14 @@ from actors.tasks.task import Task
 from buffer.config import BufferConfig
 from buffer.curriculum_config import Stage
 from buffer.ledger.audit import audit
+from buffer.process import REPLACED
 from buffer.service.peers import LONGEST_HEARTBEAT_SECONDS
 from buffer.service.server import Server
 from buffer.transport import messages
 from buffer.transport.connection import Connection, RequestRefused
 from buffer.transport.credentials import Credentials
 from buffer.transport.packed_group import pack_group, unpack_group
-from tests.actors.stand_ins import CORRIDOR, PARAMETERS, TURNS, Characters, FakeEngine, FakeWeights, sampled, sums
+from tests.actors.stand_ins import CORRIDOR, TURNS, Characters, FakeEngine, FakeWeights, sampled, sums
 from verifier.base import RewardSpec, Score, Verdict
 from verifier.scoring.pool import ScoringPool
 
@@ -108,7 +109,7 @@ def loop(tmp_path: Path, pool: ScoringPool) -> Looper:
         try:
             parts = engine, scoring, buffer, weights, tmp_path
             actor = Actor("actor-0", config, task, Characters(), *parts, max_staleness)  # type: ignore[arg-type]
-            work = asyncio.create_task(actor.run(dict(PARAMETERS)))
+            work = asyncio.create_task(actor.run())
             running = Loop(actor, engine, weights, learner, work, tmp_path)
             learner.epoch = (await running.ask(messages.LearnerHello(0))).epoch
             yield running
@@ -243,6 +244,31 @@ def test_an_evaluation_is_reported_once_with_the_version_it_measured(loop: Loope
     asyncio.run(check())
 
 
+def test_heartbeats_name_the_evaluation_under_way_until_its_report_has_arrived(
+    loop: Looper, monkeypatch: pytest.MonkeyPatch
+):
+    async def check() -> None:
+        async with loop() as running:
+            said: list[tuple[int, ...]] = []
+            request = running.actor.buffer.request
+
+            def listen(message: Any) -> Any:
+                if isinstance(message, messages.Heartbeat):
+                    said.append(message.evaluating)
+                return request(message)
+
+            monkeypatch.setattr(running.actor.buffer, "request", listen)
+            running.engine.open.clear()
+            running.weights.publish(0)
+            await running.ask(messages.EvaluationRequest(0))
+            await running.until(lambda: (0,) in said)
+            running.engine.open.set()
+            await running.until(lambda: audit(running.run_dir).evaluations == {"reported": 1})
+            await running.until(lambda: said[-1] == ())
+
+    asyncio.run(check())
+
+
 def test_newer_weights_wait_until_an_evaluation_is_through(loop: Looper):
     async def check() -> None:
         async with loop(max_staleness=3) as running:
@@ -333,7 +359,7 @@ def test_weights_that_are_too_late_when_they_come_are_what_an_actor_says_it_wait
             for version in (0, 1):
                 await running.batch(version)
             await running.ask(messages.Heartbeat("learner", "learner", 2, "", {}))
-            await running.until(lambda: running.actor._learner_version == 2)
+            await running.until(lambda: running.actor._loader._learner_version == 2)
             running.weights.link.set()
             said = await waits_for("weights in time: policy 1 ")
             assert "the learner made 2 versions, more than max_staleness=1" in said
@@ -354,10 +380,7 @@ def test_a_version_that_is_gone_before_it_was_fetched_is_passed_over(loop: Loope
             assert running.weights.fetched == [1, 3]
             await running.until(lambda: running.weights.released == [1, 3])
 
-    with pytest.MonkeyPatch.context() as patch:
-        # Verifying a version after 0 needs vLLM.
-        patch.setattr(Actor, "_verify_first_load", lambda *_: asyncio.sleep(0))
-        asyncio.run(check())
+    asyncio.run(check())
 
 
 def test_the_buffer_hears_which_weights_an_actor_has_and_what_it_waits_for(loop: Looper):
@@ -427,6 +450,23 @@ def test_weights_that_did_not_load_right_end_the_actor(loop: Looper):
                 await asyncio.wait_for(asyncio.shield(running.work), SECONDS)
             message = r"policy 0: 1 of 2 parameters differ .* the first is head"
             assert ended.group_contains(RuntimeError, match=message)
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(("version", "digested"), [(0, [-1, 0]), (3, [])])
+def test_the_folders_weights_are_digested_only_if_version_0_comes_first(
+    loop: Looper, version: int, digested: list[int]
+):
+    """A version that stays on the learner's device, as the stand-in's do, is not compared unless it is version 0."""
+
+    async def check() -> None:
+        async with loop() as running:
+            running.weights.publish(version)
+            await running.until(lambda: running.weights.released == [version])
+            running.weights.publish(version + 1)
+            await running.until(lambda: running.weights.released == [version, version + 1])
+            assert running.engine.digested == digested
 
     asyncio.run(check())
 
@@ -524,16 +564,17 @@ def test_an_actor_whose_name_another_process_took_over_ends_with_a_sentence(
             return ended.value
 
     failed = asyncio.run(check())
-    assert exit_status(failed) == 2, "the supervisor does not start it again"
+    assert exit_status(failed) == REPLACED, "the supervisor does not start it again while the other process works"
     assert capsys.readouterr().err == (
         "error: another process took the name actor-0 over; give this one another --name\n"
     )
+    assert exit_status(ExceptionGroup("", [RequestRefused("other data")])) == 2
     assert exit_status(ExceptionGroup("", [OSError("no space")])) == 1
     assert exit_status(ExceptionGroup("", [RequestRefused("the buffer failed", is_server_error=True)])) == 1
 
 
 def test_a_full_disk_is_waited_for(loop: Looper, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("actors.actor.DISK_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("actors.loading.DISK_RETRY_SECONDS", 0.01)
 
     async def check() -> None:
         async with loop() as running:

@@ -203,6 +203,7 @@ class Buffer:
             wire.GroupReceipt(lease.group_id, "stored"),
             wire.LeaseReturn("actor-0", (lease.group_id, "0.1"), chance.choice(["", "prompt_too_long"])),
             wire.Heartbeat(chance.choice(["actor", "learner"]), "actor-0", version, "prompts", {"actor/tokens": 1.0}),
+            wire.Heartbeat("actor", "actor-0", version, "", {}, (lease.group_id,), (version,)),
             wire.HeartbeatReply(version, False, (), (probe,)),
             report,
             wire.ProbeRequest(probe),

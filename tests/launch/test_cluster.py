@@ -19,24 +19,27 @@ from tests.containers import with_shared_memory
 ROOT = Path(__file__).parents[2]
 
 LAUNCHER = """
-import sys
+import os, sys
+from dataclasses import replace
 import launch.cluster as cluster
 import launch.config.plan as plan
 import launch.session as session
+from launch.processes import supervisor
 from launch.processes.topology import processes
 
 # This check makes the algorithm: the import of PyTorch takes longer than everything else the launcher does.
 plan.check_algorithm = lambda *_: None
 
-learner = ("-c", sys.argv[1])
+code = {"learner": sys.argv[1], "actor": os.environ.get("STAND_IN_ACTOR")}
+supervisor.LEFT_SECONDS = 3.0
 
-def with_a_stand_in(plan):
+def with_stand_ins(plan):
     specs = {spec.role: spec for spec in processes(plan)}
-    spec = specs["learner"]
-    command = (sys.executable, *learner, str(plan.run_dir))
-    return [specs["buffer"], type(spec)(spec.role, spec.name, command, spec.environment)]
+    stand_ins = [role for role in code if code[role]]
+    commands = [(sys.executable, "-c", code[role], str(plan.run_dir)) for role in stand_ins]
+    return [specs["buffer"], *(replace(specs[role], command=c) for role, c in zip(stand_ins, commands))]
 
-session.processes = with_a_stand_in
+session.processes = with_stand_ins
 if __name__ == "__main__":
     sys.exit(cluster.main(sys.argv[2:]))
 """
@@ -84,6 +87,23 @@ for seconds in range(SECONDS):
 (Path(sys.argv[1]) / "checkpoints" / "00000003").mkdir(parents=True)
 buffer.call(CheckpointCommitted(3))
 print("saved", flush=True)
+"""
+IS_AN_ACTOR = """
+import sys, time
+from actors.__main__ import exit_status
+from buffer.config import load_run_config
+from buffer.transport.connection import Connection, RequestRefused
+from buffer.transport.credentials import client_credentials
+from buffer.transport.messages import Heartbeat
+settings = load_run_config(sys.argv[1])["buffer"]
+with Connection(settings["address"], "actor-0", client_credentials(sys.argv[1], "actor")) as buffer:
+    try:
+        for _ in range(1200):
+            buffer.call(Heartbeat("actor", "actor-0", 0, "", {}))
+            print("works", flush=True)
+            time.sleep(0.1)
+    except RequestRefused as error:
+        sys.exit(exit_status(ExceptionGroup("", [error])))
 """
 FAILS = "import sys; print('out of memory'); sys.exit(2)"
 
@@ -294,6 +314,43 @@ def test_a_buffer_that_is_halted_for_long_is_replaced(launch: Launch, run_dir: P
     assert re.search(
         r"WARNING buffer (was halted|did not answer) for 1 s: killed", (run_dir / "logs/launcher.log").read_text()
     )
+
+
+def test_the_run_goes_on_while_another_process_works_under_the_name_of_the_only_actor(
+    launch: Launch, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("STAND_IN_ACTOR", IS_AN_ACTOR)
+    process = launch(GOES_ON)
+    actor_log, launcher_log = run_dir / "logs" / "actor-0.log", run_dir / "logs" / "launcher.log"
+
+    def wait_for(condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 90
+        while not condition():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait_for(lambda: actor_log.is_file() and "works" in actor_log.read_text())
+    with subprocess.Popen(
+        [sys.executable, "-c", IS_AN_ACTOR, str(run_dir)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    ) as newer:
+        why = "another process took the name actor-0 over"
+        wait_for(lambda: f"WARNING {why}; when it has left, actor-0 is started again" in launcher_log.read_text())
+        assert actor_log.read_text().endswith(f"error: {why}; give this one another --name\n")
+        # Longer than a process may be unheard that still works.
+        time.sleep(10.0)
+        assert process.poll() is None and newer.poll() is None
+        assert launcher_log.read_text().count("starting actor-0") == 1
+        newer.kill()
+    wait_for(lambda: launcher_log.read_text().count("starting actor-0") == 2)
+    wait_for(lambda: actor_log.read_text().endswith("works\n"))
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert f"{why}; when it has left, actor-0 is started again" in output
 
 
 def test_a_run_that_is_ended_before_it_has_begun_is_not_offered_for_resuming(launch: Launch, run_dir: Path):

@@ -124,7 +124,8 @@ async def _check_updates(config: ActorConfig, base: Path, tmp_path: Path) -> Non
         local.release()
 
     try:
-        loaded_from_folder = await engine.start()
+        await engine.start()
+        loaded_from_folder = await engine.checksums()
         # The transferred weights are those that vLLM loaded from the folder, parameter by parameter.
         await update(0, list(model.named_parameters()))
         assert await engine.checksums() == loaded_from_folder

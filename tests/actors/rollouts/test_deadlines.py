@@ -1,7 +1,6 @@
 """The limits of groups, by what earlier groups took."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +10,10 @@ from verifier.base import Score, Verdict
 
 
 class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 100.0
-        # Not the function in the module `time`, which the event loop uses too.
-        monkeypatch.setattr("actors.rollouts.deadlines.time", SimpleNamespace(monotonic=lambda: self.now))
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
     async def take(self, seconds: float, num_tokens: int = 10) -> Completed:
         completion = Completion()
@@ -24,8 +23,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+def clock() -> Clock:
+    return Clock()
 
 
 async def measure(deadlines: GroupDeadlines, clock: Clock, *seconds: float) -> None:
@@ -34,7 +33,7 @@ async def measure(deadlines: GroupDeadlines, clock: Clock, *seconds: float) -> N
 
 
 def test_the_limit_is_the_longest_until_enough_groups_are_measured(clock: Clock):
-    deadlines = GroupDeadlines(1800.0)
+    deadlines = GroupDeadlines(1800.0, clock)
     asyncio.run(measure(deadlines, clock, *[2.0] * (NUM_PACES_NEEDED - 1)))
     assert deadlines.seconds(1000) == 1800.0
     asyncio.run(measure(deadlines, clock, 3.0))
@@ -45,7 +44,7 @@ def test_the_limit_is_the_longest_until_enough_groups_are_measured(clock: Clock)
 
 def test_work_whose_time_is_over_is_cancelled_and_other_work_is_not(clock: Clock):
     async def check() -> None:
-        deadlines = GroupDeadlines(1800.0)
+        deadlines = GroupDeadlines(1800.0, clock)
         await measure(deadlines, clock, *[1.0] * NUM_PACES_NEEDED)
         ended = asyncio.Event()
 
@@ -74,7 +73,7 @@ def test_work_whose_time_is_over_is_cancelled_and_other_work_is_not(clock: Clock
 
 def test_pauses_do_not_count(clock: Clock):
     async def check() -> None:
-        deadlines = GroupDeadlines(50.0)
+        deadlines = GroupDeadlines(50.0, clock)
         work = asyncio.create_task(deadlines.complete(asyncio.sleep(3600, []), 10))
         await asyncio.sleep(0)
         clock.now += 40.0
@@ -94,7 +93,7 @@ def test_pauses_do_not_count(clock: Clock):
 
 def test_a_cancelled_task_is_not_overdue(clock: Clock):
     async def check() -> None:
-        deadlines = GroupDeadlines(50.0)
+        deadlines = GroupDeadlines(50.0, clock)
         work = asyncio.create_task(deadlines.complete(asyncio.sleep(3600, []), 10))
         await asyncio.sleep(0)
         work.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from actors.actor import Actor
+from actors.loading import Loader
 from actors.weights.local import LocalWeights
 from actors.weights.vllm_loader import FileTransferEngine, FileUpdateInfo, export_folder
 from buffer.transport.messages import Manifest, TensorEntry
@@ -81,10 +82,13 @@ class Reloading:
 
 
 def verify(engine: Reloading, local: LocalWeights, base: Path, spool: Path) -> None:
-    actor = Actor.__new__(Actor)
-    actor.actor_id, actor.engine, actor.spool = "actor-0", engine, spool  # type: ignore[assignment]
-    actor.config = SimpleNamespace(model_path=str(base))  # type: ignore[assignment]
-    asyncio.run(actor._verify_first_load(local, {}))
+    async def check() -> None:
+        unused: Any = None
+        config: Any = SimpleNamespace(model_path=str(base))
+        parts: Any = config, engine, unused, spool
+        await Loader(*parts, unused, unused, 0, unused, time.monotonic).verify(local)
+
+    asyncio.run(check())
 
 
 @pytest.fixture

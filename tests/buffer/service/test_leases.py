@@ -95,6 +95,27 @@ def test_an_evaluation_that_its_holder_does_not_have_goes_to_another_actor(start
     assert buffer.tell(ACTOR, credit(num_groups=0, held=held), 3)[OTHER, 1].evaluate_version == 0
 
 
+def test_a_heartbeat_ends_an_evaluation_whose_report_the_ledger_lost(start: Any):
+    """As after a power cut, while the request that still names the evaluation is parked."""
+    buffer = start()
+    buffer.ask(LEARNER, messages.EvaluationRequest(0))
+    first = buffer.tell(ACTOR, credit(held=()), 1)[ACTOR, 1]
+    assert first.evaluate_version == 0
+    held = tuple(ids(first))
+
+    def says(number: int, *evaluating: int) -> dict[Any, Any]:
+        return buffer.tell(ACTOR, messages.Heartbeat("actor", "actor-0", 0, "", {}, held, evaluating), number)
+
+    assert says(2)
+    assert buffer.ledger.evaluations.holders() == {"actor-0-aa"}, "the answer to request 1 may be on its way"
+    assert buffer.tell(ACTOR, messages.LeaseRequest("actor-0", 0, 1, "abc", held, (0,)), 3) == {}
+    assert buffer.tell(OTHER, credit(num_groups=0, actor_id="actor-1"), 1) == {}
+    assert (OTHER, 1) not in says(2), "sent before the parked request, and late"
+    assert (OTHER, 1) not in says(4, 0)
+    answers = says(5)
+    assert [answers[key].evaluate_version for key in answers if key in ((ACTOR, 3), (OTHER, 1))] == [0]
+
+
 # Incarnations.
 
 
@@ -114,7 +135,8 @@ def test_of_two_processes_of_one_name_the_newest_works_and_the_older_is_told_why
         granted = buffer.ask(YOUNGER, credit(num_groups=2))
         for message in (credit(num_groups=2), beat(), messages.LeaseReturn("actor-0", tuple(ids(granted)), "")):
             refused = buffer.ask(ELDER, message)
-            assert refused.reason == "another process took the name actor-0 over; give this one another --name"
+            why = "another process took the name actor-0 over; give this one another --name"
+            assert refused == messages.Refused(why, is_replaced=True)
         if round_ == 1:
             buffer.reopen()
         if round_ == 2:
@@ -126,6 +148,17 @@ def test_of_two_processes_of_one_name_the_newest_works_and_the_older_is_told_why
         assert buffer.deliver(granted.leases, actor=YOUNGER) == ["stored"] * len(granted.leases)
     counts = buffer.service.status(buffer.now).counts
     assert (counts["ready"], counts.get("late", 0)) == (8, 0)
+
+
+@pytest.mark.parametrize("role", ["learner", "observer"])
+def test_only_the_key_of_actors_takes_a_name_over(start: Any, role: str):
+    buffer = start()
+    buffer.ask(ELDER, beat())
+    for number, message in enumerate((beat(), credit(held=()))):
+        with buffer.ledger.transaction():
+            [answer] = buffer.service.receive(YOUNGER, message, number, buffer.now, role)
+        assert isinstance(answer.message, messages.Refused) and not answer.message.is_replaced
+    assert isinstance(buffer.ask(ELDER, beat()), messages.HeartbeatReply)
 
 
 def test_a_process_takes_over_with_its_first_heartbeat(start: Any):

@@ -25,6 +25,8 @@ from tests.buffer.simulation.virtual_time import InvariantError, Process, World
 from verifier.base import Score, Verdict
 
 NUM_PROMPTS, MAX_TOKENS = 12, 24
+OVERDUE_SECONDS = 15.0
+"""Longest time of a group, which few reach whose requests end."""
 TOO_LONG = 7
 """The prompt that leaves no room for an answer."""
 
@@ -40,13 +42,20 @@ TASK = make_task()
 
 
 class Engine:
-    """Takes a random time for each request; a completion may end under newer weights than it began with."""
+    """Takes a random time for each request; a completion may end under newer weights than it began with.
 
-    def __init__(self, world: World, seconds: float) -> None:
-        self._world, self._seconds, self._version = world, seconds, -1
+    Args:
+        seconds: mean of the time.
+        stuck: probability that a request never ends.
+    """
+
+    def __init__(self, world: World, seconds: float, stuck: float) -> None:
+        self._world, self._seconds, self._stuck, self._version = world, seconds, stuck, -1
 
     async def sample(self, prompt_ids: Sequence[int], *, num_samples: int, **_: Any) -> list[Sampled]:
         started, rng = self._version, self._world.rng
+        if self._stuck and rng.random() < self._stuck:
+            await asyncio.Event().wait()
         seconds = self._seconds * rng.expovariate(1.0) + 0.01
         await asyncio.sleep(seconds * 8 if rng.random() < 0.03 else seconds)
         spans = (VersionSpan(0, started), *([VersionSpan(2, self._version)] if self._version != started else []))
@@ -56,6 +65,9 @@ class Engine:
     async def load(self, weights: Any) -> None:
         await asyncio.sleep(self._world.uniform(0.0, 0.05))
         self._version = weights.policy_version
+
+    async def is_responsive(self, seconds: float) -> bool:
+        return True
 
     async def checksums(self) -> dict[str, str]:
         return {}
@@ -129,13 +141,14 @@ class Incarnation:
         self.client = Client(host.network, self.process, host.name, math.inf)
         self.client.heard = self._heard
         self.num_stored = self.num_evaluated = 0
-        parts = Engine(world, host.rollout_seconds), Scores(world), self.client
+        parts = Engine(world, host.rollout_seconds, host.stuck), Scores(world), self.client
         config = ActorConfig(
             "model",
             samples_per_group=2,
             max_new_tokens=8,
             max_tokens=MAX_TOKENS,
             max_groups_in_flight=host.max_groups_in_flight,
+            sample_timeout_seconds=OVERDUE_SECONDS,
         )
         weights = Weights(world, host.published, host.fetch_seconds)
         fixed = config, TASK, Characters(), *parts, weights, Path("/nowhere")
@@ -143,8 +156,9 @@ class Incarnation:
 
     def _start(self, host: ActorHost, fixed: Any) -> None:
         self.process.on_end.append(lambda error: host.ended(self, error))
-        self.actor = Actor(host.name, *fixed, host.max_staleness)
-        self.process.start(self.actor.run({}))
+        world = host.world
+        self.actor = Actor(host.name, *fixed, host.max_staleness, clock=lambda: world.now)
+        self.process.start(self.actor.run())
 
     @property
     def held(self) -> set[str]:
@@ -164,6 +178,7 @@ class ActorHost:
 
     Args:
         rollout_seconds, fetch_seconds: means of a rollout's and a fetch's duration.
+        stuck: probability that a rollout never ends.
     """
 
     def __init__(
@@ -177,11 +192,12 @@ class ActorHost:
         max_staleness: int,
         rollout_seconds: float,
         fetch_seconds: float,
+        stuck: float,
         started: Callable[[Incarnation], object] = lambda _: None,
     ) -> None:
         self.world, self.network, self.published, self.name = world, network, published, name
         self.max_groups_in_flight, self.max_staleness = max_groups_in_flight, max_staleness
-        self.rollout_seconds, self.fetch_seconds = rollout_seconds, fetch_seconds
+        self.rollout_seconds, self.fetch_seconds, self.stuck = rollout_seconds, fetch_seconds, stuck
         self.living: list[Incarnation] = []
         self.over: list[Incarnation] = []
         self.wanted = True

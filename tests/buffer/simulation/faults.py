@@ -54,7 +54,7 @@ class Faults:
             )
         if simulation.config.durability == "memory":
             self._kinds = [kind for kind in self._kinds if kind != "power cut"]
-        self.has_any = bool(self._kinds)
+        self.has_any = bool(self._kinds) or self.weather != Weather()
         self.cuts_power = "power cut" in self._kinds
         self.counts: Counter[str] = Counter()
         self._over = not self._kinds

@@ -113,6 +113,7 @@ class Simulation:
                 max_staleness=staleness,
                 rollout_seconds=rng.choice((0.1, 0.4, 1.0)),
                 fetch_seconds=rng.choice((0.05, 0.5)),
+                stuck=rng.choice((0.0, 0.02)) if self.faults.has_any else 0.0,
             )
             for number in range(rng.choice((1, 2, 2, 3, 4)))
         ]

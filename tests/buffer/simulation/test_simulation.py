@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from actors.rollouts.deadlines import GroupDeadlines
 from buffer.ledger.ledger import Ledger
 from buffer.service.leases import Leases
 from buffer.service.service import Service
@@ -79,6 +80,12 @@ def found(kinds: tuple[str, ...], num_seeds: int = 60) -> str:
 def test_leases_that_never_expire_are_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Leases, "expire", lambda *_: None)
     assert "leased to" in found(("actor gone",))
+
+
+def test_rollouts_that_never_end_are_found(monkeypatch: pytest.MonkeyPatch):
+    """Without deadlines a stuck rollout keeps its lease, and the learner waits for it."""
+    monkeypatch.setattr(GroupDeadlines, "check", lambda _: None)
+    assert "after the last fault the learner is at version" in found(("actor killed",))
 
 
 def test_leases_without_admission_are_found(monkeypatch: pytest.MonkeyPatch):

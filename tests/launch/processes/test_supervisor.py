@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from buffer.process import REPLACED
 from launch.processes.supervisor import RunFailedError, Supervisor
 from launch.processes.topology import ProcessSpec
 
@@ -173,6 +174,48 @@ def test_the_run_goes_on_with_the_actors_that_are_left(supervise: Callable[..., 
     assert set(supervisor.running_seconds()) == {"actor-1"}
     supervisor.kill("actor-1", "was next")
     with pytest.raises(RunFailedError, match="actor-1 was next; its log is "):
+        poll_until_ended(supervisor)
+
+
+def test_the_only_actor_waits_while_another_process_works_under_its_name(
+    supervise: Callable[..., Supervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    marker = tmp_path / "replaced-once"
+    code = f"""
+import pathlib, sys, time
+marker = pathlib.Path({str(marker)!r})
+if not marker.exists():
+    marker.touch()
+    sys.exit({REPLACED})
+print("back", flush=True)
+time.sleep(60)
+"""
+    clock = [100.0]
+    supervisor = supervise(spec("actor", code, "actor-0"), max_restarts=0)
+    wait_for(lambda: supervisor.poll() or supervisor.notes)
+    assert supervisor.notes == {
+        "actor-0": "another process took the name actor-0 over; when it has left, actor-0 is started again"
+    }
+    monkeypatch.setattr("launch.processes.supervisor.time.monotonic", lambda: clock[0])
+    # It works, the buffer is restarted and knows nobody, it works again, and then it is silent.
+    for known in [{"actor-0": 0.5}] * 30 + [{}] * 9 + [{"actor-0": 0.5}] + [{"actor-0": 6.0}, {}] * 5:
+        supervisor.heard(known)
+        assert not supervisor.poll() and not supervisor.running_seconds()
+        clock[0] += 1.0
+    supervisor.heard({})
+    assert not supervisor.poll()
+    monkeypatch.undo()
+    wait_for(lambda: log(tmp_path, "actor-0") == "back\n")
+    assert not supervisor.notes
+    supervisor.heard({})
+    supervisor.kill("actor-0", "was next")
+    with pytest.raises(RunFailedError, match="actor-0 ended with status -9"):
+        poll_until_ended(supervisor)
+
+
+def test_only_an_actor_has_a_name_to_lose(supervise: Callable[..., Supervisor]):
+    supervisor = supervise(spec("learner", f"import sys; sys.exit({REPLACED})"), max_restarts=0)
+    with pytest.raises(RunFailedError, match=f"learner ended with status {REPLACED}"):
         poll_until_ended(supervisor)
 
 
