@@ -149,7 +149,9 @@ def _table(status: Status) -> Table:
     for text in _stage(status.stage):
         table.add_row("curriculum", text)
     for peer in status.peers:
-        table.add_row(peer.name, _doing(peer, status), "policy", str(peer.policy_version) if peer.policy_version >= 0 else "-")
+        table.add_row(
+            peer.name, _doing(peer, status), "policy", str(peer.policy_version) if peer.policy_version >= 0 else "-"
+        )
     for text in _others(status):
         table.add_row("", text)
     for wait in status.waits[:WAITS_SHOWN]:
