@@ -41,8 +41,6 @@ PAGE_BYTES = 1 << 15
 WAL_BYTES = 1 << 26
 MERGE_BYTES = 1 << 25
 """Contents written since the last merge of the log after which the next one begins."""
-LITTLE_BYTES, MAX_MERGES = 1 << 21, 8
-"""The thread merges again, but not too often, as long as it finds more than this to merge."""
 CACHE_BYTES = 1 << 24
 """Pages kept in memory, so that a group's contents need not be read again to be deleted."""
 LOCK_SECONDS = 10.0
@@ -336,19 +334,11 @@ class LogMerger:
         if self._running is None:
             if self.num_bytes >= MERGE_BYTES:
                 self.num_bytes = 0
-                self._running = self._thread.submit(self._merge_most)
+                self._running = self._thread.submit(_merge, self._db)
         elif self._running.done():
             self._running.result()
             self._running = None
             _merge(writer)
-
-    def _merge_most(self) -> None:
-        """Merge until little is left, because a fast writer adds to the log while it is merged."""
-        num_merged = 0
-        for _ in range(MAX_MERGES):
-            before, num_merged = num_merged, _merge(self._db)
-            if (num_merged - before) * PAGE_BYTES < LITTLE_BYTES:
-                break
 
     def close(self) -> None:
         """End the thread and its connection. Waits for: a merge that has begun."""
@@ -356,17 +346,14 @@ class LogMerger:
         self._db.close()
 
 
-def _merge(db: sqlite3.Connection) -> int:
-    """Merge what is in the log now. Returns how many of the log's pages are in the file."""
+def _merge(db: sqlite3.Connection) -> None:
     try:
-        _, _, num_merged = db.execute(_MERGE).fetchone()
-        return int(num_merged)
+        db.execute(_MERGE).fetchall()
     except sqlite3.Error as error:
         if not is_out_of_space(error):
             raise
         # The log keeps what could not be merged. Later merges try again.
         log.info("the ledger's log could not be merged yet: %s", error)
-        return 0
 
 
 class FileMark:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,16 +22,19 @@ from pathlib import Path
 
 from buffer.config import BufferConfig
 from buffer.ledger.ledger import Ledger
-from buffer.ledger.ledger_file import is_about_the_file
+from buffer.ledger.ledger_file import FILE_NAME, is_about_the_file, is_out_of_space
 from buffer.service.leases import Outgoing
 from buffer.service.turn import PAUSE_SECONDS, Turns
 from buffer.service.waits import REFRESH_SECONDS, save_waits
 from buffer.transport.credentials import Credentials, server_credentials
+from buffer.transport.messages import Status, StatusRequest, Wait
 from buffer.transport.router import Router
 
 log = logging.getLogger(__name__)
 
 MESSAGES_PER_TURN = 256
+SPACE_SECONDS = 0.5
+"""Interval between two attempts to open a ledger whose disk is full."""
 TICK_SECONDS = 0.2
 """Largest delay until the server notices the end of a lease, or a signal."""
 
@@ -58,19 +62,42 @@ class Server:
         open_router: Callable[[str, Credentials], Router] = Router,
     ) -> None:
         self._config, self._clock = config, clock
-        self._ledger = Ledger(config, clock())
         self._stopping = False
         self._waits_saved = -REFRESH_SECONDS
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="waits")
         self._saving: Future[None] | None = None
+        ledger = _open_ledger(config, clock)
         try:
             self._router = open_router(config.address, credentials)
         except BaseException:
-            self._ledger.close()
+            if ledger is not None:
+                ledger.close()
+            raise
+        try:
+            self._ledger = ledger or self._wait_for_space()
+        except BaseException:
+            self._router.close()
             raise
         self._turns = Turns(config, self._ledger, self._router.note)
         self.address = self._router.address
         """The bound address, with the actual port where the configured one has a wildcard."""
+
+    def _wait_for_space(self) -> Ledger:
+        """Open the ledger, whose disk is full. Meanwhile only requests for the status are answered.
+
+        Waits for: space. Gives up after: never; the launcher's display shows the wait.
+        """
+        log.error("no space to open the ledger in %s; nothing is acknowledged until there is", self._config.run_dir)
+        since = self._clock()
+        while (ledger := _open_ledger(self._config, self._clock)) is None:
+            self._router.socket.poll(int(SPACE_SECONDS * 1000))
+            now = self._clock()
+            wait = Wait("buffer", "space on the ledger's disk", now - since)
+            status = Status({}, -1, closing=False, peers=(), reports=(), waits=(wait,))
+            for incoming in self._router.receive(MESSAGES_PER_TURN, now)[0]:
+                if isinstance(incoming.message, StatusRequest):
+                    self._router.send(incoming.identity, status, incoming.number)
+        return ledger
 
     def stop(self) -> None:
         """End `run` within `TICK_SECONDS`. May be called from a signal handler or another thread."""
@@ -121,6 +148,18 @@ class Server:
             if self._saving is not None:
                 self._saving.result()
             self._saving = self._saver.submit(save_waits, Path(self._config.run_dir), waits)
+
+
+def _open_ledger(config: BufferConfig, clock: Callable[[], float]) -> Ledger | None:
+    """Open the ledger; None: it is there, and its disk is full. A run that begins on a full disk ends at once."""
+    file = Path(config.run_dir) / FILE_NAME
+    is_there = file.exists() and file.stat().st_size > 0
+    try:
+        return Ledger(config, clock())
+    except sqlite3.Error as error:
+        if not (is_there and is_out_of_space(error)):
+            raise
+        return None
 
 
 def open_server(config: BufferConfig) -> Server:

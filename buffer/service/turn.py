@@ -154,6 +154,8 @@ class Turns:
         if since is None:
             log.error("no space for the ledger in %s; nothing is acknowledged until there is", self._config.run_dir)
         self._refused_space = now
+        # The end of leases is logged, and would be undone and tried again in every turn.
+        self._may_expire_at = now + SPACE_SECONDS
         self.service = Service(self._config, self._ledger, self._note)
         self.service.out_of_space_since = now if since is None else since
         self.service.last_error = last_error

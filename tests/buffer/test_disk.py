@@ -281,6 +281,33 @@ def test_a_full_disk_is_waited_for(make_config: Any, make_group: Any, tmp_path: 
         fill_and_free(config, make_group, lambda _: subprocess.run(free, check=True), caplog)
 
 
+def test_a_buffer_that_starts_again_on_a_full_disk_says_so_and_waits(make_config: Any, tmp_path: Path):
+    with small_disk(tmp_path, 3):
+        config = make_config(run_dir=str(tmp_path), address=f"ipc://{tmp_path}/socket")
+        with serving(config) as server, Connection(server.address, "learner", PLAIN) as learner:
+            say_hello(learner)
+        with contextlib.suppress(OSError), (tmp_path / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(1 << 12))
+        started: list[Server] = []
+
+        def serve() -> None:
+            started.append(Server(config, PLAIN))
+            started[0].run()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Connection(config.address, "actor-0", PLAIN, resend_seconds=0.1) as actor:
+            leases = actor.request(messages.LeaseRequest("actor-0", 0, 1, "abc"), 120.0)
+            assert [wait.who for wait in asking_for_status(actor).waits] == ["buffer"]
+            assert not leases.done() and not started
+            (tmp_path / "ballast").unlink()
+            assert len(leases.result().leases) == 1
+        started[0].stop()
+        thread.join()
+    assert not thread.is_alive()
+
+
 def test_a_disk_without_space_from_the_start_gives_one_sentence(
     make_config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
