@@ -377,7 +377,7 @@ def test_a_living_one_is_not_waited_for_for_ever(make_config: Any, monkeypatch: 
 def test_the_file_stays_as_large_as_what_is_outstanding(make_config: Any, make_group: Any, run_dir: Path):
     ledger = Ledger(make_config(durability="normal"), 0.0)
     sizes = []
-    for version in range(300):
+    for version in range(700):
         group_id, prompt_id = lease(ledger)
         with ledger.transaction():
             ledger.deliver(make_group(group_id, prompt_id, version, num_tokens=4_096, size=8), version)
@@ -385,7 +385,8 @@ def test_the_file_stays_as_large_as_what_is_outstanding(make_config: Any, make_g
             ledger.commit(version, version + 1)
         sizes.append(sum(path.stat().st_size for path in run_dir.iterdir()))
     ledger.close()
-    assert max(sizes) < 2 * ledger_file.WAL_BYTES, "300 groups are 88 MB"
+    # A busy machine may keep the thread that merges the log from its work for a while.
+    assert max(sizes) < 3 * ledger_file.WAL_BYTES, "700 groups are 207 MB, and more in pages"
     assert (run_dir / FILE_NAME).stat().st_size < 3_000_000
 
 
