@@ -196,11 +196,13 @@ HELLO = [-1, [], "", "", -1]
         (header(messages.SCHEMA, "run", "LearnerHello", 0, [True, *HELLO]), "expected int, got bool"),
         (header(messages.SCHEMA, "run", "LearnerHello", 0, [2**63, *HELLO]), "is not between"),
         (
-            header(messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x": "y"}, [], [], 0, "", 0.0]),
+            header(
+                messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x": "y"}, [], [], 0, "", 0.0, 0, 0.0]
+            ),
             "expected",
         ),
         (
-            header(messages.SCHEMA, "run", "Heartbeat", 0, ["spy", "b", 0, "", {}, [], [], 0, "", 0.0]),
+            header(messages.SCHEMA, "run", "Heartbeat", 0, ["spy", "b", 0, "", {}, [], [], 0, "", 0.0, 0, 0.0]),
             "characters that are not",
         ),
         (
@@ -209,12 +211,14 @@ HELLO = [-1, [], "", "", -1]
                 "run",
                 "Heartbeat",
                 0,
-                ["actor", "b", 0, "", {f"{i}": 0 for i in range(65)}, [], [], 0, "", 0.0],
+                ["actor", "b", 0, "", {f"{i}": 0 for i in range(65)}, [], [], 0, "", 0.0, 0, 0.0],
             ),
             "at most 64",
         ),
         (
-            header(messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x" * 65: 0}, [], [], 0, "", 0.0]),
+            header(
+                messages.SCHEMA, "run", "Heartbeat", 0, ["actor", "b", 0, "", {"x" * 65: 0}, [], [], 0, "", 0.0, 0, 0.0]
+            ),
             "at most 64",
         ),
         (header(messages.SCHEMA, "run", "GroupDelivery", 0, ["a", None]), "frames are missing"),
