@@ -440,7 +440,11 @@ def test_a_learner_that_has_not_said_hello_may_say_what_it_does_and_changes_noth
 
     def beat(version: int, epoch: int) -> messages.Message:
         loading = messages.Heartbeat(
-            "learner", "learner-0", version, "", {}, (), epoch, "loads the model", 1.0, 2, 600.0
+            *("learner", "learner-0", version, "", {}),
+            epoch=epoch,
+            activity="loads the model",
+            num_pieces=2,
+            limit_seconds=600.0,
         )
         with buffer.ledger.transaction():
             [answer] = buffer.service.receive(b"learner-new", loading, version + 9, buffer.now, "learner")
