@@ -8,6 +8,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,49 @@ def command() -> str:
 
 
 def machine() -> str:
-    """Number of cores, architecture and Python version of this machine."""
-    return f"{os.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
+    """Number and model of the cores, architecture and Python version of this machine."""
+    cores = f"{os.cpu_count()} cores {platform.machine()}"
+    return f"{cores} ({processor_model()}), Python {platform.python_version()}"
+
+
+def processor_model() -> str:
+    """The processor's name, as the kernel gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "CPU part")))
+    return next(names, "unknown processor")
+
+
+@dataclass(frozen=True)
+class Busyness:
+    """How busy a machine is at one moment."""
+
+    load: float
+    """Mean number of running processes over the last minute."""
+    stolen: float
+    total: float
+    """Processor time since the machine started, in ticks: all, and what its host gave to other machines."""
+
+    @classmethod
+    def now(cls) -> Busyness:
+        """Read it from the kernel."""
+        ticks = [float(text) for text in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return cls(os.getloadavg()[0], ticks[7], sum(ticks))
+
+
+AT_THE_START = Busyness.now()
+BUSY_LOAD = 0.3
+"""Load per core at the start above which a measurement is marked: other processes take what is measured."""
+
+
+def conditions(before: Busyness, after: Busyness) -> dict[str, Any]:
+    """Load before and after a measurement, the share of time stolen meanwhile, and whether the machine was busy."""
+    passed = after.total - before.total
+    return {
+        "load_before": round(before.load, 2),
+        "load_after": round(after.load, 2),
+        "stolen_percent": round(100 * (after.stolen - before.stolen) / passed, 2) if passed else 0.0,
+        "was_busy": before.load > BUSY_LOAD * (os.cpu_count() or 1),
+    }
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
@@ -45,6 +87,10 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
-    """Write the figures as indented JSON; nothing without a path."""
+    """Write the figures and the conditions as indented JSON; print only the conditions without a path."""
+    found = conditions(AT_THE_START, Busyness.now())
+    text = f"load {found['load_before']} before, {found['load_after']} after, {found['stolen_percent']} % stolen"
+    busy = "; the machine was busy when this began: the figures mean little" if found["was_busy"] else ""
+    wide_console().print(f"{machine()}; {text}{busy}", soft_wrap=True)
     if path is not None:
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        path.write_text(json.dumps({**figures, "conditions": found}, indent=2) + "\n")
