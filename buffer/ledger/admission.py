@@ -24,7 +24,7 @@ is reserved for them. They only lower the number of new groups `wanted`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -136,15 +136,26 @@ def in_time(outstanding: Mapping[int, int], next_version: int, limits: Limits) -
     return Counter({version: n for version, n in outstanding.items() if slot(version, next_version, limits) >= 0})
 
 
+def oldest(ready: Mapping[int, int], number: int) -> Counter[int]:
+    """Return the first `number` ready groups, by oldest version."""
+    picked: Counter[int] = Counter()
+    for version in sorted(ready):
+        if number <= 0:
+            break
+        picked[version] = min(ready[version], number)
+        number -= picked[version]
+    return picked
+
+
 def leaves_the_rest_in_time(
-    leased: Mapping[int, int], ready: Mapping[int, int], picked: Sequence[int], next_version: int, limits: Limits
+    leased: Mapping[int, int], ready: Mapping[int, int], picked: Counter[int], next_version: int, limits: Limits
 ) -> bool:
     """Return whether all other outstanding groups can be in later batches in time if `picked` are in the next one.
 
     Args:
         leased: number of leased groups by the version of the actor's weights.
         ready: number of ready groups by oldest version.
-        picked: oldest versions of the ready groups that would be in the next batch.
+        picked: number of ready groups that would be in the next batch, by oldest version.
         next_version: version at which the next batch would be handed out.
         limits: the run's constants.
     """
@@ -157,7 +168,7 @@ def leaves_the_rest_in_time(
 
 
 def must_wait(
-    leased: Mapping[int, int], ready: Mapping[int, int], picked: Sequence[int], next_version: int, limits: Limits
+    leased: Mapping[int, int], ready: Mapping[int, int], picked: Counter[int], next_version: int, limits: Limits
 ) -> bool:
     """Return whether the batch must wait, because handing out `picked` now would make another group too stale.
 
@@ -166,7 +177,7 @@ def must_wait(
     its delivery, or the end of its lease. Without such a leased group waiting would gain nothing, so the batch is
     handed out and the learner never waits forever. Arguments as in `leaves_the_rest_in_time`.
     """
-    all_new = len(picked) == limits.groups_per_batch
+    all_new = picked.total() == limits.groups_per_batch
     if not any(not all_new or version < max(picked) for version, count in leased.items() if count):
         return False
     return not leaves_the_rest_in_time(leased, ready, picked, next_version, limits)

@@ -9,6 +9,7 @@ Otherwise the batch first takes the groups that are due first, as many as needed
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -112,9 +113,9 @@ def next_batch(
     return sorted(group.occurrence for group in picked)
 
 
-def _first_uses(groups: Sequence[Candidate]) -> list[int]:
-    """Return the oldest versions of the groups that were never used."""
-    return [group.oldest_version for group in groups if not group.num_uses]
+def _first_uses(groups: Sequence[Candidate]) -> Counter[int]:
+    """Count the groups that were never used, by oldest version."""
+    return Counter(group.oldest_version for group in groups if not group.num_uses)
 
 
 def balance(costs: Sequence[float], world_size: int, num_parts: int = 1) -> list[list[int]]:

@@ -49,7 +49,7 @@ from buffer.ledger.ledger import Holder, Ledger
 from buffer.service.fair_places import Places, Speed
 from buffer.service.incarnations import Incarnations
 from buffer.service.progress import Progress
-from buffer.service.waiting import Waiting
+from buffer.service.waiting import Rank, Waiting
 from buffer.transport import messages
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 PRESUMED_DEAD_SECONDS = 15.0
 """Silence after which a parked request is not granted. A living process resends the request every few seconds."""
 
+WANTS_NO_GROUPS: Rank = (math.inf, math.inf)
 NO_LEASES = messages.LeaseReply(leases=(), evaluate_version=-1, closing=False)
 
 
@@ -99,13 +100,18 @@ class Leases:
         self._ledger = ledger
         self._progress = progress
         self._limits = config.limits
-        self.places = Places(config.limits)
+        self.places = Places(config.limits, waits=config.on_stale == "wait")
+        self._useless = self._num_useless()
+        self._out_of_turn: list[tuple[int, int, bytes]] = []
+        """A heap of waiting connections that have had their turn: the batch with which the next one begins."""
         self._incarnations = Incarnations(ledger.file)
         self._clients: dict[bytes, _Client] = {}
         self._waiting = Waiting()
         self._alarms: list[tuple[float, int, bytes, _Client]] = []
         """A heap with one entry per client: when to look next whether it is silent, which is never too late."""
         self._numbers = itertools.count()
+        self._evaluation_since: float | None = None
+        """Since when an actor could run the oldest pending evaluation."""
         self.handling: tuple[bytes, int] | None = None
         """The parked request that `Service.wake` tries to answer now: identity and number."""
 
@@ -119,7 +125,7 @@ class Leases:
             was_silent = not self._is_alive(client, now)
             client.heard = now
             if was_silent:
-                self.places.set_speed(identity, client.speed.per_second)
+                self.places.set_speed(identity, self.places.crowding.capacity(client.speed))
                 self._queue(identity, client)
 
     def take_over(self, identity: bytes, actor_id: str) -> None:
@@ -138,7 +144,7 @@ class Leases:
         """Return whether a newer process has taken the sender's name over."""
         return self._incarnations.is_replaced(holder_name(identity))
 
-    def learn_version(self, identity: bytes, number: int, policy_version: int) -> None:
+    def learn_version(self, identity: bytes, number: int, policy_version: int, now: float) -> None:
         """Note the version of the actor's weights, from its heartbeat `number`."""
         client = self._clients.get(identity)
         if client is None:
@@ -153,6 +159,7 @@ class Leases:
         before = client.policy_version
         client.learn(number, policy_version)
         if client.policy_version != before:
+            self.places.load(client.policy_version, now)
             self._queue(identity, client)
 
     def learn_inventory(self, identity: bytes, number: int, held: Collection[str], evaluating: Collection[int]) -> None:
@@ -183,7 +190,7 @@ class Leases:
             self.places.crowding.finish(client.speed, group_id, now)
             client.speed.finish(now, has_more=self._ledger.held[holder_name(identity)] > 0)
             if self._is_alive(client, now):
-                self.places.set_speed(identity, client.speed.per_second)
+                self.places.set_speed(identity, self.places.crowding.capacity(client.speed))
             self._queue(identity, client)
 
     def given_back(self, identity: bytes) -> None:
@@ -201,6 +208,8 @@ class Leases:
             )
             return [Outgoing(identity, number, messages.Refused(reason))]
         client = self._changing(identity) or self._join(identity, request.actor_id, now)
+        if request.policy_version > client.policy_version:
+            self.places.load(request.policy_version, now)
         client.learn(number, request.policy_version)
         before = client.parked
         if number <= client.answered or (before is not None and number < before[0]):
@@ -227,6 +236,17 @@ class Leases:
         client.parked = None
         self._waiting.remove(identity)
         return True
+
+    def take_batch(self, now: float) -> None:
+        """Note that a batch was handed out."""
+        useless = self._num_useless()
+        self.places.take_batch(now, useless - self._useless)
+        self._useless = useless
+
+    def _num_useless(self) -> int:
+        """Return the number of groups that became too stale, or lost tokens because they were."""
+        counters = self._ledger.file.counters()
+        return counters.get("stale", 0) + counters.get("masked", 0)
 
     def expire(self, now: float) -> None:
         """End the leases of silent actors. Forget silent connections."""
@@ -257,6 +277,7 @@ class Leases:
             return [self._answer(identity) for identity in list(self._waiting.oldest())]
         versions = self._assign_evaluations(now)
         leases = {} if self._progress.closing else self._issue(now)
+        self._note_idle(now)
         self.handling = None
         answered = dict.fromkeys((*versions, *leases))
         return [self._answer(i, leases.get(i, ()), versions.get(i, -1)) for i in answered]
@@ -278,6 +299,8 @@ class Leases:
             return f"newer weights: it has policy {policy_version}, the next batch is for policy {next_version}"
         if self._batches_ahead() < self._limits.num_slots and not self._wanted(policy_version):
             return "the end of the run: all groups that the run needs are leased or delivered"
+        if self._admissible(policy_version) and self.places.had_its_part(identity):
+            return "its next turn: it had its part of the places, and the learner does not wait"
         if self._admissible(policy_version):
             held, in_flight = self._ledger.held[holder_name(identity)], counts["leased"]
             return f"places beyond its share: it has {held} of {in_flight} leased groups"
@@ -315,16 +338,19 @@ class Leases:
         self._forget(identity)
         if kept is not None:
             self._clients[identity] = kept
-            self.places.set_speed(identity, kept.speed.per_second)
+            self.places.set_speed(identity, self.places.crowding.capacity(kept.speed))
             self._queue(identity, kept)
             self._watch(identity, kept, kept.heard)
 
     def _queue(self, identity: bytes, client: _Client) -> None:
-        """Put a parked request in its place among those that wait, which its version and its load decide."""
+        """Put a parked request in its place among those that wait, which its version and its rank decide.
+
+        The rank is the number of batches with which its next turn begins, 0 unless it had its part, and then its load.
+        """
         if client.parked is not None:
             load = self._ledger.held[holder_name(identity)] / self.places.part(identity)
-            wants_groups = client.parked[1].num_groups > 0
-            self._waiting.put(identity, client.policy_version, load if wants_groups else math.inf)
+            rank = (0.0, load) if client.parked[1].num_groups > 0 else WANTS_NO_GROUPS
+            self._waiting.put(identity, client.policy_version, rank)
 
     def _watch(self, identity: bytes, client: _Client, now: float) -> None:
         """Look at the client again when it would be presumed dead, or after that when it would be forgotten."""
@@ -340,6 +366,7 @@ class Leases:
 
     def _forget(self, identity: bytes) -> None:
         self._set_aside(identity)
+        self.places.forget(identity)
         self._clients.pop(identity, None)
 
     def _answer(self, identity: bytes, leases: Sequence[tuple[str, int]] = (), evaluate_version: int = -1) -> Outgoing:
@@ -360,12 +387,23 @@ class Leases:
     def _assign_evaluations(self, now: float) -> dict[bytes, int]:
         """Assign pending evaluations to waiting actors: those that had the fewest first, then those with fewest groups.
 
+        The first actor with new weights would else get every evaluation. So the choice waits until the others have had
+        time to load them.
+
         Returns:
             The versions to evaluate, by connection.
         """
         assigned: dict[bytes, int] = {}
         evaluations = self._ledger.evaluations
+        if evaluations.oldest_pending is None:
+            self._evaluation_since = None
         while (version := evaluations.oldest_pending) is not None:
+            if all(known < version for known in self._waiting.versions()):
+                break
+            if self._evaluation_since is None:
+                self._evaluation_since = now
+            if now - self._evaluation_since < self.places.patience and not self._progress.closing:
+                break
             able = [
                 (client.num_evaluations, self._ledger.held[holder_name(identity)], client.parked_since, identity)
                 for identity in self._waiting.with_version(version)
@@ -387,6 +425,10 @@ class Leases:
     def _issue(self, now: float) -> dict[bytes, list[tuple[str, int]]]:
         """Lease groups to waiting actors, as many as admission has room for. Returns the leases by connection."""
         issued: dict[bytes, list[tuple[str, int]]] = {}
+        while self._out_of_turn and self._out_of_turn[0][0] <= self.places.num_batches:
+            identity = heapq.heappop(self._out_of_turn)[2]
+            if identity in self._waiting:
+                self._queue(identity, self._clients[identity])
         while True:
             rooms = {version: self._admissible(version) for version in self._waiting.versions()}
             numbers = self._allot({version: number for version, number in rooms.items() if number}, now)
@@ -407,6 +449,8 @@ class Leases:
     def _allot(self, rooms: dict[int, int], now: float) -> dict[bytes, int]:
         """Divide the room, one group at a time, each to the least loaded actor, as long as it is below its share.
 
+        An actor that had its part of the batch's places comes after the others until its next turn.
+
         Args:
             rooms: number of groups that may be started with weights of each version. Each group takes one of them all.
             now: the time.
@@ -417,9 +461,9 @@ class Leases:
         numbers: dict[bytes, int] = {}
         leased = self._leased().total()
         while True:
-            heads = [head for version in rooms if (head := self._waiting.least_loaded(version)) is not None]
-            load, _, identity = min(heads, default=(math.inf, 0, b""))
-            if load == math.inf:
+            heads = [head for version in rooms if (head := self._waiting.first(version)) is not None]
+            rank, _, identity = min(heads, default=(WANTS_NO_GROUPS, 0, b""))
+            if rank == WANTS_NO_GROUPS:
                 return numbers
             client, number = self._clients[identity], numbers.get(identity, 0)
             assert client.parked is not None
@@ -429,6 +473,14 @@ class Leases:
                 continue
             if held >= self.places.share(identity) and self.places.keep(leased, now):
                 return numbers
+            if self.places.is_out_of_turn(identity, now):
+                if rank[0] > self.places.num_batches:
+                    return numbers
+                turn = self.places.next_turn(identity)
+                heapq.heappush(self._out_of_turn, (turn, next(self._numbers), identity))
+                self._waiting.put(identity, client.policy_version, (turn, rank[1]))
+                continue
+            self.places.take(identity)
             if not number:
                 self._changing(identity)
             numbers[identity] = number + 1
@@ -437,7 +489,19 @@ class Leases:
             if number + 1 == client.parked[1].num_groups:
                 self._waiting.remove(identity)
             else:
-                self._waiting.put(identity, client.policy_version, (held + 1) / self.places.part(identity))
+                load = (held + 1) / self.places.part(identity)
+                self._waiting.put(identity, client.policy_version, (0.0, load))
+
+    def _note_idle(self, now: float) -> None:
+        """Note that the learner waits, and an actor without groups too, because the others have all places."""
+        if self.places.is_late or not self.places.learner_waits:
+            return
+        for version in self._waiting.versions():
+            first = self._waiting.first(version)
+            has_none = first is not None and first[0][1] == 0.0
+            is_in_time = slot(version, self._progress.next_version, self._limits) >= 0
+            if has_none and is_in_time and not self._admissible(version):
+                self.places.note_late(now)
 
     @staticmethod
     def _is_alive(client: _Client, now: float) -> bool:

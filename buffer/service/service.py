@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from buffer.config import BufferConfig
-from buffer.ledger.admission import in_time
+from buffer.ledger.admission import in_time, must_wait, oldest
 from buffer.ledger.batches import BatchRow
 from buffer.ledger.ledger import Ledger
 from buffer.ledger.sampler import SAMPLERS, balance, next_batch
@@ -170,6 +170,7 @@ class Service:
                 del self._batches[key]
                 outgoing.append(Outgoing(key[0], parked.request_number, reply))
         self._leases.handling = None
+        self._leases.places.learner_waits = bool(self._batches)
         return outgoing + self._leases.grant(now)
 
     @property
@@ -375,15 +376,16 @@ class Service:
         ledger, config = self._ledger, self._config
         if self._unchanged == ledger.file.num_changes:
             return False
-        candidates = ledger.candidates(version)
+        is_early = self._is_early(version)
+        candidates = [] if is_early else ledger.candidates(version)
         waits = config.on_stale == "wait"
         following = version + self._limits.updates_per_batch
         leased = ledger.leased if waits else in_time(ledger.leased, following, self._limits)
         groups = candidates, leased, ledger.ready
         chosen = next_batch(SAMPLERS[config.sampler], *groups, version, self._limits, seed=config.seed, waits=waits)
         if not chosen:
-            if candidates:
-                self._leases.places.wait_for_old_leases(now)
+            if is_early or candidates:
+                self._leases.places.note_late(now)
             ledger.file.guard(self.__dict__, "_unchanged")
             self._unchanged = ledger.file.num_changes
             return False
@@ -396,12 +398,22 @@ class Service:
         too_old = sum(number > self._limits.max_staleness for number in staleness)
         if too_old and config.on_stale == "mask":
             ledger.file.count("masked", too_old)
-        self._leases.places.take_batch(now)
+        self._leases.take_batch(now)
         log.info(
             "batch for policy %d: %d groups, staleness mean %.2f max %d, waited %.1f s",
             *(version, len(chosen), sum(staleness) / len(staleness), max(staleness), waited_seconds),
         )
         return True
+
+    def _is_early(self, version: int) -> bool:
+        """Return whether the counts alone say that the batch for `version` must wait, as `next_batch` would say.
+
+        While the learner waits, every turn asks. Reading the candidates each time would cost as much as the batch.
+        """
+        ledger, config, size = self._ledger, self._config, self._limits.groups_per_batch
+        if config.on_stale != "wait" or config.sampler != "fifo" or config.max_uses > 1 or ledger.ready.total() < size:
+            return False
+        return must_wait(ledger.leased, ledger.ready, oldest(ledger.ready, size), version, self._limits)
 
     # Start and heartbeats.
 
@@ -456,7 +468,7 @@ class Service:
             if heartbeat.epoch == self._progress.epoch:
                 self._set_policy_version(heartbeat.policy_version)
         else:
-            self._leases.learn_version(identity, number, heartbeat.policy_version)
+            self._leases.learn_version(identity, number, heartbeat.policy_version, now)
             self._leases.learn_inventory(identity, number, heartbeat.held, heartbeat.evaluating)
             probes = self._probes.due(heartbeat.name, now)
         silent = -1.0 if self._learner_heard is None else now - self._learner_heard

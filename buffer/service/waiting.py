@@ -1,4 +1,4 @@
-"""The parked lease requests: by the version of the actor's weights, which decides admission, then by the actor's load.
+"""The parked lease requests: by the version of the actor's weights, which decides admission, then by whose turn it is.
 
 Owned by `buffer/service/leases.py`. A request is found, added and removed in logarithmic time, so that a turn of the
 buffer costs what changed and not how many actors wait.
@@ -10,8 +10,10 @@ import heapq
 import itertools
 from collections.abc import Iterator
 
-_Entry = tuple[float, int, bytes, int]
-"""Load, place in the queue, connection, and the number of the `put` that made the entry."""
+Rank = tuple[float, float]
+"""Whose turn it is: the smallest comes first. `buffer/service/leases.py` says what the two numbers are."""
+_Entry = tuple[Rank, int, bytes, int]
+"""Rank, place in the queue, connection, and the number of the `put` that made the entry."""
 
 
 class Waiting:
@@ -30,15 +32,15 @@ class Waiting:
     def __contains__(self, identity: bytes) -> bool:
         return identity in self._since
 
-    def put(self, identity: bytes, version: int, load: float) -> None:
-        """Add a connection, or change its version and load. It keeps its place among those with the same load."""
+    def put(self, identity: bytes, version: int, rank: Rank) -> None:
+        """Add a connection, or change its version and rank. It keeps its place among those with the same rank."""
         number = next(self._numbers)
         place = self._since.setdefault(identity, number)
         self._forget(identity)
         self._valid[identity] = version, number
         self._sizes[version] = self._sizes.get(version, 0) + 1
         heap = self._heaps.setdefault(version, [])
-        heapq.heappush(heap, (load, place, identity, number))
+        heapq.heappush(heap, (rank, place, identity, number))
         if len(heap) > 2 * self._sizes[version] + 16:
             heap[:] = [entry for entry in heap if self._is_valid(entry)]
             heapq.heapify(heap)
@@ -52,8 +54,8 @@ class Waiting:
         """Return the versions that connections wait with."""
         return list(self._heaps)
 
-    def least_loaded(self, version: int) -> tuple[float, int, bytes] | None:
-        """Return load, place and connection of the least loaded one with this version."""
+    def first(self, version: int) -> tuple[Rank, int, bytes] | None:
+        """Return rank, place and connection of the one with this version whose turn it is."""
         heap = self._heaps.get(version, [])
         while heap and not self._is_valid(heap[0]):
             heapq.heappop(heap)

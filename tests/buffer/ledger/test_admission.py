@@ -98,10 +98,10 @@ def test_in_sync_mode_nothing_is_leased_while_a_batch_trains():
 
 def test_the_learner_waits_for_a_group_that_is_due_and_only_then():
     limits = Limits(1, 2)
-    assert must_wait({4: 1}, {5: 2}, [5, 5], 5, limits)
-    assert not must_wait({5: 1}, {5: 2}, [5, 5], 5, limits)
-    assert not must_wait({4: 2}, {4: 2}, [4, 4], 5, limits), "waiting can no longer help"
-    assert not must_wait({}, {1: 9}, [1, 1], 5, limits), "after a rollback nothing is waited for"
+    assert must_wait({4: 1}, {5: 2}, Counter([5, 5]), 5, limits)
+    assert not must_wait({5: 1}, {5: 2}, Counter([5, 5]), 5, limits)
+    assert not must_wait({4: 2}, {4: 2}, Counter([4, 4]), 5, limits), "waiting can no longer help"
+    assert not must_wait({}, {1: 9}, Counter([1, 1]), 5, limits), "after a rollback nothing is waited for"
 
 
 class Run:

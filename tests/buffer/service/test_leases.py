@@ -207,23 +207,30 @@ def crowd(buffer: Buffer, size: int) -> None:
         buffer.tell(name.encode(), messages.LeaseRequest(name, 0, 64, "abc"), 1)
 
 
-def test_an_idle_turn_does_not_look_at_those_who_wait(start: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("for_what", ["room", "a turn"])
+def test_an_idle_turn_does_not_look_at_those_who_wait(start: Any, for_what: str):
     """Counted, not timed: queries and looks at clients of a turn in which nothing happens, with few and with many."""
     work = []
     for size in (3, 300):
-        buffer = start()
+        buffer = start(groups_per_batch=1_000 if for_what == "a turn" else 2, num_prompts=2_000)
+        if for_what == "a turn":
+            places = buffer.service._leases.places
+            places.patience = 1e9
+            places._quotas = {b"actor-%d" % number: (0.0, 0) for number in range(size)}
         crowd(buffer, size)
+        waiting = buffer.service._leases._waiting
+        assert sum(len(waiting.with_version(version)) for version in waiting.versions()) >= size - 1
         queries: list[str] = []
         buffer.ledger.file._db.set_trace_callback(queries.append)
         looked_at: list[bytes] = []
-        least_loaded = buffer.service._leases._waiting.least_loaded
+        first = buffer.service._leases._waiting.first
 
-        def look(version: int, least_loaded: Any = least_loaded, looked_at: list[bytes] = looked_at) -> Any:
-            head = least_loaded(version)
+        def look(version: int, first: Any = first, looked_at: list[bytes] = looked_at) -> Any:
+            head = first(version)
             looked_at.append(head)
             return head
 
-        buffer.service._leases._waiting.least_loaded = look
+        buffer.service._leases._waiting.first = look
         buffer.wait(0.1)
         buffer.ledger.file._db.set_trace_callback(None)
         work.append((len(queries), len(looked_at)))
