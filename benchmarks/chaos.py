@@ -275,7 +275,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="a short run with one minute of faults")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of faults, from the first step on")
-    parser.add_argument("--interval", type=float, default=5.0, help="mean seconds between two faults")
+    parser.add_argument("--interval", type=float, default=4.0, help="mean seconds between two faults")
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps per run")
     parser.add_argument("--actors", type=int, default=4, help="number of actors, one of which is started by hand")
     parser.add_argument("--finish-minutes", type=float, default=20.0, help="minutes that an undisturbed run may take")

@@ -52,6 +52,8 @@ from learner.weights.store import Publisher
 logger = logging.getLogger(__name__)
 
 CONFIRMATION = "the buffer to record the checkpoint"
+SPACE_SECONDS = 3.0
+"""Interval between two attempts to write the last checkpoint to a full disk."""
 
 
 class Trainer:
@@ -184,7 +186,7 @@ class Trainer:
         if self._step_watch.exhausted:
             self._stop_with_bad_batch(metrics)
         if no_signal is not None:
-            self._checkpoint(may_fail=False)
+            self._last_checkpoint()
             raise NoSignalError(f"{no_signal}; learner.max_batches_without_signal is {self._signal_watch.num_batches}")
         return True
 
@@ -227,7 +229,7 @@ class Trainer:
         if isinstance(received, NoMoreBatches):
             # Every rank gets this answer, so all of them write the checkpoint together.
             if self._saved_version != self.version:
-                self._checkpoint(may_fail=False)
+                self._last_checkpoint()
             raise NoSignalError(f"policy {self.version}: {received.reason}")
         self._shard = received.shard
         # The log is a second record, besides the ledger, of the groups that these weights were trained on.
@@ -275,8 +277,37 @@ class Trainer:
         if self._publication is not None:
             self._publication.result()
 
-    def _checkpoint(self, *, may_fail: bool = True) -> None:
-        """Write a checkpoint. If it `may_fail`, a failed one is retried after the next version.
+    def _checkpoint(self) -> None:
+        """Write a checkpoint; a failed one is retried after the next version."""
+        try:
+            self._write_checkpoint()
+        except CheckpointWriteError as error:
+            self._num_failed_checkpoints += 1
+            logger.error("policy %d has no checkpoint, the next version is tried: %s", self.version, error)
+
+    def _last_checkpoint(self) -> None:
+        """Write the checkpoint after which the learner ends.
+
+        Waits for: space, if the disk is full. Gives up after: never; a second signal ends the learner.
+
+        Raises:
+            CheckpointWriteError: when it cannot be written for another reason.
+        """
+        is_said = False
+        while True:
+            try:
+                return self._write_checkpoint()
+            except CheckpointWriteError as error:
+                if not error.is_disk_full:
+                    raise
+                if not is_said:
+                    logger.error("the last checkpoint waits for space on its disk: %s", error)
+                is_said = True
+            self.observer.heartbeat(self.version, f"space for the checkpoint of policy {self.version}")
+            time.sleep(SPACE_SECONDS)
+
+    def _write_checkpoint(self) -> None:
+        """Write a checkpoint of the present version.
 
         Before the checkpoint gets its name, the buffer makes durable what the checkpoint contains, so that a power cut
         cannot leave weights with groups in them that the ledger hands out again. Afterwards the buffer may delete the
@@ -284,21 +315,14 @@ class Trainer:
         """
         self.observer.doing(self.version, f"writes the checkpoint of policy {self.version}")
         begun = CheckpointBegun(self.version)
-        try:
-            self.networks.save(
-                self.checkpoints,
-                self.version,
-                model=self.model_config,
-                state={"config": asdict(self.config), "algorithm": {"kl_coef": self._batch_trainer.kl_coef}},
-                keep=self.config.keep_checkpoints,
-                may_be_named=lambda: self._requests.ask_together(begun, CONFIRMATION, until_gone=True) is not None,
-            )
-        except CheckpointWriteError as error:
-            if not may_fail:
-                raise
-            self._num_failed_checkpoints += 1
-            logger.error("policy %d has no checkpoint, the next version is tried: %s", self.version, error)
-            return
+        self.networks.save(
+            self.checkpoints,
+            self.version,
+            model=self.model_config,
+            state={"config": asdict(self.config), "algorithm": {"kl_coef": self._batch_trainer.kl_coef}},
+            keep=self.config.keep_checkpoints,
+            may_be_named=lambda: self._requests.ask_together(begun, CONFIRMATION, until_gone=True) is not None,
+        )
         self._saved_version, self._num_failed_checkpoints = self.version, 0
         # Unanswered only when the learner ends: then the next learner's checkpoint makes these groups done.
         self._requests.ask_together(CheckpointCommitted(self.version), CONFIRMATION)
@@ -327,7 +351,7 @@ class Trainer:
         # The checkpoint comes first, because a publication may wait for actors that are ending too.
         # Policy 0 is the base model, so a run that is stopped there has nothing to save.
         if self._saved_version != self.version and self.version:
-            self._checkpoint(may_fail=False)
+            self._last_checkpoint()
         self.observer.doing(self.version, f"publishes policy {self.version}")
         self._await_publication()
         if self.version >= self.config.total_steps:

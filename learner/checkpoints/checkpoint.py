@@ -11,6 +11,7 @@ after they were written is reported, and the next older one is used.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 POLICY_PREFIX = "causal_lm."
 REFERENCE = "reference.pt"
 INCOMPLETE, BROKEN = ".incomplete", ".broken"
+FULL_BYTES = 1 << 20
+"""A disk with less free space than this counts as full when a write to it fails."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointError(ValueError):
@@ -44,7 +48,16 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWriteError(OSError):
-    """There is no new checkpoint: a rank could not write its part, or the learner ends. Older ones are untouched."""
+    """There is no new checkpoint: a rank could not write its part, or the learner ends. Older ones are untouched.
+
+    Args:
+        problem: the sentence.
+        is_disk_full: whether a rank had no space; the same on every rank.
+    """
+
+    def __init__(self, problem: str, *, is_disk_full: bool = False) -> None:
+        super().__init__(problem)
+        self.is_disk_full = is_disk_full
 
 
 def sound_checkpoint(directory: Path) -> Path | None:
@@ -120,6 +133,12 @@ def save_checkpoint(
     final = directory / f"{policy_version:08d}"
     temporary = final.with_suffix(INCOMPLETE)
 
+    def together(write: Callable[[], None]) -> None:
+        _together(write, policy.device, directory)
+
+    def on_rank_0(write: Callable[[], None]) -> None:
+        together(write if rank == 0 else lambda: None)
+
     def describe() -> None:
         state_of_run = {"policy_version": policy_version, "num_ranks": world_size, **state}
         (temporary / "learner.json").write_text(json.dumps(state_of_run, indent=2))
@@ -137,23 +156,23 @@ def save_checkpoint(
             raise
 
     try:
-        _on_rank_0(lambda: _make_empty(temporary), policy.device)
-        _together(lambda: export_policy(policy, temporary / "policy", base_path=base_path, dtype=dtype), policy.device)
+        on_rank_0(lambda: _make_empty(temporary))
+        together(lambda: export_policy(policy, temporary / "policy", base_path=base_path, dtype=dtype))
         if lora is not None and lora.rank:
-            _together(lambda: export_adapter(policy, temporary / "adapter", lora, base_path), policy.device)
-        _together(lambda: policy.save(temporary / "policy_state"), policy.device)
+            together(lambda: export_adapter(policy, temporary / "adapter", lora, base_path))
+        together(lambda: policy.save(temporary / "policy_state"))
         if critic is not None:
-            _together(lambda: critic.save(temporary / "critic_state"), policy.device)
+            together(lambda: critic.save(temporary / "critic_state"))
         if reference is not None:
-            _on_rank_0(lambda: write_state(reference.state_dict(), temporary / REFERENCE), policy.device)
-        _together(lambda: save_generators(_generators(temporary, rank)), policy.device)
-        _on_rank_0(describe, policy.device)
+            on_rank_0(lambda: write_state(reference.state_dict(), temporary / REFERENCE))
+        together(lambda: save_generators(_generators(temporary, rank)))
+        on_rank_0(describe)
         if not may_be_named():
             raise CheckpointWriteError(
                 f"policy {policy_version} has no checkpoint: the buffer, which has to record it, is gone, and this"
                 " learner is to end; resume from the checkpoint before"
             )
-        _on_rank_0(name, policy.device)
+        on_rank_0(name)
     except CheckpointWriteError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -244,20 +263,24 @@ def _generators(checkpoint: Path, rank: int) -> Path:
     return checkpoint / "rng" / f"rank-{rank}.pt"
 
 
-def _together(write: Callable[[], None], device: torch.device) -> None:
+def _together(write: Callable[[], None], device: torch.device, folder: Path) -> None:
     """Call `write` on every rank; if it raises OSError on any, raise CheckpointWriteError on all. Also a barrier."""
-    problem = ""
+    problem, is_full = "", False
     try:
         write()
     except OSError as error:
-        problem = str(error)
+        problem, is_full = str(error), error.errno in _NO_SPACE or _is_full(folder)
     if any_rank(bool(problem), device):
-        raise CheckpointWriteError(problem or "another rank could not write its part; its log says why")
+        problem = problem or "another rank could not write its part; its log says why"
+        raise CheckpointWriteError(problem, is_disk_full=any_rank(is_full, device))
 
 
-def _on_rank_0(write: Callable[[], None], device: torch.device) -> None:
-    rank, _ = rank_and_world_size()
-    _together(write if rank == 0 else lambda: None, device)
+def _is_full(folder: Path) -> bool:
+    """Return whether the disk is full. The libraries that write tensors do not say why they failed."""
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:
+        return False
 
 
 def _make_empty(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The learner while the ledger's disk is full: it waits, says so, goes on by itself, and ends when told to."""
 
+import contextlib
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -188,3 +189,43 @@ def test_a_learner_that_is_told_to_end_waits_for_space_and_has_its_checkpoint(
     trainer, _ = disk.run.learn(GRPO(), 3, checkpoint_every=1)
     assert trainer.version == 3
     assert_trained_once(disk.run, 3, max_staleness=2)
+
+
+def test_the_last_checkpoint_waits_for_space_on_its_own_disk(
+    tmp_path: Path,
+    socket_folder: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    monkeypatch.setattr("learner.train.SPACE_SECONDS", 0.2)
+    directory = tmp_path / "run"
+    checkpoints = directory / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(checkpoints)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    run = ScriptedRun(directory, socket_folder, model_folder)
+    try:
+        with contextlib.suppress(OSError), (checkpoints / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(1 << 16))
+
+        def make_space() -> None:
+            while not any("waits for space on its disk" in record.getMessage() for record in caplog.records):
+                threading.Event().wait(0.05)
+            threading.Event().wait(1.0)
+            assert newest_checkpoint(checkpoints) is None
+            (checkpoints / "ballast").unlink()
+
+        freeing = threading.Thread(target=make_space)
+        freeing.start()
+        run.start_actor()
+        trainer, _ = run.learn(GRPO(), 2, checkpoint_every=1000)
+        freeing.join()
+        assert trainer.version == 2
+        assert newest_checkpoint(checkpoints) == checkpoints / "00000002"
+        assert_trained_once(run, 2, max_staleness=2)
+    finally:
+        run.close()
+        subprocess.run(["umount", "-l", str(checkpoints)], check=True)

@@ -141,7 +141,9 @@ def test_a_checkpoint_that_may_not_be_named_leaves_nothing(model_folder: Path, t
         seen.extend(path.name for path in tmp_path.glob("00000002*"))
         return False
 
-    with pytest.raises(CheckpointWriteError, match="the buffer did not confirm policy 2 before the learner's end"):
+    with pytest.raises(
+        CheckpointWriteError, match="policy 2 has no checkpoint: the buffer, which has to record it, is gone"
+    ):
         save(tmp_path, 2, pair, model_folder, may_be_named=refuse)
     assert seen == ["manifest.json", "00000002.incomplete"], "asked when all is written, and before it has its name"
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
