@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -49,5 +49,6 @@ def cut_power(launcher: int, buffer: psutil.Process, run_dir: Path, images: Path
 def _start_anew(ledger: Path) -> None:
     """Make the ledger's next process see another start of its machine, as after every real power cut."""
     if ledger.exists():
-        with closing(sqlite3.connect(ledger, isolation_level=None)) as db:
+        # Nothing of a ledger may have been on the disk yet, not even its tables.
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(ledger, isolation_level=None)) as db:
             db.execute("UPDATE meta SET value = 'before the power cut' WHERE key = 'boot'")
