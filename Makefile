@@ -19,8 +19,8 @@ setup:
 train: setup
 	@$(PYTHON_ENV) launch/cluster.py $(ARGS)
 
-# One worker more than cores, since many tests wait for processes and timers. A worker takes 1 GB, so at most four.
-WORKERS := $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
+# A worker takes 1 GB of memory, so there are at most four.
+WORKERS := $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 # System tests start whole runs, so they run one at a time.
 test: setup
 ifdef ARGS
