@@ -87,10 +87,10 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
-    """Write the figures and the conditions as indented JSON; print only the conditions without a path."""
+    """Write the figures and the conditions as indented JSON; print the conditions to standard error. No path: no JSON."""
     found = conditions(AT_THE_START, Busyness.now())
     text = f"load {found['load_before']} before, {found['load_after']} after, {found['stolen_percent']} % stolen"
     busy = "; the machine was busy when this began: the figures mean little" if found["was_busy"] else ""
-    wide_console().print(f"{machine()}; {text}{busy}", soft_wrap=True)
+    Console(stderr=True, width=WIDTH).print(f"{machine()}; {text}{busy}", soft_wrap=True, highlight=False)
     if path is not None:
         path.write_text(json.dumps({**figures, "conditions": found}, indent=2) + "\n")

@@ -16,7 +16,7 @@ def test_the_conditions_are_written_and_printed(tmp_path: Path, capsys: pytest.C
     assert written["rate"] == 3.0
     assert set(written["conditions"]) == {"load_before", "load_after", "stolen_percent", "was_busy"}
     assert figures.processor_model() in figures.machine()
-    assert figures.machine() in capsys.readouterr().out.replace("\n", "")
+    assert figures.machine() in capsys.readouterr().err
 
 
 def test_a_busy_machine_and_stolen_time_are_seen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -33,4 +33,4 @@ def test_a_busy_machine_and_stolen_time_are_seen(monkeypatch: pytest.MonkeyPatch
     for before, is_said in ((quiet, False), (busy, True)):
         monkeypatch.setattr(figures, "AT_THE_START", before)
         figures.write(None, {})
-        assert ("the machine was busy" in capsys.readouterr().out) is is_said
+        assert ("the machine was busy" in capsys.readouterr().err) is is_said
