@@ -87,7 +87,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def write(path: Path | None, figures: Mapping[str, Any]) -> None:
-    """Write the figures and the conditions as indented JSON; print the conditions to standard error. No path: no JSON."""
+    """Print the conditions to standard error; with a path, write them and the figures as indented JSON."""
     found = conditions(AT_THE_START, Busyness.now())
     text = f"load {found['load_before']} before, {found['load_after']} after, {found['stolen_percent']} % stolen"
     busy = "; the machine was busy when this began: the figures mean little" if found["was_busy"] else ""
