@@ -41,14 +41,21 @@ def cut_power(launcher: int, buffer: psutil.Process, run_dir: Path, images: Path
             file.unlink(missing_ok=True)
             if image.exists():
                 shutil.copyfile(image, file)
-        _start_anew(run_dir / "ledger.sqlite")
+        _start_anew(run_dir / "ledger.sqlite", images)
     finally:
         supervisor.resume()
 
 
-def _start_anew(ledger: Path) -> None:
+def _start_anew(ledger: Path, images: Path) -> None:
     """Make the ledger's next process see another start of its machine, as after every real power cut."""
-    if ledger.exists():
-        # Nothing of a ledger may have been on the disk yet, not even its tables.
-        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(ledger, isolation_level=None)) as db:
-            db.execute("UPDATE meta SET value = 'before the power cut' WHERE key = 'boot'")
+    if not ledger.exists():
+        return
+    # Nothing of a ledger may have been on the disk yet, not even its tables.
+    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(ledger, isolation_level=None)) as db:
+        db.execute("UPDATE meta SET value = 'before the power cut' WHERE key = 'boot'")
+    # Closing has merged the log into the file and synced it, so that is on the disk now, and there is no log.
+    for suffix in ("", "-wal"):
+        file, image = Path(f"{ledger}{suffix}"), images / f"{ledger.name}{suffix}"
+        image.unlink(missing_ok=True)
+        if file.exists():
+            shutil.copyfile(file, image)
