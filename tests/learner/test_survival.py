@@ -153,12 +153,12 @@ def test_a_batch_that_has_had_an_effect_is_finished_before_the_end(start_run: Ru
 
 
 def fail_first(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Make the first `number` checkpoints fail as on a full disk."""
+    """Make the first `number` checkpoints fail as on a broken disk. A full one would be waited for at the end."""
     write, calls = learner.checkpoints.checkpoint.write_manifest, itertools.count()
 
     def write_manifest(folder: Path) -> None:
         if next(calls) < number:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.EIO, "Input/output error")
         write(folder)
 
     monkeypatch.setattr(learner.checkpoints.checkpoint, "write_manifest", write_manifest)
@@ -186,7 +186,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(start_run: Runs, m
     fail_first(monkeypatch, 99)
     run = start_run()
     run.start_actor()
-    with pytest.raises(CheckpointWriteError, match="No space left on device"):
+    with pytest.raises(CheckpointWriteError, match="Input/output error"):
         run.learn(GRPO(), 2)
     monkeypatch.undo()
     assert run.audit().counts["done"] == 0 and newest_checkpoint(run.directory / "checkpoints") is None
