@@ -7,7 +7,6 @@ and the version loaded. A version that is superseded while it is fetched is skip
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from actors.config import ActorConfig
 from actors.metrics import Meter
 from actors.rollouts.deadlines import GroupDeadlines
 from actors.weights.interface import FetchedVersion, VersionClient
+from buffer.files import has_no_space
 from buffer.transport.connection import RequestRefused
 from buffer.transport.messages import HeartbeatReply
 
@@ -133,7 +133,7 @@ class Loader:
                 return None
             # There is no room for pulled weights. The older weights serve until the next attempt.
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not has_no_space(error):
                     raise
                 logger.warning("policy %d was not stored: %s; tried again", manifest.policy_version, error)
                 await asyncio.sleep(DISK_RETRY_SECONDS)
@@ -216,7 +216,7 @@ class Loader:
                 await self._engine.reload_from_folder(str(folder))
                 return await self._engine.checksums()
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not has_no_space(error):
                     raise
             finally:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,15 @@
-"""Makes files and their names survive a power cut. The ledger and the learner's checkpoints use it."""
+"""Files and disks: makes files and their names survive a power cut, and tells a full disk from a broken one."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+
+def has_no_space(error: OSError) -> bool:
+    """Return whether a file could not be written because its disk, or its owner's quota, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:

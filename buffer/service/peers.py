@@ -149,7 +149,7 @@ class Peers:
         if self._looked_at is not None and number > WORST and now - self._looked_at < SECONDS_PER_PEER * number:
             return
         self._looked_at, silent_after = now, self._silent_after
-        self._totals = self._count(now)
+        self._totals = self._count(now, silent_after)
         # Twice as many as a status names, because some of them may be named already.
         counted = (item for item in self._peers.items() if item[1].counts(now))
         worst = nlargest(2 * WORST, counted, key=lambda item: item[1].badness(now, silent_after))
@@ -157,15 +157,15 @@ class Peers:
         longest = nlargest(2 * WORST, waiting, key=lambda item: item[1].waiting_seconds(now))
         self._worst, self._longest_waits = [key for key, _ in worst], [key for key, _ in longest]
 
-    def _count(self, now: float) -> messages.ActorTotals:
+    def _count(self, now: float, silent_after: float) -> messages.ActorTotals:
         newest = max((peer.heartbeat.policy_version for peer in self._peers.values()), default=-1)
         actors = [p for p in self._peers.values() if p.heartbeat.role == "actor" and p.counts(now)]
         return messages.ActorTotals(
             num_actors=len(actors),
-            num_silent=sum(peer.silent_seconds(now) > self._silent_after for peer in actors),
+            num_silent=sum(peer.silent_seconds(now) > silent_after for peer in actors),
             num_waiting=sum(bool(peer.heartbeat.waiting_for) for peer in actors),
             oldest_version=min((peer.heartbeat.policy_version for peer in actors), default=-1),
             newest_version=newest,
             metrics=over_actors([peer.heartbeat.metrics for peer in actors], METRICS_KEPT),
-            silent_after_seconds=self._silent_after,
+            silent_after_seconds=silent_after,
         )

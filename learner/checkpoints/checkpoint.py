@@ -11,7 +11,6 @@ after they were written is reported, and the next older one is used.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
@@ -24,7 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import nn
 
-from buffer.files import sync
+from buffer.files import has_no_space, sync
 from learner.checkpoints.manifest import complete_checkpoints, defect, write_manifest
 from learner.checkpoints.rng import load_generators, save_generators
 from learner.config import LoraConfig
@@ -40,7 +39,6 @@ REFERENCE = "reference.pt"
 INCOMPLETE, BROKEN = ".incomplete", ".broken"
 FULL_BYTES = 1 << 20
 """A disk with less free space than this counts as full when a write to it fails."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointError(ValueError):
@@ -269,7 +267,7 @@ def _together(write: Callable[[], None], device: torch.device, folder: Path) -> 
     try:
         write()
     except OSError as error:
-        problem, is_full = str(error), error.errno in _NO_SPACE or _is_full(folder)
+        problem, is_full = str(error), has_no_space(error) or _is_full(folder)
     if any_rank(bool(problem), device):
         problem = problem or "another rank could not write its part; its log says why"
         raise CheckpointWriteError(problem, is_disk_full=any_rank(is_full, device))

@@ -7,7 +7,6 @@ space. Nothing raises because of a full disk.
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import logging
@@ -21,6 +20,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+from buffer.files import has_no_space
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class EventFile:
                 self._append(self._waiting[0])
                 self._waiting.popleft()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not has_no_space(error):
                 raise
             if self._retry_at is None:
                 log.warning("no space for TensorBoard's events in %s; they wait", self._directory)
